@@ -1,0 +1,48 @@
+"""LoRA as a JAX transform."""
+
+from lora_jax._adapt import adapt, coverage
+from lora_jax._adapters import Full, LoRA, Rows
+from lora_jax._bind import bind
+from lora_jax._config import LoRAConfig, Rule
+from lora_jax._coverage import Coverage
+from lora_jax._errors import LoRAError
+from lora_jax._init import init
+from lora_jax._interpret import Use
+from lora_jax._merge import merge, unmerge
+from lora_jax._optim import labels, lora_plus, trained_only
+from lora_jax._select import Target, Targets, select
+from lora_jax._survey import Survey, survey
+from lora_jax._weight import AdaptedWeight, Geometry
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # which leaves, and how each is used
+    "LoRAConfig",
+    "Rule",
+    "Geometry",
+    "survey",
+    "Survey",
+    "Use",
+    "select",
+    "Targets",
+    "Target",
+    # the trainable tree
+    "init",
+    "LoRA",
+    "Full",
+    "Rows",
+    # the transform
+    "bind",
+    "AdaptedWeight",
+    "adapt",
+    "coverage",
+    "Coverage",
+    # training and deploying
+    "labels",
+    "trained_only",
+    "lora_plus",
+    "merge",
+    "unmerge",
+    "LoRAError",
+]

@@ -1,0 +1,121 @@
+"""Parameters with adapted weights in place: a pytree, nothing is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._adapters import Full, LoRA, is_node
+from lora_jax._errors import LoRAError, raise_all
+from lora_jax._init import _typed, path_key
+from lora_jax._nnx import map_state, state_of
+from lora_jax._paths import flatten, map_with_path, nearest
+from lora_jax._weight import RANK, Factor, is_weight
+
+
+def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) -> Any:
+    """The parameter tree with its adapters in place, for a function made by `adapt`.
+
+    Each adapted leaf becomes an `AdaptedWeight`; a leaf that is trained in full becomes its trained
+    value, in the base's dtype; every other leaf is frozen (no gradient flows to it). Boxes, dicts
+    and `nnx.State`s are kept.
+
+    Args:
+      params: the base parameters: any pytree of arrays, boxed or not, or an NNX module.
+      adapters: what `init` returned, or trained from it.
+      dropout_key: draws the dropout masks of this call, different for each leaf, layer and use.
+        Without one there is no dropout.
+
+    Returns:
+      A tree like `params`; of an NNX module, a new module.
+
+    Raises:
+      LoRAError: adapters of another model (lists every path that does not exist and every shape
+        that differs), parameters where adapters belong, or parameters that are bound already.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": {"kernel": jnp.ones((64, 32))}}
+    >>> adapters = lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=4, targets="q"))
+    >>> lora.bind(params, adapters)
+    {'q': {'kernel': AdaptedWeight('q/kernel', shape=(64, 32), dtype=float32, rank=4, scale=4.0)}}
+    """
+    nodes = adapter_nodes(params, adapters, "bind")
+    key = None if dropout_key is None else _typed(dropout_key)
+
+    def leaf(path, base):
+        node = nodes.get(path)
+        base = _frozen(base)
+        if node is None:
+            return base
+        if isinstance(node, Full):
+            return node.value.astype(base.dtype)
+        return node.weight(base, path, _seed(key, path, node))
+
+    return map_state(lambda tree: map_with_path(leaf, tree), params)
+
+
+def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Any]:
+    """{path: node} of adapters that were checked against the parameters."""
+    call = f"lora.{verb}(params, adapters), with adapters = lora.init(key, params, config)"
+    leaves = flatten(state_of(params), is_leaf=is_weight)
+    bound = [p for p, x in leaves.items() if is_weight(x)]
+    if bound:
+        raise LoRAError(
+            f"these parameters are bound already ({len(bound)} leaves, first "
+            f"'{bound[0]}'); start from the base parameters: {call}"
+        )
+    flat = flatten(adapters, is_leaf=is_node)
+    if not flat or not any(map(is_node, flat.values())):
+        what = "parameters or another tree" if flat else "an empty tree"
+        raise LoRAError(f"expected adapters, found {what}: {call}")
+    failures = [
+        f"'{p}' is a {type(x).__name__}, not an adapter" for p, x in flat.items() if not is_node(x)
+    ]
+    for path, node in flat.items():
+        if not is_node(node):
+            continue
+        if path not in leaves:
+            failures.append(
+                f"'{path}' is adapted, but the parameters have no such leaf; nearest: "
+                + ", ".join(nearest(path, leaves, 3))
+            )
+        elif (problem := _mismatch(node, tuple(leaves[path].shape))) is not None:
+            failures.append(f"'{path}': {problem}")
+    raise_all("the adapters do not belong to these parameters:", failures, call)
+    return flat
+
+
+def _mismatch(node, shape) -> str | None:
+    if isinstance(node, LoRA):
+        ranks = (
+            node.a.ndim == len(node.geometry.a_dims)
+            and node.b.ndim == len(node.geometry.b_dims)
+            and node.geometry.covers(len(shape))
+        )
+        expected = node.geometry.factor_shapes(shape, node.rank) if ranks else None
+        if (node.a.shape, node.b.shape) != expected:
+            return (
+                f"the leaf has shape {shape}, the adapter's a {node.a.shape} and "
+                f"b {node.b.shape} are of another"
+            )
+    elif node.shape != shape:
+        return f"the leaf has shape {shape}, the adapter was made for {node.shape}"
+    return None
+
+
+def _frozen(x):
+    """The base stays as it is, but no gradient flows to it. Concrete arrays are not touched."""
+    if isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.lax.stop_gradient(x)
+    return x
+
+
+def _seed(key, path: str, node) -> Factor | None:
+    """Key data for each weight of the stack: (*batch, 2)."""
+    if key is None or not isinstance(node, LoRA) or not node.dropout:
+        return None
+    batch = node.geometry.batch_axes
+    shape = node.a.shape[: len(batch)]
+    return Factor(jax.random.bits(path_key(key, path), (*shape, 2)), (*batch, RANK))

@@ -1,0 +1,277 @@
+"""The rules of the primitives that hold a program: descended into, and rebuilt by public functions.
+
+Names, policies, unrolls and shardings are kept. A body that no weight enters is bound unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from lora_jax import _compat
+from lora_jax._rules import factor_spec, rule
+from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
+
+
+def _plain(ctx, eqn, outs, why: str):
+    """Outputs of a body where only arrays may leave it."""
+    return [ctx.materialise(o, eqn, why) if is_weight(o) else o for o in outs]
+
+
+@rule("jit", "pjit")
+def _jit(ctx, eqn, args):
+    """One rebuilt function serves all the calls of the same inner function with alike weights."""
+    p = eqn.params
+    jaxpr, consts = _compat.opened(p["jaxpr"])
+    entered = [
+        dataclasses.replace(ctx.fresh(a), origin=i) if is_weight(a) else a
+        for i, a in enumerate(args)
+    ]
+    alike = tuple(jax.tree.structure(a) for a in entered)
+    key = (id(p["jaxpr"]), alike)
+    if key not in ctx.jits:
+        events: dict = {}
+
+        def body(*xs):
+            with ctx.recording(events):
+                return ctx.run(jaxpr, consts, xs)
+
+        body.__name__ = body.__qualname__ = p["name"]
+        ctx.jits[key] = (jax.jit(body, **_jit_options(p, entered)), events, p["jaxpr"])
+    fn, events, _ = ctx.jits[key]
+    outs = fn(*entered)
+    origin = {i: a.origin for i, a in enumerate(args) if is_weight(a)}
+    ctx.replay(events, origin, eqn)
+    return [dataclasses.replace(o, origin=origin[o.origin]) if is_weight(o) else o for o in outs]
+
+
+def _jit_options(p, args):
+    options = dict(keep_unused=p["keep_unused"], inline=p["inline"])
+    if p["compiler_options_kvs"]:
+        options["compiler_options"] = dict(p["compiler_options_kvs"])
+    if not all(map(_compat.is_unspecified, p["in_shardings"])):
+        options["in_shardings"] = tuple(
+            _spread_sharding(s, a) for s, a in zip(p["in_shardings"], args)
+        )
+    if not all(map(_compat.is_unspecified, p["out_shardings"])):
+        options["out_shardings"] = [
+            None if _compat.is_unspecified(s) else s for s in p["out_shardings"]
+        ]
+    return options
+
+
+def _spread_sharding(sharding, arg):
+    """An argument's sharding, or, for a weight, that of each of its arrays."""
+    if _compat.is_unspecified(sharding):
+        return None
+    if not is_weight(arg):
+        return sharding
+    if not isinstance(sharding, NamedSharding):
+        return arg.moved(sharding, lambda f: Factor(None, f.dims), arg.axes, arg.stacked)
+    return arg.moved(
+        sharding,
+        lambda f: Factor(NamedSharding(sharding.mesh, factor_spec(f, sharding.spec)), f.dims),
+        arg.axes,
+        arg.stacked,
+    )
+
+
+@rule("remat2", "remat", "checkpoint")
+def _remat(ctx, eqn, args):
+    p = eqn.params
+    jaxpr, consts = _compat.opened(p["jaxpr"])
+    body = jax.checkpoint(
+        lambda *xs: ctx.run(jaxpr, consts, xs), prevent_cse=p["prevent_cse"], policy=p["policy"]
+    )
+    return body(*map(ctx.fresh, args))
+
+
+@rule("closed_call", "core_call")
+def _call(ctx, eqn, args):
+    jaxpr, consts = _compat.opened(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
+    return ctx.run(jaxpr, consts, args)
+
+
+@rule("scan")
+def _scan(ctx, eqn, args):
+    """Stacked weights are sliced with their factors; a weight carried unchanged is a constant."""
+    p = eqn.params
+    jaxpr, consts = _compat.opened(p["jaxpr"])
+    n_consts, n_carry = _compat.scan_counts(p)
+    first_x = n_consts + n_carry
+    # What leaves the loop as it entered needs no loop: {output: input}.
+    through = {
+        o: i
+        for o, v in enumerate(jaxpr.outvars)
+        for i, u in enumerate(jaxpr.invars)
+        if v is u and is_weight(args[i]) and (i - n_consts == o if o < n_carry else i >= first_x)
+    }
+    args = [
+        ctx.materialise(a, eqn, "scan carry")
+        if is_weight(a) and n_consts <= i < first_x and i - n_consts not in through
+        else a
+        for i, a in enumerate(args)
+    ]
+    constant = [i < n_consts or (i < first_x and is_weight(a)) for i, a in enumerate(args)]
+    carried = [i for i in range(n_consts, first_x) if not constant[i]]
+    kept = [o for o in range(len(jaxpr.outvars)) if o not in through]
+    dropping = any(is_weight(a) and a.seed is not None for a in args)
+    sliced = [_sliced_leaves(a) if is_weight(a) else a for a in args[first_x:]]
+
+    def body(carry, xs):
+        step, xs = xs
+        values = list(args)
+        for i, c in zip(carried, carry):
+            values[i] = c
+        for i, x in enumerate(xs, first_x):
+            values[i] = _slice_of(args[i], x) if is_weight(args[i]) else x
+        if dropping:
+            values = [_at_step(ctx.fresh(v), step) for v in values]
+        outs = ctx.run(jaxpr, consts, values)
+        outs = _plain(ctx, eqn, [outs[o] for o in kept], "scan output")
+        n = sum(o < n_carry for o in kept)
+        return outs[:n], outs[n:]
+
+    steps = jnp.arange(p["length"]) if dropping else None
+    options = {"_split_transpose": p["_split_transpose"]} if p.get("_split_transpose") else {}
+    carry, ys = lax.scan(
+        body,
+        [args[i] for i in carried],
+        (steps, sliced),
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+        **options,
+    )
+    outs = dict(zip(kept, [*carry, *ys]))
+    return [args[through[o]] if o in through else outs[o] for o in range(len(jaxpr.outvars))]
+
+
+def _sliced_leaves(w: AdaptedWeight):
+    """What a scan slices of a stacked weight: the base, and the factors that run along axis 0."""
+    return [
+        w.base,
+        *(_lead(f).value if f is not None and f.has(0) else None for f in (w.a, w.b, w.seed)),
+    ]
+
+
+def _lead(f: Factor) -> Factor:
+    return f.order((0, *(d for d in f.dims if d != 0)))
+
+
+def _slice_of(w: AdaptedWeight, leaves) -> AdaptedWeight:
+    """One layer of a stacked weight, inside the scan."""
+    base, *values = leaves
+    a, b, seed = (
+        f
+        if f is None
+        else Factor(
+            f.value if v is None else v,
+            tuple(d if d == RANK else d - 1 for d in (f if v is None else _lead(f)).dims if d != 0),
+        )
+        for f, v in zip((w.a, w.b, w.seed), values)
+    )
+    return dataclasses.replace(
+        w,
+        base=base,
+        a=a,
+        b=b,
+        seed=seed,
+        axes=w.axes[1:],
+        stacked=tuple(sorted({*w.stacked, *w.axes[0]})),
+    )
+
+
+def _at_step(w, step):
+    return w.folded(step) if is_weight(w) else w
+
+
+@rule("while")
+def _while(ctx, eqn, args):
+    p = eqn.params
+    cond, cond_consts = _compat.opened(p["cond_jaxpr"])
+    body, body_consts = _compat.opened(p["body_jaxpr"])
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    first = n_cond + n_body
+    fixed = [
+        i
+        for i, (v, u) in enumerate(zip(body.outvars, body.invars[n_body:]))
+        if v is u and is_weight(args[first + i])
+    ]
+    args = [
+        ctx.materialise(a, eqn, "while carry")
+        if is_weight(a) and i >= first and i - first not in fixed
+        else a
+        for i, a in enumerate(args)
+    ]
+    carry = args[first:]
+    loose = [i for i in range(len(carry)) if i not in fixed]
+
+    def whole(state):
+        values = list(carry)
+        for i, v in zip(loose, state):
+            values[i] = v
+        return values
+
+    def cond_fun(state):
+        return ctx.run(cond, cond_consts, [*args[:n_cond], *whole(state[1])])[0]
+
+    def body_fun(state):
+        step, values = state
+        inner = [_at_step(v, step) for v in (*args[n_cond:first], *whole(values))]
+        outs = ctx.run(body, body_consts, inner)
+        return step if step is None else step + 1, _plain(
+            ctx, eqn, [outs[i] for i in loose], "while output"
+        )
+
+    dropping = any(is_weight(a) and a.seed is not None for a in args)
+    start = jnp.zeros((), jnp.int32) if dropping else None
+    _, out = lax.while_loop(cond_fun, body_fun, (start, [carry[i] for i in loose]))
+    outs = dict(zip(loose, out))
+    return [outs[i] if i in outs else carry[i] for i in range(len(carry))]
+
+
+@rule("cond")
+def _cond(ctx, eqn, args):
+    index, *operands = args
+    if is_weight(index):
+        return None
+    arrays = [None if is_weight(o) else o for o in operands]
+
+    def branch(closed):
+        jaxpr, consts = _compat.opened(closed)
+
+        def fn(xs):
+            values = [o if is_weight(o) else x for o, x in zip(operands, xs)]
+            return _plain(ctx, eqn, ctx.run(jaxpr, consts, values), "cond output")
+
+        return fn
+
+    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], arrays)
+
+
+@rule("shard_map")
+def _shard_map(ctx, eqn, args):
+    p = eqn.params
+    jaxpr, consts = _compat.opened(p["jaxpr"])
+
+    def spec(arg, s):
+        return (
+            arg.moved(s, lambda f: Factor(factor_spec(f, s), f.dims), arg.axes, arg.stacked)
+            if is_weight(arg)
+            else s
+        )
+
+    fn = jax.shard_map(
+        lambda *xs: tuple(_plain(ctx, eqn, ctx.run(jaxpr, consts, xs), "shard_map output")),
+        mesh=p["mesh"],
+        in_specs=tuple(map(spec, args, p["in_specs"])),
+        out_specs=tuple(p["out_specs"]),
+        axis_names=_compat.shard_map_axes(p),
+        check_vma=p["check_vma"],
+    )
+    return list(fn(*args))

@@ -1,0 +1,84 @@
+"""What became of each adapted leaf: low-rank, materialised, or unused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from lora_jax._errors import raise_all
+from lora_jax._interpret import MATERIALISED, Use
+from lora_jax._table import table
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Each adapted leaf with every use that a function makes of it.
+
+    Attributes:
+      shapes: {path: shape} of the adapted leaves.
+      uses: {path: its uses}; see `Use`.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    uses: Mapping[str, tuple[Use, ...]]
+
+    @classmethod
+    def of(cls, shapes, events) -> Coverage:
+        uses: dict[str, list[Use]] = {path: [] for path in shapes}
+        for (path, _, _), use in events.items():
+            uses[path].append(use)
+        return cls(dict(shapes), {p: tuple(u) for p, u in uses.items()})
+
+    def status(self, path: str) -> str:
+        """ "low-rank", "materialised" or "unused"."""
+        uses = self.uses[path]
+        if not uses:
+            return "unused"
+        return MATERIALISED if any(u.how == MATERIALISED for u in uses) else "low-rank"
+
+    def _paths(self, status: str) -> tuple[str, ...]:
+        return tuple(p for p in self.shapes if self.status(p) == status)
+
+    @property
+    def low_rank(self) -> tuple[str, ...]:
+        return self._paths("low-rank")
+
+    @property
+    def materialised(self) -> tuple[str, ...]:
+        return self._paths(MATERIALISED)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return self._paths("unused")
+
+    def check(self, name: str) -> None:
+        """Raises a LoRAError that lists every leaf that is not wholly low-rank."""
+        failures = [
+            f"'{path}' {self.shapes[path]} is materialised by `{u.primitive}` at {u.source}"
+            for path in self.materialised
+            for u in self.uses[path]
+            if u.how == MATERIALISED
+        ] + [f"'{path}' {self.shapes[path]} is never used" for path in self.unused]
+        raise_all(
+            f"in `{name}`, {len(self.materialised) + len(self.unused)} of {len(self.shapes)} "
+            "adapted leaves are not applied in low rank:",
+            failures,
+            "leave them out, `LoRAConfig(..., exclude=[...])`, or allow it, "
+            "`lora.adapt(fn, strict=False)`; `lora.coverage(fn, *args)` shows every use.",
+        )
+
+    def __str__(self):
+        rows = [
+            (
+                path,
+                self.shapes[path],
+                self.status(path),
+                ", ".join(dict.fromkeys(f"{u.primitive} at {u.source}" for u in self.uses[path])),
+            )
+            for path in self.shapes
+        ]
+        total = (
+            f"{len(self.low_rank)} low-rank, {len(self.materialised)} materialised, "
+            f"{len(self.unused)} unused"
+        )
+        return table(("leaf", "shape", "status", "uses"), rows) + "\n" + total

@@ -1,0 +1,114 @@
+"""The first adapters of a parameter tree: pure, and keyed by path."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._adapters import Full, LoRA, Rows
+from lora_jax._config import LoRAConfig
+from lora_jax._errors import LoRAError, raise_all
+from lora_jax._nnx import state_of
+from lora_jax._paths import flatten, nest
+from lora_jax._select import Target, Targets, select
+from lora_jax._survey import Survey
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """A key of the path's own: another leaf in the tree changes nothing (CRC-32, not `hash`)."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def init(
+    key: jax.Array, params: Any, config: LoRAConfig | Targets, survey: Survey | None = None
+) -> dict:
+    """The adapters of a parameter tree, such that the adapted function equals the plain one.
+
+    A is random and B is zero (arXiv:2106.09685, section 4.1); for embeddings A is zero and B is
+    N(0, 1), as in loralib and PEFT. Each leaf's values depend on `key` and its path alone. The
+    values of the base are read only for leaves that are trained in full or by rows.
+
+    Args:
+      key: a PRNG key, of either kind.
+      params: the parameters, or an NNX module; under `jax.eval_shape` or jit, abstract.
+      config: a `LoRAConfig`, or the `Targets` that `select` made of one.
+      survey: how the function uses each leaf, see `select`.
+
+    Returns:
+      A nested dict that has, at the path of each trained leaf, a `LoRA` with arrays a
+      (*batch, *in, rank) and b (*batch, rank, *out), a `Full` or a `Rows`. It holds arrays only.
+
+    Raises:
+      LoRAError: as `select`; or the arguments are not a key, parameters and a configuration; or an
+        init function returned another shape.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": {"kernel": jnp.ones((64, 32))}}
+    >>> adapters = lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=4, targets="q"))
+    >>> jax.tree.map(jnp.shape, adapters["q"]["kernel"].a), adapters["q"]["kernel"].b.shape
+    ((64, 4), (4, 32))
+    """
+    if not isinstance(config, Targets | LoRAConfig):
+        raise LoRAError(
+            f"expected a LoRAConfig or Targets, found {type(config).__name__}: "
+            "lora.init(jax.random.key(0), params, lora.LoRAConfig(targets=['q_proj']))"
+        )
+    key = _typed(key)
+    targets = config if isinstance(config, Targets) else select(params, config, survey)
+    config, leaves = targets.config, flatten(state_of(params))
+    flat: dict[str, Any] = {}
+    failures: list[str] = []
+    for path, t in targets.lora.items():
+        flat[path] = _lora(path_key(key, path), path, t, config, failures)
+    for path in targets.full:
+        flat[path] = Full(jnp.asarray(leaves[path]).astype(config.dtype))
+    for path, (shape, index) in targets.rows.items():
+        rows = jnp.asarray(leaves[path])[jnp.asarray(index)]
+        flat[path] = Rows(rows.astype(config.dtype), index, shape[0])
+    raise_all(
+        "the init function returned arrays of another shape:",
+        failures,
+        "it is called as init(key, shape, dtype) and must return that shape",
+    )
+    return nest(flat)
+
+
+def _lora(key, path: str, t: Target, config: LoRAConfig, failures: list[str]) -> LoRA:
+    a_shape, b_shape = t.geometry.factor_shapes(t.shape, t.rank)
+    random = _initialiser(config.init, fan_in=t.geometry.sizes(t.shape)[1], rank=t.rank)
+    if t.embedding and not callable(config.init):
+        a = jnp.zeros(a_shape, config.dtype)
+        b = jax.random.normal(key, b_shape, config.dtype)
+    else:
+        a = random(key, a_shape, config.dtype)
+        b = jnp.zeros(b_shape, config.dtype)
+    if jnp.shape(a) != a_shape:
+        failures.append(f"'{path}': expected {a_shape}, found {jnp.shape(a)}")
+    return LoRA(a, b, t.scale, t.geometry, t.dropout, t.embedding)
+
+
+def _initialiser(init, fan_in: int, rank: int) -> Callable:
+    if callable(init):
+        return init
+    if init == "gaussian":
+        return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) / rank
+    bound = 1 / math.sqrt(fan_in)  # Kaiming-uniform with a = √5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _typed(key):
+    """A typed key, from either kind."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    if dtype == jnp.uint32 and jnp.ndim(key) == 1:
+        return jax.random.wrap_key_data(key)
+    raise LoRAError(
+        f"expected a PRNG key, found {type(key).__name__}: "
+        "lora.init(jax.random.key(0), params, config)"
+    )

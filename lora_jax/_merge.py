@@ -1,0 +1,132 @@
+"""Merging adapters into plain parameters, and taking them out again."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._adapters import Full, Rows
+from lora_jax._bind import adapter_nodes
+from lora_jax._einsum import wide
+from lora_jax._errors import LoRAError, raise_all
+from lora_jax._nnx import map_state
+from lora_jax._paths import map_with_path
+
+
+def merge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
+    """W + scale·A·B (arXiv:2106.09685, section 4.1) as plain parameters for the plain model.
+
+    The update is accumulated in fp32 (or wider) and rounded once. The base is not changed, so going
+    back is exact: keep it. Leaves are merged one at a time, so that beyond the result the peak
+    memory is that of one leaf.
+
+    Args:
+      params: the base parameters.
+      adapters: the adapters.
+      donate: let each adapted leaf of `params` give its memory to the merged one. `params` cannot
+        be used afterwards.
+
+    Returns:
+      A tree of the same structure, types, shapes, dtypes, boxes and shardings. Leaves without an
+      adapter are the same arrays.
+
+    Raises:
+      LoRAError: as `bind`; or a merged leaf is not finite (all of them are listed). Under jit the
+        values are not known, and only the first is checked.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {"w": jnp.zeros((2, 2))}
+    >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 0.5, lora.Geometry((0,), (1,)))
+    >>> lora.merge(params, {"w": node})["w"]
+    Array([[0.5, 0.5],
+           [0.5, 0.5]], dtype=float32)
+    """
+    return _each(params, adapters, "merge", 1.0, donate)
+
+
+def unmerge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
+    """W' − scale·A·B: the base of parameters that someone else merged.
+
+    Exact up to the rounding of the merge; the result of `merge` need not be undone, as the base is
+    still there.
+
+    Args:
+      params: merged parameters.
+      adapters: the adapters that were merged.
+      donate: as in `merge`.
+
+    Raises:
+      LoRAError: as `merge`; or the adapters hold leaves that were trained in full or by rows, the
+        original values of which are lost.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 0.5, lora.Geometry((0,), (1,)))
+    >>> params, adapters = {"w": jnp.eye(2)}, {"w": node}
+    >>> bool((lora.unmerge(lora.merge(params, adapters), adapters)["w"] == params["w"]).all())
+    True
+    """
+    return _each(params, adapters, "unmerge", -1.0, donate)
+
+
+def _each(params, adapters, verb, sign, donate):
+    nodes = adapter_nodes(params, adapters, verb)
+    lost = [f"'{p}' was trained in full" for p, n in nodes.items() if isinstance(n, Full | Rows)]
+    if sign < 0:
+        raise_all(
+            "cannot unmerge leaves whose base values are lost:",
+            lost,
+            "keep the base parameters, or take these leaves from them",
+        )
+    bad: list[str] = []
+
+    def leaf(path, base):
+        if path not in nodes:
+            return base
+        merged, finite = _merged(base, nodes[path], sign, donate)
+        if not isinstance(finite, jax.core.Tracer) and not finite:
+            bad.append(f"'{path}' {tuple(base.shape)} holds NaN or infinity after merging")
+        return merged
+
+    out = map_state(lambda tree: map_with_path(leaf, tree), params)
+    raise_all(
+        f"refusing to {verb} non-finite values:",
+        bad,
+        "look at the leaf's base and adapter; nothing was changed" if not donate else "",
+    )
+    return out
+
+
+def _merged(base, node, sign, donate):
+    if isinstance(base, jax.ShapeDtypeStruct):
+        raise LoRAError(
+            "cannot merge abstract parameters; wrap the call: "
+            "jax.eval_shape(lora.merge, params, adapters)"
+        )
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((base, node))):
+        return _merge_leaf(sign, base, node)
+    merged, finite = _jitted(sign, donate)(base, node)
+    if isinstance(base, np.ndarray):
+        return np.asarray(merged), finite
+    return jax.device_put(merged, base.sharding), finite  # no copy where it is there already
+
+
+@functools.lru_cache(maxsize=4)
+def _jitted(sign: float, donate: bool):
+    """One function for all leaves: JAX compiles it once for each shape, dtype and sharding."""
+    return jax.jit(functools.partial(_merge_leaf, sign), donate_argnums=0 if donate else ())
+
+
+def _merge_leaf(sign, base, node):
+    if isinstance(node, Full):
+        merged = node.value.astype(base.dtype)
+    elif isinstance(node, Rows):
+        merged = base.at[jnp.asarray(node.index)].set(node.value.astype(base.dtype))
+    else:
+        dtype = wide(base.dtype)
+        delta = node.weight(base, "").delta(dtype)
+        merged = (base.astype(dtype) + sign * delta).astype(base.dtype)
+    return merged, jnp.isfinite(merged).all()

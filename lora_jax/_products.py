@@ -1,0 +1,207 @@
+"""The rules of the primitives that use a weight up: contractions, convolutions and look-ups.
+
+Each binds the primitive unchanged on the frozen base and adds the low-rank product beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax._contract import dropout, low_rank
+from lora_jax._einsum import cast, contract, plus, times
+from lora_jax._rules import rule
+from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
+
+
+@rule("dot_general")
+def _dot_general(ctx, eqn, args):
+    if all(map(is_weight, args)):
+        return None
+    side = 0 if is_weight(args[0]) else 1  # which operand is the weight
+    w, x = args[side], args[1 - side]
+    (contracting, batch) = eqn.params["dimension_numbers"]
+    wc, xc, wb, xb = contracting[side], contracting[1 - side], batch[side], batch[1 - side]
+    free = [d for d in range(w.ndim) if d not in wc and d not in wb]
+    ctx.used(w, eqn, "low-rank", wc, free, wb)
+    y = ctx.bind(eqn, [a.base if is_weight(a) else a for a in args])[0]
+    if w.is_probe:
+        return [y]
+
+    wl = [("w", d) for d in range(w.ndim)]
+    pairs = dict(zip((*xc, *xb), (*wc, *wb)))
+    xl = [wl[pairs[d]] if d in pairs else ("x", d) for d in range(x.ndim)]
+    x_free = [xl[d] for d in range(x.ndim) if d not in pairs]
+    w_free = [wl[d] for d in free]
+    out = [*(wl[d] for d in wb), *(w_free + x_free if side == 0 else x_free + w_free)]
+    params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
+    delta = low_rank(x, xl, w, wl, out, ctx.use(), **params)
+    return [plus(y, delta)]
+
+
+@rule("conv_general_dilated")
+def _conv(ctx, eqn, args):
+    """The convolution by A with `rank` output features, then B at each position.
+
+    In a grouped convolution A is shared by the groups: it runs once in each of them.
+    """
+    x, w = args
+    p = eqn.params
+    dn, groups = p["dimension_numbers"], p["feature_group_count"]
+    if is_weight(x) or p["batch_group_count"] != 1:
+        return None
+    out_dim, inner = dn.rhs_spec[0], list(dn.rhs_spec[1:])
+    if not w.is_probe:
+        first, second = (w.b, w.a) if w.a.has(out_dim) else (w.a, w.b)
+        if any(
+            first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
+        ) or not second.has(out_dim):
+            return None
+    ctx.used(w, eqn, "low-rank", inner, (out_dim,), ())
+    y = ctx.bind(eqn, [x, w.base])[0]
+    if w.is_probe:
+        return [y]
+
+    x = dropout(x, w, ctx.use())
+    rank = first.size(RANK)
+    kernel = Factor(times(cast(first.value, x.dtype), w.scale), first.dims)
+    kernel = _insert(kernel, [d for d in inner if not first.has(d)])
+    kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(w.ndim))).value
+    if groups > 1:
+        kernel = jnp.concatenate([kernel] * groups, axis=out_dim)
+    h = lax.conv_general_dilated(
+        x,
+        kernel,
+        p["window_strides"],
+        p["padding"],
+        p["lhs_dilation"],
+        p["rhs_dilation"],
+        dn,
+        groups,
+        precision=p["precision"],
+    )
+    # h: (..., groups·rank, ...) -> (..., groups, rank, ...); B: (out,) -> (groups, out/groups)
+    feature = dn.out_spec[1]
+    hl = [("x", d) for d in range(h.ndim)]
+    out = list(hl)
+    h = h.reshape(*h.shape[:feature], groups, rank, *h.shape[feature + 1 :])
+    hl[feature : feature + 1] = ["group", "rank"]
+    out[feature : feature + 1] = ["group", "out"]
+    b = cast(second.order((RANK, out_dim)).value, x.dtype)
+    b = b.reshape(rank, groups, -1)
+    delta = contract(
+        h,
+        hl,
+        b,
+        ("rank", "group", "out"),
+        out,
+        precision=p["precision"],
+        preferred_element_type=p["preferred_element_type"],
+    )
+    return [plus(y, delta.reshape(y.shape))]
+
+
+def _insert(f: Factor, dims) -> Factor:
+    """The factor with axes of size 1 for `dims` in front."""
+    return Factor(lax.expand_dims(f.value, range(len(dims))), (*dims, *f.dims)) if dims else f
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(ctx, eqn, args):
+    """Experts: (tokens, in) by (experts, in, out), with A and B of each expert in turn."""
+    x, w, group_sizes = args[:3]
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
+    if (
+        is_weight(x)
+        or len(args) > 3
+        or x.ndim != 2
+        or w.ndim != 3
+        or xb
+        or wb
+        or len(wc) != 1
+        or len(numbers.rhs_group_dimensions) != 1
+        or tuple(numbers.lhs_ragged_dimensions) == xc
+    ):
+        return None
+    (group,), (inner,) = numbers.rhs_group_dimensions, wc
+    (outer,) = {0, 1, 2} - {group, inner}
+    if not w.is_probe:
+        first, second = (w.a, w.b) if w.a.has(inner) else (w.b, w.a)
+        if set(first.dims) != {group, inner, RANK} or set(second.dims) != {group, outer, RANK}:
+            return None
+    ctx.used(w, eqn, "low-rank", (inner,), (outer,), (group,))
+    y = ctx.bind(eqn, [x, w.base, group_sizes])[0]
+    if w.is_probe:
+        return [y]
+    x = dropout(x if xc == (1,) else x.T, w, ctx.use())
+    precision = eqn.params["precision"]
+    a = times(cast(first.order((group, inner, RANK)).value, x.dtype), w.scale)
+    b = cast(second.order((group, RANK, outer)).value, x.dtype)
+    h = lax.ragged_dot(x, a, group_sizes, precision=precision)
+    delta = lax.ragged_dot(h, b, group_sizes, precision=precision)
+    return [plus(y, delta)]
+
+
+@rule("gather")
+def _gather(ctx, eqn, args):
+    """Indexing stacked axes picks weights (experts, layers), which stay in factors; indexing the
+    rows of a table looks A up at those rows and multiplies by B."""
+    w, indices = args
+    p = eqn.params
+    dn = p["dimension_numbers"]
+    if not is_weight(w) or is_weight(indices) or dn.operand_batching_dims:
+        return None
+    indexed = tuple(dn.start_index_map)
+    rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
+    base = ctx.bind(eqn, [w.base, indices])[0]
+    label = dict(zip(rest, dn.offset_dims))
+    axes: list[tuple[int, ...]] = [()] * base.ndim
+    for old, new in label.items():
+        axes[new] = w.axes[old]
+    taken = tuple(dict.fromkeys(axis for d in indexed for axis in w.axes[d]))
+    picked = w.moved(base, lambda f: _gather_factor(f, w, indices, p, base.ndim), axes, taken)
+
+    if w.is_probe:
+        matrix = sum(w.shape[d] > 1 for d in rest) > 1
+        if matrix:  # weights or rows: the next use of them tells
+            return [dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken}))]
+        ctx.used(w, eqn, "low-rank", indexed, rest, ())
+        return [base]
+    if all(f.has(d) for f in (w.a, w.b) for d in indexed):
+        return [picked]
+    ctx.used(w, eqn, "low-rank", indexed, rest, ())
+    return [plus(base, picked.delta(base.dtype))]
+
+
+def _gather_factor(f: Factor, w: AdaptedWeight, indices, p, out_ndim: int) -> Factor:
+    dn, f = p["dimension_numbers"], f.sorted()
+    sizes = [f.size(RANK) if d == RANK else p["slice_sizes"][d] for d in f.dims]
+    rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
+    label = dict(zip(rest, dn.offset_dims))
+    columns = [i for i, d in enumerate(dn.start_index_map) if f.has(d)]
+    if not columns:
+        value = lax.slice(f.value, [0] * f.value.ndim, sizes)
+        return Factor(value, f.dims).relabel(label)
+    kept = [d for d in f.dims if d not in dn.collapsed_slice_dims]
+    lead = indices.ndim - 1
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(lead, lead + len(kept))),
+        collapsed_slice_dims=tuple(i for i, d in enumerate(f.dims) if d in dn.collapsed_slice_dims),
+        start_index_map=tuple(f.dims.index(dn.start_index_map[i]) for i in columns),
+    )
+    every = len(columns) == len(dn.start_index_map)
+    value = lax.gather(
+        f.value,
+        indices if every else indices[..., jnp.asarray(columns)],
+        numbers,
+        sizes,
+        mode=p["mode"],
+        fill_value=0,
+        unique_indices=p["unique_indices"] and every,
+        indices_are_sorted=p["indices_are_sorted"] and every,
+    )
+    batch = [d for d in range(out_ndim) if d not in dn.offset_dims]
+    return Factor(value, (*batch, *(d if d == RANK else label[d] for d in kept)))

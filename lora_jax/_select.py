@@ -1,0 +1,382 @@
+"""Which leaves are trained and how: the configuration applied to a parameter tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax._adapters import LoRA, is_node
+from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule, as_patterns, describe, matches
+from lora_jax._errors import LoRAError, raise_all
+from lora_jax._nnx import state_of
+from lora_jax._paths import flatten, module_of, nearest
+from lora_jax._survey import Survey
+from lora_jax._table import table
+from lora_jax._weight import Geometry
+
+FIX = (
+    "to see every leaf: `print(lora.survey(model.apply, {'params': params}, x))`; patterns are "
+    "suffixes ('q_proj'), globs ('*/attn/*'), `re.compile(...)` or functions (path, leaf) -> bool"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One adapted leaf."""
+
+    shape: tuple[int, ...]
+    geometry: Geometry
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float = 0.0
+    embedding: bool = False
+    primitive: str = "?"
+
+    @property
+    def parameters(self) -> int:
+        batch, inner, outer = self.geometry.sizes(self.shape)
+        return batch * self.rank * (inner + outer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What a configuration selects of a parameter tree: look at it, count it, assert on it.
+
+    Attributes:
+      lora: {path: `Target`} of the adapted leaves.
+      full: {path: shape} of the leaves that are trained in full.
+      rows: {path: (shape, row numbers)} of the tables of which rows are trained.
+      config: the configuration.
+      total: the number of all parameters.
+    """
+
+    lora: Mapping[str, Target]
+    full: Mapping[str, tuple[int, ...]]
+    rows: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    config: LoRAConfig
+    total: int
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters are trained."""
+        return (
+            sum(t.parameters for t in self.lora.values())
+            + sum(math.prod(shape) for shape in self.full.values())
+            + sum(len(index) * math.prod(shape[1:]) for shape, index in self.rows.values())
+        )
+
+    def __len__(self):
+        return len(self.lora)
+
+    def __iter__(self):
+        return iter(self.lora)
+
+    def __contains__(self, path):
+        return path in self.lora
+
+    def __getitem__(self, path) -> Target:
+        return self.lora[path]
+
+    def check(self, adapters: Any) -> None:
+        """Raises a LoRAError unless `adapters` are those of these targets: none is missing, none
+        is extra, and each has the rank and shapes that the configuration gives it.
+
+        >>> import jax, jax.numpy as jnp, lora_jax as lora
+        >>> params = {"q": jnp.ones((4, 4))}
+        >>> targets = lora.select(params, lora.LoRAConfig(rank=2, targets="q"))
+        >>> targets.check(lora.init(jax.random.key(0), params, targets))
+        """
+        flat = flatten(adapters, is_leaf=is_node)
+        expected = {*self.lora, *self.full, *self.rows}
+        failures = [f"'{p}' has no adapter" for p in sorted(expected - set(flat))]
+        failures += [
+            f"'{p}' has an adapter, but is not a target" for p in sorted(set(flat) - expected)
+        ]
+        for path, t in self.lora.items():
+            node = flat.get(path)
+            if not isinstance(node, LoRA):
+                if node is not None:
+                    failures.append(f"'{path}': expected a LoRA, found {type(node).__name__}")
+            elif node.rank != t.rank:
+                failures.append(f"'{path}': expected rank {t.rank}, found {node.rank}")
+            elif (node.a.shape, node.b.shape) != t.geometry.factor_shapes(t.shape, t.rank):
+                failures.append(
+                    f"'{path}': a {node.a.shape} and b {node.b.shape} do not fit {t.shape}"
+                )
+        raise_all(
+            "the adapters are not those of this configuration:",
+            failures,
+            "make them by lora.init(key, params, targets), or select what they were made for",
+        )
+
+    def __str__(self):
+        rows = [
+            (
+                path,
+                t.shape,
+                t.primitive,
+                t.geometry.in_axes,
+                t.geometry.out_axes,
+                t.geometry.batch_axes,
+                t.rank,
+                float(t.alpha),
+                t.parameters,
+            )
+            for path, t in self.lora.items()
+        ]
+        rows += [
+            (path, shape, "full", (), (), (), "", "", math.prod(shape))
+            for path, shape in self.full.items()
+        ]
+        rows += [
+            (
+                path,
+                shape,
+                f"{len(index)} rows",
+                (),
+                (),
+                (),
+                "",
+                "",
+                len(index) * math.prod(shape[1:]),
+            )
+            for path, (shape, index) in self.rows.items()
+        ]
+        head = ("leaf", "shape", "primitive", "in", "out", "batch", "rank", "alpha", "parameters")
+        share = f" ({self.parameters / self.total:.3%})" if self.total else ""
+        return f"{table(head, rows)}\ntrained: {self.parameters:,} of {self.total:,}{share}"
+
+
+def select(params: Any, config: LoRAConfig, survey: Survey | None = None) -> Targets:
+    """Applies a configuration to a parameter tree.
+
+    Args:
+      params: the parameters, arrays or `jax.ShapeDtypeStruct`s.
+      config: what to adapt.
+      survey: how the function uses each leaf. Without one, only 2-D leaves (in × out) and leaves
+        whose axes a `Rule` gives can be adapted, and "all-linear" cannot be known.
+
+    Returns:
+      A `Targets` value.
+
+    Raises:
+      LoRAError: a pattern that matches nothing (with the nearest paths), a leaf of ambiguous
+        axes, of an integer type or without a product, a rank above min(in, out), a leaf that two
+        parts of the configuration claim; all of them at once.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
+    >>> print(lora.select(params, lora.LoRAConfig(rank=4, targets="q")))
+    leaf      shape     primitive  in   out  batch  rank  alpha  parameters
+    --------  --------  ---------  ---  ---  -----  ----  -----  ----------
+    q/kernel  (64, 64)  ?          (0)  (1)  -         4     16         512
+    trained: 512 of 4,160 (12.308%)
+    """
+    return _Selection(params, config, survey).targets()
+
+
+class _Selection:
+    def __init__(self, params, config, survey):
+        if not isinstance(config, LoRAConfig):
+            raise LoRAError(
+                f"expected a LoRAConfig, found {type(config).__name__}: "
+                "lora.select(params, lora.LoRAConfig(targets=['q_proj']), survey)"
+            )
+        if survey is not None and not isinstance(survey, Survey):
+            raise LoRAError(
+                f"expected a Survey, found {type(survey).__name__}: "
+                "survey = lora.survey(model.apply, {'params': params}, x)"
+            )
+        self.leaves = {p: x for p, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
+        self.config, self.survey = config, survey
+        self.failures: list[str] = []
+        self.used_rules: set[int] = set()
+
+    def targets(self) -> Targets:
+        config = self.config
+        exclude = as_patterns(config.exclude)
+        self._all_match("exclude", exclude)
+        chosen = self._chosen(as_patterns(config.targets))
+        left = {p for p in chosen if any(matches(e, p, self.leaves[p]) for e in exclude)}
+        lora = {p: t for p in chosen if p not in left and (t := self._target(p)) is not None}
+        full = self._full(lora)
+        rows = self._rows()
+        for path in self.leaves:
+            claims = [
+                name
+                for name, group in (("targets", lora), ("full", full), ("rows", rows))
+                if path in group
+            ]
+            if len(claims) > 1:
+                self.failures.append(
+                    f"'{path}' is claimed by {' and '.join(claims)}; exclude it from one of them"
+                )
+        for rule in config.rules:
+            if not any(matches(rule.pattern, p, self.leaves[p]) for p in lora):
+                self.failures.append(
+                    f"rule {describe(rule.pattern)} matches no adapted leaf; nearest: "
+                    + ", ".join(nearest(str(rule.pattern), lora or self.leaves))
+                )
+        raise_all("cannot apply the configuration to these parameters:", self.failures, FIX)
+        total = sum(math.prod(x.shape) for x in self.leaves.values())
+        return Targets(lora, {p: tuple(self.leaves[p].shape) for p in full}, rows, config, total)
+
+    def _chosen(self, patterns) -> list[str]:
+        if ALL_LINEAR in patterns:
+            if self.survey is None:
+                raise LoRAError(
+                    'targets="all-linear" needs to know how the function uses each leaf: '
+                    "lora.select(params, config, lora.survey(model.apply, {'params': params}, x))"
+                )
+            linear = [
+                p
+                for p in self.leaves
+                if (u := self.survey[p]).kind in ("linear", "conv") and not u.head
+            ]
+            patterns = tuple(p for p in patterns if p != ALL_LINEAR)
+            if not linear:
+                self.failures.append('"all-linear" matches nothing: no leaf is contracted')
+        else:
+            linear = []
+        self._all_match("targets", patterns)
+        meant = {p for t in patterns for p in self._meant(t)}.union(linear)
+        return [p for p in self.leaves if p in meant]
+
+    def _meant(self, pattern) -> list[str]:
+        """The leaves that a target pattern means: the weights among its matches, if any are."""
+        found = [p for p, x in self.leaves.items() if matches(pattern, p, x)]
+        return [p for p in found if self._is_weight(p, self.leaves[p])] or found
+
+    def _is_weight(self, path, leaf) -> bool:
+        if self.survey is not None:
+            return bool(self.survey[path].products)
+        return len(leaf.shape) >= 2
+
+    def _all_match(self, what, patterns):
+        for pattern in patterns:
+            found = [p for p, x in self.leaves.items() if matches(pattern, p, x)]
+            if not found:
+                self.failures.append(
+                    f"{what}: {describe(pattern)} matches no leaf; nearest: "
+                    + ", ".join(nearest(str(pattern), self.leaves))
+                )
+
+    def _target(self, path) -> Target | None:
+        leaf, rule = self.leaves[path], self.config.rule(path, self.leaves[path])
+        shape = tuple(leaf.shape)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            self.failures.append(
+                f"'{path}' {shape} is of type {leaf.dtype}; only floating-point "
+                "leaves can be adapted: exclude it"
+            )
+            return None
+        known = self.survey[path] if self.survey is not None else None
+        geometry = self._geometry(path, shape, rule, known)
+        if geometry is None:
+            return None
+        _, inner, outer = geometry.sizes(shape)
+        if rule.rank > min(inner, outer):
+            self.failures.append(
+                f"'{path}' {shape}: rank {rule.rank} exceeds min(in={inner}, out={outer}); give it "
+                f"its own: rules=[lora.Rule('{path}', rank={min(inner, outer)})], or exclude it"
+            )
+            return None
+        return Target(
+            shape,
+            geometry,
+            rule.rank,
+            rule.alpha,
+            self.config.scale(rule.rank, rule.alpha),
+            rule.dropout,
+            known is not None and known.kind == "embedding",
+            ", ".join(dict.fromkeys(u.primitive for u in known.products)) if known else "?",
+        )
+
+    def _geometry(self, path, shape, rule: Rule, known) -> Geometry | None:
+        found = known.geometry if known else None
+        if found is None and rule.in_axes is None and len(shape) == 2 and known is None:
+            found = Geometry((0,), (1,))  # Flax's convention: in × out
+        if found is None and (rule.in_axes is None or rule.out_axes is None):
+            self.failures.append(
+                f"'{path}' {shape} is used by no contraction, convolution or look-up "
+                f"({', '.join(dict.fromkeys(u.primitive for u in known.uses)) or 'unused'})"
+                if known
+                else f"'{path}' {shape}: which axes are in and out is ambiguous; pass a survey, "
+                "lora.init(key, params, config, lora.survey(model.apply, {'params': params}, x)), "
+                f"or say it: rules=[lora.Rule('{path}', in_axes=..., out_axes=...)]"
+            )
+            return None
+        batch = (
+            rule.batch_axes if rule.batch_axes is not None else (found.batch_axes if found else ())
+        )
+        batch = tuple(d % len(shape) for d in batch)
+        own = [
+            None if axes is None else tuple(d % len(shape) for d in axes)
+            for axes in (rule.in_axes, rule.out_axes)
+        ]
+        inner, outer = (
+            axes if axes is not None else tuple(d for d in old if d not in batch)
+            for axes, old in zip(own, (found.in_axes, found.out_axes) if found else ((), ()))
+        )
+        if rule.in_axes is not None and rule.out_axes is None:
+            outer = tuple(d for d in range(len(shape)) if d not in batch + inner)
+        geometry = Geometry(inner, outer, batch)
+        if not geometry.covers(len(shape)):
+            self.failures.append(
+                f"'{path}' {shape}: in_axes={inner}, out_axes={outer}, batch_axes={batch} must "
+                f"name each of the {len(shape)} axes once"
+            )
+            return None
+        return geometry
+
+    def _full(self, lora) -> list[str]:
+        patterns = as_patterns(self.config.full)
+        self._all_match("full", patterns)
+        bias = self.config.bias
+        modules = {module_of(p) for p in lora}
+        chosen = []
+        for path, x in self.leaves.items():
+            is_bias = (
+                path.rpartition("/")[2] == "bias"
+                and bias != "none"
+                and (bias == "all" or module_of(path) in modules)
+            )
+            if is_bias or any(matches(p, path, x) for p in patterns):
+                if jnp.issubdtype(x.dtype, jnp.floating):
+                    chosen.append(path)
+                elif not is_bias:
+                    self.failures.append(
+                        f"'{path}' is of type {x.dtype}; only floating-point leaves can be trained"
+                    )
+        if bias != "none" and not any(p.rpartition("/")[2] == "bias" for p in chosen):
+            self.failures.append(
+                f"bias={bias!r}, but no leaf is named 'bias'; list the leaves in `full=[...]`"
+            )
+        return chosen
+
+    def _rows(self):
+        rows = {}
+        self._all_match("rows", tuple(self.config.rows))
+        for pattern, index in self.config.rows.items():
+            for path, x in self.leaves.items():
+                if not matches(pattern, path, x):
+                    continue
+                index = tuple(int(i) for i in index)
+                if len(x.shape) != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+                    self.failures.append(
+                        f"rows: '{path}' {tuple(x.shape)} {x.dtype} is not a table "
+                        "of (rows, features)"
+                    )
+                elif len(set(index)) != len(index) or not all(0 <= i < x.shape[0] for i in index):
+                    self.failures.append(
+                        f"rows: '{path}' has rows 0 to {x.shape[0] - 1}, each to "
+                        f"be named once; found {index}"
+                    )
+                else:
+                    rows[path] = (tuple(x.shape), index)
+        return rows

@@ -1,0 +1,204 @@
+"""How a function uses each leaf of its parameters, found from its jaxpr."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import _compat
+from lora_jax._adapt import Traceable
+from lora_jax._errors import LoRAError
+from lora_jax._interpret import LOW_RANK, Interpreter, Use
+from lora_jax._nnx import map_state, state_of
+from lora_jax._paths import flatten, map_with_path, nearest
+from lora_jax._table import table
+from lora_jax._weight import AdaptedWeight, Geometry, is_weight
+
+LOOK_UP = "gather"
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf and every use that the function makes of it."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    uses: tuple[Use, ...]
+    head: bool = False  # the last contraction before an output
+
+    @property
+    def products(self) -> tuple[Use, ...]:
+        """The contractions, convolutions and look-ups."""
+        return tuple(u for u in self.uses if u.how == LOW_RANK)
+
+    @property
+    def kind(self) -> str:
+        """ "linear", "conv", "embedding", "other" (used otherwise) or "unused"."""
+        names = {u.primitive for u in self.products}
+        if LOOK_UP in names:
+            return "embedding"
+        if names:
+            return "conv" if "conv_general_dilated" in names else "linear"
+        return "other" if self.uses else "unused"
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """The axes by their part in the first product (the look-up, where there is one)."""
+        products = sorted(self.products, key=lambda u: u.primitive != LOOK_UP)
+        if not products:
+            return None
+        use = products[0]
+        batch = set(range(len(self.shape))) - set(use.in_axes) - set(use.out_axes)
+        return Geometry(use.in_axes, use.out_axes, tuple(sorted(batch)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """How a function uses each leaf of its first argument. Print it for a table."""
+
+    leaves: Mapping[str, Leaf]
+
+    def __getitem__(self, path: str) -> Leaf:
+        """The leaf of that path, or of the one path that ends with it ("params/" + path)."""
+        if path in self.leaves:
+            return self.leaves[path]
+        found = [p for p in self.leaves if p.endswith("/" + path)]
+        if len(found) != 1:
+            raise LoRAError(
+                f"the survey has {len(found) or 'no'} leaves '{path}' "
+                f"(nearest: {', '.join(found or nearest(path, self.leaves))}); survey the function "
+                "of the same parameters: lora.survey(model.apply, {'params': params}, x)"
+            )
+        return self.leaves[found[0]]
+
+    def __str__(self):
+        rows = [
+            (
+                path,
+                leaf.shape,
+                leaf.kind + (" (head)" if leaf.head else ""),
+                ", ".join(dict.fromkeys(u.primitive for u in leaf.uses)),
+                *((g.in_axes, g.out_axes, g.batch_axes) if (g := leaf.geometry) else ((), (), ())),
+            )
+            for path, leaf in self.leaves.items()
+        ]
+        return table(("leaf", "shape", "kind", "primitives", "in", "out", "batch"), rows)
+
+
+def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
+    """Finds how `fn(params, *args, **kwargs)` uses each leaf of `params`.
+
+    Nothing is computed and nothing allocated: arrays may be `jax.ShapeDtypeStruct`s.
+
+    Args:
+      fn: a function of parameters, such as `model.apply`.
+      params: any pytree, or an NNX module; leaves that are not floating-point arrays are passed on
+        as they are.
+      *args, **kwargs: the other arguments; arrays are traced, other leaves are constants.
+
+    Returns:
+      A `Survey`: for each path the primitives that it reaches, and its in, out and batch axes.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": jnp.ones((4, 2, 3)), "bias": jnp.ones((2, 3))}
+    >>> fn = lambda p, x: jnp.einsum("td,dhk->thk", x, p["q"]) + p["bias"]
+    >>> print(lora.survey(fn, params, jnp.ones((5, 4))))
+    leaf  shape      kind           primitives   in   out     batch
+    ----  ---------  -------------  -----------  ---  ------  -----
+    bias  (2, 3)     other          add          -    -       -
+    q     (4, 2, 3)  linear (head)  dot_general  (0)  (1, 2)  -
+    """
+    flat = {path: x for path, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
+    call = Traceable(fn)
+    constants, arrays = call.split((map_state(_probes, params), *args), kwargs)
+    found: list = []
+
+    def trace(arrays):
+        jaxpr, _ = call.jaxpr(constants, arrays)
+        interpreter = Interpreter()
+        outs = interpreter.run(*_compat.opened(jaxpr), arrays)
+        origins = [x.origin if is_weight(x) else None for x in arrays]
+        found.extend((interpreter.events, _heads(_compat.opened(jaxpr)[0], origins)))
+        return [o.base if is_weight(o) else o for o in outs]
+
+    jax.eval_shape(trace, arrays)
+    events, heads = found
+    uses: dict[str, list[Use]] = {path: [] for path in flat}
+    for (path, _, _), use in events.items():
+        uses[path].append(use)
+    return Survey(
+        {
+            path: Leaf(tuple(x.shape), x.dtype, tuple(uses[path]), path in heads)
+            for path, x in flat.items()
+        }
+    )
+
+
+def _probes(params):
+    return map_with_path(_probe, params)
+
+
+def _probe(path, x):
+    """A weight without factors in the place of a floating-point array."""
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return AdaptedWeight(x, None, None, origin=path, axes=tuple((d,) for d in range(x.ndim)))
+
+
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", LOOK_UP)
+INLINE = ("jit", "pjit", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+
+
+def _heads(jaxpr, origins) -> set[str]:
+    """The output heads: the leaf of the last product, if some output depends on no other directly.
+
+    For each value the set of products is kept that it depends on without another in between. A
+    language model's logits depend on its head alone; hidden states, through the residual
+    connections, on many. What happens inside a loop is many.
+    """
+    order: list = []  # the leaf of each product, in program order
+
+    def walk(jaxpr, values):
+        # a value is ("leaf", names) while it depends on parameters alone, or ("data", products)
+        env = dict(zip(jaxpr.invars, values))
+        nothing = ("leaf", frozenset())
+        for eqn in jaxpr.eqns:
+            ins = [
+                nothing if isinstance(v, _compat.Literal) else env.get(v, nothing)
+                for v in eqn.invars
+            ]
+            env.update(zip(eqn.outvars, equation(eqn, ins)))
+        return [
+            nothing if isinstance(v, _compat.Literal) else env.get(v, nothing)
+            for v in jaxpr.outvars
+        ]
+
+    def equation(eqn, ins):
+        name = eqn.primitive.name
+        body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        data = [v for kind, v in ins if kind == "data"]
+        leaves = frozenset().union(*(v for kind, v in ins if kind == "leaf"))
+        if not data:
+            return [("leaf", leaves)] * len(eqn.outvars)
+        if name in INLINE and body is not None:
+            return walk(_compat.opened(body)[0], ins)
+        if name in PRODUCTS and leaves:
+            order.append(leaves)
+            return [("data", frozenset([len(order) - 1]))] * len(eqn.outvars)
+        products = frozenset().union(*data)
+        if leaves and any(k in eqn.params for k in ("jaxpr", "branches", "body_jaxpr")):
+            order.extend([frozenset()] * 2)
+            products |= {len(order) - 2, len(order) - 1}
+        return [("data", products)] * len(eqn.outvars)
+
+    outs = walk(
+        jaxpr, [("data", frozenset()) if o is None else ("leaf", frozenset([o])) for o in origins]
+    )
+    last = len(order) - 1
+    if any(kind == "data" and products == {last} for kind, products in outs):
+        return set(order[last])
+    return set()

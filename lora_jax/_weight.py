@@ -1,0 +1,230 @@
+"""The adapted weight: one frozen base array and the low-rank factors that are added to it.
+
+Each axis of a factor is labelled with the axis of the weight that it runs along, so that a
+transpose of the weight is a change of labels and costs nothing, and so that dense layers, attention
+heads, experts, scanned layers and convolutions are one case: with labels a and b,
+
+    W'[w] = W[w] + scale · Σ_r a[a-axes of w, r] · b[b-axes of w, r]    (arXiv:2106.09685, eq. 3)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._einsum import cast, contract, times, wide
+from lora_jax._errors import LoRAError
+
+RANK = -1  # the label of a factor's rank axis, and of a seed's words
+SEED_IMPL = "threefry2x32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Which axes of a weight are contracted (in), produced (out), or a stack of weights (batch).
+
+    A has shape (*batch, *in, rank) and B has shape (*batch, rank, *out).
+
+    >>> import lora_jax as lora
+    >>> lora.Geometry(in_axes=(0,), out_axes=(1, 2)).factor_shapes((512, 8, 64), rank=4)
+    ((512, 4), (4, 8, 64))
+    """
+
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...] = ()
+
+    @property
+    def a_dims(self) -> tuple[int, ...]:
+        return (*self.batch_axes, *self.in_axes, RANK)
+
+    @property
+    def b_dims(self) -> tuple[int, ...]:
+        return (*self.batch_axes, RANK, *self.out_axes)
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(batch, in, out): how many weights `shape` stacks, and the size of each."""
+        return tuple(
+            math.prod(shape[d] for d in axes)
+            for axes in (self.batch_axes, self.in_axes, self.out_axes)
+        )
+
+    def factor_shapes(self, shape: tuple[int, ...], rank: int):
+        """The shapes of A and B for a weight of `shape`."""
+        size = dict(enumerate(shape)) | {RANK: rank}
+        return tuple(size[d] for d in self.a_dims), tuple(size[d] for d in self.b_dims)
+
+    def covers(self, ndim: int) -> bool:
+        """Whether each of `ndim` axes is named exactly once."""
+        return sorted(self.in_axes + self.out_axes + self.batch_axes) == list(range(ndim))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factor:
+    """An array and, for each of its axes, the axis of the weight that it runs along (or RANK)."""
+
+    value: jax.Array
+    dims: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+
+    def has(self, dim: int) -> bool:
+        return dim in self.dims
+
+    def size(self, dim: int) -> int:
+        return self.value.shape[self.dims.index(dim)]
+
+    def relabel(self, label: Mapping[int, int]) -> Factor:
+        """Renames the axes; those of size 1 without a new name are squeezed out."""
+        gone = tuple(i for i, d in enumerate(self.dims) if d != RANK and d not in label)
+        value = jax.lax.squeeze(self.value, gone) if gone else self.value
+        return Factor(
+            value, tuple(d if d == RANK else label[d] for d in self.dims if d == RANK or d in label)
+        )
+
+    def order(self, dims: tuple[int, ...]) -> Factor:
+        """The same factor with its axes in the given order."""
+        if dims == self.dims:
+            return self
+        return Factor(jax.lax.transpose(self.value, [self.dims.index(d) for d in dims]), dims)
+
+    def sorted(self, rank_first: bool = False) -> Factor:
+        dims = tuple(sorted(d for d in self.dims if d != RANK))
+        return self.order((RANK, *dims) if rank_first else (*dims, RANK))
+
+
+def _unadapted(self, *_, **__):
+    raise LoRAError(
+        f"the adapted weight '{self.origin}' was used as an array: the plain function was called "
+        "with bound parameters. Adapt the function first: "
+        "`apply = lora.adapt(model.apply)`, then "
+        "`apply({'params': lora.bind(params, adapters)}, x)`; "
+        "or, for plain arrays, `lora.merge(params, adapters)`."
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaptedWeight:
+    """A frozen weight with its low-rank update beside it: what `bind` puts in an array's place.
+
+    It is a pytree, not an array: a function made by `adapt` understands it, and any other use is an
+    error that says so.
+
+    Attributes:
+      base: the frozen array W.
+      a, b: labelled factors, or None for a weight that is only surveyed.
+      seed: labelled key data for dropout, one key per stacked weight, or None.
+      scale: the constant in front of the update.
+      dropout: the rate on the input of the low-rank branch, used only with a seed.
+      origin: the path of the leaf.
+      axes: for each axis of `base`, the axes of the original leaf that it came from.
+      stacked: the axes of the original leaf that were consumed by a loop or an index.
+      indexed: those of `stacked` that a gather consumed, with the look-up not yet decided.
+    """
+
+    base: jax.Array
+    a: Factor | None
+    b: Factor | None
+    seed: Factor | None = None
+    scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
+    dropout: float = dataclasses.field(default=0.0, metadata=dict(static=True))
+    origin: Any = dataclasses.field(default="", metadata=dict(static=True))
+    axes: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata=dict(static=True))
+    stacked: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
+    indexed: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.base.shape)
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether the weight has no factors: it is only followed, for a survey."""
+        return self.a is None
+
+    def moved(self, base, move: Callable[[Factor], Factor], axes, stacked=()) -> AdaptedWeight:
+        """The weight after a change of shape: `move` carries each factor along."""
+        a, b, seed = (f if f is None else move(f) for f in (self.a, self.b, self.seed))
+        return dataclasses.replace(
+            self,
+            base=base,
+            a=a,
+            b=b,
+            seed=seed,
+            axes=tuple(axes),
+            stacked=tuple(sorted({*self.stacked, *stacked})),
+        )
+
+    def relabelled(self, base, label: Mapping[int, int], stacked=()) -> AdaptedWeight:
+        """The weight after a change of shape that only renames or drops axes."""
+        axes: list[tuple[int, ...]] = [()] * len(base.shape)
+        for old, new in label.items():
+            axes[new] = self.axes[old]
+        return self.moved(base, lambda f: f.relabel(label), axes, stacked)
+
+    def with_base(self, base) -> AdaptedWeight:
+        return dataclasses.replace(self, base=base)
+
+    def folded(self, n) -> AdaptedWeight:
+        """The weight with other dropout masks: one for each n, and for each weight of the stack."""
+        if self.seed is None:
+            return self
+        data = self.seed.sorted()
+        keys = jax.random.wrap_key_data(data.value.reshape(-1, 2), impl=SEED_IMPL)
+        words = jax.random.key_data(jax.vmap(lambda k: jax.random.fold_in(k, n))(keys))
+        seed = Factor(words.reshape(data.value.shape), data.dims)
+        return dataclasses.replace(self, seed=seed)
+
+    def delta(self, dtype=jnp.float32) -> jax.Array:
+        """scale · A·B in the weight's shape, computed in `dtype`."""
+        out = tuple(d for d in range(self.ndim) if self.a.has(d) or self.b.has(d))
+        a, b = times(cast(self.a.value, dtype), self.scale), cast(self.b.value, dtype)
+        delta = contract(a, self.a.dims, b, self.b.dims, out)
+        return jax.lax.broadcast_in_dim(delta, self.shape, out)
+
+    def materialise(self) -> jax.Array:
+        """W + scale·A·B as a plain array, accumulated in fp32 (or wider) and rounded once."""
+        if self.is_probe:
+            return self.base
+        dtype = wide(self.base.dtype)
+        return (self.base.astype(dtype) + self.delta(dtype)).astype(self.base.dtype)
+
+    def __repr__(self):
+        rank = None if self.is_probe else self.a.size(RANK)
+        return (
+            f"AdaptedWeight('{self.origin}', shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"rank={rank}, scale={self.scale})"
+        )
+
+
+# What a model would do to an array. `shape` and `dtype` are kept: Flax reads them before any use.
+_DUNDERS = """
+    jax_array array getitem iter len float bool matmul rmatmul mul rmul add radd sub rsub truediv
+    rtruediv neg pow
+""".split()
+_METHODS = "astype reshape transpose sum mean dot ravel take flatten squeeze swapaxes".split()
+for _name in [*(f"__{name}__" for name in _DUNDERS), *_METHODS]:
+    setattr(AdaptedWeight, _name, _unadapted)
+for _name in ("T", "mT", "at"):
+    setattr(AdaptedWeight, _name, property(_unadapted))
+
+
+def is_weight(x: Any) -> bool:
+    return isinstance(x, AdaptedWeight)

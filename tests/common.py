@@ -1,0 +1,74 @@
+"""What the tests share: adapters that matter, and comparisons to the dtype."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax as lora
+
+
+def noisy(adapters, key=7, scale=0.1):
+    """Adapters with every array random, so that nothing is zero by accident."""
+    leaves, treedef = jax.tree.flatten(adapters)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    leaves = [
+        x + scale * jax.random.normal(k, x.shape, jnp.float32).astype(x.dtype)
+        for k, x in zip(keys, leaves)
+    ]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def tolerance(dtype, factor=64):
+    """A few units in the last place of sums of moderate length."""
+    return factor * float(jnp.finfo(dtype).eps)
+
+
+def assert_close(got, want, dtype=jnp.float32, factor=64):
+    """Equal to within the dtype, relative to the largest element of each leaf."""
+    got_leaves, got_tree = jax.tree.flatten(got)
+    want_leaves, want_tree = jax.tree.flatten(want)
+    assert got_tree == want_tree, (got_tree, want_tree)
+    for g, w in zip(got_leaves, want_leaves):
+        g, w = (np.asarray(x, np.float64) for x in (g, w))
+        assert g.shape == w.shape
+        top = max(np.abs(w).max(initial=0.0), 1e-3)
+        assert np.isfinite(g).all()
+        np.testing.assert_allclose(g / top, w / top, atol=tolerance(dtype, factor), rtol=0)
+
+
+def adapted(fn, params, *args, targets=lora._config.ALL_LINEAR, rank=2, strict=True, **config):
+    """(adapted function, noisy adapters) of a function of parameters."""
+    survey = lora.survey(fn, params, *args)
+    config = lora.LoRAConfig(rank=rank, alpha=3 * rank, targets=targets, **config)
+    adapters = noisy(lora.init(jax.random.key(0), params, config, survey))
+    return lora.adapt(fn, strict=strict), adapters
+
+
+def assert_equals_dense(fn, params, *args, dtype=jnp.float32, factor=64, **config):
+    """The adapted function and its gradient equal those of the plain one on merged weights."""
+    f, adapters = adapted(fn, params, *args, **config)
+
+    def ours(adapters):
+        return f(lora.bind(params, adapters), *args)
+
+    def dense(adapters):
+        return fn(lora.merge(params, adapters), *args)
+
+    def loss(run):
+        return lambda ad: sum(
+            jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in jax.tree.leaves(run(ad))
+        )
+
+    base = fn(params, *args)
+    want = jax.jit(dense)(adapters)
+    assert any(
+        not np.allclose(a, b, atol=1e-3)
+        for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(want))
+    ), "the adapters change nothing: the test could not fail"
+    assert_close(ours(adapters), want, dtype, factor)
+    assert_close(jax.jit(ours)(adapters), want, dtype, factor)
+    grads = jax.jit(jax.grad(loss(dense)))(adapters)
+    assert_close(jax.jit(jax.grad(loss(ours)))(adapters), grads, dtype, 4 * factor)
+    return f, adapters

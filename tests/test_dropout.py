@@ -1,0 +1,103 @@
+"""Dropout: on the branch's input only; masks differ by layer, step and use; none without a key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lora_jax as lora
+
+KEY = jax.random.key(5)
+D = 64
+X = jnp.ones((4, D))
+
+
+def branches(fn, params, rate=0.5, key=KEY, x=X, **kwargs):
+    """`fn` with A = identity and B = identity, so that an update's output is its dropped input."""
+    survey = lora.survey(fn, params, x)
+    rules = [lora.Rule("*", **kwargs)] if kwargs else []
+    config = lora.LoRAConfig(rank=D, alpha=D, targets=list(params), dropout=rate, rules=rules)
+    adapters = lora.init(KEY, params, config, survey)
+    eye = lambda v: jnp.broadcast_to(jnp.eye(D), v.shape)
+    adapters = jax.tree.map(eye, adapters)
+    return lora.adapt(fn)(lora.bind(params, adapters, dropout_key=key), x)
+
+
+ZERO = jnp.zeros((D, D))
+
+
+def test_rate_scale_and_branch_only():
+    fn = lambda p, x: x @ p["w"]
+    out = np.asarray(branches(fn, {"w": ZERO}, rate=0.25))
+    assert set(np.unique(out)) == {0.0, np.float32(1 / 0.75)}
+    assert abs((out == 0).mean() - 0.25) < 0.1
+    np.testing.assert_allclose(
+        branches(fn, {"w": ZERO}, key=None), X
+    )  # deterministic without a key
+    base = branches(fn, {"w": 2 * jnp.eye(D)}, rate=0.25)
+    np.testing.assert_allclose(base - out, 2 * X, rtol=1e-6)  # the base's input is not dropped
+
+
+def distinct(outs):
+    outs = [np.asarray(o) for o in outs]
+    return all(not np.array_equal(a, b) for i, a in enumerate(outs) for b in outs[:i])
+
+
+def test_same_key_same_mask_other_key_other_mask():
+    fn = lambda p, x: x @ p["w"]
+    a, b = (branches(fn, {"w": ZERO}, key=KEY) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert distinct([a, branches(fn, {"w": ZERO}, key=jax.random.key(6))])
+
+
+def test_masks_differ_by_leaf_and_use():
+    fn = lambda p, x: (x @ p["w"], x @ p["w"], x @ p["v"])
+    assert distinct(branches(fn, {"w": ZERO, "v": ZERO}))
+    matmul = jax.jit(jnp.matmul)
+    fn = lambda p, x: (matmul(x, p["w"]), matmul(x, p["w"]), matmul(x, p["v"]))
+    assert distinct(branches(fn, {"w": ZERO, "v": ZERO}))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_masks_differ_by_scanned_layer(remat):
+    wrap = jax.checkpoint if remat else lambda f: f
+    fn = lambda p, x: lax.scan(wrap(lambda c, w: (c, x @ w)), 0.0, p["w"])[1]
+    assert distinct(branches(fn, {"w": jnp.zeros((3, D, D))}))
+
+
+def test_masks_differ_by_step_of_a_shared_weight():
+    fn = lambda p, x: lax.scan(lambda c, _: (c, x @ p["w"]), 0.0, length=3)[1]
+    assert distinct(branches(fn, {"w": ZERO}))
+
+    def loop(p, x):
+        return lax.while_loop(
+            lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1].at[s[0]].set(x @ p["w"])),
+            (0, jnp.zeros((3, *x.shape))))[1]  # fmt: skip
+
+    assert distinct(branches(loop, {"w": ZERO}))
+
+
+def test_gradient_uses_the_forward_mask():
+    """Under remat the backward pass draws the mask again: it must be the forward pass's."""
+    fn = lambda p, x: jax.checkpoint(lambda x, w: jnp.sin(x @ w))(x, p["w"])
+    params = {"w": jnp.eye(D)}
+    config = lora.LoRAConfig(rank=4, targets="w", dropout=0.5)
+    adapters = jax.tree.map(lambda v: v + 0.1, lora.init(KEY, params, config))
+    f = lora.adapt(fn)
+    loss = lambda ad: jnp.sum(f(lora.bind(params, ad, dropout_key=KEY), X))
+    forward = jax.jvp(loss, (adapters,), (adapters,))[1]  # no remat in forward mode
+    grads = jax.grad(loss)(adapters)
+    backward = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, adapters)))
+    np.testing.assert_allclose(backward, forward, rtol=1e-4)
+
+
+def test_conv_and_experts_drop_their_input():
+    conv = lambda p, x: lax.conv_general_dilated(
+        x[None], p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )[0]
+    out = np.asarray(branches(conv, {"w": jnp.zeros((1, D, D))}))
+    assert set(np.unique(out)) == {0.0, 2.0}
+    ragged = lambda p, x: lax.ragged_dot(x, p["w"], jnp.array([1, 3]))
+    out = np.asarray(branches(ragged, {"w": jnp.zeros((2, D, D))}))
+    assert set(np.unique(out)) == {0.0, 2.0}

@@ -1,0 +1,297 @@
+"""Every misuse is an error that names the leaf and shows the corrected call; no case is silent."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import noisy
+from flax import linen as nn
+from flax import nnx
+
+import lora_jax as lora
+
+KEY = jax.random.key(0)
+X = jnp.ones((2, 8))
+PARAMS = {
+    "up": {"kernel": jnp.ones((8, 6)), "bias": jnp.zeros(6)},
+    "down": {"kernel": jnp.ones((6, 8))},
+}
+CONFIG = lora.LoRAConfig(rank=2, targets=["up", "down"])
+ADAPTERS = lora.init(KEY, PARAMS, CONFIG)
+
+
+def fn(p, x):
+    return jnp.tanh(x @ p["up"]["kernel"] + p["up"]["bias"]) @ p["down"]["kernel"]
+
+
+def fails(match):
+    return pytest.raises(lora.LoRAError, match=match)
+
+
+def test_one_error_class():
+    assert issubclass(lora.LoRAError, ValueError)
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def test_config_collects_all_failures():
+    with fails(
+        r"(?s)rank=0.*alpha=nan.*dropout=1.*Rule\('q'\): rank=-1.*init='x'.*bias='some'.*dtype"
+    ) as e:
+        lora.LoRAConfig(
+            rank=0,
+            alpha=float("nan"),
+            dropout=1,
+            init="x",
+            bias="some",
+            dtype=jnp.int32,
+            rules=[lora.Rule("q", rank=-1)],
+        )
+    assert "LoRAConfig(rank=8, alpha=16" in str(e.value)
+
+
+@pytest.mark.parametrize(("config", "match"), [
+    (dict(targets="q_proj"), r"(?s)targets: 'q_proj' matches no leaf; nearest: .*up/kernel"),
+    (dict(targets="Up"), r"nearest: up/"),
+    (dict(targets=["up", "x", "y"]), r"(?s)'x' matches no leaf.*'y' matches no leaf"),
+    (dict(targets="up", exclude="zz"), r"exclude: 'zz' matches no leaf"),
+    (dict(targets="up", full="zz"), r"full: 'zz' matches no leaf"),
+    (dict(targets="up", rows={"zz": [0]}), r"rows: 'zz' matches no leaf"),
+    (dict(targets="up", rules=[lora.Rule("zz")]), r"rule 'zz' matches no adapted leaf"),
+    (dict(targets="up", rank=7), r"'up/kernel' \(8, 6\): rank 7 exceeds min\(in=8, out=6\).*Rule\('up/kernel', rank=6\)"),
+    (dict(targets="up", full="up/kernel"), r"'up/kernel' is claimed by targets and full"),
+    (dict(targets="down", bias="adapted"), r"bias='adapted', but no leaf is named 'bias'"),
+    (dict(targets="up", rows={"down": [0, 9]}), r"'down/kernel' has rows 0 to 5"),
+    (dict(targets="up/bias"), r"'up/bias' \(6,\): which axes are in and out is ambiguous; pass a survey"),
+    (dict(targets="all-linear"), r"needs to know how the function uses each leaf"),
+    (dict(targets="up", rules=[lora.Rule("up", in_axes=(0, 1), out_axes=(1,))]), r"must name each of the 2 axes once"),
+])  # fmt: skip
+def test_select(config, match):
+    with fails(match):
+        lora.init(KEY, PARAMS, lora.LoRAConfig(**{"rank": 2, **config}))
+
+
+def test_ambiguous_axes_without_a_function():
+    params = {"heads": jnp.ones((8, 2, 4))}
+    config = lora.LoRAConfig(rank=2, targets="heads")
+    with fails(r"'heads' \(8, 2, 4\): which axes .* lora.survey\(model.apply"):
+        lora.init(KEY, params, config)
+    survey = lora.survey(lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["heads"]), params, X)
+    assert lora.init(KEY, params, config, survey)["heads"].a.shape == (8, 2)
+
+
+def test_leaves_that_cannot_be_adapted():
+    params = {
+        "w": jnp.ones((4, 4), jnp.int8),
+        "k": jax.random.split(KEY, 4).reshape(2, 2),
+        "s": jnp.ones((4, 4)),
+    }
+    with fails(r"(?s)'k' \(2, 2\) is of type key.*'w' \(4, 4\) is of type int8"):
+        lora.init(KEY, params, lora.LoRAConfig(rank=2, targets=["w", "k"]))
+    survey = lora.survey(lambda p, x: x * p["s"], params, jnp.ones((4, 4)))
+    with fails(r"'s' \(4, 4\) is used by no contraction, convolution or look-up \(mul\)"):
+        lora.init(KEY, params, lora.LoRAConfig(rank=2, targets=["s"]), survey)
+
+
+def test_wrong_kinds_of_arguments():
+    with fails("expected a LoRAConfig or Targets, found dict"):
+        lora.init(KEY, PARAMS, {"rank": 2})
+    with fails("expected a PRNG key, found int"):
+        lora.init(0, PARAMS, CONFIG)
+    with fails("expected a Survey, found function"):
+        lora.init(KEY, PARAMS, CONFIG, fn)
+    with fails("the survey has no leaves 'up/"):
+        lora.init(
+            KEY,
+            PARAMS,
+            CONFIG,
+            lora.survey(lambda p, x: x @ p["other"], {"other": jnp.ones((8, 8))}, X),
+        )
+    with fails(r"'up/kernel': expected \(8, 2\), found \(2, 8\)"):
+        lora.init(
+            KEY,
+            PARAMS,
+            lora.LoRAConfig(rank=2, targets="up", init=lambda k, s, d: jnp.ones(s[::-1], d)),
+        )
+
+
+# ---------------------------------------------------------------- bind and merge
+
+
+@pytest.mark.parametrize("verb", [lora.bind, lora.merge, lora.unmerge])
+def test_adapters_of_another_model(verb):
+    other = {"up": {"kernel": jnp.ones((8, 7))}, "Down": {"kernel": jnp.ones((6, 8))}}
+    adapters = lora.init(KEY, other, lora.LoRAConfig(rank=2, targets=["up", "Down"]))
+    with fails(
+        r"(?s)'Down/kernel' is adapted, but .* nearest: down/kernel.*"
+        r"'up/kernel': the leaf has shape \(8, 6\), the adapter's a \(8, 2\) and b \(2, 7\)"
+    ):
+        verb(PARAMS, adapters)
+
+
+@pytest.mark.parametrize("verb", [lora.bind, lora.merge])
+def test_trees_in_the_wrong_place(verb):
+    with fails(r"expected adapters, found parameters.* lora.init\(key, params, config\)"):
+        verb(PARAMS, PARAMS)
+    with fails("expected adapters, found an empty tree"):
+        verb(PARAMS, {})
+    with fails(r"'down/kernel' is a ArrayImpl, not an adapter"):
+        verb(PARAMS, {"up": ADAPTERS["up"], "down": PARAMS["down"]})
+    with fails(r"bound already \(2 leaves, first 'down/kernel'\)"):
+        verb(lora.bind(PARAMS, ADAPTERS), ADAPTERS)
+
+
+def test_missing_adapters():
+    """Adapters of fewer leaves than the configuration selects: `Targets.check` lists both sides."""
+    targets = lora.select(PARAMS, CONFIG)
+    targets.check(ADAPTERS)
+    with fails(r"'down/kernel' has no adapter"):
+        targets.check({"up": ADAPTERS["up"]})
+    with fails(r"(?s)'down/kernel' .* is not a target.*'up/kernel': expected rank 3, found 2"):
+        lora.select(PARAMS, lora.LoRAConfig(rank=3, targets="up")).check(ADAPTERS)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_merge_refuses_what_is_not_finite(bad):
+    adapters = jax.tree.map(lambda x: x.at[0].set(bad), ADAPTERS)
+    with fails(r"(?s)'down/kernel' \(6, 8\) holds NaN or infinity.*'up/kernel'"):
+        lora.merge(PARAMS, adapters)
+
+
+def test_merge_of_shapes():
+    shapes = jax.eval_shape(lambda: PARAMS)
+    with fails(r"jax.eval_shape\(lora.merge"):
+        lora.merge(shapes, ADAPTERS)
+
+
+# ---------------------------------------------------------------- adapt
+
+
+class Dense(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(6, name="up")(x)
+
+
+class Table(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Embed(10, 6, name="up")(x.astype(jnp.int32))
+
+
+class Heads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(num_heads=2, name="up")(x[None])
+
+
+class Conv(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(6, (3,), name="up")(x[None])
+
+
+@pytest.mark.parametrize("model", [Dense, Table, Heads, Conv])
+@pytest.mark.parametrize("jit", [False, True])
+def test_adapt_forgotten(model, jit):
+    model = model()
+    params = model.init(KEY, X)
+    survey = lora.survey(model.apply, params, X)
+    bound = lora.bind(
+        params,
+        lora.init(
+            KEY,
+            params,
+            lora.LoRAConfig(rank=1, targets="query" if isinstance(model, Heads) else "up"),
+            survey,
+        ),
+    )
+    apply = jax.jit(model.apply) if jit else model.apply
+    with fails(r"used as an array.*`apply = lora.adapt\(model.apply\)`"):
+        apply(bound, X)
+
+
+def test_adapt_forgotten_nnx_and_operators():
+    model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    bound = lora.bind(model, lora.init(KEY, model, lora.LoRAConfig(rank=2, targets="kernel")))
+    with fails("'kernel' was used as an array"):
+        bound(X)
+    weight = lora.bind(PARAMS, ADAPTERS)["up"]["kernel"]
+    for use in (lambda w: X @ w, lambda w: w @ X.T, lambda w: w + 1, lambda w: w.T, lambda w: w[0],
+                lambda w: jnp.sin(w), lambda w: np.asarray(w), lambda w: w.astype(jnp.bfloat16),
+                lambda w: jnp.einsum("bd,dk", X, w)):  # fmt: skip
+        with fails("'up/kernel' was used as an array"):
+            use(weight)
+
+
+def bound_and(f):
+    return lora.adapt(f), lora.bind(PARAMS, ADAPTERS)
+
+
+@pytest.mark.parametrize(("f", "match"), [
+    (lambda p, x: fn(p, x) + jnp.sum(p["up"]["kernel"]), r"'up/kernel' \(8, 6\) is materialised by `reduce_sum` at .*test_errors.py:\d+"),
+    (lambda p, x: x @ (p["up"]["kernel"] * jnp.ones(6)) @ p["down"]["kernel"], "'up/kernel'.*`mul`"),
+    (lambda p, x: x @ (p["up"]["kernel"] @ p["down"]["kernel"]), "(?s)'down/kernel'.*`dot_general`.*'up/kernel'.*`dot_general`"),
+    (lambda p, x: x @ p["up"]["kernel"], r"'down/kernel' \(6, 8\) is never used"),
+    (lambda p, x: x @ PARAMS["up"]["kernel"] @ PARAMS["down"]["kernel"], "(?s)'down/kernel'.*never used.*'up/kernel'"),
+    (lambda p, x: fn(p, x) @ jnp.concatenate([p["up"]["kernel"]] * 2, 1), "concatenate"),
+    (lambda p, x: jax.lax.scan(lambda w, _: (w * 2.0, x @ w), p["up"]["kernel"], length=2)[1] @ p["down"]["kernel"], "`scan carry`"),
+    (lambda p, x: (fn(p, x), p["up"]["kernel"].T), "`output`"),
+    (lambda p, x: jax.jit(lambda w: jnp.linalg.norm(w))(p["up"]["kernel"]) + fn(p, x), "'up/kernel'.*materialised"),
+    (lambda p, x: opaque(x, p["up"]["kernel"]) @ p["down"]["kernel"], "'up/kernel'.*`custom_vjp_call`"),
+])  # fmt: skip
+def test_strict(f, match):
+    adapted, bound = bound_and(f)
+    with fails(match) as e:
+        adapted(bound, X)
+    assert "lora.adapt(fn, strict=False)" in str(e.value)
+    with fails(match):
+        jax.jit(adapted)(bound, X)
+    with fails(match):
+        jax.grad(lambda ad: jnp.sum(jax.tree.leaves(adapted(lora.bind(PARAMS, ad), X))[0]))(
+            ADAPTERS
+        )
+
+
+@jax.custom_vjp
+def opaque(x, w):
+    return x @ w
+
+
+opaque.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, 2 * r[0].T @ g))
+
+
+def test_not_strict_is_exact_and_reported():
+    def f(p, x):
+        norm = jnp.sqrt(jnp.sum(p["up"]["kernel"] ** 2))
+        return opaque(x, p["up"]["kernel"]) / norm
+
+    adapters = noisy(ADAPTERS)
+    bound, merged = lora.bind(PARAMS, adapters), lora.merge(PARAMS, adapters)
+    got = lora.adapt(f, strict=False)(bound, X)
+    np.testing.assert_allclose(got, f(merged, X), rtol=1e-5)
+    coverage = lora.coverage(f, bound, X)
+    assert coverage.materialised == ("up/kernel",) and coverage.unused == ("down/kernel",)
+    assert {u.primitive for u in coverage.uses["up/kernel"]} == {"integer_pow", "custom_vjp_call"}
+    assert "1 materialised, 1 unused" in str(coverage)
+    # a custom rule keeps its own derivative (twice the true one here), through the materialised weight
+    g = lambda p: jnp.sum(opaque(X, p["up"]["kernel"]))
+    ours = jax.grad(lambda ad: lora.adapt(g, strict=False)(lora.bind(PARAMS, ad)))(adapters)
+    dense = jax.grad(lambda ad: g(lora.merge(PARAMS, ad)))(adapters)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, dense)
+
+
+def test_bound_leaves_may_be_returned_untouched():
+    adapted, bound = bound_and(lambda p, x: (fn(p, x), p))
+    out, same = adapted(bound, X)
+    assert isinstance(same["up"]["kernel"], lora.AdaptedWeight)
+    np.testing.assert_array_equal(adapted(same, X)[0], out)
+
+
+def test_abstract_arguments():
+    shapes = jax.eval_shape(lambda: PARAMS)
+    coverage = lora.coverage(
+        fn, lora.bind(shapes, ADAPTERS), jax.ShapeDtypeStruct((3, 8), jnp.float32)
+    )
+    assert coverage.low_rank == ("down/kernel", "up/kernel")

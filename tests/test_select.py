@@ -1,0 +1,230 @@
+"""Targets: patterns, all-linear, rules, and the parameter counts that papers publish."""
+
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import llama
+import pytest
+from flax import linen as nn
+from flax.core import freeze
+
+import lora_jax as lora
+from lora_jax._config import matches
+
+
+def shapes(tree):
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+PARAMS = shapes({
+    "embed": {"embedding": (100, 16)},
+    "layers_0": {"q_proj": {"kernel": (16, 16), "bias": (16,)}, "v_proj": {"kernel": (16, 8)}},
+    "layers_1": {"q_proj": {"kernel": (16, 16), "bias": (16,)}, "v_proj": {"kernel": (16, 8)}},
+    "head": {"kernel": (16, 100)},
+})  # fmt: skip
+
+
+@pytest.mark.parametrize(("targets", "expected"), [
+    ("q_proj", ["layers_0/q_proj/kernel", "layers_1/q_proj/kernel"]),
+    (["q_proj", "v_proj/kernel"], [f"layers_{i}/{n}/kernel" for i in (0, 1) for n in ("q_proj", "v_proj")]),
+    ("layers_1/q_proj", ["layers_1/q_proj/kernel"]),
+    ("layers_0/*", ["layers_0/q_proj/kernel", "layers_0/v_proj/kernel"]),
+    ("*[01]/v_proj", ["layers_0/v_proj/kernel", "layers_1/v_proj/kernel"]),
+    (re.compile(r".*_1/[qv]_proj"), ["layers_1/q_proj/kernel", "layers_1/v_proj/kernel"]),
+    (lambda path, x: x.shape == (16, 8), ["layers_0/v_proj/kernel", "layers_1/v_proj/kernel"]),
+])  # fmt: skip
+def test_patterns(targets, expected):
+    assert list(lora.select(PARAMS, lora.LoRAConfig(rank=2, targets=targets))) == expected
+
+
+def test_a_suffix_is_of_whole_names():
+    assert not matches("proj", "a/q_proj/kernel") and not matches("q", "a/q_proj/kernel")
+
+
+def test_exclude_and_rules():
+    config = lora.LoRAConfig(
+        rank=2,
+        alpha=4,
+        targets=["q_proj", "v_proj"],
+        exclude="layers_0/v_proj",
+        rules=[lora.Rule("layers_1/*", rank=4), lora.Rule("q_proj", alpha=8)],
+    )
+    targets = lora.select(PARAMS, config)
+    assert {p: (t.rank, t.alpha, t.scale) for p, t in targets.lora.items()} == {
+        "layers_0/q_proj/kernel": (2, 8, 4.0),
+        "layers_1/q_proj/kernel": (4, 4, 1.0),  # the first rule that matches holds
+        "layers_1/v_proj/kernel": (4, 4, 1.0),
+    }
+    assert (
+        targets.parameters
+        == 2 * 32 + 4 * 32 + 4 * 24
+        == sum(t.parameters for t in targets.lora.values())
+    )
+
+
+def test_rank_stabilised_scale():
+    config = lora.LoRAConfig(rank=16, alpha=8, targets="q_proj", rank_stabilized=True)
+    assert lora.select(PARAMS, config)["layers_0/q_proj/kernel"].scale == 2.0
+
+
+def test_boxes_and_frozen_dicts_are_transparent():
+    boxed = jax.tree.map(lambda x: nn.Partitioned(x, ("a",) * x.ndim), PARAMS)
+    config = lora.LoRAConfig(rank=2, targets="q_proj")
+    expected = list(lora.select(PARAMS, config))
+    assert list(lora.select(boxed, config)) == expected
+    assert list(lora.select(freeze(PARAMS), config)) == expected
+
+
+def test_the_table():
+    text = str(
+        lora.select(PARAMS, lora.LoRAConfig(rank=2, targets="v_proj", full="head", bias="all"))
+    )
+    assert re.search(r"layers_0/v_proj/kernel +\(16, 8\) +\? +\(0\) +\(1\) +- +2 +16 +48", text)
+    assert re.search(r"head/kernel +\(16, 100\) +full", text)
+    assert "layers_1/q_proj/bias" in text and "trained: 1,728 of 4,000" in text
+
+
+def surveyed(**kwargs):
+    model = llama.Llama(llama.Config(**kwargs))
+    ids = jnp.zeros((2, 8), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    return params, lora.survey(model.apply, {"params": params}, ids)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_all_linear_leaves_out_embedding_and_head(scan):
+    params, survey = surveyed(scan=scan)
+    targets = lora.select(params, lora.LoRAConfig(rank=2), survey)
+    assert {p.split("/")[-2] for p in targets} == set(llama.ALL)
+    assert len(targets) == (7 if scan else 14)
+    assert survey["head/kernel"].head and survey["embed/embedding"].kind == "embedding"
+    kernel = targets["layers/q/kernel" if scan else "layer_0/q/kernel"]
+    assert kernel.geometry.batch_axes == ((0,) if scan else ())
+
+
+def test_heads():
+    """Logits have a head; hidden states, which residual connections reach, have none."""
+    ids = jnp.zeros((2, 8), jnp.int32)
+    model = llama.Llama(llama.Config())
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    heads = lambda s: [p for p, leaf in s.leaves.items() if leaf.head]
+    loss = lambda p, ids: llama.loss(model.apply({"params": p}, ids), ids)
+    assert heads(lora.survey(loss, params, ids)) == ["head/kernel"]
+    block = llama.Block(llama.Config())
+    x = jnp.zeros((2, 8, 128))
+    params = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
+    assert heads(lora.survey(lambda p, x: block.apply({"params": p}, x)[0], params, x)) == []
+
+
+def stack(layers, **kernels):
+    """A scanned stack, by shapes alone: 2-D kernels under one more axis."""
+    return shapes({name: {"kernel": (layers, *shape)} for name, shape in kernels.items()})
+
+
+def count(params, targets, rank):
+    rules = [lora.Rule("*", in_axes=(1,), out_axes=(2,), batch_axes=(0,))]
+    config = lora.LoRAConfig(rank=rank, targets=targets, rules=rules)
+    return lora.select(params, config).parameters
+
+
+def llama_shapes(layers, d, ff, kv=None):
+    kv = kv or d
+    return stack(
+        layers, q=(d, d), k=(d, kv), v=(d, kv), o=(d, d), gate=(d, ff), up=(d, ff), down=(ff, d)
+    )
+
+
+SQUARE = lambda layers, d: stack(layers, q=(d, d), k=(d, d), v=(d, d), o=(d, d))
+PUBLISHED = [
+    # model, targets, rank, parameters (arXiv:2106.09685 tables 2 and 4, arXiv:2305.14314, model cards)
+    (SQUARE(12, 768), "qv", 8, 294_912),  # RoBERTa-base
+    (SQUARE(24, 1024), "qv", 8, 786_432),  # RoBERTa-large
+    *[(SQUARE(96, 12288), "qv", r, int(n * 1e6)) for r, n in
+      [(1, 4.718592), (2, 9.437184), (4, 18.874368), (8, 37.748736), (64, 301.989888)]],  # GPT-3
+    (SQUARE(32, 4096), "qv", 8, 4_194_304),  # LLaMA-7B
+    (SQUARE(32, 4096), "qkvo", 16, 16_777_216),
+    (llama_shapes(32, 4096, 11008), llama.ALL, 64, 159_907_840),
+    (llama_shapes(40, 5120, 13824), llama.ALL, 64, 250_347_520),  # 13B
+    (llama_shapes(60, 6656, 17920), llama.ALL, 64, 487_587_840),  # 33B
+    (llama_shapes(80, 8192, 22016), llama.ALL, 64, 799_539_200),  # 65B
+    (llama_shapes(28, 3072, 8192, 1024), "qv", 32, 9_175_040),  # Llama-3.2-3B
+    (llama_shapes(32, 4096, 14336, 1024), ("gate", "up", "down"), 1, 1_769_472),  # Llama-3.1-8B
+    (llama_shapes(32, 4096, 14336, 1024), "qkvo", 1, 851_968),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("params", "targets", "rank", "parameters"), PUBLISHED)
+def test_published_parameter_counts(params, targets, rank, parameters):
+    assert count(params, list(targets), rank) == parameters
+    config = lora.LoRAConfig(
+        rank=rank,
+        targets=list(targets),
+        rules=[lora.Rule("*", in_axes=(1,), out_axes=(2,), batch_axes=(0,))],
+    )
+    adapters = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, config), params)
+    assert sum(x.size for x in jax.tree.leaves(adapters)) == parameters
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_gpt3_in_seconds(scan):
+    """175B parameters as shapes: survey, targets, init and table, in well under the 5 s asked."""
+    config = llama.Config(
+        vocab=50257, width=12288, hidden=4 * 12288, heads=96, layers=96, scan=scan
+    )
+    model, ids = llama.Llama(config), jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    survey = lora.survey(model.apply, {"params": params}, ids) if scan else None
+    start = time.process_time()
+    targets = lora.select(params, lora.LoRAConfig(rank=8, targets=["q", "v"]), survey)
+    adapters = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, targets), params)
+    text = str(targets)
+    assert time.process_time() - start < 5
+    assert sum(x.size for x in jax.tree.leaves(adapters)) == targets.parameters == 37_748_736
+    assert "37,748,736" in text
+
+
+def test_survey_of_packed_kernel_with_a_rule():
+    """One kernel that packs keys and values: a rule gives each its own A and B."""
+    params = {"kv_einsum": {"w": jnp.ones((2, 4, 16, 8))}}
+    fn = lambda p, x: jnp.einsum("btd,ckdh->cbtkh", x, p["kv_einsum"]["w"])
+    survey = lora.survey(fn, params, jnp.ones((3, 5, 16)))
+    plain = lora.select(params, lora.LoRAConfig(rank=2, targets="kv_einsum"), survey)
+    geometry = lora.Geometry(in_axes=(2,), out_axes=(0, 1, 3))
+    assert plain["kv_einsum/w"].geometry == geometry
+    ruled = lora.select(
+        params,
+        lora.LoRAConfig(
+            rank=2, targets="kv_einsum", rules=[lora.Rule("kv_einsum/w", batch_axes=(0,))]
+        ),
+        survey,
+    )
+    assert ruled["kv_einsum/w"].geometry == lora.Geometry((2,), (1, 3), (0,))
+    assert ruled.parameters == 2 * 2 * (16 + 32)
+
+
+def test_survey_of_opposite_layouts():
+    fn = lambda p, x: jnp.einsum("bd,dk->bk", x, p["w"])
+    other = lambda p, x: jnp.einsum("bd,kd->bk", x, p["w"])
+    x, w = jnp.ones((2, 4)), {"w": jnp.ones((4, 4))}
+    assert lora.survey(fn, w, x)["w"].geometry == lora.Geometry((0,), (1,))
+    assert lora.survey(other, w, x)["w"].geometry == lora.Geometry((1,), (0,))
+
+
+def test_survey_table_names_every_use():
+    def fn(p, ids):
+        x = p["table"][ids]
+        return (x + p["bias"]) @ p["table"].T
+
+    text = str(
+        lora.survey(
+            fn,
+            {"table": jnp.ones((10, 4)), "bias": jnp.ones(4), "n": jnp.arange(3)},
+            jnp.array([1, 2]),
+        )
+    )
+    assert re.search(r"table +\(10, 4\) +embedding.* +gather, dot_general +\(0\) +\(1\)", text)
+    assert re.search(r"bias +\(4\) +other", text) and re.search(r"n +\(3\) +unused", text)
