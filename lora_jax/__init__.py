@@ -10,8 +10,9 @@ from lora_jax._init import init
 from lora_jax._interpret import Use
 from lora_jax._merge import merge, unmerge
 from lora_jax._optim import labels, lora_plus, trained_only
-from lora_jax._select import Target, Targets, select
+from lora_jax._select import select
 from lora_jax._survey import Survey, survey
+from lora_jax._targets import Target, Targets
 from lora_jax._weight import AdaptedWeight, Geometry
 
 __version__ = "0.1.0"

@@ -160,7 +160,7 @@ class _Adapted(Traceable):
         jaxpr, shapes = self.jaxpr(constants, arrays)
         frozen = [x.with_base(jax.lax.stop_gradient(x.base)) if is_weight(x) else x for x in arrays]
         interpreter = Interpreter()
-        outs = interpreter.run(*_compat.opened(jaxpr), frozen)
+        outs = interpreter.run(*_compat.live(jaxpr), frozen)
         unmoved = {id(x) for x in frozen}
         outs = [
             interpreter.returned(o) if is_weight(o) and id(o) not in unmoved else o for o in outs

@@ -11,10 +11,12 @@ from jax._src.interpreters import partial_eval
 from jax.extend.core import Literal, jaxpr_as_fun
 
 __all__ = [
+    "CALLS",
     "Literal",
     "eqn_context",
     "is_unspecified",
     "jaxpr_as_fun",
+    "live",
     "opened",
     "scan_counts",
     "shard_map_axes",
@@ -23,9 +25,19 @@ __all__ = [
 ]
 
 
+# Primitives that call one body once, on all of their operands.
+CALLS = ("jit", "pjit", "remat2", "remat", "checkpoint", "closed_call", "core_call")
+
+
 def opened(jaxpr: Any) -> tuple[Any, tuple]:
     """(jaxpr, constants), of a ClosedJaxpr, a Jaxpr, or the one class for both of JAX 0.12."""
     return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
+
+
+def live(jaxpr: Any) -> tuple[Any, tuple]:
+    """`opened`, without the equations that no output depends on."""
+    jaxpr, consts = opened(jaxpr)
+    return partial_eval.dce_jaxpr(jaxpr, True, instantiate=True)[0], consts
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

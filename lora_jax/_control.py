@@ -14,7 +14,26 @@ from jax.sharding import NamedSharding
 
 from lora_jax import _compat
 from lora_jax._rules import factor_spec, rule
-from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
+from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight, origins
+
+
+def forwarded(jaxpr) -> list[int | None]:
+    """For each output of a jaxpr the input that it is, or None; calls are looked through."""
+    source = {v: i for i, v in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _compat.CALLS:
+            inner, _ = _compat.opened(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
+            for v, i in zip(eqn.outvars, forwarded(inner)):
+                u = None if i is None else eqn.invars[i]
+                if u is not None and not isinstance(u, _compat.Literal) and u in source:
+                    source[v] = source[u]
+    return [None if isinstance(v, _compat.Literal) else source.get(v) for v in jaxpr.outvars]
+
+
+def _same(jaxpr, args, outs):
+    """The outputs, with a weight that only passed through a call as the weight that it was."""
+    came = forwarded(jaxpr)
+    return [o if i is None or not is_weight(args[i]) else args[i] for i, o in zip(came, outs)]
 
 
 def _plain(ctx, eqn, outs, why: str):
@@ -44,9 +63,14 @@ def _jit(ctx, eqn, args):
         ctx.jits[key] = (jax.jit(body, **_jit_options(p, entered)), events, p["jaxpr"])
     fn, events, _ = ctx.jits[key]
     outs = fn(*entered)
-    origin = {i: a.origin for i, a in enumerate(args) if is_weight(a)}
-    ctx.replay(events, origin, eqn)
-    return [dataclasses.replace(o, origin=origin[o.origin]) if is_weight(o) else o for o in outs]
+    ctx.replay(events, args, eqn)
+    outs = [
+        dataclasses.replace(o, origin=origins(*(args[i] for i in origins(o))))
+        if is_weight(o)
+        else o
+        for o in outs
+    ]
+    return _same(jaxpr, args, outs)
 
 
 def _jit_options(p, args):
@@ -87,7 +111,7 @@ def _remat(ctx, eqn, args):
     body = jax.checkpoint(
         lambda *xs: ctx.run(jaxpr, consts, xs), prevent_cse=p["prevent_cse"], policy=p["policy"]
     )
-    return body(*map(ctx.fresh, args))
+    return _same(jaxpr, args, body(*map(ctx.fresh, args)))
 
 
 @rule("closed_call", "core_call")
@@ -105,11 +129,10 @@ def _scan(ctx, eqn, args):
     first_x = n_consts + n_carry
     # What leaves the loop as it entered needs no loop: {output: input}.
     through = {
-        o: i
-        for o, v in enumerate(jaxpr.outvars)
-        for i, u in enumerate(jaxpr.invars)
-        if v is u and is_weight(args[i]) and (i - n_consts == o if o < n_carry else i >= first_x)
-    }
+        o: i for o, i in enumerate(forwarded(jaxpr))
+        if i is not None and is_weight(args[i])
+        and (i - n_consts == o if o < n_carry else i >= first_x)
+    }  # fmt: skip
     args = [
         ctx.materialise(a, eqn, "scan carry")
         if is_weight(a) and n_consts <= i < first_x and i - n_consts not in through
@@ -198,10 +221,9 @@ def _while(ctx, eqn, args):
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     first = n_cond + n_body
     fixed = [
-        i
-        for i, (v, u) in enumerate(zip(body.outvars, body.invars[n_body:]))
-        if v is u and is_weight(args[first + i])
-    ]
+        i for i, source in enumerate(forwarded(body))
+        if source == n_body + i and is_weight(args[first + i])
+    ]  # fmt: skip
     args = [
         ctx.materialise(a, eqn, "while carry")
         if is_weight(a) and i >= first and i - first not in fixed

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from lora_jax._errors import raise_all
-from lora_jax._interpret import MATERIALISED, Use
+from lora_jax._interpret import MATERIALISED, Use, by_leaf
 from lora_jax._table import table
 
 
@@ -24,10 +24,7 @@ class Coverage:
 
     @classmethod
     def of(cls, shapes, events) -> Coverage:
-        uses: dict[str, list[Use]] = {path: [] for path in shapes}
-        for (path, _, _), use in events.items():
-            uses[path].append(use)
-        return cls(dict(shapes), {p: tuple(u) for p, u in uses.items()})
+        return cls(dict(shapes), by_leaf(shapes, events))
 
     def status(self, path: str) -> str:
         """ "low-rank", "materialised" or "unused"."""

@@ -15,8 +15,9 @@ from lora_jax._config import LoRAConfig
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, nest
-from lora_jax._select import Target, Targets, select
+from lora_jax._select import select
 from lora_jax._survey import Survey
+from lora_jax._targets import Target, Targets
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from lora_jax import _compat, _control, _products  # noqa: F401  (they register their rules)
 from lora_jax._rules import RULES
-from lora_jax._weight import AdaptedWeight, is_weight
+from lora_jax._weight import AdaptedWeight, is_weight, origins
 
 LOW_RANK, MATERIALISED = "low-rank", "materialised"
 
@@ -30,6 +30,14 @@ class Use:
     in_axes: tuple[int, ...] = ()
     out_axes: tuple[int, ...] = ()
     batch_axes: tuple[int, ...] = ()
+
+
+def by_leaf(paths: Iterable[str], events: Mapping[tuple, Use]) -> dict[str, tuple[Use, ...]]:
+    """The uses of each leaf, in the order of the program."""
+    uses: dict[str, list[Use]] = {path: [] for path in paths}
+    for (path, _, _), use in events.items():
+        uses[path].append(use)
+    return {path: tuple(u) for path, u in uses.items()}
 
 
 class Interpreter:
@@ -93,29 +101,26 @@ class Interpreter:
     def _record(self, w, eqn, how, inner, outer, batch, name=None):
         axes = [tuple(sorted(a)) for a in (inner, outer, batch)]
         name = name or eqn.primitive.name
-        self.events[w.origin, id(eqn), how] = Use(name, how, _compat.source_line(eqn), *axes)
+        use = Use(name, how, _compat.source_line(eqn), *axes)
+        self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
 
     def materialise(self, w: AdaptedWeight, eqn, name: str | None = None):
         """The plain array that an equation without a rule needs."""
-        if w.is_probe and w.indexed:  # rows of a table that turned out to be activations
-            rest = {axis for dim in w.axes for axis in dim}
+        if w.indexed:  # rows of a table that turned out to be activations
+            rows, rest = set(w.indexed), {axis for dim in w.axes for axis in dim}
             self._record(
-                w,
-                eqn,
-                LOW_RANK,
-                set(w.indexed),
-                rest - set(w.indexed),
-                set(w.stacked) - set(w.indexed) - rest,
-                "gather",
+                w, eqn, LOW_RANK, rows, rest - rows, set(w.stacked) - rows - rest, "gather"
             )
-        else:
-            self.used(w, eqn, MATERIALISED, name=name)
+            return w.looked_up()
+        self.used(w, eqn, MATERIALISED, name=name)
         return w.materialise()
 
     def returned(self, w: AdaptedWeight):
         """A moved weight that the function returns, as a plain array."""
-        self.events[w.origin, None, MATERIALISED] = Use("output", MATERIALISED, "the outputs")
-        return w.materialise()
+        how = LOW_RANK if w.indexed else MATERIALISED
+        use = Use("output", how, "the outputs")
+        self.events |= {(leaf, None, how): use for leaf in origins(w)}
+        return w.looked_up() if w.indexed else w.materialise()
 
     @contextlib.contextmanager
     def recording(self, events: dict):
@@ -126,8 +131,9 @@ class Interpreter:
         finally:
             self.events = outer
 
-    def replay(self, events: dict, origin: dict[Any, Any], call) -> None:
-        """Takes over the events of such a function, for the leaves of the equation `call`."""
-        for (leaf, eqn, how), use in events.items():
+    def replay(self, events: dict, args: Sequence, call) -> None:
+        """Takes over the events of such a function, for the arguments of the equation `call`."""
+        for (i, eqn, how), use in events.items():
             source = use.source or _compat.source_line(call)
-            self.events[origin[leaf], eqn, how] = dataclasses.replace(use, source=source)
+            use = dataclasses.replace(use, source=source)
+            self.events |= {(leaf, eqn, how): use for leaf in origins(args[i])}

@@ -18,8 +18,8 @@ from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
 
 @rule("dot_general")
 def _dot_general(ctx, eqn, args):
-    if all(map(is_weight, args)):
-        return None
+    if all(map(is_weight, args)):  # the right operand is the weight, by convention
+        args = [ctx.materialise(args[0], eqn), args[1]]
     side = 0 if is_weight(args[0]) else 1  # which operand is the weight
     w, x = args[side], args[1 - side]
     (contracting, batch) = eqn.params["dimension_numbers"]
@@ -65,32 +65,30 @@ def _conv(ctx, eqn, args):
         return [y]
 
     x = dropout(x, w, ctx.use())
-    rank = first.size(RANK)
     kernel = Factor(times(cast(first.value, x.dtype), w.scale), first.dims)
     kernel = _insert(kernel, [d for d in inner if not first.has(d)])
     kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(w.ndim))).value
-    if groups > 1:
-        kernel = jnp.concatenate([kernel] * groups, axis=out_dim)
+    batch, feature = dn.lhs_spec[:2]
     h = lax.conv_general_dilated(
-        x,
+        _groups_to_batch(x, batch, feature, groups),
         kernel,
         p["window_strides"],
         p["padding"],
         p["lhs_dilation"],
         p["rhs_dilation"],
         dn,
-        groups,
         precision=p["precision"],
     )
-    # h: (..., groups·rank, ...) -> (..., groups, rank, ...); B: (out,) -> (groups, out/groups)
-    feature = dn.out_spec[1]
-    hl = [("x", d) for d in range(h.ndim)]
-    out = list(hl)
-    h = h.reshape(*h.shape[:feature], groups, rank, *h.shape[feature + 1 :])
-    hl[feature : feature + 1] = ["group", "rank"]
+    # h: (..., batch·groups, ..., rank, ...); B: (rank, out) -> (rank, groups, out / groups)
+    batch, feature = dn.out_spec[:2]
+    h = h.reshape(*h.shape[:batch], -1, groups, *h.shape[batch + 1 :])
+    out = [("x", d) for d in range(y.ndim)]
+    hl = list(out)
+    hl[feature] = "rank"
+    hl.insert(batch + 1, "group")
     out[feature : feature + 1] = ["group", "out"]
     b = cast(second.order((RANK, out_dim)).value, x.dtype)
-    b = b.reshape(rank, groups, -1)
+    b = b.reshape(b.shape[0], groups, -1)
     delta = contract(
         h,
         hl,
@@ -101,6 +99,15 @@ def _conv(ctx, eqn, args):
         preferred_element_type=p["preferred_element_type"],
     )
     return [plus(y, delta.reshape(y.shape))]
+
+
+def _groups_to_batch(x, batch: int, feature: int, groups: int):
+    """(N, ..., groups·c) as (N·groups, ..., c): one ordinary convolution for all groups."""
+    if groups == 1:
+        return x
+    x = x.reshape(*x.shape[:feature], groups, -1, *x.shape[feature + 1 :])
+    x = jnp.moveaxis(x, feature, batch + 1)
+    return x.reshape(*x.shape[:batch], -1, *x.shape[batch + 2 :])
 
 
 def _insert(f: Factor, dims) -> Factor:
@@ -147,8 +154,8 @@ def _ragged_dot(ctx, eqn, args):
 
 @rule("gather")
 def _gather(ctx, eqn, args):
-    """Indexing stacked axes picks weights (experts, layers), which stay in factors; indexing the
-    rows of a table looks A up at those rows and multiplies by B."""
+    """Indexing picks weights from a stack (experts, layers) or rows of a table: both factors are
+    looked up, and multiplied where the rows are used."""
     w, indices = args
     p = eqn.params
     dn = p["dimension_numbers"]
@@ -165,15 +172,15 @@ def _gather(ctx, eqn, args):
     picked = w.moved(base, lambda f: _gather_factor(f, w, indices, p, base.ndim), axes, taken)
 
     if w.is_probe:
-        matrix = sum(w.shape[d] > 1 for d in rest) > 1
-        if matrix:  # weights or rows: the next use of them tells
-            return [dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken}))]
+        stack = sum(w.shape[d] > 1 for d in rest) > 1
+    else:
+        stack = all(f.has(d) for f in (w.a, w.b) for d in indexed)
+    if w.is_probe and not stack:
         ctx.used(w, eqn, "low-rank", indexed, rest, ())
         return [base]
-    if all(f.has(d) for f in (w.a, w.b) for d in indexed):
-        return [picked]
-    ctx.used(w, eqn, "low-rank", indexed, rest, ())
-    return [plus(base, picked.delta(base.dtype))]
+    # Rows, or weights picked from a stack? The next use tells: see `Interpreter.materialise`.
+    rows = w.is_probe or not stack
+    return [dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken})) if rows else picked]
 
 
 def _gather_factor(f: Factor, w: AdaptedWeight, indices, p, out_ndim: int) -> Factor:

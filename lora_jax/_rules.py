@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
+from lora_jax._einsum import times
+from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight, origins
 
 RULES: dict[str, Callable] = {}
 
@@ -193,6 +194,49 @@ def _div(eqn, w, base, rest):
 def _scaled(w: AdaptedWeight, base, fn) -> AdaptedWeight:
     a = None if w.is_probe else Factor(fn(w.a.value), w.a.dims)
     return dataclasses.replace(w, base=base, a=a)
+
+
+@rule("concatenate")
+def _concatenate(ctx, eqn, args):
+    """Side by side: the ranks add up, [A₁ A₂ …] times a B that is zero outside each one's part."""
+    dim = eqn.params["dimension"]
+    weights = [w for w in args if is_weight(w)]
+    first = weights[0]
+    if any(
+        (w.axes, w.stacked, w.indexed, w.dropout, w.is_probe)
+        != (first.axes, first.stacked, first.indexed, first.dropout, first.is_probe)
+        for w in weights
+    ):
+        return None
+    base = ctx.bind(eqn, [w.base if is_weight(w) else w for w in args])[0]
+    out = dataclasses.replace(first, base=base, origin=origins(*weights))
+    if first.is_probe:
+        return [out]
+    if not all(
+        {*w.a.dims} == {*first.a.dims} and {*w.b.dims} == {*first.b.dims} for w in weights
+    ) or not (first.a.has(dim) or first.b.has(dim)):
+        return None
+    a, b, start = [], [], 0
+    for w in args:
+        stop = start + w.shape[dim]
+        if is_weight(w):
+            around = (start, base.shape[dim] - stop)
+            a.append(_padded(w.a.order(first.a.dims), dim, around, w.scale))
+            b.append(_padded(w.b.order(first.b.dims), dim, around, 1.0))
+        start = stop
+    a, b = (
+        Factor(lax.concatenate(values, f.dims.index(RANK)), f.dims)
+        for f, values in ((first.a, a), (first.b, b))
+    )
+    return [dataclasses.replace(out, a=a, b=b, scale=1.0)]
+
+
+def _padded(f: Factor, dim: int, around, scale: float):
+    value = times(f.value, scale)
+    if not f.has(dim):
+        return value
+    zero = jnp.zeros((), value.dtype)
+    return lax.pad(value, zero, [(*(around if d == dim else (0, 0)), 0) for d in f.dims])
 
 
 @rule("optimization_barrier")

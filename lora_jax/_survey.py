@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lora_jax import _compat
 from lora_jax._adapt import Traceable
 from lora_jax._errors import LoRAError
-from lora_jax._interpret import LOW_RANK, Interpreter, Use
+from lora_jax._interpret import LOW_RANK, Interpreter, Use, by_leaf
 from lora_jax._nnx import map_state, state_of
 from lora_jax._paths import flatten, map_with_path, nearest
 from lora_jax._table import table
@@ -119,22 +119,18 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
 
     def trace(arrays):
         jaxpr, _ = call.jaxpr(constants, arrays)
+        jaxpr, consts = _compat.live(jaxpr)
         interpreter = Interpreter()
-        outs = interpreter.run(*_compat.opened(jaxpr), arrays)
+        outs = interpreter.run(jaxpr, consts, arrays)
         origins = [x.origin if is_weight(x) else None for x in arrays]
         found.extend((interpreter.events, _heads(_compat.opened(jaxpr)[0], origins)))
         return [o.base if is_weight(o) else o for o in outs]
 
     jax.eval_shape(trace, arrays)
     events, heads = found
-    uses: dict[str, list[Use]] = {path: [] for path in flat}
-    for (path, _, _), use in events.items():
-        uses[path].append(use)
+    uses = by_leaf(flat, events)
     return Survey(
-        {
-            path: Leaf(tuple(x.shape), x.dtype, tuple(uses[path]), path in heads)
-            for path, x in flat.items()
-        }
+        {path: Leaf(tuple(x.shape), x.dtype, uses[path], path in heads) for path, x in flat.items()}
     )
 
 
@@ -150,7 +146,7 @@ def _probe(path, x):
 
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", LOOK_UP)
-INLINE = ("jit", "pjit", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+INLINE = (*_compat.CALLS, "custom_jvp_call", "custom_vjp_call")
 
 
 def _heads(jaxpr, origins) -> set[str]:

@@ -9,9 +9,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
     """Aligned columns; numbers to the right."""
     cells = [tuple(head), *(tuple(_text(c) for c in row) for row in rows)]
     width = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    right = [
-        all(isinstance(r[i], int | float) for r in rows) and bool(rows) for i in range(len(head))
-    ]
+    numbers = [[r[i] for r in rows if r[i] != ""] for i in range(len(head))]
+    right = [bool(c) and all(isinstance(x, int | float) for x in c) for c in numbers]
     lines = [
         "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, width, right)).rstrip()
         for row in cells

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._einsum import cast, contract, times, wide
+from lora_jax._einsum import cast, contract, plus, times, wide
 from lora_jax._errors import LoRAError
 
 RANK = -1  # the label of a factor's rank axis, and of a seed's words
@@ -121,7 +121,7 @@ class AdaptedWeight:
       seed: labelled key data for dropout, one key per stacked weight, or None.
       scale: the constant in front of the update.
       dropout: the rate on the input of the low-rank branch, used only with a seed.
-      origin: the path of the leaf.
+      origin: the path of the leaf, or a tuple of those that were concatenated.
       axes: for each axis of `base`, the axes of the original leaf that it came from.
       stacked: the axes of the original leaf that were consumed by a loop or an index.
       indexed: those of `stacked` that a gather consumed, with the look-up not yet decided.
@@ -206,6 +206,10 @@ class AdaptedWeight:
         dtype = wide(self.base.dtype)
         return (self.base.astype(dtype) + self.delta(dtype)).astype(self.base.dtype)
 
+    def looked_up(self) -> jax.Array:
+        """Rows of W + scale·A·B, in the model's own precision, as a product with B would be."""
+        return self.base if self.is_probe else plus(self.base, self.delta(self.base.dtype))
+
     def __repr__(self):
         rank = None if self.is_probe else self.a.size(RANK)
         return (
@@ -228,3 +232,10 @@ for _name in ("T", "mT", "at"):
 
 def is_weight(x: Any) -> bool:
     return isinstance(x, AdaptedWeight)
+
+
+def origins(*weights: AdaptedWeight) -> tuple:
+    """The leaves that weights come from: several, where a weight is a concatenation."""
+    return tuple(
+        o for w in weights for o in (w.origin if isinstance(w.origin, tuple) else (w.origin,))
+    )

@@ -46,29 +46,31 @@ def adapted(fn, params, *args, targets=lora._config.ALL_LINEAR, rank=2, strict=T
     return lora.adapt(fn, strict=strict), adapters
 
 
+def total(outputs):
+    """One number that depends on every output."""
+    return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in jax.tree.leaves(outputs))
+
+
+def value_and_grad(run):
+    """Jitted: the outputs of run(adapters), and the gradient of their `total`."""
+    return jax.jit(jax.grad(lambda ad: (lambda y: (total(y), y))(run(ad)), has_aux=True))
+
+
 def assert_equals_dense(fn, params, *args, dtype=jnp.float32, factor=64, **config):
     """The adapted function and its gradient equal those of the plain one on merged weights."""
     f, adapters = adapted(fn, params, *args, **config)
 
-    def ours(adapters):
-        return f(lora.bind(params, adapters), *args)
-
     def dense(adapters):
         return fn(lora.merge(params, adapters), *args)
 
-    def loss(run):
-        return lambda ad: sum(
-            jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in jax.tree.leaves(run(ad))
-        )
-
-    base = fn(params, *args)
-    want = jax.jit(dense)(adapters)
+    (want_grads, want), (grads, got) = (
+        value_and_grad(run)(adapters) for run in (dense, lambda ad: f(lora.bind(params, ad), *args))
+    )
+    base = jax.jit(lambda p: fn(p, *args))(params)
     assert any(
         not np.allclose(a, b, atol=1e-3)
         for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(want))
     ), "the adapters change nothing: the test could not fail"
-    assert_close(ours(adapters), want, dtype, factor)
-    assert_close(jax.jit(ours)(adapters), want, dtype, factor)
-    grads = jax.jit(jax.grad(loss(dense)))(adapters)
-    assert_close(jax.jit(jax.grad(loss(ours)))(adapters), grads, dtype, 4 * factor)
+    assert_close(got, want, dtype, factor)
+    assert_close(grads, want_grads, dtype, 4 * factor)
     return f, adapters

@@ -103,6 +103,14 @@ USES = {
         lambda p, x: jnp.einsum("btd,bdk->btk", x, jnp.broadcast_to(p["w"], (2, 6, 6))), W, X),
     "sliced columns": (lambda p, x: (x @ p["w"][:, :2], x @ p["w"][:, 2:]), W, X),
     "sliced rows": (lambda p, x: x[..., :4] @ p["w"][2:], W, X),
+    "concatenated columns": (
+        lambda p, x: x @ jnp.concatenate([p["w"], jnp.ones((6, 2)), p["w"] * 2.0], axis=1), W, X),
+    "concatenated rows": (
+        lambda p, x: jnp.concatenate([x, x], -1) @ jnp.concatenate([p["w"], p["w"].T.T]), W, X),
+    "concatenated in a jit": (
+        lambda p, x: x @ jax.jit(lambda a, b: jnp.concatenate([a, b]))(p["w"][:2], p["w"][2:]), W, X),
+    "permuted rows": (lambda p, x: x @ p["w"][jnp.array([2, 0, 1, 5, 4, 3])], W, X),
+    "permuted columns": (lambda p, x: x @ p["w"][:, jnp.array([2, 0, 1, 5, 4, 3])], W, X),
     "reversed": (lambda p, x: x @ p["w"][::-1], W, X),
     "one of a stack": (lambda p, x: x @ p["w"][1] @ p["w"][2], STACK, X),
     "dynamically one of a stack": (
@@ -139,6 +147,10 @@ USES = {
         lambda p, x: lax.conv_general_dilated(
             x, p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=6),
         normal(17, 3, 1, 12), X),
+    "conv grouped, features first": (
+        lambda p, x: lax.conv_general_dilated(
+            x.transpose(2, 0, 1), p["w"], (1,), "SAME", dimension_numbers=("CNW", "OIW", "WCN"), feature_group_count=2),
+        normal(16, 4, 3, 3), X),
     "conv transposed": (
         lambda p, x: lax.conv_transpose(x, p["w"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")),
         normal(18, 3, 6, 4), X),
@@ -166,13 +178,20 @@ USES = {
     "inner gradient": (
         lambda p, x: jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["w"])))(x), W, X),
 }  # fmt: skip
-REVERSIBLE = sorted(USES)
 
 
 @pytest.mark.parametrize("name", sorted(USES))
 def test_use_is_low_rank_and_equals_dense(name):
     fn, w, x = USES[name]
     assert_equals_dense(fn, {"w": w}, x, targets="w")
+
+
+@pytest.mark.parametrize("name", ["matmul", "scan", "remat", "cond", "jit", "conv 1d", "look-up"])
+def test_eager_equals_jit(name):
+    fn, w, x = USES[name]
+    f, adapters = adapted(fn, {"w": w}, x, targets="w")
+    bound = lora.bind({"w": w}, adapters)
+    assert_close(f(bound, x), jax.jit(f)(bound, x))
 
 
 def test_while_loop_equals_dense():

@@ -232,10 +232,10 @@ def bound_and(f):
 @pytest.mark.parametrize(("f", "match"), [
     (lambda p, x: fn(p, x) + jnp.sum(p["up"]["kernel"]), r"'up/kernel' \(8, 6\) is materialised by `reduce_sum` at .*test_errors.py:\d+"),
     (lambda p, x: x @ (p["up"]["kernel"] * jnp.ones(6)) @ p["down"]["kernel"], "'up/kernel'.*`mul`"),
-    (lambda p, x: x @ (p["up"]["kernel"] @ p["down"]["kernel"]), "(?s)'down/kernel'.*`dot_general`.*'up/kernel'.*`dot_general`"),
+    (lambda p, x: x @ (p["up"]["kernel"] @ p["down"]["kernel"]), "'up/kernel'.*`dot_general`"),
     (lambda p, x: x @ p["up"]["kernel"], r"'down/kernel' \(6, 8\) is never used"),
     (lambda p, x: x @ PARAMS["up"]["kernel"] @ PARAMS["down"]["kernel"], "(?s)'down/kernel'.*never used.*'up/kernel'"),
-    (lambda p, x: fn(p, x) @ jnp.concatenate([p["up"]["kernel"]] * 2, 1), "concatenate"),
+    (lambda p, x: fn(p, x) @ jnp.sort(p["up"]["kernel"]), "sort"),
     (lambda p, x: jax.lax.scan(lambda w, _: (w * 2.0, x @ w), p["up"]["kernel"], length=2)[1] @ p["down"]["kernel"], "`scan carry`"),
     (lambda p, x: (fn(p, x), p["up"]["kernel"].T), "`output`"),
     (lambda p, x: jax.jit(lambda w: jnp.linalg.norm(w))(p["up"]["kernel"]) + fn(p, x), "'up/kernel'.*materialised"),

@@ -1,0 +1,143 @@
+"""What a configuration selects of a parameter tree, as a value to look at, count and assert on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax._adapters import LoRA, is_node
+from lora_jax._config import LoRAConfig
+from lora_jax._errors import raise_all
+from lora_jax._paths import flatten
+from lora_jax._table import table
+from lora_jax._weight import Geometry
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One adapted leaf."""
+
+    shape: tuple[int, ...]
+    geometry: Geometry
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float = 0.0
+    embedding: bool = False
+    primitive: str = "?"
+
+    @property
+    def parameters(self) -> int:
+        batch, inner, outer = self.geometry.sizes(self.shape)
+        return batch * self.rank * (inner + outer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What a configuration selects of a parameter tree: look at it, count it, assert on it.
+
+    Attributes:
+      lora: {path: `Target`} of the adapted leaves.
+      full: {path: shape} of the leaves that are trained in full.
+      rows: {path: (shape, row numbers)} of the tables of which rows are trained.
+      config: the configuration.
+      total: the number of all parameters.
+    """
+
+    lora: Mapping[str, Target]
+    full: Mapping[str, tuple[int, ...]]
+    rows: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    config: LoRAConfig
+    total: int
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters are trained."""
+        return (
+            sum(t.parameters for t in self.lora.values())
+            + sum(math.prod(shape) for shape in self.full.values())
+            + sum(len(index) * math.prod(shape[1:]) for shape, index in self.rows.values())
+        )
+
+    def __len__(self):
+        return len(self.lora)
+
+    def __iter__(self):
+        return iter(self.lora)
+
+    def __contains__(self, path):
+        return path in self.lora
+
+    def __getitem__(self, path) -> Target:
+        return self.lora[path]
+
+    def check(self, adapters: Any) -> None:
+        """Raises a LoRAError unless `adapters` are those of these targets: none is missing, none
+        is extra, and each has the rank and shapes that the configuration gives it.
+
+        >>> import jax, jax.numpy as jnp, lora_jax as lora
+        >>> params = {"q": jnp.ones((4, 4))}
+        >>> targets = lora.select(params, lora.LoRAConfig(rank=2, targets="q"))
+        >>> targets.check(lora.init(jax.random.key(0), params, targets))
+        """
+        flat = flatten(adapters, is_leaf=is_node)
+        expected = {*self.lora, *self.full, *self.rows}
+        failures = [f"'{p}' has no adapter" for p in sorted(expected - set(flat))]
+        failures += [
+            f"'{p}' has an adapter, but is not a target" for p in sorted(set(flat) - expected)
+        ]
+        for path, t in self.lora.items():
+            node = flat.get(path)
+            if not isinstance(node, LoRA):
+                if node is not None:
+                    failures.append(f"'{path}': expected a LoRA, found {type(node).__name__}")
+            elif node.rank != t.rank:
+                failures.append(f"'{path}': expected rank {t.rank}, found {node.rank}")
+            elif (node.a.shape, node.b.shape) != t.geometry.factor_shapes(t.shape, t.rank):
+                failures.append(
+                    f"'{path}': a {node.a.shape} and b {node.b.shape} do not fit {t.shape}"
+                )
+        raise_all(
+            "the adapters are not those of this configuration:",
+            failures,
+            "make them by lora.init(key, params, targets), or select what they were made for",
+        )
+
+    def __str__(self):
+        rows = [
+            (
+                path,
+                t.shape,
+                t.primitive,
+                t.geometry.in_axes,
+                t.geometry.out_axes,
+                t.geometry.batch_axes,
+                t.rank,
+                float(t.alpha),
+                t.parameters,
+            )
+            for path, t in self.lora.items()
+        ]
+        rows += [
+            (path, shape, "full", (), (), (), "", "", math.prod(shape))
+            for path, shape in self.full.items()
+        ]
+        rows += [
+            (
+                path,
+                shape,
+                f"{len(index)} rows",
+                (),
+                (),
+                (),
+                "",
+                "",
+                len(index) * math.prod(shape[1:]),
+            )
+            for path, (shape, index) in self.rows.items()
+        ]
+        head = ("leaf", "shape", "primitive", "in", "out", "batch", "rank", "alpha", "parameters")
+        share = f" ({self.parameters / self.total:.3%})" if self.total else ""
+        return f"{table(head, rows)}\ntrained: {self.parameters:,} of {self.total:,}{share}"

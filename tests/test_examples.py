@@ -1,0 +1,179 @@
+"""The examples: their models against others' implementations, their readers against bad files."""
+
+import ast
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fetch
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reviews
+from common import assert_close
+from models import bert
+from models.convnet import ConvNet
+from models.llama import Llama, LlamaConfig, generate
+
+import lora_jax as lora
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if "argparse" in p.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_are_short_and_say_what_to_expect(script):
+    text = script.read_text()
+    assert len(text.splitlines()) <= 150
+    assert "Expected" in ast.get_docstring(ast.parse(text))
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--seed" in done.stdout
+
+
+@pytest.fixture
+def promotes():
+    """Others' models mix types."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("promotes")
+@pytest.mark.filterwarnings("ignore")
+def test_bert_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="no Flax models for this Python")
+    config = bert.BertConfig(64, 16, 2, 4, 32, 12)
+    theirs = transformers.FlaxBertModel(
+        transformers.BertConfig(**{**vars(config), "hidden_act": "gelu"}), add_pooling_layer=False)  # fmt: skip
+    flat = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(theirs.params):
+        name = "/".join(k.key for k in path)
+        name = name.replace("layer/", "layer_").replace("/self/", "/").replace("/dense", "")
+        name = name.replace("output/LayerNorm", "LayerNorm")
+        flat[name] = x + 0.1 * jax.random.normal(jax.random.key(len(name)), x.shape)
+    _set_like(theirs, flat)
+    ids = jax.random.randint(jax.random.key(0), (3, 12), 0, 64)
+    mask = (jnp.arange(12) < jnp.array([12, 7, 3])[:, None]).astype(jnp.int32)
+    got = bert.Bert(config).apply({"params": lora._paths.nest(flat)}, ids, mask)
+    want = theirs(ids, mask).last_hidden_state
+    real = mask[..., None].astype(bool)
+    assert_close(jnp.where(real, got, 0), jnp.where(real, want, 0))
+
+
+def _set_like(model, flat):
+    """Gives a transformers model the same values, by the order of its own tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(model.params)
+    model.params = jax.tree.unflatten(jax.tree.structure(model.params), list(flat.values()))
+    assert len(leaves) == len(flat)
+
+
+SMALL = LlamaConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=4,
+                    num_kv_heads=2, rope_theta=1e4)  # fmt: skip
+
+
+def llama_params(config=SMALL):
+    ids = jnp.zeros((1, 4), jnp.int32)
+    return Llama(config).init(jax.random.key(0), ids)["params"]
+
+
+@pytest.mark.usefixtures("promotes")
+@pytest.mark.filterwarnings("ignore")
+def test_llama_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="no Flax models for this Python")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=SMALL.norm_eps, max_position_embeddings=32)  # fmt: skip
+    theirs = transformers.FlaxLlamaForCausalLM(config)
+    params = llama_params()
+    layers = params["layers"]
+    names = {"input_layernorm": "weight", "post_attention_layernorm": "weight"}
+
+    def layer(i):
+        one = jax.tree.map(lambda x: x[i], layers)
+        return {k: {"weight": v["scale"]} if k in names else v for k, v in one.items()}
+
+    model = {"embed_tokens": params["embed_tokens"], "norm": {"weight": params["norm"]["scale"]},
+             "layers": {str(i): layer(i) for i in range(2)}}  # fmt: skip
+    head = {"kernel": params["embed_tokens"]["embedding"].T}
+    theirs.params = {"model": model, "lm_head": head}
+    ids = jax.random.randint(jax.random.key(0), (3, 12), 0, 50)
+    assert_close(Llama(SMALL).apply({"params": params}, ids), theirs(ids).logits, factor=256)
+
+
+def test_llama_samples_and_adapts():
+    params, ids = llama_params(), jnp.array([[1, 2, 3]])
+    model = Llama(SMALL)
+    out = generate(model.apply, params, ids, 5, jax.random.key(0), 1.0)
+    assert out.shape == (1, 8) and np.array_equal(out[:, :3], ids)
+    survey = lora.survey(model.apply, {"params": params}, ids)
+    targets = lora.select(params, lora.LoRAConfig(rank=2), survey)
+    assert len(targets) == 7 and all(t.geometry.batch_axes == (0,) for t in targets.lora.values())
+    adapters = lora.init(jax.random.key(1), params, targets)
+    adapted = lora.adapt(model.apply)  # it samples as it is
+    same = generate(adapted, lora.bind(params, adapters), ids, 5, jax.random.key(0), 1.0)
+    np.testing.assert_array_equal(same, out)
+
+
+def test_convnet_surveys_every_kernel():
+    model, x = ConvNet(), jnp.zeros((2, 8, 8, 1))
+    variables = model.init(jax.random.key(0), x)
+    survey = lora.survey(model.apply, variables, x)
+    targets = lora.select(variables["params"], lora.LoRAConfig(rank=4), survey)
+    assert {p.split("/")[0] for p in targets} == {"stem", "depthwise", "pointwise", "down"}
+    assert targets.parameters == 3272
+
+
+def test_a_file_that_is_not_the_one_expected(tmp_path, monkeypatch):
+    (tmp_path / "a.whl").write_bytes(b"tampered")
+
+    def run(command, **kwargs):  # pip, delivering another file
+        (Path(command[-1]) / "a.whl").write_bytes(b"other")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(fetch.subprocess, "run", run)
+    digest = hashlib.sha256(b"right").hexdigest()
+    with pytest.raises(fetch.FetchError, match=f"(?s)a.whl of a==1 is not the file.*{digest}"):
+        fetch.wheel("a==1", "a.whl", digest, tmp_path)
+    assert (tmp_path / "a.whl").read_bytes() == b"tampered"  # nothing half-written
+    assert [p.name for p in tmp_path.iterdir()] == ["a.whl"]
+    (tmp_path / "a.whl").write_bytes(b"right")
+    monkeypatch.setattr(fetch.subprocess, "run", None)  # offline
+    assert fetch.wheel("a==1", "a.whl", digest, tmp_path) == tmp_path / "a.whl"
+
+
+def test_a_failed_download(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "line one\nERROR: no network")
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *a, **k: failed)
+    for get in (fetch.wheel, fetch.sdist):
+        with pytest.raises(
+            fetch.FetchError, match=r"(?s)could not be fetched.*no network.*pip download"
+        ):
+            get("a==1", "a.whl", "0" * 64, tmp_path)
+
+
+def test_splits_share_no_text():
+    rows = [(f"word{i} is {i % 7}", (-1) ** i * (i % 5) / 2) for i in range(200)]
+    rows += [(t.upper() + " !", s) for t, s in rows[:50]]
+    train, validation, test = reviews.splits(rows, seed=1, validation=30, test=40)
+    texts = [{t.lower().rstrip(" !") for t, _ in part} for part in (train, validation, test)]
+    assert (len(validation), len(test)) == (30, 40)
+    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+    assert reviews.splits(rows, 1, 30, 40) == (train, validation, test)
+
+
+def test_batches_fit_their_lengths():
+    mask = np.arange(8) < np.arange(1, 9)[:, None]
+    out = reviews.batches(np.ones((8, 8)), mask, np.arange(8), 2, (4, 8), np.random.default_rng(0))
+    assert sorted(i for *_, labels in out for i in labels) == list(range(8))
+    assert all(m.sum(1).max() <= m.shape[1] and x.shape == m.shape for x, m, _ in out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_script_runs(script, tmp_path):
+    """The real thing: downloads, minutes."""
+    done = subprocess.run([sys.executable, script, *(["--out", str(tmp_path)] if "--out" in script.read_text() else [])],
+                          capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
