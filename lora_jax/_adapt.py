@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -158,7 +159,7 @@ class _Adapted(Traceable):
     def interpret(self, constants, arrays) -> tuple[Any, Coverage]:
         """The outputs with adapted weights, and what became of each leaf."""
         jaxpr, shapes = self.jaxpr(constants, arrays)
-        frozen = [x.with_base(jax.lax.stop_gradient(x.base)) if is_weight(x) else x for x in arrays]
+        frozen = [_frozen(x) if is_weight(x) else x for x in _told_apart(arrays)]
         interpreter = Interpreter()
         outs = interpreter.run(*_compat.live(jaxpr), frozen)
         unmoved = {id(x) for x in frozen}
@@ -168,6 +169,28 @@ class _Adapted(Traceable):
         leaves = {x.origin: x.shape for x in frozen if is_weight(x)}
         coverage = Coverage.of(leaves, interpreter.events)
         return jax.tree.unflatten(jax.tree.structure(shapes), outs), coverage
+
+
+def _frozen(w: AdaptedWeight) -> AdaptedWeight:
+    if len(w.axes) != w.ndim:
+        raise LoRAError(
+            f"the adapted weight '{w.origin}' has {w.ndim} axes here and {len(w.axes)} where it "
+            "was bound: it was sliced or batched outside of the adapted function. Adapt the "
+            "function that holds the loop: lora.adapt(lambda params, x: jax.lax.scan(layer, x, "
+            "params))"
+        )
+    return w.with_base(jax.lax.stop_gradient(w.base))
+
+
+def _told_apart(arrays):
+    """The arrays, with leaves of one path in two bound trees named differently."""
+    seen: collections.Counter = collections.Counter()
+    for x in arrays:
+        if is_weight(x):
+            seen[x.origin] += 1
+            if seen[x.origin] > 1:
+                x = dataclasses.replace(x, origin=f"{x.origin} (tree {seen[x.origin]})")
+        yield x
 
 
 def _transformed(adapted: _Adapted, constants, *arrays):

@@ -59,13 +59,24 @@ def map_with_path(fn: Callable[[str, Any], Any], tree: Any, is_leaf=None) -> Any
 
 
 def nest(flat: Mapping[str, Any]) -> dict:
-    """{"a/b": x} as {"a": {"b": x}}."""
+    """{"a/b": x} as {"a": {"b": x}}.
+
+    Raises:
+      LoRAError: one path is the beginning of another.
+    """
     tree: dict = {}
     for path, value in flat.items():
         *parents, last = path.split("/")
         node = tree
         for name in parents:
             node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or last in node:
+            raise LoRAError(
+                f"'{path}' and another path that it begins or continues cannot both be trained in "
+                "one tree; train one of them"
+            )
         node[last] = value
     return tree
 

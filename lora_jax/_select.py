@@ -11,7 +11,7 @@ from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule, as_patterns, describe
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, module_of, nearest
-from lora_jax._survey import Survey
+from lora_jax._survey import Leaf, Survey
 from lora_jax._targets import Target, Targets
 from lora_jax._weight import Geometry
 
@@ -75,6 +75,8 @@ class _Selection:
         lora = {p: t for p in chosen if p not in left and (t := self._target(p)) is not None}
         full = self._full(lora)
         rows = self._rows()
+        self._used("full", full)
+        self._used("rows", rows)
         for path in self.leaves:
             claims = [
                 name
@@ -102,19 +104,27 @@ class _Selection:
                     'targets="all-linear" needs to know how the function uses each leaf: '
                     "lora.select(params, config, lora.survey(model.apply, {'params': params}, x))"
                 )
-            linear = [
-                p
-                for p in self.leaves
-                if (u := self.survey[p]).kind in ("linear", "conv") and not u.head
-            ]
+            linear = self._all_linear()
             patterns = tuple(p for p in patterns if p != ALL_LINEAR)
-            if not linear:
-                self.failures.append('"all-linear" matches nothing: no leaf is contracted')
         else:
             linear = []
         self._all_match("targets", patterns)
         meant = {p for t in patterns for p in self._meant(t)}.union(linear)
         return [p for p in self.leaves if p in meant]
+
+    def _all_linear(self) -> list[str]:
+        """Every contracted leaf; one that is contracted after something else was done to it is
+        chosen too, so that it is an error and not left out."""
+        known = {p: self.survey[p] for p in self.leaves}
+        heads = [p for p, leaf in known.items() if leaf.head]
+        linear = [
+            p for p, leaf in known.items()
+            if p not in heads and (leaf.kind in ("linear", "conv") or _derived(leaf))
+        ]  # fmt: skip
+        if not linear:
+            only = f"but the output head {', '.join(heads)}; name it in targets" if heads else ""
+            self.failures.append(f'"all-linear" matches nothing: no leaf is contracted {only}')
+        return linear
 
     def _meant(self, pattern) -> list[str]:
         """The leaves that a target pattern means: the weights among its matches, if any are.
@@ -123,17 +133,16 @@ class _Selection:
         kernel that cannot be adapted is meant as well, so that it is an error and not left out.
         """
         found = [p for p, x in self.leaves.items() if matches(pattern, p, x)]
-        return [p for p in found if self._is_weight(pattern, p)] or found
+        weights = [p for p in found if self._is_weight(pattern, p)]
+        return weights or [p for p in found if len(self.leaves[p].shape) >= 2] or found
 
     def _is_weight(self, pattern, path) -> bool:
-        ndim = len(self.leaves[path].shape)
         if callable(pattern) or (isinstance(pattern, str) and f"/{path}".endswith(f"/{pattern}")):
             return True
         if self.survey is None:
-            return ndim >= 2
+            return len(self.leaves[path].shape) >= 2
         leaf = self.survey[path]
-        combined = any(u.primitive not in ("add", "sub") for u in leaf.uses)
-        return bool(leaf.products) or (ndim >= 2 and combined)
+        return bool(leaf.products) or _derived(leaf)
 
     def _all_match(self, what, patterns):
         for pattern in patterns:
@@ -143,6 +152,12 @@ class _Selection:
                     f"{what}: {describe(pattern)} matches no leaf; nearest: "
                     + ", ".join(nearest(str(pattern), self.leaves))
                 )
+
+    def _used(self, what, paths) -> None:
+        """A leaf that is trained in full or by rows, and that the function does not use."""
+        for path in paths if self.survey is not None else ():
+            if self.survey[path].kind == "unused":
+                self.failures.append(f"{what}: '{path}' is not used by the function")
 
     def _target(self, path) -> Target | None:
         leaf, rule = self.leaves[path], self.config.rule(path, self.leaves[path])
@@ -154,6 +169,12 @@ class _Selection:
             )
             return None
         known = self.survey[path] if self.survey is not None else None
+        if known is not None and known.shape != shape:
+            self.failures.append(
+                f"'{path}' has shape {shape}, but {known.shape} in the survey: "
+                "survey the same model"
+            )
+            return None
         geometry = self._geometry(path, shape, rule, known)
         if geometry is None:
             return None
@@ -258,3 +279,9 @@ class _Selection:
                 else:
                     rows[path] = (tuple(x.shape), index)
         return rows
+
+
+def _derived(leaf: Leaf) -> bool:
+    """Whether a kernel is contracted, but not as it is: normalised, masked, scaled by another."""
+    how = {u.primitive for u in leaf.uses}
+    return leaf.reached and not leaf.products and len(leaf.shape) >= 2 and how != {"dot_general"}

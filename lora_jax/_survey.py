@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from lora_jax import _compat
 from lora_jax._adapt import Traceable
 from lora_jax._errors import LoRAError
+from lora_jax._flow import LOOK_UP, Flow
 from lora_jax._interpret import LOW_RANK, Interpreter, Use, by_leaf
 from lora_jax._nnx import map_state, state_of
 from lora_jax._paths import flatten, map_with_path, nearest
 from lora_jax._table import table
 from lora_jax._weight import AdaptedWeight, Geometry, is_weight
-
-LOOK_UP = "gather"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Leaf:
     shape: tuple[int, ...]
     dtype: Any
     uses: tuple[Use, ...]
-    head: bool = False  # the last contraction before an output
+    head: bool = False  # an output depends on this product alone
+    reached: bool = False  # it enters a product with an input, if not as it is
 
     @property
     def products(self) -> tuple[Use, ...]:
@@ -123,14 +123,19 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
         interpreter = Interpreter()
         outs = interpreter.run(jaxpr, consts, arrays)
         origins = [x.origin if is_weight(x) else None for x in arrays]
-        found.extend((interpreter.events, _heads(_compat.opened(jaxpr)[0], origins)))
+        found.extend((interpreter.events, Flow(jaxpr, origins)))
         return [o.base if is_weight(o) else o for o in outs]
 
     jax.eval_shape(trace, arrays)
-    events, heads = found
+    events, flow = found
     uses = by_leaf(flat, events)
     return Survey(
-        {path: Leaf(tuple(x.shape), x.dtype, uses[path], path in heads) for path, x in flat.items()}
+        {
+            path: Leaf(
+                tuple(x.shape), x.dtype, uses[path], path in flow.heads, path in flow.reached
+            )
+            for path, x in flat.items()
+        }
     )
 
 
@@ -143,58 +148,3 @@ def _probe(path, x):
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     return AdaptedWeight(x, None, None, origin=path, axes=tuple((d,) for d in range(x.ndim)))
-
-
-PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", LOOK_UP)
-INLINE = (*_compat.CALLS, "custom_jvp_call", "custom_vjp_call")
-
-
-def _heads(jaxpr, origins) -> set[str]:
-    """The output heads: the leaf of the last product, if some output depends on no other directly.
-
-    For each value the set of products is kept that it depends on without another in between. A
-    language model's logits depend on its head alone; hidden states, through the residual
-    connections, on many. What happens inside a loop is many.
-    """
-    order: list = []  # the leaf of each product, in program order
-
-    def walk(jaxpr, values):
-        # a value is ("leaf", names) while it depends on parameters alone, or ("data", products)
-        env = dict(zip(jaxpr.invars, values))
-        nothing = ("leaf", frozenset())
-        for eqn in jaxpr.eqns:
-            ins = [
-                nothing if isinstance(v, _compat.Literal) else env.get(v, nothing)
-                for v in eqn.invars
-            ]
-            env.update(zip(eqn.outvars, equation(eqn, ins)))
-        return [
-            nothing if isinstance(v, _compat.Literal) else env.get(v, nothing)
-            for v in jaxpr.outvars
-        ]
-
-    def equation(eqn, ins):
-        name = eqn.primitive.name
-        body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-        data = [v for kind, v in ins if kind == "data"]
-        leaves = frozenset().union(*(v for kind, v in ins if kind == "leaf"))
-        if not data:
-            return [("leaf", leaves)] * len(eqn.outvars)
-        if name in INLINE and body is not None:
-            return walk(_compat.opened(body)[0], ins)
-        if name in PRODUCTS and leaves:
-            order.append(leaves)
-            return [("data", frozenset([len(order) - 1]))] * len(eqn.outvars)
-        products = frozenset().union(*data)
-        if leaves and any(k in eqn.params for k in ("jaxpr", "branches", "body_jaxpr")):
-            order.extend([frozenset()] * 2)
-            products |= {len(order) - 2, len(order) - 1}
-        return [("data", products)] * len(eqn.outvars)
-
-    outs = walk(
-        jaxpr, [("data", frozenset()) if o is None else ("leaf", frozenset([o])) for o in origins]
-    )
-    last = len(order) - 1
-    if any(kind == "data" and products == {last} for kind, products in outs):
-        return set(order[last])
-    return set()

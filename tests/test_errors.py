@@ -295,3 +295,65 @@ def test_abstract_arguments():
         fn, lora.bind(shapes, ADAPTERS), jax.ShapeDtypeStruct((3, 8), jnp.float32)
     )
     assert coverage.low_rank == ("down/kernel", "up/kernel")
+
+
+# ---------------------------------------------------------------- what was once silent
+
+
+def test_full_leaf_that_nothing_uses():
+    f = lambda p, x: x @ p["up"]["kernel"]
+    survey = lora.survey(f, PARAMS, X)
+    config = lora.LoRAConfig(rank=2, targets="up", full="down")
+    with fails(r"full: 'down/kernel' is not used by the function"):
+        lora.init(KEY, PARAMS, config, survey)
+
+
+def test_two_bound_trees_are_told_apart():
+    """A policy and a reference of one model: the reference that is never used is named."""
+    bound = lora.bind(PARAMS, ADAPTERS)
+    with fails(r"'up/kernel \(tree 2\)' .* is never used"):
+        lora.adapt(lambda p, q, x: fn(p, x))(bound, bound, X)
+    both = lora.adapt(lambda p, q, x: fn(p, x) - fn(q, x))(bound, bound, X)
+    np.testing.assert_array_equal(both, jnp.zeros_like(both))
+
+
+def test_all_linear_names_kernels_that_it_cannot_adapt():
+    def f(p, x):
+        x = jnp.tanh(x @ (p["up"]["kernel"] / jnp.linalg.norm(p["up"]["kernel"], axis=0)))
+        return x @ p["down"]["kernel"] + x.sum(-1, keepdims=True)  # no head: two ways lead out
+
+    survey = lora.survey(f, PARAMS, X)
+    with fails(r"'up/kernel' \(8, 6\) is used by no contraction"):
+        lora.select(PARAMS, lora.LoRAConfig(rank=2), survey)
+    config = lora.LoRAConfig(rank=2, exclude="up/kernel")
+    assert list(lora.select(PARAMS, config, survey)) == ["down/kernel"]
+
+
+def test_all_linear_of_a_head_alone():
+    survey = lora.survey(lambda p, x: x @ p["up"]["kernel"], PARAMS, X)
+    with fails("but the output head up/kernel; name it in targets"):
+        lora.select(PARAMS, lora.LoRAConfig(rank=2), survey)
+
+
+def test_survey_of_another_shape():
+    other = {**PARAMS, "up": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
+    survey = lora.survey(lambda p, x: x @ p["up"]["kernel"], other, X)
+    with fails(r"'up/kernel' has shape \(8, 6\), but \(8, 4\) in the survey"):
+        lora.select(PARAMS, lora.LoRAConfig(rank=2, targets="up"), survey)
+
+
+def test_a_path_that_begins_another():
+    params = {"k": jnp.ones((4, 4)), "k/scale": jnp.ones(4)}
+    for config in (lora.LoRAConfig(rank=2, targets="k", full="scale"),):
+        with fails(r"'k/scale' and another path"):
+            lora.init(KEY, params, config)
+
+
+def test_bound_parameters_sliced_outside_of_the_transform():
+    params = {"w": jnp.ones((3, 8, 8))}
+    rule = lora.Rule("w", in_axes=(1,), out_axes=(2,), batch_axes=(0,))
+    adapters = lora.init(KEY, params, lora.LoRAConfig(rank=2, targets="w", rules=[rule]))
+    layer = lora.adapt(lambda p, x: x @ p["w"])
+    step = lambda x, p: (layer(p, x), None)
+    with fails(r"'w' has 2 axes here and 3 where it was bound.*Adapt the function that holds"):
+        jax.lax.scan(step, X, lora.bind(params, adapters))

@@ -120,6 +120,20 @@ def test_heads():
     assert heads(lora.survey(lambda p, x: block.apply({"params": p}, x)[0], params, x)) == []
 
 
+def test_two_heads_and_a_cache():
+    def fn(p, x):
+        h = jnp.tanh(x @ p["body"])
+        cache = h @ p["k"]
+        h = jnp.tanh(x + cache @ p["o"])
+        return h @ p["policy"], h @ p["value"], cache
+
+    x = jnp.ones((2, 8))
+    square, out = jnp.ones((8, 8)), jnp.ones((8, 3))
+    params = {"body": square, "k": square, "o": square, "policy": out, "value": out}
+    survey = lora.survey(fn, params, x)
+    assert [p for p, leaf in survey.leaves.items() if leaf.head] == ["policy", "value"]
+
+
 def stack(layers, **kernels):
     """A scanned stack, by shapes alone: 2-D kernels under one more axis."""
     return shapes({name: {"kernel": (layers, *shape)} for name, shape in kernels.items()})
