@@ -1,0 +1,90 @@
+"""Ours against LoRA written into the modules by hand: `python benchmarks/by_hand.py`.
+
+Ratios of FLOPs, bytes accessed and temporary memory of the compiled training step, which are XLA's
+own figures and the same on every run, and of the time to trace and lower it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import llama
+import numpy as np
+
+import lora_jax as lora
+
+CASES = {
+    "q,v r=8": (("q", "v"), 8),
+    "all linears r=16": (llama.ALL, 16),
+}
+
+
+def steps(targets, rank, tokens=(2, 512), **kwargs):
+    """(our step, its arguments), (the hand-written one, its arguments): gradients of adapters."""
+    size = dict(width=512, hidden=1408, heads=8)
+    config = llama.Config(**{**size, **kwargs}, rank=rank, scale=2.0)
+    hand_config = dataclasses.replace(config, by_hand=targets)
+    model, hand = llama.Llama(config), llama.Llama(hand_config)
+    ids = jax.random.randint(jax.random.key(0), tokens, 0, config.vocab)
+    params = model.init(jax.random.key(1), ids)["params"]
+    survey = lora.survey(model.apply, {"params": params}, ids)
+    lora_config = lora.LoRAConfig(rank=rank, alpha=2.0 * rank, targets=targets)
+    adapters = lora.init(jax.random.key(2), params, lora_config, survey)
+    adapters = jax.tree.map(
+        lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), adapters
+    )
+    apply = lora.adapt(model.apply)
+
+    def ours(adapters, params, ids):
+        logits = apply({"params": lora.bind(params, adapters)}, ids)
+        return llama.loss(logits, ids)
+
+    def by_hand(adapters, params, ids):
+        return llama.loss(hand.apply({"params": params, "lora": adapters}, ids), ids)
+
+    as_hand = jax.tree.map(
+        lambda n: {"a": n.a, "b": n.b}, adapters, is_leaf=lambda x: isinstance(x, lora.LoRA)
+    )
+    as_hand = _without_kernel(as_hand)
+    value_and_grad = lambda f: jax.jit(jax.value_and_grad(f))
+    return (value_and_grad(ours), (adapters, params, ids)), (
+        value_and_grad(by_hand),
+        (as_hand, params, ids),
+    )
+
+
+def _without_kernel(tree):
+    if set(tree) == {"kernel"}:
+        return tree["kernel"]
+    return {k: _without_kernel(v) for k, v in tree.items()}
+
+
+def lowering_ratio(targets, rank, repeats=7, **kwargs):
+    """Median processor time to trace and lower our step, over the hand-written's, interleaved."""
+    times = ([], [])
+    pairs = steps(targets, rank, **kwargs)
+    for _ in range(repeats):
+        for (f, args), spent in zip(pairs, times):
+            jax.clear_caches()
+            start = time.process_time()
+            f.lower(*args)
+            spent.append(time.process_time() - start)
+    return float(np.median(times[0]) / np.median(times[1]))
+
+
+if __name__ == "__main__":
+    for case, (targets, rank) in CASES.items():
+        for scan in (False, True):
+            (ours, args), (hand, hand_args) = steps(targets, rank, scan=scan)
+            a, b = (f.lower(*x).compile() for f, x in ((ours, args), (hand, hand_args)))
+            ratios = {
+                k: a.cost_analysis()[k] / b.cost_analysis()[k] for k in ("flops", "bytes accessed")
+            }
+            ratios["temp"] = (
+                a.memory_analysis().temp_size_in_bytes / b.memory_analysis().temp_size_in_bytes
+            )
+            ratios["lowering"] = lowering_ratio(targets, rank, scan=scan, layers=8)
+            print(case, "scan" if scan else "unrolled", {k: round(v, 4) for k, v in ratios.items()})
