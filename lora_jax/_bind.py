@@ -46,9 +46,8 @@ def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) ->
 
     def leaf(path, base):
         node = nodes.get(path)
-        base = _frozen(base)
         if node is None:
-            return base
+            return _frozen(base)
         if isinstance(node, Full):
             return node.value.astype(base.dtype)
         return node.weight(base, path, _seed(key, path, node))
@@ -106,7 +105,7 @@ def _mismatch(node, shape) -> str | None:
 
 
 def _frozen(x):
-    """The base stays as it is, but no gradient flows to it. Concrete arrays are not touched."""
+    """A leaf without an adapter: no gradient flows to it (`adapt` sees to the adapted ones)."""
     if isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating):
         return jax.lax.stop_gradient(x)
     return x
