@@ -52,21 +52,21 @@ def main():
 
     apply = lora.adapt(model.apply)
 
-    def full_loss(params, batch):
-        variables = {"params": params, "batch_stats": stats}
-        return cross_entropy(model.apply(variables, batch[0]), batch[1])
+    def full_loss(params, base, batch):
+        return cross_entropy(model.apply({**base, "params": params}, batch[0]), batch[1])
 
-    def lora_loss(adapters, batch):
-        variables = {"params": lora.bind(params, adapters), "batch_stats": stats}
-        return cross_entropy(apply(variables, batch[0]), batch[1])
+    def lora_loss(adapters, base, batch):
+        bound = {**base, "params": lora.bind(base["params"], adapters)}
+        return cross_entropy(apply(bound, batch[0]), batch[1])
 
-    survey = lora.survey(model.apply, {"params": params, "batch_stats": stats}, x[:1])
+    base = {"params": params, "batch_stats": stats}
+    survey = lora.survey(model.apply, base, x[:1])
     targets = lora.select(params, lora.LoRAConfig(rank=args.rank, alpha=2 * args.rank), survey)
     print(targets)
     adapters = lora.init(jax.random.key(args.seed), params, targets)
     data = (turned[train], y[train])
-    adapters = train_on(lora_loss, adapters, data, 1e-2, args.steps, args.seed, "LoRA")
-    tuned = train_on(full_loss, params, data, 3e-3, args.steps, args.seed, "full fine-tuning")
+    adapters = train_on(lora_loss, adapters, base, data, 1e-2, args.steps, args.seed, "LoRA")
+    tuned = train_on(full_loss, params, base, data, 3e-3, args.steps, args.seed, "full fine-tuning")
     merged = lora.merge(params, adapters)
 
     def accuracy(params, x):
@@ -103,18 +103,18 @@ def pretrain(loss, params, stats, data, seed, steps=200):
     return params, stats
 
 
-def train_on(loss, trained, data, rate, steps, seed, name):
-    """Adam with a cosine to zero; `trained` is any tree."""
+def train_on(loss, trained, base, data, rate, steps, seed, name):
+    """Adam with a cosine to zero on `trained`, any tree, beside the frozen `base`."""
     tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
     state = tx.init(trained)
 
     @jax.jit
-    def step(trained, state, batch):
-        updates, state = tx.update(jax.grad(loss)(trained, batch), state)
+    def step(trained, state, base, batch):
+        updates, state = tx.update(jax.grad(loss)(trained, base, batch), state)
         return optax.apply_updates(trained, updates), state
 
     for batch in batches(data, steps, seed, name):
-        trained, state = step(trained, state, batch)
+        trained, state = step(trained, state, base, batch)
     return trained
 
 

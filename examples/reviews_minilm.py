@@ -79,10 +79,9 @@ def main():
                 print(f"{name}, learning rate {rate:g}: validation accuracy {right:.3f}")
         return
 
-    encode = lambda ids, mask: bert.mean_pool(
-        bert.Bert(config).apply({"params": encoder}, ids, mask), mask
-    )
-    results = {"probe": fit_probe(encode, head, train, RATES["probe"])}
+    features = bert.Bert(config).apply
+    encode = lambda p, ids, mask: bert.mean_pool(features({"params": p}, ids, mask), mask)
+    results = {"probe": fit_probe(encode, encoder, head, train, RATES["probe"])}
     results |= {name: fit(name, arm, params, train, RATES[name]) for name, arm in arms.items()}
     final = {name: arm.finish(params, results[name].tree) for name, arm in arms.items()}
     final["probe"] = {"bert": encoder, "classifier": results["probe"].tree}

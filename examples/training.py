@@ -63,10 +63,12 @@ def _memory(compiled) -> int:
     return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
 
 
-def fit_probe(encode: Callable, head, batches: Batches, rate: float, updates: int = 200) -> Trained:
+def fit_probe(
+    encode: Callable, params, head, batches: Batches, rate: float, updates=200
+) -> Trained:
     """Adam on a linear head over frozen features, which are computed once: the whole set a step."""
-    encode = jax.jit(encode)
-    x = jnp.concatenate([encode(ids, mask) for ids, mask, _ in tqdm(batches, desc="probe")])
+    encode = jax.jit(encode)  # (params, ids, mask) -> [B, D]
+    x = jnp.concatenate([encode(params, ids, mask) for ids, mask, _ in tqdm(batches, "probe")])
     y = np.concatenate([labels for *_, labels in batches])
     tx = optax.adam(rate)
 

@@ -7,6 +7,7 @@ import pytest
 from common import noisy
 from flax import linen as nn
 from flax import nnx
+from jax.experimental import pallas as pl
 
 import lora_jax as lora
 
@@ -295,6 +296,29 @@ def test_abstract_arguments():
         fn, lora.bind(shapes, ADAPTERS), jax.ShapeDtypeStruct((3, 8), jnp.float32)
     )
     assert coverage.low_rank == ("down/kernel", "up/kernel")
+
+
+# ---------------------------------------------------------------- opaque primitives
+
+
+def kernel_call(x, w):
+    """x·w by a Pallas kernel, interpreted: nothing can be known of its inside."""
+
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
+    return pl.pallas_call(kernel, out_shape=shape, interpret=True)(x, w)
+
+
+def test_pallas_kernels_get_the_materialised_weight():
+    f = lambda p, x: kernel_call(x, p["up"]["kernel"]) @ p["down"]["kernel"]
+    adapters = noisy(ADAPTERS)
+    bound = lora.bind(PARAMS, adapters)
+    with fails(r"'up/kernel' \(8, 6\) is materialised by `pallas_call`"):
+        lora.adapt(f)(bound, X)
+    got = lora.adapt(f, strict=False)(bound, X)
+    np.testing.assert_allclose(got, f(lora.merge(PARAMS, adapters), X), rtol=1e-5)
 
 
 # ---------------------------------------------------------------- what was once silent
