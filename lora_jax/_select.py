@@ -284,4 +284,5 @@ class _Selection:
 def _derived(leaf: Leaf) -> bool:
     """Whether a kernel is contracted, but not as it is: normalised, masked, scaled by another."""
     how = {u.primitive for u in leaf.uses}
-    return leaf.reached and not leaf.products and len(leaf.shape) >= 2 and how != {"dot_general"}
+    unlike_a_bias = how - {"add", "sub", "dot_general"}  # learned queries have one: they are inputs
+    return leaf.reached and not leaf.products and len(leaf.shape) >= 2 and bool(unlike_a_bias)
