@@ -7,6 +7,7 @@ own figures and the same on every run, and of the time to trace and lower it.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 
 import jax
@@ -63,15 +64,21 @@ def _without_kernel(tree):
 
 
 def lowering_ratio(targets, rank, repeats=7, **kwargs):
-    """Median processor time to trace and lower our step, over the hand-written's, interleaved."""
+    """Median processor time to trace and lower our step, over the hand-written's, interleaved.
+
+    Without garbage collection, as in `timeit`: it falls into either at random.
+    """
     times = ([], [])
     pairs = steps(targets, rank, **kwargs)
     for _ in range(repeats):
         for (f, args), spent in zip(pairs, times):
             jax.clear_caches()
+            gc.collect()
+            gc.disable()
             start = time.process_time()
             f.lower(*args)
             spent.append(time.process_time() - start)
+            gc.enable()
     return float(np.median(times[0]) / np.median(times[1]))
 
 
