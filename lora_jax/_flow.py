@@ -10,7 +10,7 @@ from lora_jax import _compat
 
 LOOK_UP = "gather"
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", LOOK_UP)
-INLINE = (*_compat.CALLS, "custom_jvp_call", "custom_vjp_call")
+INLINE = (*_compat.CALLS, "custom_jvp_call", "custom_vjp_call", "shard_map")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,11 @@ class Flow:
             self._read |= products
             self._leaves.append(leaves)
             return [Value(products=frozenset([len(self._leaves) - 1]), data=True)] * n
-        bodies = [(p["jaxpr"], ins)] if name == "scan" else [
-            (b, ins[1:]) for b in p.get("branches", ())
-        ]  # fmt: skip
+        bodies = {
+            "scan": lambda: [(p["jaxpr"], ins)],
+            "while": lambda: [(p["body_jaxpr"], ins[p["cond_nconsts"] :])],
+            "cond": lambda: [(branch, ins[1:]) for branch in p["branches"]],
+        }.get(name, list)()
         inside = frozenset()
         for body, values in bodies:  # a loop reads all that it is given, and its own products
             outs = self._walk(_compat.opened(body)[0], values)

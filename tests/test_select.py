@@ -134,6 +134,21 @@ def test_two_heads_and_a_cache():
     assert [p for p, leaf in survey.leaves.items() if leaf.head] == ["policy", "value"]
 
 
+@pytest.mark.parametrize("loop", ["while", "scan"])
+def test_what_a_loop_reads_is_no_head(loop):
+    def fn(p, x):
+        step = lambda i, h: h + jnp.tanh(h @ p["body"])
+        n = 3 if loop == "scan" else jnp.int32(x[0, 0])
+        return jax.lax.fori_loop(0, n, step, x @ p["first"])
+
+    w = jnp.ones((8, 8))
+    survey = lora.survey(fn, {"body": w, "first": w}, jnp.ones((2, 8)))
+    assert list(lora.select({"body": w, "first": w}, lora.LoRAConfig(rank=2), survey)) == [
+        "body",
+        "first",
+    ]
+
+
 def stack(layers, **kernels):
     """A scanned stack, by shapes alone: 2-D kernels under one more axis."""
     return shapes({name: {"kernel": (layers, *shape)} for name, shape in kernels.items()})
