@@ -13,8 +13,9 @@ import numpy as np
 
 from lora_jax import _compat, _nnx
 from lora_jax._coverage import Coverage
-from lora_jax._errors import LoRAError
+from lora_jax._errors import LoRAError, raise_all
 from lora_jax._interpret import Interpreter
+from lora_jax._plan import PLANS
 from lora_jax._weight import AdaptedWeight, is_weight
 
 
@@ -22,6 +23,7 @@ def adapt(
     fn: Callable,
     *,
     strict: bool = True,
+    plan: str = "auto",
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
 ) -> Callable:
@@ -41,11 +43,19 @@ def adapt(
       strict: raise if an adapted leaf is used anywhere but in low rank, or not at all. If False,
         such weights are materialised, W + scale·A·B, which is exact but forms a gradient of the
         size of W; `lora.coverage` lists them.
+      plan: how a matrix product is made. "factored": x·W + scale·(x·A)·B. "merged":
+        x·(W + scale·A·B) in the forward pass and for the gradient of x; the merged weight is
+        accumulated in fp32, rounded once to W's dtype, lives for one product and has no gradient.
+        "auto" chooses by FLOPs and bytes, for each pass of each product, and merges only where
+        nothing is rounded away: in fp32 or wider and, off the CPU, at the highest precision; and
+        on one device (or under shard_map), where shapes are known. Convolutions, ragged products
+        and dropout are factored. `lora.coverage` shows the plan of each leaf.
       static_argnums, static_argnames: as in `jax.jit`, for arguments that hold arrays or objects
         and are still constants.
 
     Raises:
-      LoRAError: when called, if strict: lists every leaf that was materialised (with the primitive
+      LoRAError: an unknown plan; or "merged" with dropout, which is on the input of the branch.
+        When called, if strict: lists every leaf that was materialised (with the primitive
         and its source line) or unused.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -56,7 +66,7 @@ def adapt(
     Array([[4., 4., 4.],
            [4., 4., 4.]], dtype=float32)
     """
-    call = _Adapted(fn, strict, static_argnums, static_argnames)
+    call = _Adapted(fn, strict, plan, static_argnums, static_argnames)
 
     @functools.wraps(fn, updated=())
     def adapted(*args, **kwargs):
@@ -129,9 +139,11 @@ def _rejoined(traceable: Traceable, constants, *arrays):
 
 
 class _Adapted(Traceable):
-    def __init__(self, fn, strict=False, static_argnums=(), static_argnames=()):
+    def __init__(self, fn, strict, plan, static_argnums=(), static_argnames=()):
         super().__init__(fn, static_argnums, static_argnames)
-        self.strict = strict
+        if plan not in PLANS:
+            raise LoRAError(f"plan={plan!r} is not one of {', '.join(PLANS)}")
+        self.strict, self.plan = strict, plan
         self._transform = functools.partial(_transformed, self)
 
     def __call__(self, args, kwargs):
@@ -160,7 +172,13 @@ class _Adapted(Traceable):
         """The outputs with adapted weights, and what became of each leaf."""
         jaxpr, shapes = self.jaxpr(constants, arrays)
         frozen = [_frozen(x) if is_weight(x) else x for x in _told_apart(arrays)]
-        interpreter = Interpreter()
+        dropping = [x for x in frozen if is_weight(x) and x.drops] if self.plan == "merged" else []
+        raise_all(
+            'plan="merged" cannot drop inputs of the low-rank branch:',
+            [f"'{x.origin}' has dropout {x.dropout}" for x in dropping],
+            'lora.bind(params, adapters) without a dropout_key, or lora.adapt(fn, plan="auto")',
+        )
+        interpreter = Interpreter(self.plan)
         outs = interpreter.run(*_compat.live(jaxpr), frozen)
         unmoved = {id(x) for x in frozen}
         outs = [
@@ -204,11 +222,14 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, AdaptedWeight | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def coverage(fn: Callable, *args, static_argnums=(), static_argnames=(), **kwargs) -> Coverage:
+def coverage(
+    fn: Callable, *args, plan="auto", static_argnums=(), static_argnames=(), **kwargs
+) -> Coverage:
     """What `adapt(fn)(*args, **kwargs)` does with each adapted leaf, without computing anything.
 
     Args:
       fn: the plain function, not an adapted one.
+      plan, static_argnums, static_argnames: as in `adapt`.
       *args, **kwargs: its arguments, with bound parameters; arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
@@ -221,7 +242,7 @@ def coverage(fn: Callable, *args, static_argnums=(), static_argnames=(), **kwarg
     >>> lora.coverage(fn, lora.bind(params, adapters), jnp.ones((2, 4))).low_rank
     ('w',)
     """
-    call = _Adapted(fn, False, static_argnums, static_argnames)
+    call = _Adapted(fn, False, plan, static_argnums, static_argnames)
     constants, arrays = call.split(args, kwargs)
     found = []
     jax.eval_shape(lambda xs: found.append(call.interpret(constants, xs)[1]), arrays)

@@ -14,14 +14,19 @@ __all__ = [
     "CALLS",
     "Literal",
     "eqn_context",
+    "explicit_spec",
     "is_unspecified",
     "jaxpr_as_fun",
     "live",
+    "one_device",
     "opened",
+    "out_avals",
+    "same_vma",
     "scan_counts",
     "shard_map_axes",
     "source_line",
     "staging",
+    "vary",
 ]
 
 
@@ -74,6 +79,44 @@ def source_line(eqn: Any) -> str:
     """`file.py:line:column (function)` of what made the equation; "" if it is JAX's own code."""
     path, _, where = source_info_util.summarize(eqn.source_info).rpartition("/")
     return "/".join([*path.split("/")[-2:], where]).lstrip("/")
+
+
+def same_vma(*arrays: Any) -> list:
+    """The arrays, all varying over the manual mesh axes that any of them varies over."""
+    union = frozenset().union(*map(varying, arrays))
+    return [vary(x, union) for x in arrays]
+
+
+def varying(x: Any) -> frozenset:
+    """The manual mesh axes over which x may differ, under shard_map."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary(x: Any, axes: Any) -> Any:
+    """x, varying over `axes` as well."""
+    missing = tuple(sorted(set(axes) - varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def out_avals(fn: Any, avals: tuple) -> list:
+    """The types of fn's outputs, with shardings and the manual mesh axes that they vary over."""
+    return list(jax.make_jaxpr(fn)(*avals).out_avals)
+
+
+def explicit_spec(x: Any) -> Any:
+    """The PartitionSpec that is part of x's type, or None if the compiler decides."""
+    sharding = jax.typeof(x).sharding
+    explicit = jax.sharding.AxisType.Explicit
+    return sharding.spec if explicit in sharding.mesh.axis_types else None
+
+
+def one_device(x: Any) -> bool:
+    """Whether the shape of x is what one device holds: no mesh axis is left to the compiler."""
+    mesh = jax.typeof(x).sharding.mesh
+    return all(
+        size == 1 or kind == jax.sharding.AxisType.Manual
+        for size, kind in zip(mesh.axis_sizes, mesh.axis_types)
+    )
 
 
 def staging() -> bool:

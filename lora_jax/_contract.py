@@ -1,77 +1,160 @@
-"""The low-rank contraction: x·(scale·A·B) as two small products, never through A·B."""
+"""The low-rank contraction: all adapted weights that multiply one input, grouped and planned."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from lora_jax._einsum import Labels, cast, contract, times
+from lora_jax import _compat
+from lora_jax._einsum import Labels, cast, plus
+from lora_jax._linear import Group, Member, adapted
+from lora_jax._plan import Plan, choose
 from lora_jax._weight import RANK, SEED_IMPL, AdaptedWeight, Factor
 
 
-def low_rank(
-    x: jax.Array,
-    xl: Labels,
-    w: AdaptedWeight,
-    wl: Sequence[Hashable],
-    out: Labels,
-    use: int,
-    **params: Any,
-) -> jax.Array:
-    """The update's part of a contraction of `x` with the weight, of labels `out`.
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One contraction of x with an adapted weight.
 
-    `xl` labels x's axes, `wl[d]` is the label of the weight's axis d. The factor that makes the
-    cheaper first product comes first: A for x·W, B for x·Wᵀ.
+    Attributes:
+      w: the weight; wl labels its axes, those that meet an axis of x by that axis's label.
+      out: the labels of the result.
+      dtype: of the result.
+      params: dot_general's.
+      weight_first: whether the weight is its first operand.
+      base: x·W as the model wrote it, for what is not `whole`: x of integers, a given sharding.
+      use: a number that no other use has.
     """
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else w.dtype
-    x = dropout(cast(x, dtype), w, use)
-    label = dict(enumerate(wl)) | {RANK: "rank"}
-    size = {d: n for d, n in zip(xl, x.shape)}
-    for f in (w.a, w.b):
-        size |= {label[d]: n for d, n in zip(f.dims, f.value.shape)}
-    plans = [_Order(xl, f, s, label, out, size) for f, s in ((w.a, w.b), (w.b, w.a))]
-    best = min(plans, key=lambda p: p.flops)
-    return best(x, xl, w.scale, out, dtype, params)
+
+    w: AdaptedWeight
+    wl: Labels
+    out: Labels
+    dtype: Any
+    params: dict
+    weight_first: bool
+    base: Callable[[], jax.Array]
+    whole: bool
+    use: int
+
+    def factors(self, x, xl):
+        """(first, second) factor, with labels: A then B for x·W, B then A for x·Wᵀ.
+
+        The one that makes the cheaper first product comes first.
+        """
+        label = dict(enumerate(self.wl)) | {RANK: RANK}
+        size = dict(zip(xl, x.shape)) | dict(zip(self.wl, self.w.shape))
+        size[RANK] = self.w.a.size(RANK)
+
+        def flops(first, second):
+            fl, sl = ([label[d] for d in f.dims] for f in (first, second))
+            hl = [d for d in dict.fromkeys([*xl, *fl]) if d in self.out or d in sl]
+            cost = lambda *labels: math.prod(size[d] for d in {*labels[0], *labels[1]})
+            return cost(xl, fl) + cost(hl, sl)
+
+        a, b = self.w.a, self.w.b
+        first, second = min(((a, b), (b, a)), key=lambda pair: flops(*pair))
+        order = sorted(first.dims, key=lambda d: (d == RANK, _place(label[d], xl), d))
+        first = first.order(tuple(order))
+        return _labelled(first, label), _labelled(second, label)
 
 
-class _Order:
-    """x·first·second, and what it costs."""
+def _place(label: Hashable, xl: Labels) -> int:
+    return xl.index(label) if label in xl else len(xl)
 
-    def __init__(self, xl, first: Factor, second: Factor, label, out, size):
-        self.first, self.second, self.size = first, second, size
-        self.fl = tuple(label[d] for d in first.dims)
-        self.sl = tuple(label[d] for d in second.dims)
-        self.hl = tuple(d for d in dict.fromkeys([*xl, *self.fl]) if d in out or d in self.sl)
-        flops = [
-            math.prod(size[d] for d in {*a, *b}) for a, b in ((xl, self.fl), (self.hl, self.sl))
-        ]
-        self.flops = sum(flops)
 
-    def __call__(self, x, xl, scale, out, dtype, params):
-        first, second = cast(self.first.value, dtype), cast(self.second.value, dtype)
-        hl = self.hl
-        # The scale goes to whichever of x·A, A and B is smallest.
-        sizes = [math.prod(self.size[d] for d in hl), first.size, second.size]
-        where = sizes.index(min(sizes))
-        first = times(first, scale) if where == 1 else first
-        second = times(second, scale) if where == 2 else second
-        h = contract(x, xl, first, self.fl, hl, precision=params.get("precision"))
-        h = times(h, scale) if where == 0 else h
-        have = tuple(d for d in out if d in hl or d in self.sl)
-        y = contract(h, hl, second, self.sl, have, **params)
-        if have != tuple(out):  # the update is constant along an axis of size 1 that grew
-            y = lax.expand_dims(y, [i for i, d in enumerate(out) if d not in have])
-        return y
+def _labelled(f: Factor, label):
+    return f.value, tuple(label[d] for d in f.dims)
+
+
+def contracted(x, xl: Labels, products: Sequence[Product], mode: str) -> list:
+    """(result, plan) of each product. Those whose A run along the same axes of x are one group."""
+    groups: dict[Any, list[int]] = {}
+    parts = [p.factors(x, xl) for p in products]
+    for i, (p, ((_, al), (_, bl))) in enumerate(zip(products, parts)):
+        left = tuple(d for d in xl if d in p.out or d in bl)
+        alone = i if p.w.drops else None
+        key = (al, left, p.params["precision"], p.whole, alone)
+        groups.setdefault(key, []).append(i)
+    done: dict[int, tuple] = {}
+    for members in groups.values():
+        outs = _group(x, xl, [products[i] for i in members], [parts[i] for i in members], mode)
+        done |= dict(zip(members, outs))
+    return [done[i] for i in range(len(products))]
+
+
+def _group(x, xl, products, parts, mode):
+    first = products[0]
+    whole = first.whole and not first.w.drops
+    (_, al), _ = parts[0]
+    plan = _plan(x, xl, products, parts, mode, whole)
+    if not whole:
+        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else first.w.dtype
+        bases = [p.base() for p in products]
+        x = dropout(cast(x, dtype), first.w, first.use)
+    members = tuple(
+        Member(
+            tuple(p.wl) if whole else None,
+            bl,
+            tuple(p.out),
+            p.w.scale,
+            p.dtype,
+            p.params["precision"],
+            p.params["preferred_element_type"],
+            p.params["dimension_numbers"],
+            p.weight_first,
+        )
+        for p, (_, (_, bl)) in zip(products, parts)
+    )
+    ys = adapted(
+        Group(tuple(xl), al, members, plan),
+        x,
+        [a for (a, _), _ in parts],
+        [b for _, (b, _) in parts],
+        [p.w.base for p in products] if whole else (),
+    )
+    if not whole:
+        ys = list(map(plus, bases, ys))
+    return [(y, plan) for y in ys]
+
+
+def _plan(x, xl, products, parts, mode, whole) -> Plan:
+    first = products[0]
+    size = dict(zip(xl, x.shape)) | dict(zip(first.wl, first.w.shape))
+    inner = {d for d in first.wl if d in xl and d not in first.out}
+    rows = math.prod(size[d] for d in xl if d not in first.wl)
+    outs = [math.prod(n for d, n in zip(p.wl, p.w.shape) if d not in xl) for p in products]
+    ranks = [p.w.a.size(RANK) for p in products]
+    mergeable = whole and all(
+        inner <= {*al} <= {*xl, RANK}
+        and not inner & {*bl}
+        and _keeps_all_bits(p, x)
+        and _compat.one_device(p.w.base)
+        for p, ((_, al), (_, bl)) in zip(products, parts)
+    )
+    mergeable = mergeable and _compat.one_device(x)
+    inner_size = math.prod(size[d] for d in inner)
+    mode = mode if whole else "factored"
+    return choose(mode, rows, inner_size, outs, ranks, x.dtype.itemsize, mergeable)
+
+
+def _keeps_all_bits(p: Product, x) -> bool:
+    """Whether the product reads the weight in fp32 or wider, so that a small update of a large
+    weight is not rounded away. In fp32, GPUs and TPUs do so only at the highest precision."""
+    wide = all(v.dtype.itemsize >= 4 for v in (x, p.w.base))
+    highest = jax.lax.Precision.HIGHEST
+    precision = p.params["precision"]
+    full = precision == highest or precision == (highest, highest)
+    return wide and (full or jax.default_backend() == "cpu")
 
 
 def dropout(x: jax.Array, w: AdaptedWeight, use: int) -> jax.Array:
     """Inverted dropout on the branch's input; its mask is of the weight, its stack and the use."""
-    if w.seed is None or not w.dropout:
+    if not w.drops:
         return x
     data = w.seed.sorted().value
     key = jax.random.wrap_key_data(data.reshape(-1, data.shape[-1])[0], impl=SEED_IMPL)

@@ -70,6 +70,7 @@ class Coverage:
                 path,
                 self.shapes[path],
                 self.status(path),
+                "; ".join(dict.fromkeys(u.plan for u in self.uses[path] if u.plan)),
                 ", ".join(dict.fromkeys(f"{u.primitive} at {u.source}" for u in self.uses[path])),
             )
             for path in self.shapes
@@ -78,4 +79,4 @@ class Coverage:
             f"{len(self.low_rank)} low-rank, {len(self.materialised)} materialised, "
             f"{len(self.unused)} unused"
         )
-        return table(("leaf", "shape", "status", "uses"), rows) + "\n" + total
+        return table(("leaf", "shape", "status", "plan", "uses"), rows) + "\n" + total

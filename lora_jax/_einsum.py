@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 Labels = Sequence[Hashable]
 
@@ -33,11 +34,19 @@ def plus(y, delta) -> jax.Array:
     return lax.add(y, cast(delta, y.dtype))
 
 
-def contract(x, xl: Labels, y, yl: Labels, out: Labels, **params) -> jax.Array:
+def spread(y, have: Labels, out: Labels, shape: Sequence[int]):
+    """`y` of labels `have`, a subsequence of `out`, in the full shape: constant along the rest."""
+    if y.shape == tuple(shape):
+        return y
+    return lax.broadcast_in_dim(y, shape, [out.index(d) for d in have])
+
+
+def contract(x, xl: Labels, y, yl: Labels, out: Labels, spec=None, **params) -> jax.Array:
     """Einstein summation of two arrays with labelled axes, as one dot_general.
 
-    Labels that only one operand has and `out` lacks are summed first. `params` are dot_general's
-    precision and preferred_element_type.
+    Labels that only one operand has and `out` lacks are summed first. `spec` is the result's
+    PartitionSpec, where shardings are part of types; `params` are dot_general's precision and
+    preferred_element_type.
     """
     x, xl = _sum_lone(x, xl, yl, out)
     y, yl = _sum_lone(y, yl, xl, out)
@@ -48,8 +57,10 @@ def contract(x, xl: Labels, y, yl: Labels, out: Labels, **params) -> jax.Array:
         tuple(tuple(labels.index(d) for d in group) for labels in (xl, yl))
         for group in (summed, batch)
     )
-    z = lax.dot_general(x, y, dims, **params)
     zl = [*batch, *(d for d in xl if d not in both), *(d for d in yl if d not in both)]
+    if spec is not None:
+        params["out_sharding"] = PartitionSpec(*(dict(zip(out, spec))[d] for d in zl))
+    z = lax.dot_general(x, y, dims, **params)
     order = [zl.index(d) for d in out]
     return z if order == sorted(order) else lax.transpose(z, order)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 
 from lora_jax import _compat, _control, _products  # noqa: F401  (they register their rules)
@@ -22,6 +24,7 @@ class Use:
       how: "low-rank" or "materialised".
       source: the line of the user's code.
       in_axes, out_axes, batch_axes: the leaf's axes by their part in a contraction.
+      plan: how the product was made; see `lora.adapt`.
     """
 
     primitive: str
@@ -30,6 +33,7 @@ class Use:
     in_axes: tuple[int, ...] = ()
     out_axes: tuple[int, ...] = ()
     batch_axes: tuple[int, ...] = ()
+    plan: str = ""
 
 
 def by_leaf(paths: Iterable[str], events: Mapping[tuple, Use]) -> dict[str, tuple[Use, ...]]:
@@ -40,29 +44,109 @@ def by_leaf(paths: Iterable[str], events: Mapping[tuple, Use]) -> dict[str, tupl
     return {path: tuple(u) for path, u in uses.items()}
 
 
+# What may stand between a parameter and the product that uses it.
+MOVES = frozenset(
+    "broadcast_in_dim convert_element_type copy copy_p div mul name neg reshape "
+    "sharding_constraint slice squeeze transpose".split()
+)
+
+
+class _Body:
+    """A jaxpr under evaluation: its values, and who makes and who multiplies them."""
+
+    def __init__(self, jaxpr, env: dict):
+        self.env = env
+        self.done: set[int] = set()  # ids of equations
+        self._eqns = jaxpr.eqns
+
+    def read(self, v):
+        return v.val if isinstance(v, _compat.Literal) else self.env[v]
+
+    def has(self, v) -> bool:
+        return isinstance(v, _compat.Literal) or v in self.env
+
+    @functools.cached_property
+    def _makers(self) -> dict:
+        return {v: eqn for eqn in self._eqns for v in eqn.outvars}
+
+    def maker(self, v):
+        return self._makers.get(v)
+
+    @functools.cached_property
+    def _products(self) -> dict:
+        found = collections.defaultdict(list)
+        for eqn in self._eqns:
+            if eqn.primitive.name == "dot_general":
+                for side, v in enumerate(eqn.invars):
+                    found[self._origin(v)].append((eqn, side))
+        return found
+
+    def products_of(self, x) -> list:
+        """(equation, side) of each dot_general of `x`, or of an equal conversion of its source."""
+        return self._products[self._origin(x)]
+
+    def _origin(self, v):
+        """What tells `v` from other values: casts of one value to one type are one."""
+        eqn = None if isinstance(v, _compat.Literal) else self.maker(v)
+        if eqn is None or eqn.primitive.name != "convert_element_type":
+            return id(v)
+        return self._origin(eqn.invars[0]), v.aval.dtype
+
+
 class Interpreter:
     """One evaluation. `events` maps (leaf, equation, how) to a `Use`."""
 
-    def __init__(self):
+    def __init__(self, plan: str = "auto"):
+        self.plan = plan
         self.events: dict[tuple, Use] = {}
+        self._body: _Body | None = None
         self.jits: dict = {}  # rebuilt inner functions, see the rule of `jit`
         self._uses = 0
 
     def run(self, jaxpr, consts, args) -> list:
         """The outputs of an (open) jaxpr; those that are a moved weight stay adapted."""
-        env: dict = {}
+        env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
+        outer, self._body = self._body, _Body(jaxpr, env)
+        try:
+            for eqn in jaxpr.eqns:
+                if id(eqn) not in self._body.done:  # it may have been made with a sibling
+                    self.evaluate(eqn)
+            return [self._body.read(v) for v in jaxpr.outvars]
+        finally:
+            self._body = outer
 
-        def read(v):
-            return v.val if isinstance(v, _compat.Literal) else env[v]
+    def evaluate(self, eqn) -> None:
+        values = [self._body.read(v) for v in eqn.invars]
+        with _compat.eqn_context(eqn):
+            outs = self._equation(eqn, values)
+        self.made(eqn, outs)
 
-        env.update(zip(jaxpr.constvars, consts))
-        env.update(zip(jaxpr.invars, args))
-        for eqn in jaxpr.eqns:
-            values = [read(v) for v in eqn.invars]
-            with _compat.eqn_context(eqn):
-                outs = self._equation(eqn, values)
-            env.update(zip(eqn.outvars, outs))
-        return [read(v) for v in jaxpr.outvars]
+    def made(self, eqn, outs) -> None:
+        """Takes the outputs of an equation of the body."""
+        self._body.done.add(id(eqn))
+        self._body.env.update(zip(eqn.outvars, outs))
+
+    def siblings(self, eqn, side: int):
+        """The later dot_generals of the body that multiply the same input, operand `side` of `eqn`,
+        with an adapted weight: (equation, which operand is the weight, the weight)."""
+        found = []
+        for other, x_side in self._body.products_of(eqn.invars[side]):
+            v = other.invars[1 - x_side]
+            if other is not eqn and id(other) not in self._body.done and self._reach(v):
+                w = self._body.read(v)
+                if is_weight(w) and not w.is_probe:
+                    found.append((other, 1 - x_side, w))
+        return found
+
+    def _reach(self, v) -> bool:
+        """Makes a value ahead of its turn, if it is only moved from what is there."""
+        if self._body.has(v):
+            return True
+        eqn = self._body.maker(v)
+        if eqn is None or eqn.primitive.name not in MOVES or not all(map(self._reach, eqn.invars)):
+            return False
+        self.evaluate(eqn)
+        return True
 
     def _equation(self, eqn, values) -> list:
         if not any(map(is_weight, values)):
@@ -89,19 +173,21 @@ class Interpreter:
         """A weight as it enters a body: its masks there differ from those of other calls."""
         return value.folded(self.use()) if is_weight(value) and value.seed is not None else value
 
-    def used(self, w: AdaptedWeight, eqn, how, in_dims=(), out_dims=(), batch_dims=(), name=None):
+    def used(
+        self, w: AdaptedWeight, eqn, how, in_dims=(), out_dims=(), batch_dims=(), name=None, plan=""
+    ):
         """Records a use, in terms of the axes of the leaf."""
         inner, outer, batch = (
             {axis for d in dims for axis in w.axes[d]} for dims in (in_dims, out_dims, batch_dims)
         )
         self._record(
-            w, eqn, how, inner, outer - inner, (batch | set(w.stacked)) - inner - outer, name
+            w, eqn, how, inner, outer - inner, (batch | set(w.stacked)) - inner - outer, name, plan
         )
 
-    def _record(self, w, eqn, how, inner, outer, batch, name=None):
+    def _record(self, w, eqn, how, inner, outer, batch, name=None, plan=""):
         axes = [tuple(sorted(a)) for a in (inner, outer, batch)]
         name = name or eqn.primitive.name
-        use = Use(name, how, _compat.source_line(eqn), *axes)
+        use = Use(name, how, _compat.source_line(eqn), *axes, plan)
         self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
 
     def materialise(self, w: AdaptedWeight, eqn, name: str | None = None):

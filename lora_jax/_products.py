@@ -10,7 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._contract import dropout, low_rank
+from lora_jax._contract import Product, contracted, dropout
 from lora_jax._einsum import cast, contract, plus, times
 from lora_jax._rules import rule
 from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
@@ -18,27 +18,51 @@ from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
 
 @rule("dot_general")
 def _dot_general(ctx, eqn, args):
+    """Together with the products of the same input that come later in the program."""
     if all(map(is_weight, args)):  # the right operand is the weight, by convention
         args = [ctx.materialise(args[0], eqn), args[1]]
     side = 0 if is_weight(args[0]) else 1  # which operand is the weight
-    w, x = args[side], args[1 - side]
-    (contracting, batch) = eqn.params["dimension_numbers"]
-    wc, xc, wb, xb = contracting[side], contracting[1 - side], batch[side], batch[1 - side]
-    free = [d for d in range(w.ndim) if d not in wc and d not in wb]
-    ctx.used(w, eqn, "low-rank", wc, free, wb)
-    y = ctx.bind(eqn, [a.base if is_weight(a) else a for a in args])[0]
-    if w.is_probe:
-        return [y]
+    if args[side].is_probe:
+        ctx.used(args[side], eqn, "low-rank", *_parts_of(eqn, side, args[side].ndim))
+        return ctx.bind(eqn, [a.base if is_weight(a) else a for a in args])
+    x = args[1 - side]
+    uses = [(eqn, side, args[side]), *ctx.siblings(eqn, 1 - side)]
+    xl = tuple(("x", d) for d in range(x.ndim))
+    products = [_product(ctx, e, s, x, xl, w) for e, s, w in uses]
+    outs = contracted(x, xl, products, ctx.plan)
+    for (e, s, w), (y, plan) in zip(uses, outs):
+        ctx.used(w, e, "low-rank", *_parts_of(e, s, w.ndim), plan=str(plan))
+        ctx.made(e, [y])
+    return [outs[0][0]]
 
-    wl = [("w", d) for d in range(w.ndim)]
-    pairs = dict(zip((*xc, *xb), (*wc, *wb)))
-    xl = [wl[pairs[d]] if d in pairs else ("x", d) for d in range(x.ndim)]
-    x_free = [xl[d] for d in range(x.ndim) if d not in pairs]
-    w_free = [wl[d] for d in free]
-    out = [*(wl[d] for d in wb), *(w_free + x_free if side == 0 else x_free + w_free)]
-    params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
-    delta = low_rank(x, xl, w, wl, out, ctx.use(), **params)
-    return [plus(y, delta)]
+
+def _parts_of(eqn, side: int, ndim: int):
+    """The weight's contracted, free and batch axes in a dot_general."""
+    contracting, batch = eqn.params["dimension_numbers"]
+    wc, wb = contracting[side], batch[side]
+    return wc, [d for d in range(ndim) if d not in wc and d not in wb], wb
+
+
+def _product(ctx, eqn, side, x, xl, w) -> Product:
+    contracting, batch = eqn.params["dimension_numbers"]
+    wc, xc, wb, xb = contracting[side], contracting[1 - side], batch[side], batch[1 - side]
+    met = dict(zip((*wc, *wb), (*xc, *xb)))
+    wl = tuple(xl[met[d]] if d in met else ("w", d) for d in range(w.ndim))
+    x_free = [d for i, d in enumerate(xl) if i not in xc and i not in xb]
+    w_free = [wl[d] for d in range(w.ndim) if d not in met]
+    out = (*(xl[d] for d in xb), *(w_free + x_free if side == 0 else x_free + w_free))
+    operands = [w.base, x] if side == 0 else [x, w.base]
+    return Product(
+        w,
+        wl,
+        out,
+        eqn.outvars[0].aval.dtype,
+        eqn.params,
+        weight_first=side == 0,
+        base=lambda: ctx.bind(eqn, operands)[0],
+        whole=jnp.issubdtype(x.dtype, jnp.floating) and eqn.params["out_sharding"] is None,
+        use=ctx.use(),
+    )
 
 
 @rule("conv_general_dilated")

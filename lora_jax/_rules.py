@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax import _compat
 from lora_jax._einsum import times
 from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight, origins
 
@@ -285,9 +286,4 @@ def _all_gather(eqn, w, base, rest):
 @_shape_rule("pvary", "pcast")
 def _pvary(eqn, w, base, rest):
     axes = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
-
-    def move(f):
-        missing = tuple(a for a in axes if a not in getattr(jax.typeof(f.value), "vma", ()))
-        return Factor(lax.pcast(f.value, missing, to="varying") if missing else f.value, f.dims)
-
-    return w.moved(base(), move, w.axes)
+    return w.moved(base(), lambda f: Factor(_compat.vary(f.value, axes), f.dims), w.axes)

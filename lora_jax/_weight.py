@@ -159,6 +159,11 @@ class AdaptedWeight:
         """Whether the weight has no factors: it is only followed, for a survey."""
         return self.a is None
 
+    @property
+    def drops(self) -> bool:
+        """Whether the input of the low-rank branch has dropout."""
+        return self.seed is not None and self.dropout > 0
+
     def moved(self, base, move: Callable[[Factor], Factor], axes, stacked=()) -> AdaptedWeight:
         """The weight after a change of shape: `move` carries each factor along."""
         a, b, seed = (f if f is None else move(f) for f in (self.a, self.b, self.seed))

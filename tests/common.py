@@ -38,12 +38,14 @@ def assert_close(got, want, dtype=jnp.float32, factor=64):
         np.testing.assert_allclose(g / top, w / top, atol=tolerance(dtype, factor), rtol=0)
 
 
-def adapted(fn, params, *args, targets=lora._config.ALL_LINEAR, rank=2, strict=True, **config):
+def adapted(
+    fn, params, *args, targets=lora._config.ALL_LINEAR, rank=2, strict=True, plan="auto", **config
+):
     """(adapted function, noisy adapters) of a function of parameters."""
     survey = lora.survey(fn, params, *args)
     config = lora.LoRAConfig(rank=rank, alpha=3 * rank, targets=targets, **config)
     adapters = noisy(lora.init(jax.random.key(0), params, config, survey))
-    return lora.adapt(fn, strict=strict), adapters
+    return lora.adapt(fn, strict=strict, plan=plan), adapters
 
 
 def total(outputs):

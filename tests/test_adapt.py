@@ -1,6 +1,7 @@
 """factored = dense, over every way a weight can be used and every transformation."""
 
 import functools
+import math
 import re
 
 import jax
@@ -180,10 +181,11 @@ USES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("plan", ["auto", "merged"])
 @pytest.mark.parametrize("name", sorted(USES))
-def test_use_is_low_rank_and_equals_dense(name):
+def test_use_is_low_rank_and_equals_dense(name, plan):
     fn, w, x = USES[name]
-    assert_equals_dense(fn, {"w": w}, x, targets="w")
+    assert_equals_dense(fn, {"w": w}, x, targets="w", plan=plan)
 
 
 @pytest.mark.parametrize("name", ["matmul", "scan", "remat", "cond", "jit", "conv 1d", "look-up"])
@@ -215,19 +217,24 @@ def mlp(p, x):
     return jnp.tanh(x @ p["w"]) @ p["v"]
 
 
-MLP = {"w": W, "v": normal(20, 6, 4)}
+def gated(p, x):
+    """Two products of one input, and one of their result."""
+    return (jnp.tanh(x @ p["w"]) * (x @ p["u"])) @ p["v"]
 
 
-@pytest.fixture
-def both():
+GATED = {"u": normal(21, 6, 8), "v": normal(20, 8, 4), "w": normal(22, 6, 8)}
+
+
+@pytest.fixture(params=["factored", "merged"])
+def both(request):
     """(adapters, the adapted function of adapters, the dense one), for transformations."""
-    f, adapters = adapted(mlp, MLP, X, targets=["w", "v"])
+    f, adapters = adapted(gated, GATED, X, targets=["u", "v", "w"], plan=request.param)
 
     def ours(ad, x=X):
-        return f(lora.bind(MLP, ad), x)
+        return f(lora.bind(GATED, ad), x)
 
     def dense(ad, x=X):
-        return mlp(lora.merge(MLP, ad), x)
+        return gated(lora.merge(GATED, ad), x)
 
     return adapters, ours, dense
 
@@ -374,19 +381,24 @@ def test_custom_rules_keep_their_own_derivative():
     assert_close(grad, jax.tree.map(lambda v: 3.0 * v, want))
 
 
-def test_no_gradient_of_a_frozen_weight():
-    """No array of a weight's shape is made in the backward pass, though the whole tree is bound."""
+@pytest.mark.parametrize("plan", ["factored", "merged"])
+def test_no_gradient_of_a_frozen_weight(plan):
+    """No sum over rows has a weight's shape, though the whole tree is bound: only A·B may."""
     big = {"w": normal(30, 6, 48), "v": normal(31, 48, 4)}
-    f, adapters = adapted(mlp, big, X, targets=["w", "v"])
+    f, adapters = adapted(mlp, big, X, targets=["w", "v"], plan=plan)
 
     def loss(tree):
         return jnp.sum(f(lora.bind(tree["base"], tree["adapters"]), X))
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))({"base": big, "adapters": adapters})
-    shapes = [
-        v.aval.shape for e in jaxpr.eqns for v in e.outvars if e.primitive.name == "dot_general"
+    found = [
+        (e.outvars[0].aval.shape, math.prod(e.invars[0].aval.shape[d] for d in dims[0][0]))
+        for e in jaxpr.eqns
+        if e.primitive.name == "dot_general"
+        for dims in [e.params["dimension_numbers"]]
     ]
-    assert (6, 48) not in shapes and (48, 6) not in shapes and (48, 4) not in shapes
+    weights = [summed for shape, summed in found if set(shape) in ({6, 48}, {48, 4})]
+    assert weights == ([2] if plan == "merged" else [])  # for the gradient of v's input
 
 
 def test_repeated_calls_do_not_trace_again():
@@ -439,20 +451,20 @@ def test_static_arguments():
 
 
 def test_adapted_function_without_adapters_is_the_function():
-    f = lora.adapt(mlp)
-    np.testing.assert_array_equal(f(MLP, X), mlp(MLP, X))
-    assert f.__name__ == "mlp"
+    f = lora.adapt(gated)
+    np.testing.assert_array_equal(f(GATED, X), gated(GATED, X))
+    assert f.__name__ == "gated"
 
 
 def test_closed_over_tracers():
     """Values of an outer transformation may be closed over."""
-    f, adapters = adapted(mlp, MLP, X, targets=["w", "v"])
+    f, adapters = adapted(gated, GATED, X, targets=["u", "v", "w"])
 
     def outer(scale):
-        inner = lora.adapt(lambda p, x: scale * mlp(p, x))
-        return jnp.sum(inner(lora.bind(MLP, adapters), X))
+        inner = lora.adapt(lambda p, x: scale * gated(p, x))
+        return jnp.sum(inner(lora.bind(GATED, adapters), X))
 
-    want = jnp.sum(f(lora.bind(MLP, adapters), X))
+    want = jnp.sum(f(lora.bind(GATED, adapters), X))
     assert_close(jax.grad(outer)(2.0), want)
     assert_close(jax.jit(jax.grad(outer))(2.0), want)
     assert_close(jax.vmap(outer)(jnp.arange(3.0)), jnp.arange(3.0) * want)
@@ -461,12 +473,12 @@ def test_closed_over_tracers():
 @pytest.mark.parametrize("base", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes(base, dtype):
-    params = jax.tree.map(lambda v: v.astype(base), MLP)
-    survey = lora.survey(mlp, params, X.astype(base))
-    config = lora.LoRAConfig(rank=2, targets=["w", "v"], dtype=dtype)
+    params = jax.tree.map(lambda v: v.astype(base), GATED)
+    survey = lora.survey(gated, params, X.astype(base))
+    config = lora.LoRAConfig(rank=2, targets=["u", "v", "w"], dtype=dtype)
     adapters = lora.init(jax.random.key(0), params, config, survey)
     assert {v.dtype for v in jax.tree.leaves(adapters)} == {jnp.dtype(dtype)}
-    out = lora.adapt(mlp)(lora.bind(params, adapters), X.astype(base))
-    assert out.dtype == mlp(params, X.astype(base)).dtype
+    out = lora.adapt(gated)(lora.bind(params, adapters), X.astype(base))
+    assert out.dtype == gated(params, X.astype(base)).dtype
     merged = lora.merge(params, adapters)
     assert jax.tree.map(lambda v: v.dtype, merged) == jax.tree.map(lambda v: v.dtype, params)

@@ -21,8 +21,9 @@ def test_no_dearer_than_by_hand(case, scan):
     assert_close(jax.tree.leaves(grads), jax.tree.leaves(hand_grads))
     compiled, hand_compiled = (f.lower(*a).compile() for f, a in ((ours, args), (hand, hand_args)))
     cost, hand_cost = compiled.cost_analysis(), hand_compiled.cost_analysis()
-    for figure in ("flops", "bytes accessed"):
-        assert cost[figure] <= 1.0 * hand_cost[figure], figure
+    bound = {"all linears r=16": 0.88, "q,v r=8": 1.0}[case]
+    assert cost["flops"] <= hand_cost["flops"]
+    assert cost["bytes accessed"] <= bound * hand_cost["bytes accessed"]
     memory, hand_memory = compiled.memory_analysis(), hand_compiled.memory_analysis()
-    one_scaled_factor = max(x.nbytes for x in jax.tree.leaves(args[0]))
-    assert memory.temp_size_in_bytes <= hand_memory.temp_size_in_bytes + one_scaled_factor
+    of_one_layer = sum(x.nbytes for x in jax.tree.leaves(args[0])) // 2  # copied side by side
+    assert memory.temp_size_in_bytes <= hand_memory.temp_size_in_bytes + of_one_layer
