@@ -36,14 +36,31 @@ SHAPE = dict(vocab=32000, width=4096, hidden=11008, heads=32, layers=32)
 RANK = 16
 
 
-def topology(name: str, target: str | None):
-    """`v5e:2x2`, or `h100:1x1x8` with the text of XLA's target config for it."""
+# What XLA asks of a GPU that is not there; the figures of an H100 SXM, from XLA's gpu_specs.
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000 device_memory_size: 84978434048
+}
+"""
+
+
+def topology(name: str):
+    """`v5e:2x2`, or `h100:1x1x8`: hosts, partitions and GPUs of each."""
     kind, shape = name.split(":")
-    if not kind.startswith("h"):
+    if kind != "h100":
         return topologies.get_topology_desc(platform="tpu", topology_name=name)
-    config = dict(target_config=open(target).read()) if target else {}
     return topologies.get_topology_desc(
-        platform="cuda", topology_name=kind, topology=shape, **config
+        platform="cuda", topology_name=kind, topology=shape, target_config=H100
     )
 
 
@@ -113,8 +130,8 @@ def collectives(text: str) -> dict[str, int]:
     return dict(largest)
 
 
-def report(name: str, target: str | None, layers: int, tokens) -> None:
-    td = topology(name, target)
+def report(name: str, layers: int, tokens) -> None:
+    td = topology(name)
     chips = len(td.devices)
     mesh = topologies.make_mesh(td, (2, chips // 2), ("fsdp", "tp"))
     print(f"\n{name}, {chips} chips, {layers} layers, tokens {tokens}, jax {jax.__version__}")
@@ -142,7 +159,6 @@ if __name__ == "__main__":
     parser.add_argument("topology", nargs="*", default=["v5e:2x2"])
     parser.add_argument("--layers", type=int, default=SHAPE["layers"])
     parser.add_argument("--tokens", type=int, nargs=2, default=(4, 256))
-    parser.add_argument("--target-config", help="XLA's text proto of the GPU, for h100:1x1x8")
     arguments = parser.parse_args()
     for name in arguments.topology:
-        report(name, arguments.target_config, arguments.layers, tuple(arguments.tokens))
+        report(name, arguments.layers, tuple(arguments.tokens))

@@ -22,6 +22,7 @@ __all__ = [
     "opened",
     "out_avals",
     "same_vma",
+    "scopes",
     "scan_counts",
     "shard_map_axes",
     "source_line",
@@ -67,12 +68,17 @@ def is_unspecified(sharding: Any) -> bool:
 
 
 @contextlib.contextmanager
-def eqn_context(eqn: Any):
-    """Binds what follows under an equation's own name stack, source line and JAX configuration."""
-    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+def eqn_context(eqn: Any, scopes: slice = slice(None)):
+    """Binds what follows under an equation's own scopes, source line and JAX configuration."""
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack[scopes]
     traceback = eqn.source_info.traceback
     with source_info_util.user_context(traceback, name_stack=name_stack), eqn.ctx.manager:
         yield
+
+
+def scopes(eqn: Any) -> tuple[str, ...]:
+    """The names of an equation's scopes, outermost first; "" for those that JAX makes."""
+    return tuple(getattr(s, "name", "") for s in eqn.source_info.name_stack.stack)
 
 
 def source_line(eqn: Any) -> str:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from lora_jax import _compat
 from lora_jax._rules import factor_spec, rule
-from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight, origins
+from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
 
 
 def forwarded(jaxpr) -> list[int | None]:
@@ -43,33 +43,10 @@ def _plain(ctx, eqn, outs, why: str):
 
 @rule("jit", "pjit")
 def _jit(ctx, eqn, args):
-    """One rebuilt function serves all the calls of the same inner function with alike weights."""
     p = eqn.params
     jaxpr, consts = _compat.opened(p["jaxpr"])
-    entered = [
-        dataclasses.replace(ctx.fresh(a), origin=i) if is_weight(a) else a
-        for i, a in enumerate(args)
-    ]
-    alike = tuple(jax.tree.structure(a) for a in entered)
-    key = (id(p["jaxpr"]), alike)
-    if key not in ctx.jits:
-        events: dict = {}
-
-        def body(*xs):
-            with ctx.recording(events):
-                return ctx.run(jaxpr, consts, xs)
-
-        body.__name__ = body.__qualname__ = p["name"]
-        ctx.jits[key] = (jax.jit(body, **_jit_options(p, entered)), events, p["jaxpr"])
-    fn, events, _ = ctx.jits[key]
-    outs = fn(*entered)
-    ctx.replay(events, args, eqn)
-    outs = [
-        dataclasses.replace(o, origin=origins(*(args[i] for i in origins(o))))
-        if is_weight(o)
-        else o
-        for o in outs
-    ]
+    run = lambda xs: ctx.run(jaxpr, consts, xs)
+    outs = ctx.once(p["jaxpr"], run, args, eqn, p["name"], **_jit_options(p, args))
     return _same(jaxpr, args, outs)
 
 

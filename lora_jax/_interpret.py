@@ -8,7 +8,10 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax
+
 from lora_jax import _compat, _control, _products  # noqa: F401  (they register their rules)
+from lora_jax._repeats import Block, segments
 from lora_jax._rules import RULES
 from lora_jax._weight import AdaptedWeight, is_weight, origins
 
@@ -52,12 +55,13 @@ MOVES = frozenset(
 
 
 class _Body:
-    """A jaxpr under evaluation: its values, and who makes and who multiplies them."""
+    """A body under evaluation: its values, and who makes and who multiplies them."""
 
-    def __init__(self, jaxpr, env: dict):
+    def __init__(self, eqns, env: dict, scopes: int):
         self.env = env
+        self.scopes = scopes
         self.done: set[int] = set()  # ids of equations
-        self._eqns = jaxpr.eqns
+        self._eqns = eqns
 
     def read(self, v):
         return v.val if isinstance(v, _compat.Literal) else self.env[v]
@@ -100,26 +104,71 @@ class Interpreter:
         self.plan = plan
         self.events: dict[tuple, Use] = {}
         self._body: _Body | None = None
-        self.jits: dict = {}  # rebuilt inner functions, see the rule of `jit`
+        self._jits: dict = {}  # see `once`
         self._uses = 0
 
-    def run(self, jaxpr, consts, args) -> list:
-        """The outputs of an (open) jaxpr; those that are a moved weight stay adapted."""
+    def run(self, jaxpr, consts, args, scopes: int = 0) -> list:
+        """The outputs of an (open) jaxpr; those that are a moved weight stay adapted.
+
+        Its repeated blocks are transformed once. `scopes` counts outer name scopes to leave out.
+        """
         env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
-        outer, self._body = self._body, _Body(jaxpr, env)
+        parts = segments(jaxpr) if any(map(is_weight, args)) else jaxpr.eqns
+        eqns = [part for part in parts if not isinstance(part, Block)]
+        outer, self._body = self._body, _Body(eqns, env, scopes)
         try:
-            for eqn in jaxpr.eqns:
-                if id(eqn) not in self._body.done:  # it may have been made with a sibling
-                    self.evaluate(eqn)
+            for part in parts:
+                if isinstance(part, Block):
+                    self._block(part)
+                elif id(part) not in self._body.done:  # it may have been made with a sibling
+                    self.evaluate(part)
             return [self._body.read(v) for v in jaxpr.outvars]
         finally:
             self._body = outer
 
     def evaluate(self, eqn) -> None:
         values = [self._body.read(v) for v in eqn.invars]
-        with _compat.eqn_context(eqn):
+        with _compat.eqn_context(eqn, slice(self._body.scopes, None)):
             outs = self._equation(eqn, values)
         self.made(eqn, outs)
+
+    def _block(self, block: Block) -> None:
+        """One of several equal blocks, by the function of the first."""
+        body, call = block.body, block.body.eqns[0]
+        args = [self._body.read(v) for v in body.invars]
+        run = functools.partial(self.run, block.first, (), scopes=body.scopes)
+        with _compat.eqn_context(call, slice(self._body.scopes, body.scopes)):
+            outs = self.once(block.first, run, args, call, "block", inline=True)
+        self._body.env.update(zip(body.outvars, outs))
+
+    def once(self, source, run, args, call, name: str, **options) -> list:
+        """`run(args)` by a jitted function that serves all calls of one source with alike weights.
+
+        The events of the one trace are taken over for the weights of each call.
+        """
+        entered = [
+            dataclasses.replace(self.fresh(a), origin=i) if is_weight(a) else a
+            for i, a in enumerate(args)
+        ]
+        key = (id(source), tuple(jax.tree.structure(a) for a in entered))
+        if key not in self._jits:
+            events: dict = {}
+
+            def body(*xs):
+                with self.recording(events):
+                    return run(xs)
+
+            body.__name__ = body.__qualname__ = name
+            self._jits[key] = (jax.jit(body, **options), events, source)
+        fn, events, _ = self._jits[key]
+        outs = fn(*entered)
+        self.replay(events, args, call)
+        return [
+            dataclasses.replace(o, origin=origins(*(args[i] for i in origins(o))))
+            if is_weight(o)
+            else o
+            for o in outs
+        ]
 
     def made(self, eqn, outs) -> None:
         """Takes the outputs of an equation of the body."""
