@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from lora_jax import _compat
 from lora_jax._einsum import Labels, cast, plus
-from lora_jax._linear import Group, Member, adapted
+from lora_jax._group import Group, Member
+from lora_jax._linear import adapted
 from lora_jax._plan import Plan, choose
 from lora_jax._weight import RANK, SEED_IMPL, AdaptedWeight, Factor
 

@@ -46,7 +46,8 @@ def _jit(ctx, eqn, args):
     p = eqn.params
     jaxpr, consts = _compat.opened(p["jaxpr"])
     run = lambda xs: ctx.run(jaxpr, consts, xs)
-    outs = ctx.once(p["jaxpr"], run, args, eqn, p["name"], **_jit_options(p, args))
+    options = lambda entered: _jit_options(p, entered)
+    outs = ctx.once(p["jaxpr"], run, args, eqn, p["name"], options)
     return _same(jaxpr, args, outs)
 
 

@@ -138,13 +138,14 @@ class Interpreter:
         args = [self._body.read(v) for v in body.invars]
         run = functools.partial(self.run, block.first, (), scopes=body.scopes)
         with _compat.eqn_context(call, slice(self._body.scopes, body.scopes)):
-            outs = self.once(block.first, run, args, call, "block", inline=True)
+            outs = self.once(block.first, run, args, call, "block", lambda _: dict(inline=True))
         self._body.env.update(zip(body.outvars, outs))
 
-    def once(self, source, run, args, call, name: str, **options) -> list:
+    def once(self, source, run, args, call, name: str, options) -> list:
         """`run(args)` by a jitted function that serves all calls of one source with alike weights.
 
-        The events of the one trace are taken over for the weights of each call.
+        The events of the one trace are taken over for the weights of each call. `options` gives
+        those of `jax.jit` for the arguments as the function takes them.
         """
         entered = [
             dataclasses.replace(self.fresh(a), origin=i) if is_weight(a) else a
@@ -159,7 +160,7 @@ class Interpreter:
                     return run(xs)
 
             body.__name__ = body.__qualname__ = name
-            self._jits[key] = (jax.jit(body, **options), events, source)
+            self._jits[key] = (jax.jit(body, **options(entered)), events, source)
         fn, events, _ = self._jits[key]
         outs = fn(*entered)
         self.replay(events, args, call)

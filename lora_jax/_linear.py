@@ -18,101 +18,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from lora_jax import _compat
-from lora_jax._einsum import cast, contract, spread, times
+from lora_jax._einsum import cast, times
+from lora_jax._group import (
+    Group,
+    base,
+    factored,
+    gradient,
+    hidden,
+    through_merged,
+    to_outputs,
+    up,
+)
 from lora_jax._plan import Plan
-from lora_jax._weight import RANK, AdaptedWeight, Factor
-
-Labels = tuple[Hashable, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One weight of a group: the labels of W (None: the update alone), of B and of y."""
-
-    wl: Labels | None
-    bl: Labels
-    out: Labels
-    scale: float
-    dtype: Any  # of y
-    precision: Any = None
-    preferred: Any = None
-    numbers: Any = None  # dot_general's dimension_numbers, as the model wrote the base product
-    weight_first: bool = False
-
-    @property
-    def params(self):
-        return dict(precision=self.precision, preferred_element_type=self.preferred)
-
-    def base(self, x, xl, w):
-        """(x·W, its labels), to the bit what the model computes."""
-        if self.numbers is None:
-            return self.dot(x, xl, w, self.wl)
-        operands = (w, x) if self.weight_first else (x, w)
-        return lax.dot_general(*operands, self.numbers, **self.params), self.out
-
-    def dot(self, x, xl, y, yl):
-        """(x·y, its labels), summed over what y_i does not have."""
-        have = tuple(d for d in self.out if d in xl or d in yl)
-        return contract(x, xl, y, yl, have, **self.params), have
-
-    def sum(self, terms):
-        """The sum of (array, labels), each constant along the labels that it lacks."""
-        size = {d: n for y, have in terms for d, n in zip(have, y.shape) if n != 1}
-        shape = [size.get(d, 1) for d in self.out]
-        terms = (cast(spread(y, have, self.out, shape), self.dtype) for y, have in terms)
-        return functools.reduce(lax.add, terms)
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """All that is static: the labels of x and of every A, the members, and the plan."""
-
-    xl: Labels
-    al: Labels
-    members: tuple[Member, ...]
-    plan: Plan
-
-    @property
-    def hl(self) -> Labels:
-        """The labels of x·A: what is left of x, and the rank; alike for all members."""
-        m = self.members[0]
-        left = dict.fromkeys((*self.xl, *self.al))
-        return (*(d for d in left if d != RANK and (d in m.out or d in m.bl)), RANK)
-
-    @property
-    def precision(self):
-        return self.members[0].precision
-
-    def split(self, args):
-        """x, the A, the B and the W (None, for the updates alone) of a flat list."""
-        n = len(self.members)
-        x, a, b, w = args[0], args[1 : n + 1], args[n + 1 : 2 * n + 1], args[2 * n + 1 :]
-        return x, a, b, w or [None] * n
-
-    def side_by_side(self, values, labels):
-        """Arrays joined along the rank where the plan shares the product, else as they are."""
-        if not self.plan.shared:
-            return list(values)
-        return [lax.concatenate(values, labels.index(RANK))]
-
-    def apart(self, values, labels, ranks):
-        """The inverse."""
-        if not self.plan.shared:
-            return values
-        return lax.split(values[0], ranks, labels.index(RANK))
-
-    def ranks(self, a):
-        return [v.shape[self.al.index(RANK)] for v in a]
 
 
 def adapted(group: Group, x, a: Sequence, b: Sequence, w: Sequence = ()) -> list[jax.Array]:
@@ -120,80 +45,11 @@ def adapted(group: Group, x, a: Sequence, b: Sequence, w: Sequence = ()) -> list
     return adapted_p.bind(*_compat.same_vma(x, *a, *b, *w), group=group)
 
 
-def _hidden(group: Group, x, a) -> list:
-    """s·(x·A) of each member, in x's dtype."""
-    scales, ranks = [m.scale for m in group.members], group.ranks(a)
-    a = [cast(v, x.dtype) for v in a]
-    late = x.size < a[0].size  # the scale goes to the smaller of A and x·A
-    a = a if late else map(times, a, scales)
-    h = [
-        contract(x, group.xl, v, group.al, group.hl, precision=group.precision)
-        for v in group.side_by_side(list(a), group.al)
-    ]
-    h = group.apart(h, group.hl, ranks)
-    return list(map(times, h, scales)) if late else h
-
-
-def _up(group: Group, h, b):
-    """The terms (x·A)·B."""
-    return [m.dot(h_, group.hl, cast(b_, h_.dtype), m.bl) for m, h_, b_ in zip(group.members, h, b)]
-
-
-def _base(group: Group, x, w):
-    """The terms x·W."""
-    return [m.base(x, group.xl, w_) for m, w_ in zip(group.members, w)]
-
-
-def _merged(group: Group, m: Member, w, a, b):
-    dims = lambda labels: tuple(d if d == RANK else m.wl.index(d) for d in labels)
-    a, b = Factor(a, dims(group.al)), Factor(b, dims(m.bl))
-    return AdaptedWeight(w, a, b, scale=m.scale).materialise()
-
-
-def _through_merged(group: Group, inputs, a, b, w, dot):
-    """dot(m, input, W + s·A·B) of each member, one merged weight at a time.
-
-    Each waits for the result of the one before, and the first for its input: no scheduler can form
-    those of many layers ahead of their use, or keep those of the forward pass for the backward.
-    """
-    outs: list = []
-    for m, x, w_, a_, b_ in zip(group.members, inputs, w, a, b):
-        a_ = _after(outs[-1] if outs else x, a_)
-        outs.append(dot(m, x, _merged(group, m, w_, a_, b_)))
-    return outs
-
-
-def _after(x, a):
-    """`a`, but not before `x` is there.
-
-    XLA drops optimization barriers on the CPU before it schedules; so `a` is multiplied by a one
-    that it does not foresee, a clamp of the bits of one element of x between 1 and 1. Of a sharded
-    x that element would have to be sent around; there a barrier has to do.
-    """
-    if not x.size or not _compat.one_device(x):
-        return lax.optimization_barrier((x, a))[1]
-    first = lax.squeeze(lax.slice(x, [0] * x.ndim, [1] * x.ndim), range(x.ndim))
-    bits = lax.bitcast_convert_type(first, np.dtype(f"int{8 * x.dtype.itemsize}"))
-    one = np.ones((), bits.dtype)
-    return lax.mul(a, lax.convert_element_type(lax.clamp(one, bits, one), a.dtype))
-
-
-def _to_outputs(group: Group, x, a, b, w):
-    """x·(W + s·A·B) of each member."""
-    dot = lambda m, x, w_: m.sum([m.base(x, group.xl, w_)])
-    return _through_merged(group, [x] * len(w), a, b, w, dot)
-
-
 def _adapted(*args, group: Group):
     x, a, b, w = group.split(args)
     if group.plan.infer:
-        return _to_outputs(group, x, a, b, w)
-    return _factored(group, x, _hidden(group, x, a), b, w)
-
-
-def _factored(group: Group, x, h, b, w):
-    terms = [_up(group, h, b)] if w[0] is None else [_base(group, x, w), _up(group, h, b)]
-    return [m.sum(t) for m, t in zip(group.members, zip(*terms))]
+        return to_outputs(group, x, a, b, w)
+    return factored(group, x, hidden(group, x, a), b, w)
 
 
 def _primitive(name: str, impl) -> Primitive:
@@ -220,19 +76,19 @@ adapted_p = _primitive("adapted_product", _adapted)
 def _adapted_jvp(primals, tangents, *, group: Group):
     x, a, b, w = group.split(primals)
     tx, ta, tb, tw = group.split(tangents)
-    h = _hidden(group, x, a)
+    h = hidden(group, x, a)
     if group.plan.forward:
         plan = dataclasses.replace(group.plan, infer=True)
         ys = adapted_p.bind(*primals, group=dataclasses.replace(group, plan=plan))
     else:
-        ys = _factored(group, x, h, b, w)
+        ys = factored(group, x, h, b, w)
     moves = tuple(any(type(t) is not ad.Zero for t in ts) for ts in ([tx], ta, tb))
     if not any(moves):
         return ys, [ad.Zero.from_primal_value(y) for y in ys]
     linear = [ad.instantiate_zeros(t) for ts, go in zip(([tx], ta, tb), moves) if go for t in ts]
     tys = tangent_p.bind(*linear, x, *h, *primals[1:], group=group, moves=moves)
     if any(t is not None and type(t) is not ad.Zero for t in tw):  # never so for a frozen base
-        dense = _base(group, x, map(ad.instantiate_zeros, tw))
+        dense = base(group, x, map(ad.instantiate_zeros, tw))
         tys = [lax.add(t, m.sum([d])) for m, t, d in zip(group.members, tys, dense)]
     return ys, tys
 
@@ -255,17 +111,17 @@ def _tangent(*args, group: Group, moves, merge=None):
     merge = based and (group.plan.backward if merge is None else merge)
     terms, th = [], []  # of y, of x·A
     if tx is not None and merge:
-        ys = _to_outputs(group, tx, a, b, w)
+        ys = to_outputs(group, tx, a, b, w)
         terms.append([(y, m.out) for m, y in zip(group.members, ys)])
     elif tx is not None:
-        terms += [_base(group, tx, w)] if based else []
-        th.append(_hidden(group, tx, a))
+        terms += [base(group, tx, w)] if based else []
+        th.append(hidden(group, tx, a))
     if ta is not None:
-        th.append(_hidden(group, x, ta))
+        th.append(hidden(group, x, ta))
     if th:
-        terms.append(_up(group, [functools.reduce(lax.add, t) for t in zip(*th)], b))
+        terms.append(up(group, [functools.reduce(lax.add, t) for t in zip(*th)], b))
     if tb is not None:
-        terms.append(_up(group, h, tb))
+        terms.append(up(group, h, tb))
     return [m.sum(t) for m, t in zip(group.members, zip(*terms))]
 
 
@@ -299,41 +155,30 @@ def _gradients(group: Group, moves, g, x, h, a, b, w):
     dx = da = db = None
     if to_b:
         db = [
-            _gradient(h_, hl, g_, m.out, m.bl, b_, m.precision)
+            gradient(h_, hl, g_, m.out, m.bl, b_, m.precision)
             for m, h_, g_, b_ in zip(members, h, g, b)
         ]
     if to_a or (to_x and not merge):
         dh = [
-            times(_gradient(g_, m.out, cast(b_, h_.dtype), m.bl, hl, h_, m.precision), m.scale)
+            times(gradient(g_, m.out, cast(b_, h_.dtype), m.bl, hl, h_, m.precision), m.scale)
             for m, h_, g_, b_ in zip(members, h, g, b)
         ]
         dh = group.side_by_side(dh, hl)
     if to_a:
-        da = [_gradient(x, xl, d, hl, al, a[0], group.precision) for d in dh]
+        da = [gradient(x, xl, d, hl, al, a[0], group.precision) for d in dh]
         da = [cast(d, v.dtype) for d, v in zip(group.apart(da, al, group.ranks(a)), a)]
     if to_x:
-        toward_x = lambda m, g_, w_: _gradient(g_, m.out, w_, m.wl, xl, x, m.precision)
+        toward_x = lambda m, g_, w_: gradient(g_, m.out, w_, m.wl, xl, x, m.precision)
         terms = []
         if merge:
-            terms = _through_merged(group, g, a, b, w, toward_x)
+            terms = through_merged(group, g, a, b, w, toward_x)
         elif w[0] is not None:
             terms = list(map(toward_x, members, g, w))
         if not merge:
             a = group.side_by_side([cast(v, x.dtype) for v in a], al)
-            terms += [_gradient(d, hl, v, al, xl, x, group.precision) for d, v in zip(dh, a)]
+            terms += [gradient(d, hl, v, al, xl, x, group.precision) for d, v in zip(dh, a)]
         dx = functools.reduce(lax.add, terms)
     return dx, da, db
-
-
-def _gradient(x, xl, y, yl, out, like, precision):
-    """x·y of labels `out`, in the dtype and, where shardings are in types, the sharding of `like`.
-
-    XLA transposes what stands on the left of a contraction over several axes: the smaller one does.
-    """
-    if sum(d in yl and d not in out for d in xl) > 1 and y.size < x.size:
-        x, xl, y, yl = y, yl, x, xl
-    z = contract(x, xl, y, yl, out, precision=precision, spec=_compat.explicit_spec(like))
-    return cast(z, like.dtype)
 
 
 def _adapted_batch(args, dims, *, group: Group):
