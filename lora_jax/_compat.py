@@ -12,6 +12,7 @@ from jax.extend.core import Literal, jaxpr_as_fun
 
 __all__ = [
     "CALLS",
+    "INLINED",
     "Literal",
     "eqn_context",
     "explicit_spec",
@@ -33,6 +34,11 @@ __all__ = [
 
 # Primitives that call one body once, on all of their operands.
 CALLS = ("jit", "pjit", "remat2", "remat", "checkpoint", "closed_call", "core_call")
+
+
+# The option of jax.jit by which a function leaves no call behind where it is traced: since 0.12
+# `True` stands for one that is dissolved later, when lowered.
+INLINED = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 
 
 def opened(jaxpr: Any) -> tuple[Any, tuple]:

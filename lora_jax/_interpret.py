@@ -138,7 +138,9 @@ class Interpreter:
         args = [self._body.read(v) for v in body.invars]
         run = functools.partial(self.run, block.first, (), scopes=body.scopes)
         with _compat.eqn_context(call, slice(self._body.scopes, body.scopes)):
-            outs = self.once(block.first, run, args, call, "block", lambda _: dict(inline=True))
+            outs = self.once(
+                block.first, run, args, call, "block", lambda _: dict(inline=_compat.INLINED)
+            )
         self._body.env.update(zip(body.outvars, outs))
 
     def once(self, source, run, args, call, name: str, options) -> list:

@@ -112,6 +112,15 @@ def test_each_layer_keeps_its_own_name():
     assert {*per_layer[0]} == {*per_layer[1]} == {*per_layer[2]} > {"dot_general", "sin"}
 
 
+def test_no_call_is_left_behind():
+    """Remat policies, and who reads the jaxpr, see the layers' own equations."""
+    fn, params = stack([1.0] * 3)
+    f, ad = adapted(fn, params, X, targets=["w", "v"])
+    jaxpr = jax.make_jaxpr(lambda ad: f(lora.bind(params, ad), X))(ad)
+    assert "block" not in str(jaxpr)
+    assert str(jaxpr).count("adapted_product") == 3 * 3
+
+
 def test_each_layer_is_covered_and_has_its_own_dropout():
     fn, params = stack([1.0] * 3)
     config = lora.LoRAConfig(rank=2, targets=["w", "v"], dropout=0.5)
