@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -106,7 +107,8 @@ def hidden(group: Group, x, a) -> list:
     """s·(x·A) of each member, in x's dtype."""
     scales, ranks = [m.scale for m in group.members], group.ranks(a)
     a = [cast(v, x.dtype) for v in a]
-    late = x.size < a[0].size  # the scale goes to the smaller of A and x·A
+    summed = math.prod(n for d, n in zip(group.xl, x.shape) if d not in group.hl)
+    late = x.size * ranks[0] < a[0].size * summed  # the scale goes to the smaller of A and x·A
     a = a if late else map(times, a, scales)
     h = [
         contract(x, group.xl, v, group.al, group.hl, precision=group.precision)
