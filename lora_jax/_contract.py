@@ -78,7 +78,7 @@ def contracted(x, xl: Labels, products: Sequence[Product], mode: str) -> list:
     parts = [p.factors(x, xl) for p in products]
     for i, (p, ((_, al), (_, bl))) in enumerate(zip(products, parts)):
         left = tuple(d for d in xl if d in p.out or d in bl)
-        alone = i if p.w.drops else None
+        alone = i if p.w.drops or not {*al} <= {*xl, RANK} else None
         key = (al, left, p.params["precision"], p.whole, alone)
         groups.setdefault(key, []).append(i)
     done: dict[int, tuple] = {}

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from by_hand import steps
-from common import adapted, assert_close, noisy
+from common import adapted, assert_close, assert_equals_dense, noisy
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lora
@@ -137,6 +137,21 @@ def test_products_of_other_inputs_are_not_shared():
     _, ad = adapted(fn, params, x, targets=list("qkv"))
     uses = lora.coverage(fn, lora.bind(params, ad), x).uses
     assert {u.plan for of_leaf in uses.values() for u in of_leaf} == {"merged (infer)"}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_factors_that_run_along_outputs_are_not_shared(plan):
+    """Told to share A's rows among heads, of which q and k have different numbers."""
+
+    def fn(p, x):
+        q, k = (jnp.einsum("td,dhk->thk", x, p[n]) for n in "qk")
+        return jnp.sum(q, 1) * jnp.sum(k, 1)
+
+    params = {n: jax.random.normal(jax.random.key(2), (8, h, 6)) for n, h in (("q", 4), ("k", 5))}
+    rules = [lora.Rule("*", in_axes=(0, 1), out_axes=(2,))]
+    assert_equals_dense(
+        fn, params, jnp.ones((16, 8)), targets=["q", "k"], rules=rules, plan=plan, strict=False
+    )
 
 
 def test_a_weight_that_depends_on_a_sibling_is_not_made_early():
