@@ -1,7 +1,6 @@
-"""Ours against LoRA written into the modules by hand: `python benchmarks/by_hand.py`.
+"""Our training step and the one with LoRA written into the modules by hand, as a pair.
 
-Ratios of FLOPs, bytes accessed and temporary memory of the compiled training step, which are XLA's
-own figures and the same on every run, and of the time to trace and lower it.
+For the tests, which compare XLA's own figures of the two, and for the time to trace and lower them.
 """
 
 from __future__ import annotations
@@ -80,18 +79,3 @@ def lowering_ratio(targets, rank, repeats=7, **kwargs):
             spent.append(time.process_time() - start)
             gc.enable()
     return float(np.median(times[0]) / np.median(times[1]))
-
-
-if __name__ == "__main__":
-    for case, (targets, rank) in CASES.items():
-        for scan in (False, True):
-            (ours, args), (hand, hand_args) = steps(targets, rank, scan=scan)
-            a, b = (f.lower(*x).compile() for f, x in ((ours, args), (hand, hand_args)))
-            ratios = {
-                k: a.cost_analysis()[k] / b.cost_analysis()[k] for k in ("flops", "bytes accessed")
-            }
-            ratios["temp"] = (
-                a.memory_analysis().temp_size_in_bytes / b.memory_analysis().temp_size_in_bytes
-            )
-            ratios["lowering"] = lowering_ratio(targets, rank, scan=scan, layers=8)
-            print(case, "scan" if scan else "unrolled", {k: round(v, 4) for k, v in ratios.items()})

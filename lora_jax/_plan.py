@@ -12,8 +12,8 @@ for the gradient of x, decided one by one. Beside the base products, and with b 
 
 The gradients of A and B are xᵀ·(g·Bᵀ) and (x·A)ᵀ·g whatever the plan; no product of the size of W
 is among them. So in training, where x·A is needed for the gradient of B anyway, the forward pass
-is merged if `merge` < `up` and the backward pass if `merge` < `down`; for one layer both are
-T > c·d and T > c·k, with c between 1 (FLOPs alone, high rank) and 2 (bytes alone, low rank).
+is merged if `merge` < `up` and the backward pass if `merge` < `down`; for one layer that is
+T > d and T > c·k, with c between 1 (FLOPs alone, high rank) and 2 (bytes alone, low rank).
 Without a gradient it is `merge` < `hidden` + `up`. Under remat the forward pass is made
 twice, and so are both sides of the comparison.
 
@@ -75,13 +75,6 @@ class Costs:
             down=2 * rows * inner * rank + byte * 2 * rows * inner,
             merge=2 * inner * rank_out + byte * 4 * inner * out,
         )
-
-    def of_plan(self, plan: Plan, training: bool) -> float:
-        """The cost of a plan beside the base products and, in training, the factors' gradients."""
-        if not training:
-            return self.merge if plan.infer else self.hidden + self.up
-        forward = self.hidden + (self.merge if plan.forward else self.up)
-        return forward + (self.merge if plan.backward else self.down)
 
 
 def choose(

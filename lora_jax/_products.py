@@ -30,8 +30,9 @@ def _dot_general(ctx, eqn, args):
     xl = tuple(("x", d) for d in range(x.ndim))
     products = [_product(ctx, e, s, x, xl, w) for e, s, w in uses]
     outs = contracted(x, xl, products, ctx.plan)
-    for (e, s, w), (y, plan) in zip(uses, outs):
+    for (e, s, w), (_, plan) in zip(uses, outs):
         ctx.used(w, e, "low-rank", *_parts_of(e, s, w.ndim), plan=str(plan))
+    for (e, *_), (y, _) in zip(uses[1:], outs[1:]):
         ctx.made(e, [y])
     return [outs[0][0]]
 
