@@ -11,6 +11,7 @@ from lora_jax._interpret import Use
 from lora_jax._merge import merge, unmerge
 from lora_jax._optim import labels, lora_plus, trained_only
 from lora_jax._select import select
+from lora_jax._shardings import shardings, state_shardings
 from lora_jax._survey import Survey, survey
 from lora_jax._targets import Target, Targets
 from lora_jax._weight import AdaptedWeight, Geometry
@@ -39,6 +40,9 @@ __all__ = [
     "adapt",
     "coverage",
     "Coverage",
+    # one device or a pod
+    "shardings",
+    "state_shardings",
     # training and deploying
     "labels",
     "trained_only",

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from lora_jax._weight import RANK, AdaptedWeight, Factor, Geometry
+from lora_jax._weight import RANK, AdaptedWeight, Factor, Geometry, spec_along
 
 static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
@@ -64,6 +65,13 @@ class LoRA:
             tuple((d,) for d in range(len(base.shape))),
         )
 
+    def specs(self, spec: PartitionSpec) -> LoRA:
+        """The PartitionSpecs of the arrays, from the leaf's."""
+        along = functools.partial(spec_along, spec=spec)
+        return dataclasses.replace(
+            self, a=along(self.geometry.a_dims), b=along(self.geometry.b_dims)
+        )
+
     def labels(self) -> LoRA:
         kind = "embedding_" if self.embedding else ""
         return dataclasses.replace(self, a=kind + "a", b=kind + "b")
@@ -79,6 +87,9 @@ class Full:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
+
+    def specs(self, spec: PartitionSpec) -> Full:
+        return Full(spec_along(tuple(range(len(self.shape))), spec))
 
     def labels(self) -> Full:
         return Full("full")
@@ -111,6 +122,10 @@ class Rows:
             origin=path,
             axes=((0,), (1,)),
         )
+
+    def specs(self, spec: PartitionSpec) -> Rows:
+        of_rows = spec_along((RANK, *range(1, len(self.shape))), spec)
+        return dataclasses.replace(self, value=of_rows)
 
     def labels(self) -> Rows:
         return dataclasses.replace(self, value="rows")

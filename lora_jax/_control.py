@@ -13,8 +13,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax import _compat
-from lora_jax._rules import factor_spec, rule
-from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
+from lora_jax._rules import rule
+from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight, spec_along
 
 
 def forwarded(jaxpr) -> list[int | None]:
@@ -76,7 +76,7 @@ def _spread_sharding(sharding, arg):
         return arg.moved(sharding, lambda f: Factor(None, f.dims), arg.axes, arg.stacked)
     return arg.moved(
         sharding,
-        lambda f: Factor(NamedSharding(sharding.mesh, factor_spec(f, sharding.spec)), f.dims),
+        lambda f: Factor(NamedSharding(sharding.mesh, spec_along(f.dims, sharding.spec)), f.dims),
         arg.axes,
         arg.stacked,
     )
@@ -261,7 +261,7 @@ def _shard_map(ctx, eqn, args):
 
     def spec(arg, s):
         return (
-            arg.moved(s, lambda f: Factor(factor_spec(f, s), f.dims), arg.axes, arg.stacked)
+            arg.moved(s, lambda f: Factor(spec_along(f.dims, s), f.dims), arg.axes, arg.stacked)
             if is_weight(arg)
             else s
         )

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from lora_jax import _compat
 from lora_jax._einsum import times
-from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight, origins
+from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight, origins, spec_along
 
 RULES: dict[str, Callable] = {}
 
@@ -246,12 +246,6 @@ def _barrier(ctx, eqn, args):
     return jax.tree.unflatten(treedef, lax.optimization_barrier(leaves))
 
 
-def factor_spec(f: Factor, spec) -> PartitionSpec:
-    """The PartitionSpec of a factor from its weight's: the rank axis is replicated."""
-    full = dict(enumerate(spec))
-    return PartitionSpec(*(full.get(d) for d in f.dims))
-
-
 @rule("sharding_constraint")
 def _sharding_constraint(ctx, eqn, args):
     (w,), sharding = args, eqn.params["sharding"]
@@ -260,7 +254,7 @@ def _sharding_constraint(ctx, eqn, args):
         return [w.with_base(base)]
 
     def move(f):
-        own = NamedSharding(sharding.mesh, factor_spec(f, sharding.spec))
+        own = NamedSharding(sharding.mesh, spec_along(f.dims, sharding.spec))
         return Factor(lax.with_sharding_constraint(f.value, own), f.dims)
 
     return [w.moved(base, move, w.axes)]

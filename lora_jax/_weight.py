@@ -11,17 +11,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lora_jax._einsum import cast, contract, plus, times, wide
 from lora_jax._errors import LoRAError
 
 RANK = -1  # the label of a factor's rank axis, and of a seed's words
 SEED_IMPL = "threefry2x32"
+
+
+def spec_along(dims: tuple[int, ...], spec: Iterable) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes run along `dims` of a weight with `spec`."""
+    of = dict(enumerate(spec))
+    return PartitionSpec(*(of.get(d) for d in dims))
 
 
 @dataclasses.dataclass(frozen=True)

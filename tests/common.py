@@ -5,8 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lora_jax as lora
+
+
+def fails(match):
+    return pytest.raises(lora.LoRAError, match=match)
 
 
 def noisy(adapters, key=7, scale=0.1):

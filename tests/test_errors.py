@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import noisy
+from common import fails, noisy
 from flax import linen as nn
 from flax import nnx
 from jax.experimental import pallas as pl
@@ -23,10 +23,6 @@ ADAPTERS = lora.init(KEY, PARAMS, CONFIG)
 
 def fn(p, x):
     return jnp.tanh(x @ p["up"]["kernel"] + p["up"]["bias"]) @ p["down"]["kernel"]
-
-
-def fails(match):
-    return pytest.raises(lora.LoRAError, match=match)
 
 
 def test_one_error_class():
