@@ -3,9 +3,11 @@
 from lora_jax._adapt import adapt, coverage
 from lora_jax._adapters import Full, LoRA, Rows
 from lora_jax._bind import bind
+from lora_jax._checkpoint import Restored, restore, save
 from lora_jax._config import LoRAConfig, Rule
 from lora_jax._coverage import Coverage
 from lora_jax._errors import LoRAError
+from lora_jax._fingerprint import Fingerprint, fingerprint
 from lora_jax._init import init
 from lora_jax._interpret import Use
 from lora_jax._merge import merge, unmerge
@@ -43,6 +45,12 @@ __all__ = [
     # one device or a pod
     "shardings",
     "state_shardings",
+    # checkpoints
+    "save",
+    "restore",
+    "Restored",
+    "fingerprint",
+    "Fingerprint",
     # training and deploying
     "labels",
     "trained_only",

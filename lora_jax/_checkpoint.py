@@ -1,0 +1,379 @@
+"""Checkpoints of a training run: adapters, optimiser state and what they belong to, by orbax.
+
+Orbax writes and reads the arrays, asynchronously and sharded; its manager decides when to save and
+what to keep. Here stands what makes a checkpoint safe to read: a description beside the arrays (the
+format, the configuration, the base's fingerprint, a checksum of each array), compared before
+anything is restored. The base itself is not in it.
+
+On disk, in a step's directory: `adapters/` and `state/` (orbax), `lora/` (JSON).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+
+from lora_jax._adapters import is_node
+from lora_jax._bind import adapter_nodes
+from lora_jax._config import LoRAConfig
+from lora_jax._describe import (
+    adapters_to_json,
+    config_from_json,
+    config_to_json,
+    node_from_json,
+)
+from lora_jax._errors import LoRAError, raise_all
+from lora_jax._fingerprint import Fingerprint, fingerprint
+from lora_jax._nnx import state_of
+from lora_jax._paths import flatten, nest
+from lora_jax._records import (
+    abstract,
+    differences,
+    drawn,
+    other_nodes,
+    placement,
+    rebuilt,
+    recorded,
+    with_scales,
+)
+from lora_jax._shardings import shardings
+from lora_jax._targets import Targets
+
+FORMAT = 1
+SAVE = "lora.save(manager, step, adapters, base=params, config=config, state=opt_state)"
+RESTORE = "lora.restore(manager, adapters, base=params, config=config, state=opt_state)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `restore` found.
+
+    Attributes:
+      step: the step of the checkpoint.
+      adapters, state: the trees, placed as was asked; `state` is None where it was not asked for.
+      data: what was saved as `data`, as JSON gives it back.
+      metrics: what was saved as `metrics`, or None.
+      config: the configuration that was saved; None if there was none, or if a function (a
+        predicate, an initialiser) is part of it.
+      base: the fingerprint of the base.
+    """
+
+    step: int
+    adapters: Any
+    state: Any
+    data: Any
+    metrics: Mapping[str, float] | None
+    config: LoRAConfig | None
+    base: Fingerprint
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    adapters: Any,
+    *,
+    base: Any,
+    config: LoRAConfig | Targets | None = None,
+    state: Any = None,
+    data: Any = None,
+    metrics: Mapping[str, float] | None = None,
+    force: bool = False,
+) -> bool:
+    """Saves a step of a training run, if it is the manager's time to.
+
+    The arrays are copied before it returns, so that the step may donate them; the files are written
+    in the background, and count as a checkpoint once they are complete. Several processes call it
+    together, with the same values; each writes its own shards.
+
+    Args:
+      manager: orbax's, with its own options: `ocp.CheckpointManager(directory,
+        options=ocp.CheckpointManagerOptions(max_to_keep=3, save_interval_steps=100))`.
+      step: the number of steps done.
+      adapters: the adapters.
+      base: the base parameters, or a `fingerprint` of them, with or without content. They are not
+        saved, only what tells them from others.
+      config: the configuration, or the `Targets` made of it.
+      state: any tree of arrays, keys (typed or not), numbers and strings: the optimiser's state,
+        the random key, an average of the adapters.
+      data: the position in the data, or anything else that JSON can hold.
+      metrics: numbers, also for the manager's `best_fn`.
+      force: save although the manager's interval says otherwise.
+
+    Returns:
+      Whether it was saved, or left out by the manager's interval.
+
+    Raises:
+      LoRAError: the step, or a later one, is there already; the directory holds checkpoints of
+        something else; the adapters are not of this base; `data` is not JSON, or a leaf of `state`
+        cannot be saved. Nothing is written then.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora, orbax.checkpoint as ocp, tempfile
+    >>> params = {"q": jnp.ones((8, 8))}
+    >>> config = lora.LoRAConfig(rank=2, targets="q")
+    >>> adapters = lora.init(jax.random.key(0), params, config)
+    >>> with ocp.CheckpointManager(tempfile.mkdtemp()) as manager:
+    ...     lora.save(manager, 100, adapters, base=params, config=config, data={"epoch": 1})
+    ...     manager.wait_until_finished()
+    ...     lora.restore(manager, adapters, base=params, config=config).data
+    True
+    {'epoch': 1}
+    """
+    if not isinstance(manager, ocp.CheckpointManager):
+        raise LoRAError(
+            f"expected an orbax CheckpointManager, found {type(manager).__name__}: "
+            f"manager = ocp.CheckpointManager(directory); {SAVE}"
+        )
+    base = base if isinstance(base, Fingerprint) else fingerprint(base)
+    adapter_nodes(_shapes(base), adapters, "save")
+    latest = manager.latest_step()
+    if latest is not None and step <= latest:
+        raise LoRAError(
+            f"step {step} is not after the latest in {manager.directory}, {latest}; nothing was "
+            "saved. To go back, remove what comes after, manager.delete(step), or use another "
+            "directory"
+        )
+    if not (force or manager.should_save(step)):
+        return False
+    manager.wait_until_finished()  # orbax would wait as well
+    if latest is not None and not _ours(manager, latest):
+        raise LoRAError(
+            f"{manager.directory} holds checkpoints of something else (step {latest}), which the "
+            "manager would remove in time; nothing was saved. Use another directory"
+        )
+    record: dict = {
+        "format": FORMAT,
+        "step": step,
+        "config": None if config is None else config_to_json(_config(config)),
+        "base": {p: [dtype, list(shape)] for p, (shape, dtype) in base.leaves.items()},
+        "content": base.content and dict(base.content),
+        "nodes": adapters_to_json(adapters),
+        "data": _as_json(data),
+        "metrics": metrics and {k: float(v) for k, v in metrics.items()},
+    }
+    items = {}
+    for name, tree in {"adapters": adapters, "state": state}.items():
+        record[name], arrays = recorded(tree, name)
+        if arrays:
+            items[name] = ocp.args.StandardSave(arrays)
+    record["crc32"] = _crc(record)
+    args = ocp.args.Composite(lora=ocp.args.JsonSave(record), **items)
+    return manager.save(step, args=args, metrics=metrics, force=force)
+
+
+def restore(
+    manager: ocp.CheckpointManager | str | os.PathLike,
+    adapters: Any = None,
+    *,
+    base: Any,
+    config: LoRAConfig | Targets | None = None,
+    state: Any = None,
+    step: int | None = None,
+    rank: Literal["exact", "grow"] = "exact",
+) -> Restored:
+    """Reads a checkpoint back, after comparing it with what is asked for.
+
+    Arrays go where the trees that are passed say, whatever mesh and number of processes wrote them;
+    their values are checked against the checksums that were saved.
+
+    Args:
+      manager: orbax's manager, or the directory.
+      adapters: adapters like those that were saved: arrays, or `jax.ShapeDtypeStruct`s with
+        shardings. None: as the checkpoint describes them, sharded as the base is.
+      base: the base parameters or a `fingerprint` of them, with content if that is to be compared;
+        None, explicitly, does not compare.
+      config: is compared, if passed, with the one that was saved.
+      state: a tree like the one that was saved, such as `tx.init(adapters)`, arrays or shapes; None
+        reads the adapters alone.
+      step: which; the latest if None.
+      rank: "grow" reads adapters of smaller rank into the `adapters` that are passed: the product
+        A·B and the scale stay those of the checkpoint, so that alpha = scale · rank grows with the
+        rank; the new columns of one factor are zero, those of the other as passed, so that they
+        can learn; new entries of the moments in `state` are zero.
+
+    Returns:
+      A `Restored`.
+
+    Raises:
+      LoRAError: there is no checkpoint, it is not of this library, of a newer format, or damaged;
+        or its base, configuration, adapters or state are others: every difference is listed.
+        Nothing is changed on disk.
+
+    Example: see `save`.
+    """
+    if rank not in ("exact", "grow"):
+        raise LoRAError(f"rank={rank!r}: expected 'exact' or 'grow'")
+    grow = rank == "grow"
+    with _opened(manager) as manager:
+        step, record = _description(manager, step)
+        where = f"checkpoint {step} in {manager.directory}"
+        saved = {p: node_from_json(x) for p, x in record["nodes"].items()}
+        if adapters is None:
+            adapters = _placed(nest(saved), base)
+        failures = _other_base(record, base) + _other_config(record, config, grow)
+        others = other_nodes(saved, adapters, grow)
+        likes = {"adapters": adapters} | ({} if state is None else {"state": state})
+        for name, tree in likes.items():
+            shapes = name == "state" and not others  # else they are what `others` says
+            failures += differences(record.get(name, {}), tree, name, shapes, grow)
+        raise_all(f"{where} is of something else:", failures + others, RESTORE)
+        found: dict[str, Any] = {}
+        for name, tree in likes.items():
+            arrays = _arrays(manager, step, name, abstract(record[name], tree), where)
+            fresh = drawn(tree) if name == "adapters" else set()
+            found[name] = rebuilt(record[name], tree, arrays, fresh, where)
+    if grow:
+        found = {name: with_scales(tree, saved) for name, tree in found.items()}
+    return Restored(
+        step=step,
+        adapters=found["adapters"],
+        state=found.get("state"),
+        data=record["data"],
+        metrics=record["metrics"],
+        config=record["config"] and config_from_json(record["config"]),
+        base=_fingerprint(record),
+    )
+
+
+def _config(config: LoRAConfig | Targets) -> LoRAConfig:
+    return config.config if isinstance(config, Targets) else config
+
+
+def _shapes(base: Fingerprint) -> dict[str, jax.ShapeDtypeStruct]:
+    return {p: jax.ShapeDtypeStruct(s, dtype) for p, (s, dtype) in base.leaves.items()}
+
+
+def _as_json(data: Any) -> Any:
+    """What JSON gives back of `data`."""
+    try:
+        return json.loads(json.dumps(data))
+    except (TypeError, ValueError) as e:
+        raise LoRAError(
+            f"data cannot be saved as JSON ({e}); expected numbers, strings, lists and dicts, "
+            f"found {data!r}; arrays and keys go into state="
+        ) from None
+
+
+def _crc(record: Mapping) -> int:
+    """Of the description without its own checksum, as JSON would give it back."""
+    rest = {k: v for k, v in record.items() if k != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _ours(manager, step: int) -> bool:
+    try:
+        return "lora" in manager.metadata(step).item_handlers
+    except Exception:  # whatever a foreign or damaged file makes orbax raise
+        return False
+
+
+@contextlib.contextmanager
+def _opened(manager):
+    """The manager; of a directory, one that cannot write."""
+    if isinstance(manager, ocp.CheckpointManager):
+        yield manager
+    elif isinstance(manager, str | os.PathLike):
+        if not os.path.isdir(manager):
+            raise LoRAError(f"there is no directory {os.fspath(manager)!r}")
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+        with ocp.CheckpointManager(os.path.abspath(manager), options=options) as opened:
+            yield opened
+    else:
+        raise LoRAError(
+            f"expected an orbax CheckpointManager or a directory, found {type(manager).__name__}: "
+            f"manager = ocp.CheckpointManager(directory); {RESTORE}"
+        )
+
+
+def _read(manager, step: int, **items) -> Any:
+    """What orbax restores; whatever it raises for a file that is not as it should be is one error,
+    which says what else is there."""
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as e:  # of JSON, tensorstore, orbax, the file system
+        others = [s for s in manager.all_steps() if s != step]
+        reason = (str(e).strip().splitlines() or [""])[0][:300]
+        raise LoRAError(
+            f"checkpoint {step} in {manager.directory} cannot be read ({type(e).__name__}: "
+            f"{reason}); it is damaged, incomplete, or not one of lora_jax's. Nothing was changed. "
+            f"Other steps there: {others or 'none'}; restore one by lora.restore(..., step=...)"
+        ) from e
+
+
+def _description(manager, step: int | None) -> tuple[int, dict]:
+    """(step, what the checkpoint says about itself)."""
+    step = manager.latest_step() if step is None else step
+    if step is None:
+        raise LoRAError(f"there is no complete checkpoint in {manager.directory}")
+    if step not in manager.all_steps():
+        raise LoRAError(
+            f"there is no checkpoint {step} in {manager.directory}; there are "
+            f"{manager.all_steps() or 'none'}"
+        )
+    record = _read(manager, step, lora=ocp.args.JsonRestore())["lora"]
+    where = f"checkpoint {step} in {manager.directory}"
+    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+        raise LoRAError(f"{where} is not one of lora_jax's: its description has no format")
+    if record["format"] > FORMAT:
+        raise LoRAError(
+            f"{where} has format {record['format']}; this version reads up to {FORMAT}: "
+            "pip install -U lora_jax"
+        )
+    if record.get("crc32") != _crc(record):
+        raise LoRAError(
+            f"{where} is damaged: its description is not what was written. Other steps there: "
+            f"{[s for s in manager.all_steps() if s != step] or 'none'}"
+        )
+    return step, record
+
+
+def _arrays(manager, step: int, name: str, targets: dict, where: str) -> dict:
+    if not targets:
+        return {}
+    return _read(manager, step, **{name: ocp.args.StandardRestore(targets)})[name]
+
+
+def _placed(saved: Any, base: Any) -> Any:
+    """Shapes of the adapters, sharded as the base where it says how."""
+    if base is None or isinstance(base, Fingerprint):
+        return saved
+    leaves = flatten(state_of(base))
+    paths = flatten(saved, is_leaf=is_node).keys()
+    if not paths <= leaves.keys() or any(placement(leaves[p]) is None for p in paths):
+        return saved
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        saved,
+        shardings(base, saved),
+    )
+
+
+def _fingerprint(record: Mapping) -> Fingerprint:
+    leaves = {p: (tuple(shape), dtype) for p, (dtype, shape) in record["base"].items()}
+    return Fingerprint(leaves, record["content"])
+
+
+def _other_base(record, base) -> list[str]:
+    if base is None:
+        return []
+    base = base if isinstance(base, Fingerprint) else fingerprint(base)
+    return [f"base: {line}" for line in _fingerprint(record).differences(base)]
+
+
+def _other_config(record, config, grow: bool) -> list[str]:
+    if config is None or record["config"] is None:
+        return []
+    mine = json.loads(json.dumps(config_to_json(_config(config))))
+    ignored = ("rank", "alpha", "rules") if grow else ()
+    return [
+        f"config: {name}={value!r} was saved, found {mine.get(name)!r}"
+        for name, value in record["config"].items()
+        if mine.get(name) != value and name not in ignored
+    ]

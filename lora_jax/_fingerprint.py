@@ -1,0 +1,119 @@
+"""What a tree is, in a few numbers: paths, shapes, types, and checksums of the values.
+
+A checksum is a sum of integers, so it is the same however an array is sharded, and it is computed
+where the array lives: no leaf is gathered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._nnx import state_of
+from lora_jax._paths import flatten
+
+_SEEDS = (0x00000000, 0x9E3779B9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """Of a parameter tree: what adapters were made for.
+
+    Attributes:
+      leaves: {path: (shape, dtype)}.
+      content: {path: checksum of the values}, or None.
+    """
+
+    leaves: Mapping[str, tuple[tuple[int, ...], str]]
+    content: Mapping[str, str] | None = None
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """A line for each leaf by which `other` differs from this one; contents are compared where
+        both have them."""
+        lines = [f"'{p}' is missing" for p in self.leaves if p not in other.leaves]
+        lines += [f"'{p}' is not expected" for p in other.leaves if p not in self.leaves]
+        for path in self.leaves.keys() & other.leaves.keys():
+            want, found = (f"{dtype}{shape}" for shape, dtype in
+                           (self.leaves[path], other.leaves[path]))  # fmt: skip
+            if want != found:
+                lines.append(f"'{path}': expected {want}, found {found}")
+            elif self.content and other.content and self.content[path] != other.content[path]:
+                lines.append(f"'{path}': has other values")
+        return sorted(lines)
+
+
+def fingerprint(params: Any, *, content: bool = False) -> Fingerprint:
+    """What a base is, to be kept with the adapters that were trained on it.
+
+    Args:
+      params: the parameters, or an NNX module; without `content`, shapes will do.
+      content: also take a checksum of each leaf's values, where it lives and however it is
+        sharded. It reads every parameter once. It tells another base from this one, and finds
+        damage; it is not made to withstand someone who wants two bases to look the same.
+
+    Returns:
+      A `Fingerprint`.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> a, b = ({"w": jnp.ones((2, 2)) * x} for x in (1, 2))
+    >>> lora.fingerprint(a) == lora.fingerprint(b)
+    True
+    >>> lora.fingerprint(a, content=True).differences(lora.fingerprint(b, content=True))
+    ["'w': has other values"]
+    """
+    flat = {p: x for p, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
+    leaves = {p: (tuple(x.shape), str(x.dtype)) for p, x in flat.items()}
+    return Fingerprint(leaves, checksums(flat) if content else None)
+
+
+def checksums(flat: Mapping[str, Any]) -> dict[str, str]:
+    """{path: 64 bits in hex} of arrays; all are started before the first is waited for."""
+    sums = {p: _checksum(x) for p, x in flat.items()}
+    return {p: "".join(f"{int(n):08x}" for n in np.asarray(x)) for p, x in sums.items()}
+
+
+@jax.jit
+def _checksum(x) -> jax.Array:
+    """(2,) uint32: the sum, modulo 2³², of a mixture of each word with its position, twice.
+
+    The mixture is one to one in the word, so that no change of a single word is lost.
+    """
+    words = _words(x)
+    return jnp.stack(
+        [jnp.sum(_mix(words + _mix(_index(words.shape) + jnp.uint32(seed)))) for seed in _SEEDS]
+    ).astype(jnp.uint32)
+
+
+def _words(x) -> jax.Array:
+    """The bits of each element as a uint32, or as two along a new last axis."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return _words(jnp.stack([x.real, x.imag], axis=-1))
+    small = x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.integer)
+    if small and x.dtype.itemsize <= 4:
+        return x.astype(jnp.uint32)
+    width = min(8 * x.dtype.itemsize, 32)
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+
+
+def _index(shape: tuple[int, ...]) -> jax.Array:
+    """Each position's number, without a reshape, which would gather a sharded array."""
+    index, stride = jnp.zeros(shape, jnp.uint32), 1
+    for d in reversed(range(len(shape))):
+        step = jnp.uint32(stride % 2**32)
+        index = index + jax.lax.broadcasted_iota(jnp.uint32, shape, d) * step
+        stride *= shape[d]
+    return index
+
+
+def _mix(x) -> jax.Array:
+    """MurmurHash3's finaliser: one to one, and every bit of x reaches every bit of the result."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
