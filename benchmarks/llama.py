@@ -23,10 +23,17 @@ class Config:
     heads: int = 4
     layers: int = 2
     scan: bool = False
+    unroll: int = 1  # layers in the body of the scan
+    activations: jax.sharding.Sharding | None = None  # of what passes between layers
     dtype: jnp.dtype = jnp.float32
     by_hand: tuple[str, ...] = ()  # the layers with LoRA written in
     rank: int = 16
     scale: float = 2.0
+
+
+def constrained(x, config):
+    where = config.activations
+    return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
 
 class Dense(nn.Module):
@@ -60,7 +67,7 @@ class Block(nn.Module):
         x = x + dense(c.width, "o")(y.reshape(x.shape))
         y = nn.RMSNorm(dtype=c.dtype, name="norm_2")(x)
         y = nn.silu(dense(c.hidden, "gate")(y)) * dense(c.hidden, "up")(y)
-        return x + dense(c.width, "down")(y), None
+        return constrained(x + dense(c.width, "down")(y), c), None
 
 
 class Llama(nn.Module):
@@ -70,10 +77,12 @@ class Llama(nn.Module):
     def __call__(self, ids):
         c = self.config
         x = nn.Embed(c.vocab, c.width, dtype=c.dtype, name="embed")(ids)
+        x = constrained(x, c)
         if c.scan:
             stack = nn.scan(
                 nn.remat(Block, prevent_cse=False),
                 length=c.layers,
+                unroll=c.unroll,
                 variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True},
             )

@@ -15,7 +15,7 @@ __all__ = [
     "INLINED",
     "Literal",
     "eqn_context",
-    "explicit_spec",
+    "explicit_sharding",
     "is_unspecified",
     "jaxpr_as_fun",
     "live",
@@ -115,11 +115,11 @@ def out_avals(fn: Any, avals: tuple) -> list:
     return list(jax.make_jaxpr(fn)(*avals).out_avals)
 
 
-def explicit_spec(x: Any) -> Any:
-    """The PartitionSpec that is part of x's type, or None if the compiler decides."""
+def explicit_sharding(x: Any) -> Any:
+    """The sharding that is part of x's type, or None if the compiler decides."""
     sharding = jax.typeof(x).sharding
     explicit = jax.sharding.AxisType.Explicit
-    return sharding.spec if explicit in sharding.mesh.axis_types else None
+    return sharding if explicit in sharding.mesh.axis_types else None
 
 
 def one_device(x: Any) -> bool:

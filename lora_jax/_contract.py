@@ -42,6 +42,15 @@ class Product:
     whole: bool
     use: int
 
+    @property
+    def where(self):
+        """(mesh, {label of the result: mesh axis} as pairs) that the model gave, or None."""
+        sharding = self.params.get("out_sharding")
+        if sharding is None:
+            return None
+        spec = getattr(sharding, "spec", sharding)
+        return getattr(sharding, "mesh", None), (*zip(self.out, spec),)
+
     def factors(self, x, xl):
         """(first, second) factor, with labels: A then B for x·W, B then A for x·Wᵀ.
 
@@ -108,6 +117,7 @@ def _group(x, xl, products, parts, mode):
             p.params["preferred_element_type"],
             p.params["dimension_numbers"],
             p.weight_first,
+            p.where,
         )
         for p, (_, (_, bl)) in zip(products, parts)
     )

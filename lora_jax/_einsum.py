@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 Labels = Sequence[Hashable]
 
@@ -41,11 +41,11 @@ def spread(y, have: Labels, out: Labels, shape: Sequence[int]):
     return lax.broadcast_in_dim(y, shape, [out.index(d) for d in have])
 
 
-def contract(x, xl: Labels, y, yl: Labels, out: Labels, spec=None, **params) -> jax.Array:
+def contract(x, xl: Labels, y, yl: Labels, out: Labels, sharding=None, **params) -> jax.Array:
     """Einstein summation of two arrays with labelled axes, as one dot_general.
 
-    Labels that only one operand has and `out` lacks are summed first. `spec` is the result's
-    PartitionSpec, where shardings are part of types; `params` are dot_general's precision and
+    Labels that only one operand has and `out` lacks are summed first. `sharding` is the result's,
+    where shardings are part of types; `params` are dot_general's precision and
     preferred_element_type.
     """
     x, xl = _sum_lone(x, xl, yl, out)
@@ -58,8 +58,11 @@ def contract(x, xl: Labels, y, yl: Labels, out: Labels, spec=None, **params) -> 
         for group in (summed, batch)
     )
     zl = [*batch, *(d for d in xl if d not in both), *(d for d in yl if d not in both)]
-    if spec is not None:
-        params["out_sharding"] = PartitionSpec(*(dict(zip(out, spec))[d] for d in zl))
+    if sharding is not None:
+        axis = dict(zip(out, getattr(sharding, "spec", sharding)))
+        spec = PartitionSpec(*(axis.get(d) for d in zl))
+        named = isinstance(sharding, NamedSharding)
+        params["out_sharding"] = NamedSharding(sharding.mesh, spec) if named else spec
     z = lax.dot_general(x, y, dims, **params)
     order = [zl.index(d) for d in out]
     return z if order == sorted(order) else lax.transpose(z, order)

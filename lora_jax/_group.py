@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _compat
 from lora_jax._einsum import cast, contract, spread, times
@@ -36,6 +37,15 @@ class Member:
     preferred: Any = None
     numbers: Any = None  # dot_general's dimension_numbers, as the model wrote the base product
     weight_first: bool = False
+    where: tuple[Any, tuple] | None = None  # (mesh, pairs (label of y, mesh axis)), where given
+
+    def sharding(self, labels: Labels):
+        """Of an array of `labels`, or None if the operands' types decide it."""
+        if self.where is None:
+            return None
+        mesh, pairs = self.where
+        spec = PartitionSpec(*(dict(pairs).get(d) for d in labels))
+        return spec if mesh is None else NamedSharding(mesh, spec)
 
     @property
     def params(self):
@@ -51,7 +61,7 @@ class Member:
     def dot(self, x, xl, y, yl):
         """(x·y, its labels), summed over what y_i does not have."""
         have = tuple(d for d in self.out if d in xl or d in yl)
-        return contract(x, xl, y, yl, have, **self.params), have
+        return contract(x, xl, y, yl, have, sharding=self.sharding(have), **self.params), have
 
     def sum(self, terms):
         """The sum of (array, labels), each constant along the labels that it lacks."""
@@ -110,8 +120,9 @@ def hidden(group: Group, x, a) -> list:
     summed = math.prod(n for d, n in zip(group.xl, x.shape) if d not in group.hl)
     late = x.size * ranks[0] < a[0].size * summed  # the scale goes to the smaller of A and x·A
     a = a if late else map(times, a, scales)
+    sharding = group.members[0].sharding(group.hl)
     h = [
-        contract(x, group.xl, v, group.al, group.hl, precision=group.precision)
+        contract(x, group.xl, v, group.al, group.hl, sharding, precision=group.precision)
         for v in group.side_by_side(list(a), group.al)
     ]
     h = group.apart(h, group.hl, ranks)
@@ -180,5 +191,5 @@ def gradient(x, xl, y, yl, out, like, precision):
     """
     if sum(d in yl and d not in out for d in xl) > 1 and y.size < x.size:
         x, xl, y, yl = y, yl, x, xl
-    z = contract(x, xl, y, yl, out, precision=precision, spec=_compat.explicit_spec(like))
+    z = contract(x, xl, y, yl, out, precision=precision, sharding=_compat.explicit_sharding(like))
     return cast(z, like.dtype)
