@@ -108,7 +108,8 @@ def save(
       force: save although the manager's interval says otherwise.
 
     Returns:
-      Whether it was saved, or left out by the manager's interval.
+      Whether it was saved; it was not if the manager's interval says so (orbax always saves the
+      first step in an empty directory), or if the same values are there as this step already.
 
     Raises:
       LoRAError: the step, or a later one, is there already; the directory holds checkpoints of
@@ -134,15 +135,18 @@ def save(
     base = base if isinstance(base, Fingerprint) else fingerprint(base)
     adapter_nodes(_shapes(base), adapters, "save")
     latest = manager.latest_step()
+    if latest is None or step > latest:
+        if not (force or manager.should_save(step)):
+            return False
+    manager.wait_until_finished()  # orbax would wait as well
+    if step == latest and _same_arrays(manager, step, adapters, state):
+        return False
     if latest is not None and step <= latest:
         raise LoRAError(
             f"step {step} is not after the latest in {manager.directory}, {latest}; nothing was "
             "saved. To go back, remove what comes after, manager.delete(step), or use another "
             "directory"
         )
-    if not (force or manager.should_save(step)):
-        return False
-    manager.wait_until_finished()  # orbax would wait as well
     if latest is not None and not _ours(manager, latest):
         raise LoRAError(
             f"{manager.directory} holds checkpoints of something else (step {latest}), which the "
@@ -265,6 +269,15 @@ def _crc(record: Mapping) -> int:
     """Of the description without its own checksum, as JSON would give it back."""
     rest = {k: v for k, v in record.items() if k != "crc32"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _same_arrays(manager, step: int, adapters, state) -> bool:
+    """Whether a step was saved with these values: then to save it again is no mistake."""
+    if not _ours(manager, step):
+        return False
+    _, record = _description(manager, step)
+    trees = {"adapters": adapters, "state": state}
+    return all(recorded(tree, name)[0] == record[name] for name, tree in trees.items())
 
 
 def _ours(manager, step: int) -> bool:

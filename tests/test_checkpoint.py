@@ -325,8 +325,18 @@ def test_restoring_into_something_else(tmp_path, call, match):
     assert contents(tmp_path) == before
 
 
+def test_the_same_step_again(tmp_path):
+    """As a run does that saves by interval, and once more as it leaves."""
+    adapters, opt = trained()
+    with manager(tmp_path) as m:
+        assert lora.save(m, 5, adapters, base=PARAMS, state=opt)
+        assert not lora.save(m, 5, adapters, base=PARAMS, state=opt, force=True)
+        with fails("step 5 is not after the latest"):
+            lora.save(m, 5, adapters, base=PARAMS, state=TX.init(adapters), force=True)
+
+
 @pytest.mark.parametrize("call, match", [
-    (lambda m, ad: lora.save(m, 5, ad, base=PARAMS), "step 5 is not after the latest in .*, 5; nothing was saved"),
+    (lambda m, ad: lora.save(m, 5, noisy(ad), base=PARAMS), "step 5 is not after the latest in .*, 5; nothing was saved"),
     (lambda m, ad: lora.save(m, 3, ad, base=PARAMS, force=True), "step 3 is not after the latest"),
     (lambda m, ad: lora.save(m, 6, ad, base=OTHER), r"the adapters do not belong to these parameters:(?s:.)*'down/kernel'.*\(32, 8\)"),
     (lambda m, ad: lora.save(m, 6, PARAMS, base=PARAMS), "expected adapters, found parameters"),
