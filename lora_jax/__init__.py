@@ -8,6 +8,7 @@ from lora_jax._config import LoRAConfig, Rule
 from lora_jax._coverage import Coverage
 from lora_jax._errors import LoRAError
 from lora_jax._fingerprint import Fingerprint, fingerprint
+from lora_jax._forecast import Forecast, forecast
 from lora_jax._init import init
 from lora_jax._interpret import Use
 from lora_jax._merge import merge, unmerge
@@ -16,6 +17,7 @@ from lora_jax._select import select
 from lora_jax._shardings import shardings, state_shardings
 from lora_jax._survey import Survey, survey
 from lora_jax._targets import Target, Targets
+from lora_jax._topology import topology_mesh
 from lora_jax._weight import AdaptedWeight, Geometry
 
 __version__ = "0.1.0"
@@ -45,6 +47,9 @@ __all__ = [
     # one device or a pod
     "shardings",
     "state_shardings",
+    "topology_mesh",
+    "forecast",
+    "Forecast",
     # checkpoints
     "save",
     "restore",

@@ -101,7 +101,7 @@ with ocp.CheckpointManager(os.path.abspath(args.directory), options=options) as 
         step += 1
         lora.save(
             manager, step, adapters, base=base, config=config,
-            state={"key": key, "opt": state}, data={"next": step}, 
+            state={"key": key, "opt": state}, data={"next": step},
         )  # fmt: skip
         if step == args.die_after:
             manager.wait_until_finished()
