@@ -119,4 +119,4 @@ def test_kill(tmp_path):
 @pytest.mark.slow
 def test_fifty_kills(tmp_path):
     """`python -m pytest -m slow -s -k fifty`: minutes."""
-    assert len(check_kills(tmp_path, kills=50, steps=4000)) == 50
+    assert len(check_kills(tmp_path, kills=50, steps=1200)) == 50
