@@ -28,6 +28,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
+from lora_jax._hlo import collectives
 
 STEPS = 5
 KEY = jax.random.key(0)
@@ -285,14 +286,12 @@ MODES: dict[str, tuple[str, Callable]] = {
 }
 
 
-def reductions(text: str) -> list[tuple[int, ...]]:
+def reductions(compiled) -> list[tuple[int, ...]]:
     """The shapes that all-reduces and reduce-scatters of a compiled program work on, without 1s."""
-    text = re.sub(r"/\*.*?\*/", "", text)
-    shapes = []
-    for out in re.findall(r"= (\(.*?\)|\S+) (?:all-reduce|reduce-scatter)(?:-start)?\(", text):
-        for dims in re.findall(r"\w+\[([\d,]*)\]", out):
-            shapes.append(tuple(int(d) for d in dims.split(",") if d not in ("", "1")))
-    return shapes
+    found = collectives(compiled.as_text())
+    arrays = [c.array for c in found if c.kind in ("all-reduce", "reduce-scatter")]
+    dims = [re.findall(r"\d+", array.partition("[")[2]) for array in arrays]
+    return [tuple(int(d) for d in of if d != "1") for of in dims]
 
 
 def weight_sized(case: Case, shapes) -> list[tuple[int, ...]]:
@@ -333,8 +332,8 @@ def main() -> None:
         case = CASES[case_name]()
         losses, adapters, compiled = mode(case)
         want_losses, want, _ = reference(case_name)
-        found = reductions(compiled.as_text())
-        full = weight_sized(case, reductions(mode(case, full=True)[2].as_text()))
+        found = reductions(compiled)
+        full = weight_sized(case, reductions(mode(case, full=True)[2]))
         largest = " × ".join(map(str, max(found, key=math.prod)))
         differ = [f"{difference(*pair):.0e}" for pair in ((losses, want_losses), (adapters, want))]
         print(line.format(name, *differ, largest, len(weight_sized(case, found)), len(full)))

@@ -33,7 +33,7 @@ def test_equals_one_device(name):
     assert parallel.difference(adapters, want) < tolerance(jnp.float32, 256)  # Adam divides
     moved = parallel.difference(adapters, jax.device_get(case.adapters))
     assert moved > 1e-2
-    reduced = parallel.reductions(compiled.as_text())
+    reduced = parallel.reductions(compiled)
     assert reduced and parallel.weight_sized(case, reduced) == []
     if "pmap" not in name:  # which names no argument, and stacks its outputs
         assert_the_base_is_an_argument(case, compiled)
@@ -59,7 +59,7 @@ def test_full_fine_tuning_is_weight_sized(name):
     case_name, mode = parallel.MODES[name]
     case = parallel.CASES[case_name]()
     _, _, compiled = mode(case, full=True)
-    assert parallel.weight_sized(case, parallel.reductions(compiled.as_text()))
+    assert parallel.weight_sized(case, parallel.reductions(compiled))
 
 
 def test_the_gradient_that_is_too_large():

@@ -1,5 +1,6 @@
 """The plan of the low-rank contraction: its cost model, its numerics, and what it keeps."""
 
+import collections
 import itertools
 import math
 import re
@@ -14,6 +15,7 @@ from common import adapted, assert_close, assert_equals_dense, noisy
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lora
+from lora_jax._hlo import collectives
 from lora_jax._plan import Costs, Plan, choose
 
 P = PartitionSpec
@@ -280,14 +282,11 @@ def test_one_merged_weight_at_a_time(plan):
     assert temp(forward, 16, plan) <= temp(forward, 8, plan) + weight / 2
 
 
-def collectives(f, *args):
+def counted_collectives(f, *args):
     """{(kind, shape): count} of the compiled program."""
-    text = re.sub(r"/\*.*?\*/", "", jax.jit(f).lower(*args).compile().as_text())
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    found: dict = {}
-    for shape, kind in re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text):
-        for part in re.findall(r"\w+\[[\d,]*\]", shape):
-            found[kind, part] = found.get((kind, part), 0) + 1
+    found: collections.Counter = collections.Counter()
+    for c in collectives(jax.jit(f).lower(*args).compile().as_text()):
+        found[c.kind, c.array] += c.count
     return found
 
 
@@ -303,7 +302,7 @@ def test_collectives_are_those_of_the_hand_written_step(spec):
         trees = jax.device_put(trees, NamedSharding(mesh, P()))
         return *trees, jax.device_put(ids, NamedSharding(mesh, spec))
 
-    got, want = collectives(ours, *place(args)), collectives(hand, *place(hand_args))
+    got, want = (counted_collectives(*x) for x in ((ours, *place(args)), (hand, *place(hand_args))))
     count = lambda found, kind: sum(n for (k, _), n in found.items() if k == kind)
     for kind in {k for k, _ in {**got, **want}}:
         assert count(got, kind) <= count(want, kind), (kind, got, want)

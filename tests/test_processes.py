@@ -86,7 +86,9 @@ def killed_at_random(directory, kills, steps, rng):
         line = process.stdout.readline()
         if line:
             resumed.append(int(line.split()[1]))
-            time.sleep(rng.uniform(0, 0.6))
+            if len(resumed) % 5:  # else at any moment of the start, and of what it compiles
+                process.stdout.readline(), process.stdout.readline()  # the first step is saved
+            time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         out, err = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), err[-3000:]
@@ -103,7 +105,7 @@ def killed_at_random(directory, kills, steps, rng):
 def check_kills(tmp_path, kills, steps):
     want = finished(started(tmp_path / "whole", "--steps", steps))
     seen, resumed = killed_at_random(tmp_path / "killed", kills, steps, random.Random(0))
-    assert resumed == sorted(resumed)
+    assert resumed == sorted(resumed) and resumed[-1] > 0
     assert all(want[step][1] == sums for step, sums in seen.items())  # every step, to the bit
     assert values(tmp_path / "whole").step == values(tmp_path / "killed").step == steps
     for x, y in zip(leaves(tmp_path / "whole"), leaves(tmp_path / "killed")):
@@ -113,7 +115,7 @@ def check_kills(tmp_path, kills, steps):
 
 
 def test_kill(tmp_path):
-    check_kills(tmp_path, kills=4, steps=200)
+    check_kills(tmp_path, kills=3, steps=100)
 
 
 @pytest.mark.slow
