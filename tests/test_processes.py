@@ -21,7 +21,7 @@ SCRIPT = pathlib.Path(__file__).parent / "run_training.py"
 
 
 def started(directory, *args, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), str(directory), *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
