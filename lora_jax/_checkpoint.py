@@ -10,11 +10,9 @@ On disk, in a step's directory: `adapters/` and `state/` (orbax), `lora/` (JSON)
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -45,9 +43,9 @@ from lora_jax._records import (
     with_scales,
 )
 from lora_jax._shardings import shardings
+from lora_jax._stored import FORMAT, arrays_of, crc32, description, opened, ours
 from lora_jax._targets import Targets
 
-FORMAT = 1
 SAVE = "lora.save(manager, step, adapters, base=params, config=config, state=opt_state)"
 RESTORE = "lora.restore(manager, adapters, base=params, config=config, state=opt_state)"
 
@@ -147,7 +145,7 @@ def save(
             "saved. To go back, remove what comes after, manager.delete(step), or use another "
             "directory"
         )
-    if latest is not None and not _ours(manager, latest):
+    if latest is not None and not ours(manager, latest):
         raise LoRAError(
             f"{manager.directory} holds checkpoints of something else (step {latest}), which the "
             "manager would remove in time; nothing was saved. Use another directory"
@@ -167,7 +165,7 @@ def save(
         record[name], arrays = recorded(tree, name)
         if arrays:
             items[name] = ocp.args.StandardSave(arrays)
-    record["crc32"] = _crc(record)
+    record["crc32"] = crc32(record)
     args = ocp.args.Composite(lora=ocp.args.JsonSave(record), **items)
     return manager.save(step, args=args, metrics=metrics, force=force)
 
@@ -215,8 +213,8 @@ def restore(
     if rank not in ("exact", "grow"):
         raise LoRAError(f"rank={rank!r}: expected 'exact' or 'grow'")
     grow = rank == "grow"
-    with _opened(manager) as manager:
-        step, record = _description(manager, step)
+    with opened(manager) as manager:
+        step, record = description(manager, step)
         where = f"checkpoint {step} in {manager.directory}"
         saved = {p: node_from_json(x) for p, x in record["nodes"].items()}
         if adapters is None:
@@ -230,7 +228,7 @@ def restore(
         raise_all(f"{where} is of something else:", failures + others, RESTORE)
         found: dict[str, Any] = {}
         for name, tree in likes.items():
-            arrays = _arrays(manager, step, name, abstract(record[name], tree), where)
+            arrays = arrays_of(manager, step, name, abstract(record[name], tree), where)
             fresh = drawn(tree) if name == "adapters" else set()
             found[name] = rebuilt(record[name], tree, arrays, fresh, where)
     if grow:
@@ -265,92 +263,13 @@ def _as_json(data: Any) -> Any:
         ) from None
 
 
-def _crc(record: Mapping) -> int:
-    """Of the description without its own checksum, as JSON would give it back."""
-    rest = {k: v for k, v in record.items() if k != "crc32"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
 def _same_arrays(manager, step: int, adapters, state) -> bool:
     """Whether a step was saved with these values: then to save it again is no mistake."""
-    if not _ours(manager, step):
+    if not ours(manager, step):
         return False
-    _, record = _description(manager, step)
+    _, record = description(manager, step)
     trees = {"adapters": adapters, "state": state}
     return all(recorded(tree, name)[0] == record[name] for name, tree in trees.items())
-
-
-def _ours(manager, step: int) -> bool:
-    try:
-        return "lora" in manager.metadata(step).item_handlers
-    except Exception:  # whatever a foreign or damaged file makes orbax raise
-        return False
-
-
-@contextlib.contextmanager
-def _opened(manager):
-    """The manager; of a directory, one that cannot write."""
-    if isinstance(manager, ocp.CheckpointManager):
-        yield manager
-    elif isinstance(manager, str | os.PathLike):
-        if not os.path.isdir(manager):
-            raise LoRAError(f"there is no directory {os.fspath(manager)!r}")
-        options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-        with ocp.CheckpointManager(os.path.abspath(manager), options=options) as opened:
-            yield opened
-    else:
-        raise LoRAError(
-            f"expected an orbax CheckpointManager or a directory, found {type(manager).__name__}: "
-            f"manager = ocp.CheckpointManager(directory); {RESTORE}"
-        )
-
-
-def _read(manager, step: int, **items) -> Any:
-    """What orbax restores; whatever it raises for a file that is not as it should be is one error,
-    which says what else is there."""
-    try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
-    except Exception as e:  # of JSON, tensorstore, orbax, the file system
-        others = [s for s in manager.all_steps() if s != step]
-        reason = (str(e).strip().splitlines() or [""])[0][:300]
-        raise LoRAError(
-            f"checkpoint {step} in {manager.directory} cannot be read ({type(e).__name__}: "
-            f"{reason}); it is damaged, incomplete, or not one of lora_jax's. Nothing was changed. "
-            f"Other steps there: {others or 'none'}; restore one by lora.restore(..., step=...)"
-        ) from e
-
-
-def _description(manager, step: int | None) -> tuple[int, dict]:
-    """(step, what the checkpoint says about itself)."""
-    step = manager.latest_step() if step is None else step
-    if step is None:
-        raise LoRAError(f"there is no complete checkpoint in {manager.directory}")
-    if step not in manager.all_steps():
-        raise LoRAError(
-            f"there is no checkpoint {step} in {manager.directory}; there are "
-            f"{manager.all_steps() or 'none'}"
-        )
-    record = _read(manager, step, lora=ocp.args.JsonRestore())["lora"]
-    where = f"checkpoint {step} in {manager.directory}"
-    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
-        raise LoRAError(f"{where} is not one of lora_jax's: its description has no format")
-    if record["format"] > FORMAT:
-        raise LoRAError(
-            f"{where} has format {record['format']}; this version reads up to {FORMAT}: "
-            "pip install -U lora_jax"
-        )
-    if record.get("crc32") != _crc(record):
-        raise LoRAError(
-            f"{where} is damaged: its description is not what was written. Other steps there: "
-            f"{[s for s in manager.all_steps() if s != step] or 'none'}"
-        )
-    return step, record
-
-
-def _arrays(manager, step: int, name: str, targets: dict, where: str) -> dict:
-    if not targets:
-        return {}
-    return _read(manager, step, **{name: ocp.args.StandardRestore(targets)})[name]
 
 
 def _placed(saved: Any, base: Any) -> Any:
