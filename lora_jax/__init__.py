@@ -2,8 +2,10 @@
 
 from lora_jax._adapt import adapt, coverage
 from lora_jax._adapters import Full, LoRA, Rows
+from lora_jax._algebra import combine, extract, resize, scaled
 from lora_jax._bind import bind
 from lora_jax._checkpoint import Restored, restore, save
+from lora_jax._compare import Comparison, Likeness, compare
 from lora_jax._config import LoRAConfig, Rule
 from lora_jax._coverage import Coverage
 from lora_jax._errors import LoRAError
@@ -62,5 +64,13 @@ __all__ = [
     "lora_plus",
     "merge",
     "unmerge",
+    # adapters as values
+    "combine",
+    "scaled",
+    "resize",
+    "extract",
+    "compare",
+    "Comparison",
+    "Likeness",
     "LoRAError",
 ]
