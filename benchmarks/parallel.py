@@ -250,15 +250,25 @@ def explicit() -> Case:
     def loss(p, x):
         spread = jax.typeof(x).sharding.spec[0]
         out = {"out_sharding": P(spread, None, None)} if spread else {}
-        hidden = jax.nn.gelu(jnp.einsum("btd,df->btf", x, p["up"]))
-        y = jnp.einsum("btf,fd->btd", hidden, p["down"], **out)
+        up, down = _gathered(p["up"], 0), _gathered(p["down"], 1)
+        hidden = jax.nn.gelu(jnp.einsum("btd,df->btf", x, up))
+        y = jnp.einsum("btf,fd->btd", hidden, down, **out)
         return jnp.mean((y - jnp.sin(x)) ** 2)
 
-    specs = lambda path: P(None, "t") if "up" in path else P("t", None)
+    specs = lambda path: P("d", "t") if "up" in path else P("t", "d")
     config = lora.LoRAConfig(rank=7, alpha=14, targets=["up", "down"])
     return Case(
         lambda _: loss, params, config, list(jax.random.normal(keys[2], (STEPS, 8, 21, 48))), specs
     )
+
+
+def _gathered(w, axis):
+    """A weight that is not sharded along `axis`, as FSDP wants it where it is used."""
+    spec = list(jax.typeof(w).sharding.spec)
+    if spec[axis] is None:
+        return w
+    spec[axis] = None
+    return jax.sharding.reshard(w, P(*spec))
 
 
 CASES = {f.__name__: functools.cache(f) for f in (transformer, experts, explicit)}
@@ -279,6 +289,7 @@ MODES: dict[str, tuple[str, Callable]] = {
     "jit, experts": spread("experts", (8,), "t", P(), **T),
     "jit, experts × FSDP": spread("experts", (2, 4), "dt", P("d"), **D, **T),
     "jit, explicit": spread("explicit", (2, 4), "dt", P("d"), kind=AxisType.Explicit, **T),
+    "jit, explicit FSDP": spread("explicit", (8,), "d", P("d"), kind=AxisType.Explicit, **D),
     "shard_map": ("transformer", mapped),
     "shard_map, gathering": ("transformer", functools.partial(mapped, gather=True)),
     "pmap": ("transformer", pmapped),

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
+import types
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
 
-from lora_jax._adapters import is_node
+from lora_jax._adapters import LoRA, is_node
 from lora_jax._bind import adapter_nodes
 from lora_jax._config import LoRAConfig
 from lora_jax._describe import (
@@ -30,19 +33,11 @@ from lora_jax._describe import (
 )
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._fingerprint import Fingerprint, fingerprint
+from lora_jax._grow import config_of, growing, kept, with_scales
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, nest
-from lora_jax._records import (
-    abstract,
-    differences,
-    drawn,
-    other_nodes,
-    placement,
-    rebuilt,
-    recorded,
-    with_scales,
-)
-from lora_jax._shardings import shardings
+from lora_jax._records import abstract, differences, other_nodes, placement, rebuilt, recorded
+from lora_jax._shardings import shardings, state_shardings
 from lora_jax._stored import FORMAT, arrays_of, crc32, description, opened, ours
 from lora_jax._targets import Targets
 
@@ -60,7 +55,7 @@ class Restored:
       data: what was saved as `data`, as JSON gives it back.
       metrics: what was saved as `metrics`, or None.
       config: the configuration that was saved; None if there was none, or if a function (a
-        predicate, an initialiser) is part of it.
+        predicate, an initialiser) is part of it. After growing: the one of the grown adapters.
       base: the fingerprint of the base.
     """
 
@@ -111,8 +106,8 @@ def save(
 
     Raises:
       LoRAError: the step, or a later one, is there already; the directory holds checkpoints of
-        something else; the adapters are not of this base; `data` is not JSON, or a leaf of `state`
-        cannot be saved. Nothing is written then.
+        something else; the adapters are not of this base or configuration; `data` is not JSON,
+        `metrics` are not numbers, or a leaf of `state` cannot be saved. Nothing is written then.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora, orbax.checkpoint as ocp, tempfile
     >>> params = {"q": jnp.ones((8, 8))}
@@ -130,25 +125,25 @@ def save(
             f"expected an orbax CheckpointManager, found {type(manager).__name__}: "
             f"manager = ocp.CheckpointManager(directory); {SAVE}"
         )
+    step = _step(step)
+    metrics = _numbers(metrics)
     base = base if isinstance(base, Fingerprint) else fingerprint(base)
     adapter_nodes(_shapes(base), adapters, "save")
-    latest = manager.latest_step()
-    if latest is None or step > latest:
-        if not (force or manager.should_save(step)):
-            return False
-    manager.wait_until_finished()  # orbax would wait as well
-    if step == latest and _same_arrays(manager, step, adapters, state):
-        return False
-    if latest is not None and step <= latest:
-        raise LoRAError(
-            f"step {step} is not after the latest in {manager.directory}, {latest}; nothing was "
-            "saved. To go back, remove what comes after, manager.delete(step), or use another "
-            "directory"
+    if config is not None:
+        raise_all(
+            "the configuration is not that of these adapters:",
+            _another_config(_config(config), adapters),
+            "pass the one that made them, or config=None",
         )
+    latest = manager.latest_step()
+    if (latest is None or step > latest) and not (force or manager.should_save(step)):
+        return False
+    manager.wait_until_finished()  # orbax would wait as well
     if latest is not None and not ours(manager, latest):
         raise LoRAError(
-            f"{manager.directory} holds checkpoints of something else (step {latest}), which the "
-            "manager would remove in time; nothing was saved. Use another directory"
+            f"{manager.directory} holds checkpoints of something else, or a damaged one (step "
+            f"{latest}), which the manager would remove in time; nothing was saved. Use another "
+            "directory, or manager.delete(step)"
         )
     record: dict = {
         "format": FORMAT,
@@ -158,7 +153,7 @@ def save(
         "content": base.content and dict(base.content),
         "nodes": adapters_to_json(adapters),
         "data": _as_json(data),
-        "metrics": metrics and {k: float(v) for k, v in metrics.items()},
+        "metrics": metrics,
     }
     items = {}
     for name, tree in {"adapters": adapters, "state": state}.items():
@@ -166,6 +161,14 @@ def save(
         if arrays:
             items[name] = ocp.args.StandardSave(arrays)
     record["crc32"] = crc32(record)
+    if latest is not None and step <= latest:
+        if step == latest and description(manager, step)[1]["crc32"] == record["crc32"]:
+            return False
+        raise LoRAError(
+            f"step {step} is not after the latest in {manager.directory}, {latest}; nothing was "
+            "saved. To go back, remove what comes after, manager.delete(step), or use another "
+            "directory"
+        )
     args = ocp.args.Composite(lora=ocp.args.JsonSave(record), **items)
     return manager.save(step, args=args, metrics=metrics, force=force)
 
@@ -196,9 +199,9 @@ def restore(
         reads the adapters alone.
       step: which; the latest if None.
       rank: "grow" reads adapters of smaller rank into the `adapters` that are passed: the product
-        A·B and the scale stay those of the checkpoint, so that alpha = scale · rank grows with the
-        rank; the new columns of one factor are zero, those of the other as passed, so that they
-        can learn; new entries of the moments in `state` are zero.
+        A·B and the scale stay those of the checkpoint, and the `config` that is returned has the
+        alpha that this takes, scale · rank. The new part of one factor is zero, that of the other
+        as passed, so that it can learn; new entries of the moments in `state` are zero.
 
     Returns:
       A `Restored`.
@@ -212,44 +215,95 @@ def restore(
     """
     if rank not in ("exact", "grow"):
         raise LoRAError(f"rank={rank!r}: expected 'exact' or 'grow'")
-    grow = rank == "grow"
+    if rank == "grow" and adapters is None:
+        raise LoRAError("rank='grow' needs the larger adapters: lora.init(key, params, config)")
     with opened(manager) as manager:
-        step, record = description(manager, step)
+        step, record = description(manager, None if step is None else _step(step))
         where = f"checkpoint {step} in {manager.directory}"
         saved = {p: node_from_json(x) for p, x in record["nodes"].items()}
         if adapters is None:
             adapters = _placed(nest(saved), base)
-        failures = _other_base(record, base) + _other_config(record, config, grow)
-        others = other_nodes(saved, adapters, grow)
-        likes = {"adapters": adapters} | ({} if state is None else {"state": state})
+        likes = {"adapters": adapters}
+        if state is not None:
+            likes["state"] = _beside(state, adapters)
+        larger = {n: growing(t, saved) if rank == "grow" else {} for n, t in likes.items()}
+        owners = {owner for owner, _ in larger["adapters"].values()}
+        keep, unfit = kept(adapters, saved, owners)
+        others = other_nodes(saved, adapters, owners) + unfit
+        failures = _other_base(record, base) + _other_config(record, config, rank == "grow")
         for name, tree in likes.items():
-            shapes = name == "state" and not others  # else they are what `others` says
-            failures += differences(record.get(name, {}), tree, name, shapes, grow)
+            axes = {p: axis for p, (_, axis) in larger[name].items()}
+            # the shapes of adapters, and of their moments if they differ, are said by `others`
+            axes = None if name == "adapters" or others else axes
+            failures += differences(record[name], tree, name, axes)
         raise_all(f"{where} is of something else:", failures + others, RESTORE)
         found: dict[str, Any] = {}
         for name, tree in likes.items():
             arrays = arrays_of(manager, step, name, abstract(record[name], tree), where)
-            fresh = drawn(tree) if name == "adapters" else set()
-            found[name] = rebuilt(record[name], tree, arrays, fresh, where)
-    if grow:
+            of = {
+                p: (axis, p in keep and name == "adapters") for p, (_, axis) in larger[name].items()
+            }
+            found[name] = rebuilt(record[name], tree, arrays, of, where)
+    own = record["config"] and config_from_json(record["config"])
+    if rank == "grow":
         found = {name: with_scales(tree, saved) for name, tree in found.items()}
+        own = own if config is None else _config(config)
+        own = own and config_of(own, found["adapters"])
     return Restored(
         step=step,
         adapters=found["adapters"],
         state=found.get("state"),
         data=record["data"],
         metrics=record["metrics"],
-        config=record["config"] and config_from_json(record["config"]),
+        config=own,
         base=_fingerprint(record),
     )
 
 
 def _config(config: LoRAConfig | Targets) -> LoRAConfig:
-    return config.config if isinstance(config, Targets) else config
+    config = config.config if isinstance(config, Targets) else config
+    if not isinstance(config, LoRAConfig):
+        raise LoRAError(
+            f"expected a LoRAConfig or Targets, found {type(config).__name__}: "
+            "config=lora.LoRAConfig(rank=8)"
+        )
+    return config
 
 
-def _shapes(base: Fingerprint) -> dict[str, jax.ShapeDtypeStruct]:
-    return {p: jax.ShapeDtypeStruct(s, dtype) for p, (s, dtype) in base.leaves.items()}
+def _another_config(config: LoRAConfig, adapters: Any) -> list[str]:
+    """A line for each adapter whose rank, scale or dropout is not the configuration's."""
+    lines = []
+    for path, node in flatten(adapters, is_leaf=is_node).items():
+        if isinstance(node, LoRA):
+            rule = config.rule(path)
+            want = (rule.rank, config.scale(rule.rank, rule.alpha), rule.dropout)
+            found = (node.rank, node.scale, node.dropout)
+            if want != found:
+                lines.append(
+                    f"'{path}': rank, scale and dropout {want} by the configuration, found {found}"
+                )
+    return lines
+
+
+def _shapes(base: Fingerprint) -> dict[str, Any]:
+    return {p: types.SimpleNamespace(shape=shape) for p, (shape, _) in base.leaves.items()}
+
+
+def _step(step: Any) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise LoRAError(f"step={step!r}: expected an integer from 0 on")
+    return number
+
+
+def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, float] | None:
+    try:
+        return None if metrics is None else {str(k): float(v) for k, v in metrics.items()}
+    except (TypeError, ValueError, AttributeError):
+        raise LoRAError(f"metrics={metrics!r}: expected numbers, {{'loss': 0.5}}") from None
 
 
 def _as_json(data: Any) -> Any:
@@ -263,27 +317,39 @@ def _as_json(data: Any) -> Any:
         ) from None
 
 
-def _same_arrays(manager, step: int, adapters, state) -> bool:
-    """Whether a step was saved with these values: then to save it again is no mistake."""
-    if not ours(manager, step):
-        return False
-    _, record = description(manager, step)
-    trees = {"adapters": adapters, "state": state}
-    return all(recorded(tree, name)[0] == record[name] for name, tree in trees.items())
-
-
 def _placed(saved: Any, base: Any) -> Any:
     """Shapes of the adapters, sharded as the base where it says how."""
     if base is None or isinstance(base, Fingerprint):
         return saved
     leaves = flatten(state_of(base))
-    paths = flatten(saved, is_leaf=is_node).keys()
-    if not paths <= leaves.keys() or any(placement(leaves[p]) is None for p in paths):
+    own = {p: placement(leaves[p]) for p in flatten(saved, is_leaf=is_node) if p in leaves}
+    if all(where is None for where in own.values()):
         return saved
+    raise_all(
+        "these leaves of the base are on no device in particular, and others are placed:",
+        (f"'{p}'" for p, where in own.items() if where is None),
+        "place all of them, jax.device_put(params, shardings), or pass adapters that are placed",
+    )
+    if own.keys() != flatten(saved, is_leaf=is_node).keys():
+        return saved  # another base, as is about to be said
+    return _at(saved, shardings(nest(own), saved))
+
+
+def _beside(state: Any, adapters: Any) -> Any:
+    """The state, of which shapes that are nowhere go where the adapters' shardings say."""
+    leaves = jax.tree.leaves(adapters)
+    placed = [isinstance(placement(x), NamedSharding) for x in leaves]
+    nowhere = lambda x: isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None
+    if not placed or not all(placed) or not any(map(nowhere, jax.tree.leaves(state))):
+        return state
+    at = state_shardings(state, adapters, jax.tree.map(placement, adapters))
+    place = lambda x, s: _at(x, s) if nowhere(x) else x
+    return jax.tree.map(place, state, at)
+
+
+def _at(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        saved,
-        shardings(base, saved),
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
 
 
@@ -303,7 +369,7 @@ def _other_config(record, config, grow: bool) -> list[str]:
     if config is None or record["config"] is None:
         return []
     mine = json.loads(json.dumps(config_to_json(_config(config))))
-    ignored = ("rank", "alpha", "rules") if grow else ()
+    ignored = ("rank", "alpha", "rules", "init") if grow else ()
     return [
         f"config: {name}={value!r} was saved, found {mine.get(name)!r}"
         for name, value in record["config"].items()

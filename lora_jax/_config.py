@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ ALL_LINEAR = "all-linear"
 def as_patterns(patterns: Patterns) -> tuple[Pattern, ...]:
     if isinstance(patterns, str | re.Pattern) or callable(patterns):
         return (patterns,)
+    if isinstance(patterns, Set):  # whose order is that of the process
+        return tuple(sorted(patterns, key=describe))
     return tuple(patterns)
 
 

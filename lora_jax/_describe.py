@@ -83,7 +83,9 @@ def _plain(x: Any) -> Any:
         return {k: _plain(v) for k, v in x.items()}
     if isinstance(x, str | bool | int | float | None):
         return x
-    if isinstance(x, Iterable):  # also NumPy's
+    if hasattr(x, "tolist"):  # NumPy's and JAX's
+        return x.tolist()
+    if isinstance(x, Iterable):
         return [_plain(v) for v in x]
     if isinstance(x, numbers.Real):
         return int(x) if isinstance(x, numbers.Integral) else float(x)

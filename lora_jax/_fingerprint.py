@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from lora_jax._nnx import state_of
+from lora_jax._errors import LoRAError
+from lora_jax._nnx import is_module
 from lora_jax._paths import flatten
 
 _SEEDS = (0x00000000, 0x9E3779B9)
@@ -42,7 +44,9 @@ class Fingerprint:
                            (self.leaves[path], other.leaves[path]))  # fmt: skip
             if want != found:
                 lines.append(f"'{path}': expected {want}, found {found}")
-            elif self.content and other.content and self.content[path] != other.content[path]:
+            elif _both(self.content, other.content, path) and (
+                self.content[path] != other.content[path]
+            ):
                 lines.append(f"'{path}': has other values")
         return sorted(lines)
 
@@ -51,10 +55,12 @@ def fingerprint(params: Any, *, content: bool = False) -> Fingerprint:
     """What a base is, to be kept with the adapters that were trained on it.
 
     Args:
-      params: the parameters, or an NNX module; without `content`, shapes will do.
-      content: also take a checksum of each leaf's values, where it lives and however it is
-        sharded. It reads every parameter once. It tells another base from this one, and finds
-        damage; it is not made to withstand someone who wants two bases to look the same.
+      params: the parameters, or an NNX module, of which random state is left out; without
+        `content`, shapes will do.
+      content: also take a checksum of each leaf's values (of an NNX module: of its `nnx.Param`s),
+        where it lives and however it is sharded. It reads every parameter once. It tells another
+        base from this one, and finds damage; it is not made to withstand someone who wants two
+        bases to look the same.
 
     Returns:
       A `Fingerprint`.
@@ -66,15 +72,45 @@ def fingerprint(params: Any, *, content: bool = False) -> Fingerprint:
     >>> lora.fingerprint(a, content=True).differences(lora.fingerprint(b, content=True))
     ["'w': has other values"]
     """
-    flat = {p: x for p, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
-    leaves = {p: (tuple(x.shape), str(x.dtype)) for p, x in flat.items()}
-    return Fingerprint(leaves, checksums(flat) if content else None)
+    state, values = (lasting(params, kind) for kind in (..., nnx.Param))
+    leaves = {p: (tuple(x.shape), str(x.dtype)) for p, x in state.items()}
+    if content and any(isinstance(x, jax.ShapeDtypeStruct) for x in values.values()):
+        raise LoRAError("content=True needs arrays, found shapes: lora.fingerprint(params)")
+    return Fingerprint(leaves, checksums(values) if content else None)
+
+
+def lasting(params: Any, kind: Any) -> dict[str, Any]:
+    """{path: array} of what a call does not change: of an NNX module no random state, and with
+    `kind`, nnx.Param, no statistics."""
+    if is_module(params):
+        _, _, params, _ = nnx.split(params, nnx.RngState, kind, ...)
+    flat = flatten(params).items()
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return {p: x for p, x in flat if hasattr(x, "dtype") and not is_key(x)}
+
+
+def _both(one, two, path) -> bool:
+    return bool(one and two and path in one and path in two)
 
 
 def checksums(flat: Mapping[str, Any]) -> dict[str, str]:
     """{path: 64 bits in hex} of arrays; all are started before the first is waited for."""
-    sums = {p: _checksum(x) for p, x in flat.items()}
+    sums = {p: _checksum(_summable(x)) for p, x in flat.items()}
     return {p: "".join(f"{int(n):08x}" for n in np.asarray(x)) for p, x in sums.items()}
+
+
+def _summable(x) -> Any:
+    """x where, and as, it can be summed: not in a device's host memory, not of 64 bits that jit
+    would cut to 32."""
+    if isinstance(x, jax.Array):
+        own = next(iter(x.sharding.device_set)).default_memory().kind
+        if x.sharding.memory_kind in (own, None):
+            return x
+        return jax.device_put(x, x.sharding.with_memory_kind(own))
+    x = np.asarray(x)
+    if x.dtype.itemsize < 8 or x.dtype.kind == "c":
+        return x
+    return np.ascontiguousarray(x).view(np.uint32).reshape(*x.shape, -1)
 
 
 @jax.jit

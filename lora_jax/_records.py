@@ -6,7 +6,6 @@ be one file and one of them lost; here dots are escaped.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -14,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapters import LoRA, is_node
+from lora_jax._adapters import is_node
 from lora_jax._describe import node_to_json
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._fingerprint import checksums
-from lora_jax._paths import flatten, path_of
+from lora_jax._paths import flatten
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -48,13 +47,14 @@ def recorded(tree: Any, what: str) -> tuple[dict[str, dict], dict[str, Any]]:
     for path, x in named(tree).items():
         if _is_plain(x):
             entries[path] = {"value": x}
-        elif isinstance(x, jax.Array | np.ndarray | np.generic):
+        elif isinstance(x, jax.Array | np.ndarray | np.generic) and _is_storable(x):
             entries[path] = {"array": _type(x)}
             if _is_key(x):
                 entries[path]["key"] = str(jax.random.key_impl(x))
             arrays[path] = jax.random.key_data(x) if _is_key(x) else _own(x)
         else:
-            failures.append(f"{what}: '{path}' is a {type(x).__name__}")
+            kind = f"{x.dtype}{x.shape}" if hasattr(x, "dtype") else type(x).__name__
+            failures.append(f"{what}: '{path}' is {kind}")
     raise_all(
         "these leaves cannot be saved:",
         failures,
@@ -65,42 +65,44 @@ def recorded(tree: Any, what: str) -> tuple[dict[str, dict], dict[str, Any]]:
     return entries, {escaped(p): x for p, x in arrays.items() if x.size}
 
 
-def differences(entries, like: Any, what: str, shapes: bool, grow: bool) -> list[str]:
+def differences(entries, like: Any, what: str, growing: Mapping[str, int] | None) -> list[str]:
     """A line for each leaf that is saved and not expected, or the other way round, or of another
-    kind; with `shapes`, or another type or shape."""
+    kind, type or shape (`growing`: {path: axis along which it may be larger}; None: any shape)."""
     wanted = named(like)
     lines = [f"{what}: '{p}' was saved, but is not expected" for p in entries.keys() - wanted]
     lines += [f"{what}: '{p}' was not saved" for p in wanted.keys() - entries.keys()]
     for path in wanted.keys() & entries.keys():
         entry, x = entries[path], wanted[path]
-        if ("value" in entry) != _is_plain(x):
-            found = type(x).__name__
-            lines.append(f"{what}: '{path}' was saved as {_said(entry)}, found a {found}")
-        elif shapes and "array" in entry:
+        mine = {"value": x} if _is_plain(x) else {"array": _type(x)}
+        if "value" in entry and "value" in mine:
+            same = type(entry["value"]) is type(x)
+        elif "value" in entry or "value" in mine:
+            same = _is_number(entry) and _is_number(mine)
+        elif growing is None:
+            same = True
+        else:
             dtype, shape = _type(x)
             saved_dtype, saved = entry["array"]
-            same = shape == saved or (grow and _one_axis_larger(saved, shape))
-            if dtype != saved_dtype or not same:
-                found = _said({"array": [dtype, shape]})
-                lines.append(f"{what}: '{path}' was saved as {_said(entry)}, found {found}")
+            same = dtype == saved_dtype and _fits(saved, shape, growing.get(path))
+        if not same:
+            lines.append(f"{what}: '{path}' was saved as {_said(entry)}, found {_said(mine)}")
     return sorted(lines)
 
 
-def other_nodes(saved: Mapping[str, Any], adapters: Any, grow: bool) -> list[str]:
-    """A line for each adapter that is not as the one that was saved."""
+def other_nodes(saved: Mapping[str, Any], adapters: Any, growing: Set[str]) -> list[str]:
+    """A line for each adapter that is not as the one that was saved; of those that grow, rank and
+    scale are not compared."""
     lines = []
     for path, node in flatten(adapters, is_leaf=is_node).items():
         if not is_node(node):
             lines.append(f"adapters: '{path}' is a {type(node).__name__}, not an adapter")
         elif path in saved:  # else `differences` says so
             mine, theirs = node_to_json(node), node_to_json(saved[path])
-            if grow and isinstance(node, LoRA) and isinstance(saved[path], LoRA):
-                mine, theirs, problem = _but_rank(node, saved[path], mine, theirs)
-                lines += [f"adapters: '{path}': {problem}"] if problem else []
+            aside = ("a", "b", "scale") if path in growing else ()
             odd = {k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)}
             lines += [
                 f"adapters: '{path}': {k} {theirs.get(k)} was saved, found {mine.get(k)}"
-                for k in sorted(odd)
+                for k in sorted(odd.difference(aside))
             ]
     return lines
 
@@ -126,17 +128,15 @@ def abstract(entries, like: Any) -> dict[str, Any]:
     return targets
 
 
-def rebuilt(entries, like: Any, arrays: Mapping[str, Any], fresh: Set[str], where: str) -> Any:
+def rebuilt(
+    entries, like: Any, arrays: Mapping[str, Any], growing: Mapping[str, tuple], where: str
+) -> Any:
     """The tree with what was read; raises if a value is not what was saved.
 
-    Where `like` is larger, the leaves that `fresh` names keep the rest of it, and others get zeros.
+    `growing`: {path: (axis, whether it keeps the rest of `like` there, and not zeros)}.
     """
-    arrays = {
-        p: arrays[escaped(p)] if escaped(p) in arrays else np.empty(e["array"][1], e["array"][0])
-        for p, e in entries.items()
-        if "array" in e
-    }
-    sums = checksums(arrays)
+    values = {p: arrays[escaped(p)] for p in entries if escaped(p) in arrays}
+    sums = checksums(values)
     raise_all(
         f"{where} is damaged:",
         [f"'{p}': the values are not those that were saved" for p, s in sums.items()
@@ -144,27 +144,10 @@ def rebuilt(entries, like: Any, arrays: Mapping[str, Any], fresh: Set[str], wher
         "restore another step by lora.restore(..., step=...)",
     )  # fmt: skip
     leaves = [
-        entries[p]["value"]
-        if "value" in entries[p]
-        else _leaf(arrays[p], x, entries[p].get("key"), p in fresh)
+        _leaf(entries[p], values.get(p), x, *growing.get(p, (None, False)))
         for p, x in named(like).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def with_scales(tree: Any, saved: Mapping[str, Any]) -> Any:
-    """The tree, its nodes (the adapters, or their moments) with the scales that were saved."""
-
-    def node(keys, x):
-        if not isinstance(x, LoRA):
-            return x
-        path = path_of(keys)
-        owners = [p for p in saved if path == p or path.endswith("/" + p)]
-        if not owners:
-            return x
-        return dataclasses.replace(x, scale=saved[max(owners, key=len)].scale)
-
-    return jax.tree_util.tree_map_with_path(node, tree, is_leaf=is_node)
 
 
 def _type(x) -> list:
@@ -180,11 +163,17 @@ def _said(entry) -> str:
     if "value" in entry:
         return f"a {type(entry['value']).__name__}"
     dtype, shape = entry["array"]
-    return f"{dtype}{tuple(shape)}"
+    return f"{dtype}{tuple(shape)}" if shape else f"a {dtype}"
 
 
 def _is_key(x) -> bool:
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _is_storable(x) -> bool:
+    if _is_key(x):
+        return x.size > 0
+    return x.dtype == np.bool_ or jnp.issubdtype(x.dtype, np.number)
 
 
 def _own(x):
@@ -199,47 +188,49 @@ def placement(x):
     return getattr(x, "sharding", None)
 
 
-def _leaf(value, like, impl: str | None, fresh: bool):
-    """A restored array as `like`, padded to its shape: by the end of `like`, or by zeros."""
-    if impl is not None:
-        return jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
-    if isinstance(like, np.ndarray | np.generic):
-        return value if isinstance(like, np.ndarray) else np.asarray(value)[()]
-    value = jnp.asarray(value)
-    if value.shape == tuple(like.shape):
-        return value
-    axis = next(d for d, n in enumerate(value.shape) if n != like.shape[d])
+def _leaf(entry, value, like, axis: int | None, keep: bool):
+    """A restored leaf of the kind of `like`, padded along `axis` to its size."""
+    if _is_plain(like):
+        return entry["value"] if "value" in entry else type(like)(np.asarray(value)[()])
+    if "value" in entry:
+        value = np.asarray(entry["value"], like.dtype)
+        where = placement(like)
+        return jnp.asarray(value) if where is None else jax.device_put(value, where)
+    if value is None:  # of size 0
+        return like if isinstance(like, jax.Array) else jnp.zeros(like.shape, like.dtype)
+    if "key" in entry:
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=entry["key"])
+    on_host = isinstance(like, np.ndarray | np.generic)
+    value = np.asarray(value) if on_host else jnp.asarray(value)
+    if axis is not None and value.shape[axis] < like.shape[axis]:
+        value = _padded(value, like, axis, keep)
+    return value[()] if isinstance(like, np.generic) else value
+
+
+def _padded(value, like, axis: int, keep: bool):
+    """`value` with the rest of `like` behind it along `axis`, or zeros."""
 
     def pad(value, like):
         rest = jax.lax.slice_in_dim(like, value.shape[axis], like.shape[axis], axis=axis)
-        return jnp.concatenate([value, rest if fresh else jnp.zeros_like(rest)], axis)
+        return jnp.concatenate([value, rest if keep else jnp.zeros_like(rest)], axis)
 
+    if isinstance(like, np.ndarray):
+        return np.asarray(pad(value, like))
     if not isinstance(like, jax.Array):
         like = jnp.zeros(like.shape, like.dtype)
     return jax.jit(pad, out_shardings=placement(like))(value, like)
 
 
-def drawn(adapters: Any) -> set[str]:
-    """The names of the factors that start at random: those which may keep their new columns."""
-    nodes = flatten(adapters, is_leaf=is_node)
-    return {f"{p}/{'b' if n.embedding else 'a'}" for p, n in nodes.items() if isinstance(n, LoRA)}
+def _is_number(entry) -> bool:
+    """Whether it is a number, or an array of one: a count may be saved as the one of the other."""
+    if "value" in entry:
+        return isinstance(entry["value"], int | float) and not isinstance(entry["value"], bool)
+    return entry["array"][1] == [] and "key" not in entry
 
 
-def _but_rank(node: LoRA, saved: LoRA, mine: dict, theirs: dict) -> tuple[dict, dict, str | None]:
-    """The descriptions without what a larger rank changes, and what forbids it."""
-    if node.rank == saved.rank:
-        return mine, theirs, None
-    problem = None
-    if node.rank < saved.rank:
-        problem = f"rank {saved.rank} was saved, found {node.rank}; a rank can only grow"
-    elif not isinstance(node.a, jax.Array):
-        problem = "to grow, pass arrays, adapters = lora.init(key, params, config), not shapes"
-    elif node.shape != saved.shape or node.a.dtype != saved.a.dtype:
-        problem = f"{saved.a.dtype}{saved.shape} was saved, found {node.a.dtype}{node.shape}"
-    keep = ("kind", "geometry", "dropout", "embedding")
-    return {k: mine[k] for k in keep}, {k: theirs[k] for k in keep}, problem
-
-
-def _one_axis_larger(saved, wanted) -> bool:
-    larger = [a < b for a, b in zip(saved, wanted) if a != b]
-    return len(saved) == len(wanted) and larger == [True]
+def _fits(saved: list[int], wanted: list[int], axis: int | None) -> bool:
+    """Whether the shapes are equal, or but for `axis`, which is larger."""
+    if axis is None or len(saved) != len(wanted):
+        return saved == wanted
+    rest = lambda shape: [n for d, n in enumerate(shape) if d != axis]
+    return rest(saved) == rest(wanted) and saved[axis] <= wanted[axis]

@@ -260,6 +260,18 @@ def _sharding_constraint(ctx, eqn, args):
     return [w.moved(base, move, w.axes)]
 
 
+@rule("reshard")
+def _reshard(ctx, eqn, args):
+    (w,), sharding = args, eqn.params["dst_sharding"]
+    base = ctx.bind(eqn, [w.base])[0]
+
+    def move(f):
+        own = NamedSharding(sharding.mesh, spec_along(f.dims, sharding.spec))
+        return Factor(jax.sharding.reshard(f.value, own), f.dims)
+
+    return [w.moved(base, move, w.axes)]
+
+
 @_shape_rule("all_gather")
 def _all_gather(eqn, w, base, rest):
     p = eqn.params

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
@@ -128,7 +129,7 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
       A tree like `state`.
 
     Raises:
-      LoRAError: `shardings` is not a tree like `tree`.
+      LoRAError: `shardings` is not a tree like `tree`, or the state holds adapters of another one.
 
     >>> import jax, optax, lora_jax as lora
     >>> from jax.sharding import PartitionSpec as P
@@ -148,8 +149,9 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
             f"{structure}, found {jax.tree.structure(shardings)}: "
             "lora.state_shardings(state, adapters, lora.shardings(params, adapters))"
         )
-    paired = jax.tree.map(_Pair, tree, shardings)
-    some = jax.tree.leaves(shardings)[0]
+    paired = _bare(jax.tree.map(_Pair, tree, shardings))
+    some = next(iter(jax.tree.leaves(shardings)), P())
+    odd: list[str] = []
     everywhere = (
         P()
         if isinstance(some, PartitionSpec)
@@ -158,21 +160,30 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
         else some
     )
 
-    def part(x):
+    def part(keys, x):
         pairs = _matched(x, paired)
         if pairs is None:
+            if is_node(x):
+                odd.append(f"'{path_of(keys)}': a {type(x).__name__} of {x.shape}")
             return everywhere
         leaves, treedef = jax.tree.flatten(x, is_leaf=_masked)
         return treedef.unflatten(
             leaf
             if _masked(leaf)
             else pair.sharding
-            if leaf.shape == pair.like.shape
+            if jnp.shape(leaf) == pair.like.shape
             else everywhere
             for leaf, pair in zip(leaves, pairs)
         )
 
-    return jax.tree.map(part, state, is_leaf=lambda x: _matched(x, paired) is not None)
+    stop = lambda x: is_node(x) or _matched(x, paired) is not None
+    result = jax.tree_util.tree_map_with_path(part, state, is_leaf=stop)
+    raise_all(
+        "the state holds adapters that are no part of the tree that it is said to train:",
+        odd,
+        "lora.state_shardings(jax.eval_shape(tx.init, adapters), adapters, shardings)",
+    )
+    return result
 
 
 class _Pair:
@@ -182,6 +193,18 @@ class _Pair:
         self.like, self.sharding = like, sharding
 
 
+def _bare(tree):
+    """The tree with each adapter as a dict of its arrays: its scale, which is static, aside."""
+
+    def arrays(x):
+        if not is_node(x):
+            return x
+        leaves = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda child: child is not x)[0]
+        return {keys[0].name: child for keys, child in leaves}
+
+    return jax.tree.map(arrays, tree, is_leaf=is_node)
+
+
 def _masked(x) -> bool:
     return isinstance(x, optax.MaskedNode)
 
@@ -189,12 +212,12 @@ def _masked(x) -> bool:
 def _matched(x, paired) -> list | None:
     """For each leaf of x its partner, if x has the structure of `paired`, or less of it."""
     try:
-        partners = jax.tree.structure(x, is_leaf=_masked).flatten_up_to(paired)
+        partners = jax.tree.structure(_bare(x), is_leaf=_masked).flatten_up_to(paired)
     except ValueError:
         return None
     leaves = jax.tree.leaves(x, is_leaf=_masked)
     fits = all(_masked(leaf) or isinstance(p, _Pair) for leaf, p in zip(leaves, partners))
-    return partners if fits and not all(map(_masked, leaves)) else None
+    return partners if fits else None
 
 
 def _abstract(targets: Targets) -> Any:
@@ -214,6 +237,8 @@ def _says_where(x) -> bool:
 def _base_sharding(base, path, mesh, rules) -> tuple[Any, str | None]:
     """(sharding or spec of a base leaf, None), or (None, what is wrong)."""
     if path not in base:
+        if any(p.startswith(path + "/") for p in base):
+            return None, "the base has a tree there; a PartitionSpec is written P('fsdp', 'tp')"
         return None, "the base has no such leaf; nearest: " + ", ".join(nearest(path, base, 3))
     x = base[path]
     names, value, own_rules, own_mesh = _names(x)
@@ -232,6 +257,9 @@ def _base_sharding(base, path, mesh, rules) -> tuple[Any, str | None]:
                 f"{found} names {', '.join(sorted(unknown))}; the mesh has "
                 f"{', '.join(mesh.axis_names)}, and logical names need rules=[(name, axis), ...]"
             )
+        names = [name for entry in found for name in _entry(entry)]
+        if len(set(names)) != len(names):
+            return None, f"{found} names an axis of the mesh twice"
         return NamedSharding(mesh, found), None
     if not isinstance(found, Sharding):
         return None, f"a {type(value).__name__} without a sharding"

@@ -287,6 +287,175 @@ def test_grow_an_embedding(tmp_path):
     assert_close(lora.merge(params, got), lora.merge(params, small))
 
 
+def test_a_grown_run_goes_on(tmp_path):
+    """With the configuration that growing returns: its alpha is scale · rank."""
+    adapters, opt = trained()
+    saved(tmp_path / "small", adapters, state=opt)
+    config = dataclasses.replace(CONFIG, rank=5, alpha=10, init="gaussian")
+    large = make(config)
+    got = lora.restore(
+        tmp_path / "small", large, base=PARAMS, config=config, state=TX.init(large), rank="grow"
+    )
+    assert (got.config.rank, got.config.alpha) == (5, 20.0)
+    with fails(
+        r"(?s)not that of these adapters:.*'down/kernel': rank, scale and dropout \(5, 2.0, 0.0\).*found \(5, 4.0"
+    ):
+        saved(tmp_path / "large", got.adapters, config=config)
+    saved(tmp_path / "large", got.adapters, config=got.config, state=got.state)
+    like = make(got.config)
+    again = lora.restore(
+        tmp_path / "large", like, base=PARAMS, config=got.config, state=TX.init(like)
+    )
+    assert_same((again.adapters, again.state), (got.adapters, got.state))
+
+
+def test_grow_with_ranks_of_their_own(tmp_path):
+    """Rules become a rule for each leaf; host memory grows as well, and nothing but ranks does."""
+    rules = [lora.Rule("down", rank=1, alpha=3)]
+    config = dataclasses.replace(CONFIG, rules=rules)
+    adapters = noisy(make(config))
+    state = {"host": jax.device_get(TX.init(adapters)), "losses": np.ones(3)}
+    saved(tmp_path, adapters, config=config, state=state)
+    big = dataclasses.replace(CONFIG, rank=4, rules=[lora.Rule("down", rank=3)])
+    large = make(big)
+    like = {"host": jax.device_get(TX.init(large)), "losses": np.ones(3)}
+    got = lora.restore(tmp_path, large, base=PARAMS, config=big, state=like, rank="grow")
+    assert got.state["host"][0].mu["up"]["kernel"].a.shape == (16, 4)
+    assert isinstance(got.state["host"][0].mu["up"]["kernel"].a, np.ndarray)
+    assert {r.pattern: (r.rank, r.alpha) for r in got.config.rules} == {
+        "down/kernel": (3, 9.0),
+        "up/kernel": (4, 16.0),
+    }
+    lora.select(PARAMS, got.config).check(got.adapters)
+    with fails(r"state: 'losses' was saved as float64\(3,\), found float64\(5,\)"):
+        lora.restore(
+            tmp_path, large, base=PARAMS, state={**like, "losses": np.ones(5)}, rank="grow"
+        )
+    with fails("rank='grow' needs the larger adapters"):
+        lora.restore(tmp_path, base=PARAMS, rank="grow")
+    with fails("'down/kernel': of its new part, a and b is not zero; expected one"):
+        lora.restore(tmp_path, noisy(large), base=PARAMS, rank="grow")
+
+
+# ---------------------------------------------------------------- trees of other kinds
+
+
+def test_an_nnx_model_with_random_state(tmp_path):
+    """Keys, counters and statistics change with each call, and are no part of what a base is."""
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(8, 8, rngs=rngs)
+            self.dropout = nnx.Dropout(0.1, rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.dropout(self.linear(x)))
+
+    model = Model(nnx.Rngs(0))
+    adapters = lora.init(KEY, model, lora.LoRAConfig(rank=2, targets="kernel"))
+    saved(tmp_path, adapters, base=lora.fingerprint(model, content=True), config=None)
+    model(jnp.ones((2, 8)))
+    got = lora.restore(tmp_path, adapters, base=lora.fingerprint(model, content=True))
+    assert_same(got.adapters, adapters)
+    assert_same(lora.restore(tmp_path, base=model).adapters, adapters)
+
+
+def test_a_train_state(tmp_path):
+    """Its step is an int before the first step under jit, and an array after it."""
+    from flax.training.train_state import TrainState
+
+    fresh = TrainState.create(apply_fn=None, params=make(), tx=TX)
+    with jax.numpy_dtype_promotion("standard"):
+        run = jax.jit(lambda s: s.apply_gradients(grads=s.params))(fresh)
+    saved(tmp_path / "a", run.params, state=run)
+    got = lora.restore(tmp_path / "a", fresh.params, base=PARAMS, state=fresh).state
+    assert got.step == 1 and type(got.step) is int
+    assert_same(got.opt_state, run.opt_state)
+    saved(tmp_path / "b", fresh.params, state=fresh)
+    got = lora.restore(tmp_path / "b", fresh.params, base=PARAMS, state=run).state
+    assert got.step.dtype == run.step.dtype and got.step == 0
+    with fails("state: 'k' was saved as a int, found a bool"):
+        saved(tmp_path / "c", state={"k": 3})
+        lora.restore(tmp_path / "c", base=PARAMS, state={"k": True})
+
+
+def test_memory_of_the_host(tmp_path):
+    """Adapters that are offloaded are saved, and restored, where they are."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    adapters = jax.device_put(trained()[0], sharding)
+    saved(tmp_path, adapters)
+    got = lora.restore(tmp_path, adapters, base=PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, got.adapters, adapters)
+
+
+def test_wide_arrays_of_the_host():
+    """Their 64 bits count, in 32-bit mode too."""
+    for x, y in (
+        (np.array([0.1]), np.array([0.1 + 1e-12])),
+        (np.array([1]), np.array([1 + 2**33])),
+    ):
+        assert checksums({"x": x}) != checksums({"x": y})
+        with jax.enable_x64(True):
+            assert checksums({"x": x}) == checksums({"x": jnp.asarray(x)})
+        assert checksums({"x": x}) == checksums({"x": x.copy()})
+
+
+def test_a_state_of_shapes_goes_beside_the_adapters(tmp_path):
+    adapters, opt = trained()
+    saved(tmp_path, adapters, state=opt)
+    new = on(mesh(2, 4))
+    where = lora.shardings(new, adapters)
+    adapters = jax.device_put(adapters, where)
+    got = lora.restore(tmp_path, adapters, base=new, state=jax.eval_shape(TX.init, adapters))
+    assert [x.sharding for x in jax.tree.leaves(got.state[0].mu)] == jax.tree.leaves(where)
+    half = {**new, "up": {**PARAMS["up"], "kernel": new["up"]["kernel"]}}
+    with fails(r"(?s)on no device in particular, and others are placed:.*'up/bias'"):
+        lora.restore(tmp_path, base=half)
+
+
+def test_metrics_and_steps_of_other_types(tmp_path):
+    adapters, _ = trained()
+    with manager(tmp_path, best_fn=lambda m: m["loss"]) as m:
+        assert lora.save(m, jnp.int32(1), adapters, base=PARAMS, metrics={"loss": jnp.float32(0.5)})
+        assert lora.save(m, np.int64(2), adapters, base=PARAMS, metrics={"loss": np.float32(0.25)})
+        m.wait_until_finished()
+        assert m.best_step() == 1 and lora.restore(m, base=PARAMS, step=np.int64(2)).metrics == {
+            "loss": 0.25
+        }
+        for call, match in (
+            (
+                lambda: lora.save(m, 3, adapters, base=PARAMS, metrics={"loss": "x"}),
+                "expected numbers, {'loss': 0.5}",
+            ),
+            (
+                lambda: lora.save(m, -3, adapters, base=PARAMS),
+                "step=-3: expected an integer from 0 on",
+            ),
+            (
+                lambda: lora.save(m, 3, adapters, base=PARAMS, config={"rank": 2}),
+                "expected a LoRAConfig or Targets, found dict",
+            ),
+            (
+                lambda: lora.save(m, 3, adapters, base=PARAMS, state={"s": np.array(["a"])}),
+                r"state: 's' is <U1\(1,\)",
+            ),
+            (
+                lambda: lora.fingerprint(jax.eval_shape(lambda: PARAMS), content=True),
+                "content=True needs arrays, found shapes",
+            ),
+        ):
+            with fails(match):
+                call()
+
+
+def test_sets_of_targets_have_one_order():
+    one, two = (
+        lora.LoRAConfig(targets=set(names)) for names in (["up", "down", "q"], ["q", "down", "up"])
+    )
+    assert config_to_json(one)["targets"] == config_to_json(two)["targets"] == ["down", "q", "up"]
+
+
 # ---------------------------------------------------------------- what is not what was saved
 
 OTHER = {**PARAMS, "down": {"kernel": jnp.zeros((32, 8))}, "extra": jnp.zeros(2)}
@@ -331,8 +500,9 @@ def test_the_same_step_again(tmp_path):
     with manager(tmp_path) as m:
         assert lora.save(m, 5, adapters, base=PARAMS, state=opt)
         assert not lora.save(m, 5, adapters, base=PARAMS, state=opt, force=True)
-        with fails("step 5 is not after the latest"):
-            lora.save(m, 5, adapters, base=PARAMS, state=TX.init(adapters), force=True)
+        for other in ({"state": TX.init(adapters)}, {"state": opt, "data": 1}):
+            with fails("step 5 is not after the latest"):
+                lora.save(m, 5, adapters, base=PARAMS, **other, force=True)
 
 
 @pytest.mark.parametrize("call, match", [
@@ -341,7 +511,7 @@ def test_the_same_step_again(tmp_path):
     (lambda m, ad: lora.save(m, 6, ad, base=OTHER), r"the adapters do not belong to these parameters:(?s:.)*'down/kernel'.*\(32, 8\)"),
     (lambda m, ad: lora.save(m, 6, PARAMS, base=PARAMS), "expected adapters, found parameters"),
     (lambda m, ad: lora.save(m, 6, ad, base=PARAMS, data={"x": jnp.ones(2)}), "data cannot be saved as JSON .*arrays and keys go into state="),
-    (lambda m, ad: lora.save(m, 6, ad, base=PARAMS, state={"x": object(), "y": 1j}), r"(?s)cannot be saved:.*state: 'x' is a object.*state: 'y' is a complex"),
+    (lambda m, ad: lora.save(m, 6, ad, base=PARAMS, state={"x": object(), "y": 1j}), r"(?s)cannot be saved:.*state: 'x' is object.*state: 'y' is complex"),
     (lambda m, ad: lora.save(m.directory, 6, ad, base=PARAMS), "expected an orbax CheckpointManager, found"),
     (lambda m, ad: lora.save(m, 6, ad, base=PARAMS, state={"a/b": 1, "a": {"b": 2}}), "two leaves of the tree have one path"),
 ])  # fmt: skip
@@ -385,7 +555,7 @@ def test_checkpoints_of_something_else(tmp_path):
     with manager(tmp_path, max_to_keep=1) as m:
         with fails("checkpoint 1 in .* cannot be read .*not one of lora_jax's"):
             lora.restore(m, base=PARAMS)
-        with fails(r"holds checkpoints of something else \(step 1\)"):
+        with fails(r"holds checkpoints of something else, or a damaged one \(step 1\)"):
             lora.save(m, 2, trained()[0], base=PARAMS)
     assert contents(tmp_path) == before
     with manager(tmp_path / "json") as m:

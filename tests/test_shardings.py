@@ -1,5 +1,6 @@
 """Every adapter leaf's sharding from its base's, in every form that a base can have."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -230,6 +231,8 @@ def test_uneven():
     (lambda: lora.shardings({**SPECS, "experts": P(None, None, None, "tp")}, ADAPTERS), r"'experts': .*has 4 axes, the leaf 3"),
     (lambda: lora.shardings(on(jax.make_mesh((8,), ("tp",), axis_types=(AxisType.Auto,)), jax.tree.map(lambda _: P(), SPECS)), ADAPTERS, mesh=MESH),
      "'dense/bias': is sharded as .*, and not over the mesh that was passed"),
+    (lambda: lora.shardings({**SPECS, "experts": P("tp", "tp")}, ADAPTERS, mesh=MESH), "'experts': .* names an axis of the mesh twice"),
+    (lambda: lora.shardings({**SPECS, "experts": ("tp", None)}, ADAPTERS, mesh=MESH), r"'experts': the base has a tree there; a PartitionSpec is written P\('fsdp', 'tp'\)"),
     (lambda: lora.shardings(SPECS, SPECS), "expected adapters or Targets, found a tree with a P[a-zA-Z]* at 'dense/bias'"),
     (lambda: lora.shardings(SPECS, ADAPTERS, uneven="drop"), "uneven='drop': expected 'error' or 'replicate'"),
     (lambda: lora.state_shardings(ADAPTERS, ADAPTERS, SPECS), "the shardings are of another tree"),
@@ -279,6 +282,22 @@ def test_the_state_follows_its_leaf(name):
             jax.tree.map(lambda x: jnp.zeros(x.shape), ADAPTERS)
         )
         assert [x.sharding for x in leaves(made)] == leaves(got)
+
+
+def test_another_scale_is_the_same_leaf():
+    """Moments of adapters whose scale changed, as after growing, are sharded as well."""
+    shardings = lora.shardings(SPECS, ADAPTERS, mesh=MESH)
+    other = jax.tree.map(lambda n: n, ADAPTERS)
+    other["experts"] = dataclasses.replace(other["experts"], scale=9.0)
+    got = lora.state_shardings(jax.eval_shape(optax.adam(1e-3).init, other), ADAPTERS, shardings)
+    assert leaves(got[0].mu) == leaves(shardings)
+    assert got[0].mu["experts"].scale == 9.0
+    assert lora.state_shardings(optax.adam(1e-3).init({}), {}, {})[0].count == P()
+    with fails(r"(?s)no part of the tree.*'0/mu/q': a LoRA of \(8, 8\)"):
+        q = jax.eval_shape(
+            lambda: lora.init(KEY, {"q": jnp.ones((8, 8))}, lora.LoRAConfig(rank=2, targets="q"))
+        )
+        lora.state_shardings(jax.eval_shape(optax.adam(1e-3).init, q), ADAPTERS, shardings)
 
 
 def test_factored_moments_are_replicated():
