@@ -17,6 +17,7 @@ from lora_jax._merge import merge, unmerge
 from lora_jax._optim import labels, lora_plus, trained_only
 from lora_jax._select import select
 from lora_jax._shardings import shardings, state_shardings
+from lora_jax._stack import choose, put, stack
 from lora_jax._survey import Survey, survey
 from lora_jax._targets import Target, Targets
 from lora_jax._topology import topology_mesh
@@ -72,5 +73,9 @@ __all__ = [
     "compare",
     "Comparison",
     "Likeness",
+    # many at once
+    "stack",
+    "choose",
+    "put",
     "LoRAError",
 ]
