@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding
 
 from lora_jax._adapters import LoRA, is_node
 from lora_jax._bind import adapter_nodes
@@ -34,10 +33,9 @@ from lora_jax._describe import (
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._fingerprint import Fingerprint, fingerprint
 from lora_jax._grow import config_of, growing, kept, with_scales
-from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, nest
-from lora_jax._records import abstract, differences, other_nodes, placement, rebuilt, recorded
-from lora_jax._shardings import shardings, state_shardings
+from lora_jax._placement import beside, placed_as
+from lora_jax._records import abstract, differences, other_nodes, rebuilt, recorded
 from lora_jax._stored import FORMAT, arrays_of, crc32, description, opened, ours
 from lora_jax._targets import Targets
 
@@ -222,10 +220,10 @@ def restore(
         where = f"checkpoint {step} in {manager.directory}"
         saved = {p: node_from_json(x) for p, x in record["nodes"].items()}
         if adapters is None:
-            adapters = _placed(nest(saved), base)
+            adapters = placed_as(nest(saved), base)
         likes = {"adapters": adapters}
         if state is not None:
-            likes["state"] = _beside(state, adapters)
+            likes["state"] = beside(state, adapters)
         larger = {n: growing(t, saved) if rank == "grow" else {} for n, t in likes.items()}
         owners = {owner for owner, _ in larger["adapters"].values()}
         keep, unfit = kept(adapters, saved, owners)
@@ -275,7 +273,7 @@ def _another_config(config: LoRAConfig, adapters: Any) -> list[str]:
     lines = []
     for path, node in flatten(adapters, is_leaf=is_node).items():
         if isinstance(node, LoRA):
-            rule = config.rule(path)
+            rule = config.rule(path, jax.ShapeDtypeStruct(node.shape, node.a.dtype))
             want = (rule.rank, config.scale(rule.rank, rule.alpha), rule.dropout)
             found = (node.rank, node.scale, node.dropout)
             if want != found:
@@ -315,42 +313,6 @@ def _as_json(data: Any) -> Any:
             f"data cannot be saved as JSON ({e}); expected numbers, strings, lists and dicts, "
             f"found {data!r}; arrays and keys go into state="
         ) from None
-
-
-def _placed(saved: Any, base: Any) -> Any:
-    """Shapes of the adapters, sharded as the base where it says how."""
-    if base is None or isinstance(base, Fingerprint):
-        return saved
-    leaves = flatten(state_of(base))
-    own = {p: placement(leaves[p]) for p in flatten(saved, is_leaf=is_node) if p in leaves}
-    if all(where is None for where in own.values()):
-        return saved
-    raise_all(
-        "these leaves of the base are on no device in particular, and others are placed:",
-        (f"'{p}'" for p, where in own.items() if where is None),
-        "place all of them, jax.device_put(params, shardings), or pass adapters that are placed",
-    )
-    if own.keys() != flatten(saved, is_leaf=is_node).keys():
-        return saved  # another base, as is about to be said
-    return _at(saved, shardings(nest(own), saved))
-
-
-def _beside(state: Any, adapters: Any) -> Any:
-    """The state, of which shapes that are nowhere go where the adapters' shardings say."""
-    leaves = jax.tree.leaves(adapters)
-    placed = [isinstance(placement(x), NamedSharding) for x in leaves]
-    nowhere = lambda x: isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None
-    if not placed or not all(placed) or not any(map(nowhere, jax.tree.leaves(state))):
-        return state
-    at = state_shardings(state, adapters, jax.tree.map(placement, adapters))
-    place = lambda x, s: _at(x, s) if nowhere(x) else x
-    return jax.tree.map(place, state, at)
-
-
-def _at(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
 
 
 def _fingerprint(record: Mapping) -> Fingerprint:

@@ -86,7 +86,8 @@ def config_of(config: LoRAConfig, adapters: Any) -> LoRAConfig:
     for path, node in flatten(adapters, is_leaf=is_node).items():
         if isinstance(node, LoRA):
             alpha = node.scale / config.scale(node.rank, 1.0)
-            rule = dataclasses.replace(config.rule(path), pattern=path, rank=node.rank)
+            leaf = jax.ShapeDtypeStruct(node.shape, node.a.dtype)
+            rule = dataclasses.replace(config.rule(path, leaf), pattern=path, rank=node.rank)
             rules.append(dataclasses.replace(rule, alpha=alpha))
     first: Rule = rules[0] if rules else Rule("")
     if all((r.rank, r.alpha) == (first.rank, first.alpha) for r in rules) and not config.rules:

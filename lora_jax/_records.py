@@ -18,6 +18,7 @@ from lora_jax._describe import node_to_json
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._fingerprint import checksums
 from lora_jax._paths import flatten
+from lora_jax._placement import placement
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -179,13 +180,6 @@ def _is_storable(x) -> bool:
 def _own(x):
     """Of host memory a copy: it may be changed while it is written."""
     return x if isinstance(x, jax.Array) else np.array(x)
-
-
-def placement(x):
-    """The sharding that a leaf is committed to, or None."""
-    if isinstance(x, jax.Array) and not x.committed:
-        return None
-    return getattr(x, "sharding", None)
 
 
 def _leaf(entry, value, like, axis: int | None, keep: bool):
