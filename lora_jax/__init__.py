@@ -15,6 +15,9 @@ from lora_jax._init import init
 from lora_jax._interpret import Use
 from lora_jax._merge import merge, unmerge
 from lora_jax._optim import labels, lora_plus, trained_only
+from lora_jax._peft import PeftAdapter, load_peft
+from lora_jax._peft_map import TorchMapping
+from lora_jax._peft_save import save_peft, torch_mapping
 from lora_jax._select import select
 from lora_jax._shardings import shardings, state_shardings
 from lora_jax._stack import choose, put, stack
@@ -59,6 +62,12 @@ __all__ = [
     "Restored",
     "fingerprint",
     "Fingerprint",
+    # files
+    "load_peft",
+    "save_peft",
+    "PeftAdapter",
+    "torch_mapping",
+    "TorchMapping",
     # training and deploying
     "labels",
     "trained_only",

@@ -1,0 +1,257 @@
+"""adapter_config.json: what of it changes the function, checked; and PEFT's own look-ups in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax._errors import raise_all
+from lora_jax._peft_regex import SafePattern
+
+# Settings of training or of initialisation alone, and those that are read below.
+HARMLESS = set(
+    """
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
+    target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora
+    modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
+    megatron_config megatron_core trainable_token_indices loftq_config eva_config corda_config
+    lora_ga_config qalora_group_size runtime_config lora_bias target_parameters velora_config
+    ensure_weight_tying beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal tinit total_step
+    merge_weights
+    """.split()
+)
+REFUSED = {
+    "use_dora": "DoRA: the node of this library has no magnitude yet; merge the adapter in PEFT "
+    "(merge_and_unload) and load the merged weights",
+    "use_qalora": "QALoRA pools its inputs",
+    "use_bdlora": "BD-LoRA is block-diagonal",
+    "kasa_config": "KaSA changes the base weights",
+    "monteclora_config": "MonteCLoRA samples its factors",
+    "arrow_config": "Arrow routes between adapters by the input",
+    "alora_invocation_tokens": "aLoRA is active behind certain tokens only",
+    "layer_replication": "the layers of the base are replicated",
+}
+PLAIN = re.compile(r"\^?[\w.]+", re.ASCII)  # nothing repeats: Python's matcher is fast
+PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """The settings of an adapter that change the function."""
+
+    adalora: bool
+    r: int
+    alpha: float
+    rank_stabilized: bool
+    rank_pattern: Mapping[str, Any]
+    alpha_pattern: Mapping[str, float]
+    targets: str | tuple[str, ...] | None
+    parameters: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    tokens: Mapping[str, tuple[int, ...]] | None
+    dropout: float
+    tying: bool
+    fan_in_fan_out: bool
+    version: tuple[int, ...] | None
+    expressions: Mapping[str, SafePattern]  # each parsed once
+
+    def alpha_of(self, name: str) -> float:
+        """By PEFT's rule: the first pattern, in the file's order, that ends the name."""
+        found = self._first(self.alpha_pattern, name)
+        return self.alpha if found is None else self.alpha_pattern[found]
+
+    def rank_of(self, name: str) -> int:
+        """What the file says of the rank; needed only where no tensor does (experts)."""
+        found = None if self.adalora else self._first(self.rank_pattern, name)
+        return self.r if found is None else self.rank_pattern[found]
+
+    def scale(self, name: str, rank: int) -> float:
+        """The constant before B·A: alpha / rank, alpha / √rank (rsLoRA), or AdaLoRA's."""
+        alpha = self.alpha_of(name)
+        if self.adalora:  # its rank number stays that of the beginning, whatever was pruned
+            return (alpha if alpha > 0 else float(self.r)) / (self.r + 1e-5)
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def targeted(self, module: str) -> bool:
+        """Whether PEFT would look for this module's tensors at all."""
+        if self.targets is None or self.targets == "all-linear":
+            return True
+        if isinstance(self.targets, str):
+            return self.expressions[self.targets].fullmatch(module)
+        return any(module == t or module.endswith("." + t) for t in self.targets)
+
+    def _first(self, pattern: Mapping[str, Any], name: str) -> str | None:
+        for key in pattern:
+            text = _ending(key)
+            if PLAIN.fullmatch(key):
+                found = re.match(text, name)
+            else:
+                found = self.expressions[text].search_from_start(name)
+            if found:
+                return key
+        return None
+
+
+def _ending(key: str) -> str:
+    """PEFT's expression for the names that a pattern's key means."""
+    return rf"(.*\.)?({key})$"
+
+
+def peft_config(raw: Mapping[str, Any], where: object, ignore: tuple[str, ...] = ()) -> PeftConfig:
+    """Checks types and values.
+
+    Args:
+      raw: adapter_config.json.
+      where: names the file in messages.
+      ignore: settings that this library does not know, or refuses, and that are to be passed over.
+
+    Raises:
+      LoRAError: a value of another type or out of range; a setting that changes the function and is
+        not supported; one that is unknown and set. All of them are listed.
+
+    >>> config = peft_config({"peft_type": "LORA", "r": 4, "lora_alpha": 8}, "example")
+    >>> config.scale("q_proj", 4)
+    2.0
+    """
+    check = _Checks(raw)
+    kind = check.value("peft_type", str, "LORA")
+    if kind not in ("LORA", "ADALORA"):
+        check.failures.append(f"peft_type={kind!r}, expected 'LORA' or 'ADALORA'")
+    adalora = kind == "ADALORA"
+    check.supported(ignore)
+    r = check.rank("init_r" if adalora and raw.get("init_r") is not None else "r")
+    config = PeftConfig(
+        adalora,
+        r,
+        check.number("lora_alpha", 8),
+        check.value("use_rslora", bool, False),
+        check.patterns("rank_pattern", (lambda v: isinstance(v, list)) if adalora else _is_rank),
+        check.patterns("alpha_pattern", _is_number),
+        check.targets(),
+        check.strings("target_parameters"),
+        check.strings("modules_to_save"),
+        check.tokens(),
+        check.number("lora_dropout", 0.0),
+        check.value("ensure_weight_tying", bool, False),
+        check.value("fan_in_fan_out", bool, False),
+        check.version(),
+        check.expressions,
+    )
+    if not 0 <= config.dropout < 1:
+        check.failures.append(f"lora_dropout={config.dropout}, expected a rate in [0, 1)")
+    raise_all(f"{where}: not a configuration that can be loaded:", check.failures)
+    return config
+
+
+def _is_rank(x) -> bool:
+    return type(x) is int and 1 <= x < 1 << 24
+
+
+def _is_number(x) -> bool:
+    return type(x) in (int, float) and abs(x) < 1e12
+
+
+class _Checks:
+    """Reads settings and collects what is wrong with them."""
+
+    def __init__(self, raw: Mapping[str, Any]):
+        self.raw, self.failures = raw, []
+        self.expressions: dict[str, SafePattern] = {}
+
+    def supported(self, ignore) -> None:
+        """Nothing is set that changes the function in a way that is not known here."""
+        for name, why in REFUSED.items():
+            if self.raw.get(name) and name not in ignore:
+                self.failures.append(f"{name} is set, which is not supported: {why}")
+        for name, value in self.raw.items():
+            if value and name not in HARMLESS and name not in REFUSED and name not in ignore:
+                self.failures.append(
+                    f"{name[:80]!r} is not a setting of PEFT 0.17 to 0.21; if it does not change "
+                    f"the function: load_peft(..., ignore=[{name[:80]!r}])"
+                )
+        init = self.raw.get("init_lora_weights")
+        if (
+            not (isinstance(init, bool | str | None) and init in PLAIN_INITS)
+            and "init_lora_weights" not in ignore
+        ):
+            self.failures.append(
+                f"init_lora_weights={str(init)[:40]!r} trained against a changed base; save it "
+                "in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+            )
+
+    def wrong(self, name, expected, default):
+        value = self.raw[name]
+        text = repr(value)[:60] if isinstance(value, str | int | float) else type(value).__name__
+        self.failures.append(f"{name}: expected {expected}, found {text}")
+        return default
+
+    def value(self, name, kind, default):
+        found = self.raw.get(name)
+        if found is None:
+            return default
+        return found if isinstance(found, kind) else self.wrong(name, kind.__name__, default)
+
+    def number(self, name, default) -> float:
+        found = self.raw.get(name)
+        if found is None:
+            return default
+        return found if _is_number(found) else self.wrong(name, "a number", default)
+
+    def rank(self, name) -> int:
+        found = self.raw.get(name)
+        if found is None:
+            return 8
+        return found if _is_rank(found) else self.wrong(name, "an integer >= 1", 8)
+
+    def strings(self, name) -> tuple[str, ...]:
+        found = self.raw.get(name)
+        if found is None:
+            return ()
+        if isinstance(found, list) and all(isinstance(x, str) for x in found):
+            return tuple(found)
+        return self.wrong(name, "a list of strings", ())
+
+    def targets(self):
+        found = self.raw.get("target_modules")
+        if found is None:
+            return None
+        if isinstance(found, str):
+            if found != "all-linear":
+                self.expressions[found] = SafePattern(found, "target_modules")
+            return found
+        return self.strings("target_modules")
+
+    def patterns(self, name, is_value) -> Mapping[str, Any]:
+        found = self.raw.get(name)
+        if found is None:
+            return {}
+        if not isinstance(found, dict) or not all(map(is_value, found.values())):
+            return self.wrong(name, "a map of names to numbers", {})
+        if not all(isinstance(v, list) for v in found.values()):
+            for key in found:
+                text = _ending(key)
+                if not PLAIN.fullmatch(key):
+                    self.expressions[text] = SafePattern(text, name)
+        return found
+
+    def tokens(self):
+        """{end of a module's name: row numbers}; a list is for whatever module has the tensor."""
+        name = "trainable_token_indices"
+        found = self.raw.get(name)
+        if found is None:
+            return None
+        found = {"": found} if isinstance(found, list) else found
+        if not isinstance(found, dict) or not all(
+            isinstance(v, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in v)
+            for v in found.values()
+        ):
+            return self.wrong(name, "a list of row numbers, or a map of such lists", None)
+        return {k: tuple(v) for k, v in found.items()}
+
+    def version(self) -> tuple[int, ...] | None:
+        found = self.value("peft_version", str, None)
+        numbers = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", found) if found else None
+        return tuple(int(n or 0) for n in numbers.groups()) if numbers else None

@@ -1,0 +1,306 @@
+"""What PEFT's files hold of an adapter tree: its tensors and its settings."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax._adapters import Full, LoRA, Rows, is_node
+from lora_jax._errors import raise_all
+from lora_jax._peft_blocks import Block, from_leaf, torch_a, torch_b
+from lora_jax._peft_map import Entry, TorchMapping
+
+VERSION = "0.21.2"
+
+
+class _Low:
+    """A low-rank update of one torch parameter: A (batch, r, in), B (batch, out, r)."""
+
+    def __init__(self, entry: Entry, a: np.ndarray, b: np.ndarray, scale: float, dropout: float):
+        self.entry, self.a, self.b, self.scale, self.dropout = entry, a, b, scale, dropout
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    def scaled(self, scale: float) -> None:
+        """The same update with another constant before it."""
+        if scale != self.scale:
+            self.b = (self.b.astype(np.float32) * (self.scale / scale)).astype(self.b.dtype)
+            self.scale = scale
+
+    def padded(self, rank: int) -> None:
+        more = rank - self.rank
+        self.a = np.pad(self.a, ((0, 0), (0, more), (0, 0)))
+        self.b = np.pad(self.b, ((0, 0), (0, 0), (0, more)))
+
+
+class Export:
+    def __init__(self, nodes: Mapping[str, Any], mapping: TorchMapping, doubled: bool):
+        self.nodes, self.mapping, self.doubled = nodes, mapping, doubled
+        self.failures: list[str] = []
+        self.tensors: dict[str, np.ndarray] = {}
+        self.low: dict[str, _Low] = {}
+        self.values: dict[str, np.ndarray] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.blocks: dict[str, list[Block]] = {}
+
+    def run(self, uniform: bool | int) -> None:
+        for entry in self.mapping.entries.values():
+            for b in entry.blocks:
+                self.blocks.setdefault(b.leaf.path, []).append(b)
+        self._covered()
+        raise_all("these adapters cannot be written for PEFT:", self.failures)
+        for entry in self.mapping.entries.values():
+            nodes = [self.nodes.get(b.leaf.path) for b in entry.blocks]
+            kinds = {type(n) for n in nodes if n is not None}
+            if len(kinds) > 1:
+                self.failures.append(f"'{entry.name}': its leaves are trained in different ways")
+            elif kinds:
+                make = {LoRA: self._lora, Full: self._full, Rows: self._rows}
+                make[kinds.pop()](entry, nodes)
+        self._ranks(uniform)
+
+    def _covered(self) -> None:
+        """Every element of every trained leaf belongs to one torch parameter."""
+        for path, node in self.nodes.items():
+            if not is_node(node):
+                self.failures.append(f"'{path}' is a {type(node).__name__}, not an adapter")
+                continue
+            blocks = self.blocks.get(path, [])
+            shape = tuple(node.shape)
+            if not blocks:
+                self.failures.append(f"'{path}' is in no entry of the mapping; add it")
+            elif blocks[0].leaf.shape != shape:
+                self.failures.append(f"'{path}' {shape}, but {blocks[0].leaf.shape} in the mapping")
+            elif (n := sum(math.prod(b.shape) for b in set(blocks))) != math.prod(shape):
+                self.failures.append(
+                    f"'{path}' {shape}: the mapping has {n:,} of {math.prod(shape):,} elements"
+                )
+
+    def _lora(self, entry: Entry, nodes: Sequence[LoRA | None]) -> None:
+        scale = next(n.scale for n in nodes if n is not None)
+        dropout = next(n.dropout for n in nodes if n is not None)
+        parts = []
+        for block, node in zip(entry.blocks, nodes):
+            if node is None:
+                parts.append((None, np.zeros((block.n_batch, block.n_out, 0), np.float32)))
+                continue
+            if node.geometry != block.leaf.geometry:
+                self.failures.append(
+                    f"'{block.leaf.path}' has {node.geometry}, but {block.leaf.geometry} in the "
+                    "mapping; make the mapping with the targets that the adapters were made with"
+                )
+                return
+            a, b = _own(node, block, self.blocks[block.leaf.path])
+            if node.scale != scale:
+                b = (b.astype(np.float32) * (node.scale / scale)).astype(b.dtype)
+            parts.append((a, b))
+        a, b = _together(parts)
+        self.low[entry.name] = _Low(entry, a, b, scale, dropout)
+
+    def _full(self, entry: Entry, nodes: Sequence[Full | None]) -> None:
+        if entry.layout is None or None in nodes:
+            what = "its shape in torch" if entry.layout is None else "the others of its leaves"
+            self.failures.append(f"'{entry.name}' is trained in full, but {what} are not known")
+            return
+        pieces = [np.asarray(n.value)[b.slices] for b, n in zip(entry.blocks, nodes)]
+        self.values[entry.name] = from_leaf(pieces, entry.layout, entry.blocks, entry.shape)
+
+    def _rows(self, entry: Entry, nodes: Sequence[Rows]) -> None:
+        module = entry.name.removesuffix(".weight")
+        self.tokens[module] = list(nodes[0].index)
+        key = module + ".token_adapter.trainable_tokens_delta"
+        self.tensors[key] = np.asarray(nodes[0].value)
+
+    def _ranks(self, uniform: bool | int) -> None:
+        """Equal ranks and scales where PEFT, or the caller, wants them."""
+        for name, low in self.low.items():  # a MultiheadAttention has one rank for both
+            if name.endswith(".in_proj_weight"):
+                self._attention(name.removesuffix(".in_proj_weight"), low)
+        if not uniform or not self.low:
+            return
+        rank = max(low.rank for low in self.low.values())
+        if uniform is not True and uniform < rank:
+            self.failures.append(f"uniform_rank={uniform}, but there is a rank {rank}")
+        rank = rank if uniform is True else uniform
+        scale = collections.Counter(low.scale for low in self.low.values()).most_common(1)[0][0]
+        for low in self.low.values():
+            low.scaled(scale)
+            low.padded(rank)
+
+    def _attention(self, module: str, low: _Low) -> None:
+        out = self.low.get(module + ".out_proj.weight")
+        if out is None:
+            self.failures.append(f"'{module}': PEFT adapts in_proj and out_proj, or neither")
+            return
+        if self.doubled:
+            out.scale = out.scale / 2
+        out.scaled(low.scale)
+        rank = max(low.rank, out.rank)
+        low.padded(rank)
+        out.padded(rank)
+
+    def config(self, base_model_name, task_type) -> dict[str, Any]:
+        """The settings, and the tensors of what they depend on."""
+        names: dict[str, tuple[int, float]] = {}
+        experts: dict[str, list[str]] = {}
+        modules = []
+        for name, low in self.low.items():
+            if low.entry.kind == "experts":
+                experts.setdefault(name.rpartition(".")[0], []).append(name)
+                names[name] = (low.rank, low.scale)
+                continue
+            module = name.removesuffix(".weight").removesuffix(".in_proj_weight")
+            inner = self._store(module, low)
+            if inner == module:
+                modules.append(module)
+                names[module] = (low.rank, low.scale)
+        for module, inside in experts.items():
+            for depth, name in enumerate(reversed(inside)):
+                self._store_experts(module + ".base_layer" * depth, self.low[name])
+        bias, saved = self._store_values(set(modules))
+        rank, scale = (
+            collections.Counter(names.values()).most_common(1)[0][0] if names else (8, 1.0)
+        )
+        alpha = _alpha(rank, scale)
+        alphas = {n: _alpha(*v) for n, v in names.items()}
+        return {
+            "peft_type": "LORA",
+            "peft_version": VERSION,
+            "task_type": task_type,
+            "base_model_name_or_path": base_model_name,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": _patterns({n: v[0] for n, v in names.items()}, rank),
+            "alpha_pattern": _patterns(alphas, alpha),
+            "target_modules": _targets(modules, self.mapping),
+            "target_parameters": [n for inside in experts.values() for n in inside] or None,
+            "modules_to_save": saved or None,
+            "trainable_token_indices": self.tokens or None,
+            "bias": bias,
+            "lora_dropout": max((low.dropout for low in self.low.values()), default=0.0),
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "use_rslora": False,
+            "use_dora": False,
+            "lora_bias": False,
+        }
+
+    def _store(self, module: str, low: _Low) -> str:
+        """Writes one update; returns the module under which its rank stands."""
+        owner, _, last = module.rpartition(".")
+        attention = last == "out_proj" and f"{owner}.in_proj_weight" in self.low
+        key = f"{owner}.base_layer.out_proj" if attention else module
+        a, b = low.a[0], low.b[0]
+        if low.entry.kind == "embedding":
+            self.tensors |= {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b}
+        else:
+            if low.entry.kind == "conv":
+                leaf = low.entry.blocks[0].leaf
+                window = tuple(leaf.shape[d] for d in leaf.in_axes)
+                a, b = a.reshape(low.rank, *window), b.reshape(*b.shape, *[1] * (len(window) - 1))
+            self.tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+        return owner if attention else module
+
+    def _store_experts(self, key: str, low: _Low) -> None:
+        e, r, n_in = low.a.shape
+        self.tensors[f"{key}.lora_A.weight"] = low.a.reshape(e * r, n_in)
+        self.tensors[f"{key}.lora_B.weight"] = low.b.transpose(1, 2, 0).reshape(-1, r * e)
+
+    def _store_values(self, adapted: set[str]) -> tuple[str, list[str]]:
+        """(the setting of `bias`, modules_to_save)."""
+        bias, saved = "none", []
+        modules = {n.rpartition(".")[0] for n in self.values if not n.endswith(".bias")}
+        for name, value in self.values.items():
+            module, _, last = name.rpartition(".")
+            if module in adapted and last != "bias":
+                self.failures.append(f"'{name}' is trained in full, and '{module}' is adapted")
+            if last == "bias" and module not in modules:
+                name = f"{module}.base_layer.bias" if module in adapted else name
+                bias = "all" if module not in adapted or bias == "all" else "lora_only"
+            elif module not in saved:
+                saved.append(module)
+            self.tensors[name] = value
+        return bias, saved
+
+
+def _own(node: LoRA, block: Block, blocks: Iterable[Block]) -> tuple[np.ndarray, np.ndarray]:
+    """The A and B of one block of a leaf, without the ranks that are another block's alone."""
+    a, b = np.asarray(node.a), np.asarray(node.b)
+    own_a, own_b = torch_a(a, block), torch_b(b, block)
+    out_axes = node.geometry.out_axes
+    regions = {tuple(x.index[d] for d in out_axes): x for x in blocks}
+    mine = own_b.any(axis=(0, 1))
+    keep = own_a.any(axis=(0, 2)) | mine
+    if len(regions) > 1:
+        used = np.array([torch_b(b, x).any(axis=(0, 1)) for x in _whole(regions.values())])
+        if (used.sum(axis=0) <= 1).all():  # block-diagonal: each rank is one region's
+            keep = mine
+    if not keep.any():
+        keep = np.arange(len(keep)) < 1 if len(regions) > 1 else np.ones_like(keep)
+    return own_a[:, keep], own_b[:, :, keep]
+
+
+def _whole(regions: Iterable[Block]) -> list[Block]:
+    """The same out axes for all of the stack."""
+    return [
+        Block(b.leaf, tuple(None if d in b.leaf.geometry.batch_axes else i
+                            for d, i in enumerate(b.index)))
+        for b in regions
+    ]  # fmt: skip
+
+
+def _together(parts) -> tuple[np.ndarray, np.ndarray]:
+    """One A and B for several blocks in a row: A shared where it is the same, else B block-diagonal
+    over the ranks of all."""
+    known = [a for a, _ in parts if a is not None]
+    if all(a.dtype == known[0].dtype and np.array_equal(a, known[0]) for a in known):
+        rank = known[0].shape[1]
+        rows = [
+            b if a is not None else np.zeros((*b.shape[:2], rank), known[0].dtype) for a, b in parts
+        ]
+        return known[0], np.concatenate(rows, axis=1)
+    total, at, rows = sum(a.shape[1] for a in known), 0, []
+    for a, b in parts:
+        row = np.zeros((*b.shape[:2], total), b.dtype)
+        n = 0 if a is None else a.shape[1]
+        row[:, :, at : at + n] = b
+        at += n
+        rows.append(row)
+    return np.concatenate(known, axis=1), np.concatenate(rows, axis=1)
+
+
+def _alpha(rank: int, scale: float) -> int | float:
+    """The alpha with alpha / rank == scale, to the last bit where there is one."""
+    alpha = scale * rank
+    near = [float(round(alpha)), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf)]
+    alpha = next((x for x in near if x / rank == scale), alpha)
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _patterns(values: Mapping[str, Any], default) -> dict[str, Any]:
+    """{name: value} of what is not the default; each pattern matches its own name only."""
+    out = {}
+    for name, value in values.items():
+        if value == default:
+            continue
+        others = any(re.match(rf"(.*\.)?({name})$", n) for n in values if n != name)
+        out["^" + re.escape(name) if others else name] = value
+    return out
+
+
+def _targets(modules: Sequence[str], mapping: TorchMapping) -> list[str] | str | None:
+    """Full names; as one expression where a name also ends another, which is not adapted."""
+    if not modules:
+        return None
+    known = {n.rpartition(".")[0] for n in mapping} - set(modules)
+    if any(n.endswith("." + m) for m in modules for n in known):
+        return "|".join(map(re.escape, modules))
+    return list(modules)

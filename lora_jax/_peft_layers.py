@@ -1,0 +1,342 @@
+"""From the tensors of an adapter file to updates of torch parameters.
+
+PEFT's keys say which module a tensor belongs to, in one way for each kind of layer. What comes out
+is named by the torch parameter that changes, and one of three things: a low-rank update, new rows
+of a table, or a new value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax._errors import raise_all
+from lora_jax._peft_config import PeftConfig
+from lora_jax._peft_file import AdapterFile
+
+PREFIX = "base_model.model."
+# The last part of a key, and what it is. Anything else is a parameter in full (modules_to_save).
+TAILS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_B.bias": "b_bias",
+    "lora_embedding_A": "table_a",
+    "lora_embedding_B": "table_b",
+    "lora_A": "a",
+    "lora_B": "b",
+    "lora_E": "e",
+    "token_adapter.trainable_tokens_delta": "rows",
+}
+COPY = re.compile(r"(.+)\.(modules_to_save|original_module)\.([^.]+)")
+SEPARATE = re.compile(r"(.+)\.base_layer\.out_proj")  # torch's MultiheadAttention: its out_proj
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """A low-rank update of one torch parameter.
+
+    Attributes:
+      name: the parameter, such as "model.layers.0.self_attn.q_proj.weight".
+      kind: "linear", "embedding", "conv" or "experts".
+      rank, n_in, n_out, batch: sizes; batch is the number of experts, else 1.
+      scale: the constant before B·A.
+      a, b, e: the keys of its tensors; e is AdaLoRA's diagonal.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    n_in: int
+    n_out: int
+    batch: int
+    scale: float
+    a: str
+    b: str
+    e: str | None = None
+    swapped: bool = False  # experts: A runs along the outputs
+
+    def arrays(self, file: AdapterFile) -> tuple[np.ndarray, np.ndarray]:
+        """A (batch, rank, in) and B (batch, out, rank), in the type in which they are stored."""
+        a, b = file.read(self.a), file.read(self.b)
+        if self.kind == "experts":  # A is expert-major, B rank-major
+            a = a.reshape(self.batch, self.rank, -1)
+            b = b.reshape(-1, self.rank, self.batch).transpose(2, 0, 1)
+            return (b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if self.swapped else (a, b)
+        a, b = a.reshape(1, self.rank, self.n_in), b.reshape(1, self.n_out, self.rank)
+        if self.e is not None:
+            a = a.astype(np.float32) * file.read(self.e).astype(np.float32)[None]
+        return a, b
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The adapted parameters of one module of experts; which is which only the leaves can say.
+
+    Attributes:
+      module: the module's name.
+      parameters: the names that `target_parameters` gives it.
+      updates: one for each pair of tensors, outermost first, named by the module.
+    """
+
+    module: str
+    parameters: tuple[str, ...]
+    updates: tuple[Update, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A parameter in full: `key`, if given, replaces it; scale · `add` is added to it."""
+
+    name: str
+    shape: tuple[int, ...]
+    key: str | None
+    add: str | None = None
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class NewRows:
+    """Rows `index` of a table, replaced by the rows of `key`."""
+
+    name: str
+    shape: tuple[int, ...]
+    key: str
+    index: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """All that a file holds.
+
+    `tables` are frozen base tables, which PEFT stores beside an adapted embedding; `copies` are
+    pairs of keys that must hold the same (with bias="all", it stores a saved module's bias twice).
+    """
+
+    updates: tuple[Update, ...]
+    experts: tuple[Experts, ...]
+    values: tuple[Value, ...]
+    rows: tuple[NewRows, ...]
+    tables: tuple[Value, ...]
+    copies: tuple[tuple[str, str], ...] = ()
+
+
+def parse(file: AdapterFile, config: PeftConfig, *, doubled_out_proj: bool = True) -> Parsed:
+    """Sorts every tensor of the file, by its name and shape alone; no tensor is read.
+
+    Args:
+      file: an opened adapter.
+      config: its checked configuration.
+      doubled_out_proj: add the update of a MultiheadAttention's out_proj twice, as PEFT does.
+
+    Raises:
+      LoRAError: tensors that are of no known kind, that lack their partner, that do not fit
+        together, or that PEFT would ignore; all of them are listed.
+    """
+    return _Parser(file, config, doubled_out_proj).parsed()
+
+
+class _Parser:
+    def __init__(self, file: AdapterFile, config: PeftConfig, doubled: bool):
+        self.file, self.config, self.doubled = file, config, doubled
+        self.failures: list[str] = []
+        self.adapted: dict[str, dict[str, str]] = {}  # module, as in the keys: {kind: key}
+        self.whole: dict[str, str] = {}  # parameter: key
+        self.copies: list[tuple[str, str, bool]] = []  # (key, parameter, whether it is the base's)
+
+    def parsed(self) -> Parsed:
+        for key in self.file.tensors:
+            self._sort(key)
+        updates, experts, values, rows, tables = [], [], {}, [], []
+        for module, parts in self.adapted.items():
+            if "rows" in parts:
+                rows += self._rows(module, parts.pop("rows"))
+            pair = self._pair(module, parts)
+            if pair is not None and self._parameters(module):
+                experts.append((module, pair))
+            elif pair is not None:
+                updates += self._update(module, parts, pair)
+        copies = self._copied()
+        for name, key in self.whole.items():
+            self._whole(name, key, values, tables)
+        for update in updates:
+            self._bias(update, values)
+        found = tuple(self._experts(experts))
+        raise_all(
+            f"{self.file.folder}: tensors that cannot be used:",
+            self.failures[:20],
+            f"and {len(self.failures) - 20} more" if len(self.failures) > 20 else "",
+        )
+        return Parsed(
+            tuple(updates), found, tuple(values.values()), tuple(rows), tuple(tables), copies
+        )
+
+    def _sort(self, key: str) -> None:
+        shape = self.file.shape(key)
+        if not key.startswith(PREFIX):
+            return self._wrong(key, f"expected a name that begins with '{PREFIX}'; PEFT skips it")
+        name = key.removeprefix(PREFIX)
+        name = re.sub(r"(\.(?:lora_\w+|trainable_tokens_delta))\.default(?=\.|$)", r"\1", name)
+        tail = next((t for t in TAILS if name.endswith("." + t)), None)
+        if tail is not None:
+            parts = self.adapted.setdefault(name.removesuffix("." + tail), {})
+            if TAILS[tail] in parts:
+                return self._wrong(key, f"the same tensor as '{parts[TAILS[tail]]}'")
+            if 0 in shape and not self.config.adalora:
+                return self._wrong(key, "is empty: a shard that was not gathered when it was saved")
+            parts[TAILS[tail]] = key
+        elif re.search(r"\.(lora_|token_adapter)", name):
+            self._wrong(key, "not a tensor of plain LoRA, rsLoRA, AdaLoRA or trainable tokens")
+        elif found := COPY.fullmatch(name):
+            self.copies.append((key, f"{found[1]}.{found[3]}", found[2] == "original_module"))
+        elif name in self.whole or 0 in shape:
+            self._wrong(key, "is empty, or there twice")
+        else:
+            self.whole[name] = key
+
+    def _copied(self) -> tuple[tuple[str, str], ...]:
+        """Parameters that stand there under a second name; the frozen original is not needed."""
+        pairs = []
+        for key, name, original in self.copies:
+            if name not in self.whole:
+                self._wrong(key, f"a copy of '{PREFIX}{name}', which is not there")
+            elif not original:
+                pairs.append((key, self.whole[name]))
+        return tuple(pairs)
+
+    def _wrong(self, key: str, what: str) -> None:
+        self.failures.append(f"'{key}' {self.file.shape(key)}: {what}")
+
+    def _pair(self, module, parts: Mapping[str, str]):
+        """(A, B, kind of its names) of a module, or None."""
+        if not parts:
+            return None
+        table = "table_a" in parts or "table_b" in parts
+        names = ("table_a", "table_b") if table else ("a", "b")
+        extra = set(parts) - {*names, "b_bias", *(["e"] if self.config.adalora else [])}
+        lacking = [n for n in (*names, *(["e"] if self.config.adalora else [])) if n not in parts]
+        if extra or lacking:
+            self._wrong(
+                next(iter(parts.values())),
+                f"'{module}' has {', '.join(sorted(parts))}, but not {', '.join(lacking)}"
+                if lacking
+                else f"'{module}' also has {', '.join(sorted(extra))}",
+            )
+            return None
+        return parts[names[0]], parts[names[1]], table
+
+    def _parameters(self, module: str) -> tuple[str, ...]:
+        """The parameters of this module that `target_parameters` names."""
+        module = _plain(module)
+        return tuple(
+            dict.fromkeys(
+                t.rpartition(".")[2]
+                for t in self.config.parameters
+                if f".{module}.{t.rpartition('.')[2]}".endswith("." + t)
+            )
+        )
+
+    def _update(self, module: str, parts, pair) -> list[Update]:
+        key_a, key_b, table = pair
+        a, b = self.file.shape(key_a), self.file.shape(key_b)
+        owner = SEPARATE.fullmatch(module)
+        plain = owner[1] if owner else module
+        if not self.config.targeted(plain):
+            self._wrong(key_a, f"target_modules does not include '{plain}'; PEFT would ignore it")
+        if self.config.adalora and 0 in a:
+            return []  # pruned to nothing
+        problem = _misfit(a, b, self.file.shape(parts["e"]) if "e" in parts else None)
+        if problem:
+            self._wrong(key_a, problem)
+            return []
+        scale = self.config.scale(plain, a[0]) * (2 if owner and self.doubled else 1)
+        name = module.replace(".base_layer.out_proj", ".out_proj") + ".weight"
+        if f"{module}.base_layer.out_proj" in self.adapted:
+            name = module + ".in_proj_weight"
+        kind = "embedding" if table else ("conv" if len(a) > 2 else "linear")
+        n_in = math.prod(a[1:])
+        return [Update(name, kind, a[0], n_in, b[0], 1, scale, key_a, key_b, parts.get("e"))]
+
+    def _bias(self, update: Update, values: dict[str, Value]) -> None:
+        """lora_bias: b + scale · its own bias."""
+        module = update.a.removeprefix(PREFIX).partition(".lora_")[0]
+        key = self.adapted[module].get("b_bias")
+        if key is None:
+            return
+        if self.file.shape(key) != (update.n_out,):
+            return self._wrong(key, f"expected shape ({update.n_out},)")
+        name = _plain(module) + ".bias"
+        value = values.get(name, Value(name, (update.n_out,), None))
+        values[name] = dataclasses.replace(value, add=key, scale=update.scale)
+
+    def _whole(self, name: str, key: str, values, tables) -> None:
+        plain, shape = _plain(name), self.file.shape(key)
+        if name.endswith(".base_layer.weight"):
+            tables.append(Value(plain, shape, key))
+        elif plain in values:
+            self._wrong(key, f"'{plain}' is there twice")
+        else:
+            values[plain] = Value(plain, shape, key)
+
+    def _rows(self, module: str, key: str) -> list[NewRows]:
+        shape, tokens = self.file.shape(key), self.config.tokens or {}
+        found = [v for k, v in tokens.items() if module.endswith(k)]
+        if len(shape) != 2 or len(found) != 1 or len(found[0]) != shape[0]:
+            self._wrong(key, f"trainable_token_indices gives {[len(f) for f in found]} rows for it")
+            return []
+        if len(set(found[0])) != len(found[0]):
+            self._wrong(key, "trainable_token_indices names a row twice")
+        return [NewRows(_plain(module) + ".weight", shape, key, found[0])]
+
+    def _experts(self, found: list[tuple[str, Any]]):
+        """Groups the pairs of one module; the outermost has the fewest `base_layer`."""
+        modules: dict[str, list] = {}
+        for module, pair in sorted(found, key=lambda f: f[0].count(".base_layer")):
+            modules.setdefault(_plain(module), []).append(pair)
+        for module, pairs in modules.items():
+            names = self._parameters(module)
+            if len(names) != len(pairs):
+                self._wrong(
+                    pairs[0][0],
+                    f"{len(pairs)} adapted parameters, but target_parameters names "
+                    f"{', '.join(names)}",
+                )
+                continue
+            updates = [u for key_a, key_b, _ in pairs if (u := self._expert(module, key_a, key_b))]
+            yield Experts(module, names, tuple(updates))
+
+    def _expert(self, module: str, key_a: str, key_b: str) -> Update | None:
+        """One pair, of which only the module is known: its rank is the one that all have."""
+        a, b = self.file.shape(key_a), self.file.shape(key_b)
+        names = [f"{module}.{p}" for p in self._parameters(module)]
+        settings = {(self.config.rank_of(n), self.config.alpha_of(n)) for n in names}
+        if len(settings) > 1:
+            self._wrong(key_a, "its parameters have different ranks or alphas, and no name in it")
+            return None
+        rank = settings.pop()[0]
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % rank:
+            self._wrong(key_a, f"with B {b}: expected (experts * {rank}, in) and (out, the same)")
+            return None
+        scale = self.config.scale(names[0], rank)
+        return Update(module, "experts", rank, a[1], b[0], a[0] // rank, scale, key_a, key_b)
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer", "")
+
+
+def _misfit(a, b, e) -> str | None:
+    """What is wrong with the shapes of a pair, if anything."""
+    if len(a) < 2 or len(b) < 2:
+        return f"A {a} and B {b}: expected (rank, in) and (out, rank)"
+    if b[1] != a[0] and len(a) > 2 and a[0] % b[1] == 0:
+        return f"B {b} for rank {a[0]}: a grouped convolution, whose update is not a grouped kernel"
+    if b[1] != a[0] or math.prod(b[2:]) != 1:
+        return f"A {a} and B {b} have different ranks"
+    if e is not None and e != (a[0], 1):
+        return f"E {e}, expected ({a[0]}, 1)"
+    return None

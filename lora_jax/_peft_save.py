@@ -1,0 +1,157 @@
+"""PEFT out: an adapter tree as a folder that PyTorch's PEFT and vLLM load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from lora_jax._adapters import is_node
+from lora_jax._errors import LoRAError, raise_all
+from lora_jax._paths import flatten
+from lora_jax._peft_export import Export
+from lora_jax._peft_file import CONFIG, TENSORS, read_shapes
+from lora_jax._peft_find import Finder, finish
+from lora_jax._peft_layers import PREFIX
+from lora_jax._peft_map import Entry, TorchMapping, as_table, leaf_infos
+from lora_jax._survey import Survey
+from lora_jax._targets import Targets
+
+
+def torch_mapping(
+    names: Mapping[str, Sequence[int]] | str | os.PathLike,
+    params: Any,
+    survey: Survey | Targets | None = None,
+    *,
+    mapping: Mapping[str, Any] | None = None,
+    conv1d: Sequence[str] = (),
+) -> TorchMapping:
+    """Which leaf each parameter of a torch model is, for `save_peft`.
+
+    Args:
+      names: {torch name: shape}, as in a state dict, or the path of a safetensors file of the base
+        model, of which the header is read. Name only those that are to be mapped.
+      params, survey, mapping: as in `load_peft`.
+      conv1d: modules whose weight is stored (in, out), as GPT-2's Conv1D.
+
+    Raises:
+      LoRAError: a parameter that no leaf, or more than one, fits; all of them are listed.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {"layers_0": {"q": {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}}}
+    >>> names = {"model.layers.0.q.weight": (3, 4), "model.layers.0.q.bias": (3,)}
+    >>> print(lora.torch_mapping(names, params))
+    torch                    kind    leaf               shape   in   out  batch
+    -----------------------  ------  -----------------  ------  ---  ---  -----
+    model.layers.0.q.weight  linear  layers_0/q/kernel  (4, 3)  (0)  (1)  -
+    model.layers.0.q.bias    value   layers_0/q/bias    (3)     -    -    -
+    """
+    shapes = names if isinstance(names, Mapping) else read_shapes(names)
+    finder = Finder(leaf_infos(params, survey), as_table(mapping))
+    found = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        in_out = any(f".{module}".endswith("." + c) for c in conv1d)
+        entry = finder.value(name, tuple(shape), in_out)
+        if entry is not None:
+            found[name] = Entry(name, entry.blocks, _kind(entry), entry.layout, entry.shape)
+    finish(finder, "torch_mapping")
+    return TorchMapping(found)
+
+
+def _kind(entry: Entry) -> str:
+    leaf = entry.blocks[0].leaf
+    if leaf.geometry is None:
+        return "value"
+    if not entry.name.endswith(("weight", "bias")):
+        return "experts"
+    return leaf.kind if leaf.kind in ("embedding", "conv") else "linear"
+
+
+def save_peft(
+    folder: str | os.PathLike,
+    adapters: Any,
+    mapping: TorchMapping,
+    *,
+    uniform_rank: bool | int = False,
+    base_model_name: str | None = None,
+    task_type: str | None = None,
+    dtype: Any = None,
+    doubled_out_proj: bool = True,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes adapters as PEFT 0.21 does: adapter_config.json and adapter_model.safetensors.
+
+    Ranks and alphas that differ stand in patterns that name one module each. A leaf of which torch
+    has several modules is taken apart, several leaves of one torch module are put together; both
+    are exact. The files take their place in `folder` once both are complete.
+
+    Args:
+      folder: is made if need be; an adapter in it is replaced.
+      adapters: `LoRA`, `Full` and `Rows` nodes.
+      mapping: which leaf each torch parameter is: `load_peft(...).mapping`, or `torch_mapping`.
+        The parameters of one module of experts stand in it in the torch module's own order.
+      uniform_rank: one rank and one alpha for all modules, as vLLM reads no patterns: the largest,
+        or the given one; smaller ones are padded with zeros. vLLM loads no leaf in full either.
+      base_model_name: base_model_name_or_path of the configuration.
+      task_type: such as "CAUSAL_LM".
+      dtype: of the tensors; None for the adapters' own.
+      doubled_out_proj: halve the update of a MultiheadAttention's out_proj, as PEFT adds it twice.
+      config: further settings of adapter_config.json.
+
+    Raises:
+      LoRAError: a leaf that the mapping lacks, or of which it has a part only; a torch module that
+        PEFT cannot adapt so. Nothing is written then.
+
+    >>> import json, pathlib, tempfile, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": {"kernel": jnp.zeros((4, 3))}}
+    >>> node = lora.LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), 4.0, lora.Geometry((0,), (1,)))
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> mapping = lora.torch_mapping({"q.weight": (3, 4)}, params)
+    >>> lora.save_peft(folder, {"q": {"kernel": node}}, mapping, task_type="CAUSAL_LM")
+    >>> config = json.loads((folder / "adapter_config.json").read_text())
+    >>> config["r"], config["lora_alpha"], config["target_modules"]
+    (2, 8, ['q'])
+    """
+    if not isinstance(mapping, TorchMapping):
+        raise LoRAError(
+            f"mapping: expected a TorchMapping, found {type(mapping).__name__}: "
+            "lora.load_peft(...).mapping, or lora.torch_mapping(names, params, survey)"
+        )
+    out = Export(flatten(adapters, is_leaf=is_node), mapping, doubled_out_proj)
+    out.run(uniform_rank)
+    settings = out.config(base_model_name, task_type) | dict(config or {})
+    if not out.tensors:
+        out.failures.append("the tree holds no adapter")
+    out.failures += [
+        f"'{k}' holds NaN or infinity; take an earlier checkpoint"
+        for k, v in out.tensors.items()
+        if not np.isfinite(v.astype(np.float32)).all()
+    ]
+    raise_all("these adapters cannot be written for PEFT:", out.failures)
+    tensors = {
+        PREFIX + k: np.ascontiguousarray(v if dtype is None else v.astype(dtype))
+        for k, v in out.tensors.items()
+    }
+    _write(Path(folder), tensors, settings)
+
+
+def _write(folder: Path, tensors, settings) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    new = [folder / f".{name}.{os.getpid()}" for name in (TENSORS, CONFIG)]
+    try:
+        save_file(tensors, new[0], metadata={"format": "pt"})
+        new[1].write_text(json.dumps(settings, indent=2, sort_keys=True))
+        (folder / CONFIG).unlink(
+            missing_ok=True
+        )  # never the settings of one, the tensors of another
+        os.replace(new[0], folder / TENSORS)
+        os.replace(new[1], folder / CONFIG)
+    finally:
+        for path in new:
+            path.unlink(missing_ok=True)
