@@ -56,7 +56,7 @@ def combine(
     Array([[-1.5, -1.5],
            [-1.5, -1.5]], dtype=float32)
     """
-    trees = [flatten(_checked(tree), is_leaf=is_node) for tree in adapters]
+    trees = [flatten(checked(tree), is_leaf=is_node) for tree in adapters]
     weights = [1.0] * len(trees) if weights is None else list(weights)
     if not trees or len(trees) != len(weights):
         raise LoRAError(
@@ -131,7 +131,7 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
         keep = rank if energy is None else rank_for(s, energy)
         return from_svd(node, u, s, v, keep)
 
-    return jax.tree.map(leaf, _checked(adapters), is_leaf=is_node)
+    return jax.tree.map(leaf, checked(adapters), is_leaf=is_node)
 
 
 def extract(
@@ -232,7 +232,8 @@ def from_svd(like: LoRA, u, s, v, rank: int, scale: float = 1.0) -> LoRA:
     return dataclasses.replace(like, a=a, b=b, scale=scale)
 
 
-def _checked(adapters: Any) -> Any:
+def checked(adapters: Any) -> Any:
+    """The adapters, if that is what they are."""
     nodes = jax.tree.leaves(adapters, is_leaf=is_node)
     wrong = [type(n).__name__ for n in nodes if not is_node(n)]
     if wrong or not nodes:

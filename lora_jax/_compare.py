@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import LoRA, is_node
-from lora_jax._algebra import _checked, matrices, svd
+from lora_jax._algebra import checked, matrices, svd
 from lora_jax._errors import LoRAError
 from lora_jax._paths import flatten
 from lora_jax._table import table
@@ -83,7 +83,7 @@ def compare(first: Any, second: Any) -> Comparison:
     >>> found.cosine.round(3), found.input_angles.round(), found.output_angles.round()
     (array([0.707], dtype=float32), array([[0.]], dtype=float32), array([[45.]], dtype=float32))
     """
-    one, two = (flatten(_checked(tree), is_leaf=is_node) for tree in (first, second))
+    one, two = (flatten(checked(tree), is_leaf=is_node) for tree in (first, second))
     low_rank = lambda tree: {p for p, n in tree.items() if isinstance(n, LoRA)}
     both = low_rank(one) & low_rank(two)
     leaves = {}

@@ -188,7 +188,7 @@ class _Build:
     def _cast(self, array: np.ndarray) -> jax.Array:
         return jnp.asarray(array if self.dtype is None else array.astype(self.dtype))
 
-    def _overlaps(self, taken: np.ndarray, region, path, name) -> bool:
+    def _take(self, taken: np.ndarray, region, path, name) -> None:
         if taken[region].any():
             self.failures.append(f"'{path}': '{name}' falls on what another parameter is already")
         taken[region] = True
@@ -205,7 +205,7 @@ class _Build:
         regions: dict[tuple, int] = {}
         for entry, i, u in pieces:
             b = entry.blocks[i]
-            self._overlaps(taken, b.region((*g.batch_axes, *g.out_axes)), path, entry.name)
+            self._take(taken, b.region((*g.batch_axes, *g.out_axes)), path, entry.name)
             out = tuple(b.index[d] for d in g.out_axes)
             regions[out] = max(regions.get(out, 0), u.rank)
         first = dict(zip(regions, np.cumsum([0, *regions.values()])))
@@ -239,7 +239,7 @@ class _Build:
             value = to_leaf(self._value(entry, v), entry.layout, entry.blocks)[i]
             twice = leaf.tied and any(b == block and np.array_equal(x, value) for b, x in parts)
             if not twice:
-                self._overlaps(taken, block.slices, path, entry.name)
+                self._take(taken, block.slices, path, entry.name)
             parts.append((block, value))
         dtype = np.result_type(*{x.dtype for _, x in parts}) if parts else np.float32
         out = np.zeros(leaf.shape, dtype) if taken.all() else self._base(path).astype(dtype)

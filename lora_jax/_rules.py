@@ -253,23 +253,24 @@ def _sharding_constraint(ctx, eqn, args):
     if not isinstance(sharding, NamedSharding):
         return [w.with_base(base)]
 
-    def move(f):
-        own = NamedSharding(sharding.mesh, spec_along(f.dims, sharding.spec))
-        return Factor(lax.with_sharding_constraint(f.value, own), f.dims)
-
-    return [w.moved(base, move, w.axes)]
+    return [_along(w, base, sharding, lax.with_sharding_constraint)]
 
 
 @rule("reshard")
 def _reshard(ctx, eqn, args):
-    (w,), sharding = args, eqn.params["dst_sharding"]
+    (w,) = args
     base = ctx.bind(eqn, [w.base])[0]
+    return [_along(w, base, eqn.params["dst_sharding"], jax.sharding.reshard)]
+
+
+def _along(w: AdaptedWeight, base, sharding: NamedSharding, place: Callable) -> AdaptedWeight:
+    """The weight on its new base, each factor placed along the axes that it shares with it."""
 
     def move(f):
         own = NamedSharding(sharding.mesh, spec_along(f.dims, sharding.spec))
-        return Factor(jax.sharding.reshard(f.value, own), f.dims)
+        return Factor(place(f.value, own), f.dims)
 
-    return [w.moved(base, move, w.axes)]
+    return w.moved(base, move, w.axes)
 
 
 @_shape_rule("all_gather")

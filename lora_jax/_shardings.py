@@ -86,7 +86,7 @@ def shardings(
             )
         found, problem = _base_sharding(base, path, mesh, rules)
         if problem is None:
-            problem = _wrong_spec(found, len(node.shape), mesh)
+            problem = _too_long(found, len(node.shape))
         if problem is not None:
             failures.append(f"'{path}': {problem}")
             return node
@@ -152,13 +152,9 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
     paired = _bare(jax.tree.map(_Pair, tree, shardings))
     some = next(iter(jax.tree.leaves(shardings)), P())
     odd: list[str] = []
-    everywhere = (
-        P()
-        if isinstance(some, PartitionSpec)
-        else NamedSharding(some.mesh, P())
-        if isinstance(some, NamedSharding)
-        else some
-    )
+    everywhere = P() if isinstance(some, PartitionSpec) else some
+    if isinstance(some, NamedSharding):
+        everywhere = NamedSharding(some.mesh, P())
 
     def part(keys, x):
         pairs = _matched(x, paired)
@@ -251,13 +247,13 @@ def _base_sharding(base, path, mesh, rules) -> tuple[Any, str | None]:
             found = nn.logical_to_mesh_axes(tuple(found), rules)
         if mesh is None:
             return found, None
-        unknown = _axes(found) - set(mesh.axis_names)
+        names = [name for entry in found for name in _entry(entry)]
+        unknown = set(names) - set(mesh.axis_names)
         if unknown:
             return None, (
                 f"{found} names {', '.join(sorted(unknown))}; the mesh has "
                 f"{', '.join(mesh.axis_names)}, and logical names need rules=[(name, axis), ...]"
             )
-        names = [name for entry in found for name in _entry(entry)]
         if len(set(names)) != len(names):
             return None, f"{found} names an axis of the mesh twice"
         return NamedSharding(mesh, found), None
@@ -292,10 +288,6 @@ def _names(x) -> tuple:
     return None, P() if x is None else x, None, None
 
 
-def _axes(spec: PartitionSpec) -> set:
-    return {name for entry in spec for name in _entry(entry)}
-
-
 def _entry(entry) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     if entry is None or entry is P.UNCONSTRAINED:
@@ -303,7 +295,7 @@ def _entry(entry) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _wrong_spec(found, ndim: int, mesh) -> str | None:
+def _too_long(found, ndim: int) -> str | None:
     spec = getattr(found, "spec", found)
     if isinstance(spec, PartitionSpec) and len(spec) > ndim:
         return f"{spec} has {len(spec)} axes, the leaf {ndim}"

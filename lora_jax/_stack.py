@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._adapters import Full, LoRA, Rows, is_node
-from lora_jax._algebra import _checked
+from lora_jax._algebra import checked
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, map_with_path, nest
@@ -59,7 +59,7 @@ def stack(
            [ 3.,  3.],
            [ 1.,  1.]], dtype=float32)
     """
-    trees = [flatten(_checked(tree), is_leaf=is_node) for tree in adapters]
+    trees = [flatten(checked(tree), is_leaf=is_node) for tree in adapters]
     capacity = len(trees) if capacity is None else capacity
     if not trees or len(trees) > capacity:
         raise LoRAError(
@@ -115,7 +115,7 @@ def put(stacked: Any, index: Any, adapters: Any | None) -> Any:
     (Array([[1., 1.]], dtype=float32), Array([[0., 0.]], dtype=float32))
     """
     slots = flatten(stacked, is_leaf=is_node)
-    new = {} if adapters is None else flatten(_checked(adapters), is_leaf=is_node)
+    new = {} if adapters is None else flatten(checked(adapters), is_leaf=is_node)
     failures = [f"'{p}' is no leaf of the stack" for p in new if p not in slots]
     empty = choose(stacked, -1)
     likes = flatten(empty, is_leaf=is_node)

@@ -6,7 +6,6 @@ Prints `step loss checksum-of-adapters` for each step, and goes on from the late
 import argparse
 import os
 import signal
-import time
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +38,11 @@ def flags():
     parser.add_argument("directory")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--until", type=int, help="stop early, after this step")
-    parser.add_argument("--save-every", type=int, default=1)
     parser.add_argument("--mesh", type=int, nargs=2, default=(1, 1))
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--die-after", type=int, help="SIGKILL to itself after this step")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds after each step")
     return parser.parse_args()
 
 
@@ -78,9 +75,7 @@ def main():
         return optax.apply_updates(adapters, updates), state, value
 
     update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(where, states, everywhere))
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=3, save_interval_steps=args.save_every, cleanup_tmp_directories=True
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=3, cleanup_tmp_directories=True)
     with ocp.CheckpointManager(os.path.abspath(args.directory), options=options) as manager:
         base, step = lora.fingerprint(params, content=True), 0
         if manager.latest_step() is not None:
@@ -110,7 +105,6 @@ def main():
                 os.kill(os.getpid(), signal.SIGKILL)
             sums = checksums({str(i): x for i, x in enumerate(jax.tree.leaves(adapters))})
             print(step, float(value), "".join(sums.values()), flush=True)
-            time.sleep(args.pause)
 
 
 if __name__ == "__main__":
