@@ -1,13 +1,14 @@
 """LoRA as a JAX transform."""
 
 from lora_jax._adapt import adapt, coverage
-from lora_jax._adapters import Full, LoRA, Rows
+from lora_jax._adapters import DoRA, Full, LoRA, Rows
 from lora_jax._algebra import combine, extract, resize, scaled
 from lora_jax._bind import bind
 from lora_jax._checkpoint import Restored, restore, save
 from lora_jax._compare import Comparison, Likeness, compare
 from lora_jax._config import LoRAConfig, Rule
 from lora_jax._coverage import Coverage
+from lora_jax._dora import dora
 from lora_jax._errors import LoRAError
 from lora_jax._fingerprint import Fingerprint, fingerprint
 from lora_jax._forecast import Forecast, forecast
@@ -42,6 +43,8 @@ __all__ = [
     # the trainable tree
     "init",
     "LoRA",
+    "dora",
+    "DoRA",
     "Full",
     "Rows",
     # the transform

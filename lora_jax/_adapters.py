@@ -14,24 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lora_jax import _compat
+from lora_jax._einsum import cast, contract, wide
+from lora_jax._errors import LoRAError
 from lora_jax._weight import RANK, AdaptedWeight, Factor, Geometry, spec_along
 
 static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class LoRA:
-    """The low-rank update of one leaf (arXiv:2106.09685, section 4.1): scale · A·B.
-
-    Attributes:
-      a: (*batch, *in, rank).
-      b: (*batch, rank, *out).
-      scale: alpha / rank; static, so neither a gradient nor weight decay reaches it.
-      geometry: which axes of the leaf are which.
-      dropout: rate on the branch's input.
-      embedding: whether the leaf is a look-up table.
-    """
+class LowRank:
+    """What the nodes with two factors have in common; see `LoRA`."""
 
     a: jax.Array
     b: jax.Array
@@ -59,22 +52,105 @@ class LoRA:
             Factor(self.a, self.geometry.a_dims),
             Factor(self.b, self.geometry.b_dims),
             seed,
+            None,
             self.scale,
             self.dropout,
             path,
             tuple((d,) for d in range(len(base.shape))),
         )
 
-    def specs(self, spec: PartitionSpec) -> LoRA:
+    def specs(self, spec: PartitionSpec) -> Any:
         """The PartitionSpecs of the arrays, from the leaf's."""
         along = functools.partial(spec_along, spec=spec)
         return dataclasses.replace(
             self, a=along(self.geometry.a_dims), b=along(self.geometry.b_dims)
         )
 
-    def labels(self) -> LoRA:
+    def labels(self) -> Any:
         kind = "embedding_" if self.embedding else ""
         return dataclasses.replace(self, a=kind + "a", b=kind + "b")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoRA(LowRank):
+    """The low-rank update of one leaf (arXiv:2106.09685, section 4.1): scale · A·B.
+
+    Attributes:
+      a: (*batch, *in, rank).
+      b: (*batch, rank, *out).
+      scale: alpha / rank; static, so neither a gradient nor weight decay reaches it.
+      geometry: which axes of the leaf are which.
+      dropout: rate on the branch's input.
+      embedding: whether the leaf is a look-up table.
+    """
+
+    def with_magnitude(self, magnitude: jax.Array) -> DoRA:
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return DoRA(**own, magnitude=magnitude)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class DoRA(LowRank):
+    """A leaf by direction and magnitude (arXiv:2402.09353, eq. 5): W' = m · V / ‖V‖ for each output
+    unit, with V = W + scale·A·B; no gradient flows through the norm (section 4.3).
+
+    `dora` makes them. The attributes are those of `LoRA`, and
+
+    Attributes:
+      magnitude: m, (*batch, *out).
+    """
+
+    magnitude: jax.Array = dataclasses.field(kw_only=True)
+
+    @property
+    def _gain_dims(self) -> tuple[int, ...]:
+        return (*self.geometry.batch_axes, RANK, *self.geometry.out_axes)
+
+    def weight(self, base: Any, path: str, seed: Factor | None = None) -> AdaptedWeight:
+        """`base` with this update and m / ‖V‖ beside it; only the norms are computed."""
+        varying = _compat.varying(base) if isinstance(base, jax.core.Tracer) else ()
+        if varying:
+            raise LoRAError(
+                f"'{path}' varies over the mesh axes {', '.join(sorted(varying))}: of a part of it "
+                "there is no norm. Adapt the function that calls jax.shard_map, and bind outside: "
+                "lora.adapt(jax.shard_map(fn, ...))(lora.bind(params, adapters), x)"
+            )
+        m = self.magnitude.astype(wide(self.magnitude.dtype))
+        n = jax.lax.stop_gradient(norms(self, base)).astype(m.dtype)
+        # An output unit that is zero, in V, stays so.
+        gain = jnp.where(n > 0, (m - n) / jnp.where(n > 0, n, 1), 0)
+        gain = jnp.expand_dims(gain, len(self.geometry.batch_axes))
+        weight = super().weight(base, path, seed)
+        return dataclasses.replace(weight, gain=Factor(gain, self._gain_dims))
+
+    def specs(self, spec: PartitionSpec) -> DoRA:
+        dims = tuple(d for d in self._gain_dims if d != RANK)
+        return dataclasses.replace(super().specs(spec), magnitude=spec_along(dims, spec))
+
+    def labels(self) -> DoRA:
+        return dataclasses.replace(super().labels(), magnitude="magnitude")
+
+
+def norms(node: LowRank, base: Any) -> jax.Array:
+    """‖W + scale·A·B‖ of each output unit, (*batch, *out), in fp32 or wider.
+
+    From ‖W‖² + 2s·⟨AᵀW, B⟩ + s²·⟨AᵀA·B, B⟩, so the sum is never formed.
+    """
+    g = node.geometry
+    dtype = wide(base.dtype)
+    exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+    a, b, other = cast(node.a, base.dtype), node.b.astype(dtype), RANK - 1
+    rename = lambda dims: tuple(other if d == RANK else d for d in dims)
+    aw = contract(a, g.a_dims, base, range(base.ndim), g.b_dims, **exact)
+    aa = contract(a, g.a_dims, a, rename(g.a_dims), (*g.batch_axes, RANK, other), **exact)
+    aab = contract(aa, (*g.batch_axes, RANK, other), b, rename(g.b_dims), g.b_dims, **exact)
+    low_rank = jnp.sum(b * (2 * node.scale * aw + node.scale**2 * aab), len(g.batch_axes))
+    squares = jnp.sum(base.astype(dtype) ** 2, g.in_axes)  # its axes in the leaf's order
+    left = sorted((*g.batch_axes, *g.out_axes))
+    squares = squares.transpose([left.index(d) for d in (*g.batch_axes, *g.out_axes)])
+    return jnp.sqrt(jnp.maximum(squares + low_rank, 0))
 
 
 @jax.tree_util.register_dataclass
@@ -131,7 +207,7 @@ class Rows:
         return dataclasses.replace(self, value="rows")
 
 
-NODES = (LoRA, Full, Rows)
+NODES = (LoRA, DoRA, Full, Rows)
 
 
 def is_node(x: Any) -> bool:

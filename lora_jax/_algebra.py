@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapters import Full, LoRA, Rows, is_node
+from lora_jax._adapters import DoRA, Full, LoRA, Rows, is_node
 from lora_jax._einsum import wide
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import state_of
@@ -47,7 +47,7 @@ def combine(
 
     Raises:
       LoRAError: no adapters, another number of weights, adapters that do not fit each other, a leaf
-        trained in full without `base`; all of them at once.
+        trained in full without `base`; all of them at once. A `DoRA`, which adds no update.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
@@ -56,7 +56,7 @@ def combine(
     Array([[-1.5, -1.5],
            [-1.5, -1.5]], dtype=float32)
     """
-    trees = [flatten(checked(tree), is_leaf=is_node) for tree in adapters]
+    trees = [flatten(linear(tree), is_leaf=is_node) for tree in adapters]
     weights = [1.0] * len(trees) if weights is None else list(weights)
     if not trees or len(trees) != len(weights):
         raise LoRAError(
@@ -109,7 +109,7 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
       Adapters with scale 1 and balanced factors: A = U·√Σ, B = √Σ·Vᵀ.
 
     Raises:
-      LoRAError: neither or both of rank and energy, or one out of range.
+      LoRAError: neither or both of rank and energy, or one out of range; a `DoRA`.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((4, 3)), jnp.ones((3, 2)), 2.0, lora.Geometry((0,), (1,)))
@@ -131,7 +131,7 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
         keep = rank if energy is None else rank_for(s, energy)
         return from_svd(node, u, s, v, keep)
 
-    return jax.tree.map(leaf, checked(adapters), is_leaf=is_node)
+    return jax.tree.map(leaf, linear(adapters), is_leaf=is_node)
 
 
 def extract(
@@ -230,6 +230,17 @@ def from_svd(like: LoRA, u, s, v, rank: int, scale: float = 1.0) -> LoRA:
     a_shape, b_shape = like.geometry.factor_shapes(like.shape, rank)
     a, b = a.reshape(a_shape).astype(like.a.dtype), b.reshape(b_shape).astype(like.b.dtype)
     return dataclasses.replace(like, a=a, b=b, scale=scale)
+
+
+def linear(adapters: Any) -> Any:
+    """The adapters, if each stands for an update that is added to the base."""
+    nodes = flatten(checked(adapters), is_leaf=is_node)
+    raise_all(
+        "these are scaled by magnitudes, so what they add depends on the base:",
+        (f"'{p}' is a DoRA" for p, n in nodes.items() if isinstance(n, DoRA)),
+        "merge them, lora.merge(params, adapters), and take a low-rank update by lora.extract",
+    )
+    return adapters
 
 
 def checked(adapters: Any) -> Any:

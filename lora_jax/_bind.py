@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapters import Full, LoRA, is_node
+from lora_jax._adapters import DoRA, Full, LowRank, is_node
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._init import _typed, path_key
 from lora_jax._nnx import map_state, state_of
@@ -87,7 +87,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Any]:
 
 
 def _mismatch(node, shape) -> str | None:
-    if isinstance(node, LoRA):
+    if isinstance(node, LowRank):
         ranks = (
             node.a.ndim == len(node.geometry.a_dims)
             and node.b.ndim == len(node.geometry.b_dims)
@@ -99,6 +99,9 @@ def _mismatch(node, shape) -> str | None:
                 f"the leaf has shape {shape}, the adapter's a {node.a.shape} and "
                 f"b {node.b.shape} are of another"
             )
+        want = tuple(shape[d] for d in (*node.geometry.batch_axes, *node.geometry.out_axes))
+        if isinstance(node, DoRA) and node.magnitude.shape != want:
+            return f"expected a magnitude of {want}, found {node.magnitude.shape}"
     elif node.shape != shape:
         return f"the leaf has shape {shape}, the adapter was made for {node.shape}"
     return None
@@ -113,7 +116,7 @@ def _frozen(x):
 
 def _seed(key, path: str, node) -> Factor | None:
     """Key data for each weight of the stack: (*batch, 2)."""
-    if key is None or not isinstance(node, LoRA) or not node.dropout:
+    if key is None or not isinstance(node, LowRank) or not node.dropout:
         return None
     batch = node.geometry.batch_axes
     shape = node.a.shape[: len(batch)]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 
-from lora_jax._adapters import LoRA, is_node
+from lora_jax._adapters import LowRank, is_node
 from lora_jax._bind import adapter_nodes
 from lora_jax._config import LoRAConfig
 from lora_jax._describe import (
@@ -272,7 +272,7 @@ def _another_config(config: LoRAConfig, adapters: Any) -> list[str]:
     """A line for each adapter whose rank, scale or dropout is not the configuration's."""
     lines = []
     for path, node in flatten(adapters, is_leaf=is_node).items():
-        if isinstance(node, LoRA):
+        if isinstance(node, LowRank):
             rule = config.rule(path, jax.ShapeDtypeStruct(node.shape, node.a.dtype))
             want = (rule.rank, config.scale(rule.rank, rule.alpha), rule.dropout)
             found = (node.rank, node.scale, node.dropout)

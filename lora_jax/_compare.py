@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import LoRA, is_node
-from lora_jax._algebra import checked, matrices, svd
+from lora_jax._algebra import linear, matrices, svd
 from lora_jax._errors import LoRAError
 from lora_jax._paths import flatten
 from lora_jax._table import table
@@ -73,7 +73,7 @@ def compare(first: Any, second: Any) -> Comparison:
       first, second: adapters of one base; their ranks may differ.
 
     Raises:
-      LoRAError: these are no adapters, or a leaf has other axes or another shape in each.
+      LoRAError: these are no adapters, or DoRA's; a leaf has other axes or another shape in each.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> def node(row):
@@ -83,7 +83,7 @@ def compare(first: Any, second: Any) -> Comparison:
     >>> found.cosine.round(3), found.input_angles.round(), found.output_angles.round()
     (array([0.707], dtype=float32), array([[0.]], dtype=float32), array([[45.]], dtype=float32))
     """
-    one, two = (flatten(checked(tree), is_leaf=is_node) for tree in (first, second))
+    one, two = (flatten(linear(tree), is_leaf=is_node) for tree in (first, second))
     low_rank = lambda tree: {p for p, n in tree.items() if isinstance(n, LoRA)}
     both = low_rank(one) & low_rank(two)
     leaves = {}

@@ -94,7 +94,10 @@ def contracted(x, xl: Labels, products: Sequence[Product], mode: str) -> list:
     for members in groups.values():
         outs = _group(x, xl, [products[i] for i in members], [parts[i] for i in members], mode)
         done |= dict(zip(members, outs))
-    return [done[i] for i in range(len(products))]
+    return [
+        (p.w.gained(y, p.out, p.wl), plan)
+        for p, (y, plan) in zip(products, (done[i] for i in range(len(products))))
+    ]
 
 
 def _group(x, xl, products, parts, mode):

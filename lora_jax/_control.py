@@ -156,7 +156,7 @@ def _sliced_leaves(w: AdaptedWeight):
     """What a scan slices of a stacked weight: the base, and the factors that run along axis 0."""
     return [
         w.base,
-        *(_lead(f).value if f is not None and f.has(0) else None for f in (w.a, w.b, w.seed)),
+        *(_lead(f).value if f is not None and f.has(0) else None for f in w.parts.values()),
     ]
 
 
@@ -167,23 +167,21 @@ def _lead(f: Factor) -> Factor:
 def _slice_of(w: AdaptedWeight, leaves) -> AdaptedWeight:
     """One layer of a stacked weight, inside the scan."""
     base, *values = leaves
-    a, b, seed = (
-        f
+    parts = {
+        name: f
         if f is None
         else Factor(
             f.value if v is None else v,
             tuple(d if d == RANK else d - 1 for d in (f if v is None else _lead(f)).dims if d != 0),
         )
-        for f, v in zip((w.a, w.b, w.seed), values)
-    )
+        for (name, f), v in zip(w.parts.items(), values)
+    }
     return dataclasses.replace(
         w,
         base=base,
-        a=a,
-        b=b,
-        seed=seed,
         axes=w.axes[1:],
         stacked=tuple(sorted({*w.stacked, *w.axes[0]})),
+        **parts,
     )
 
 

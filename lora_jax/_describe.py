@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapters import Full, LoRA, Rows, is_node
+from lora_jax._adapters import DoRA, Full, LoRA, Rows, is_node
 from lora_jax._config import LoRAConfig, Rule, as_patterns
 from lora_jax._paths import flatten
 from lora_jax._weight import Geometry
 
-KINDS = {"lora": LoRA, "full": Full, "rows": Rows}
+KINDS = {"lora": LoRA, "dora": DoRA, "full": Full, "rows": Rows}
 
 
 def adapters_to_json(adapters: Any) -> dict[str, dict]:
@@ -24,7 +24,7 @@ def adapters_to_json(adapters: Any) -> dict[str, dict]:
     return {p: node_to_json(n) for p, n in flatten(adapters, is_leaf=is_node).items()}
 
 
-def node_to_json(node: LoRA | Full | Rows) -> dict:
+def node_to_json(node: LoRA | DoRA | Full | Rows) -> dict:
     """
     >>> node_to_json(Full(jax.ShapeDtypeStruct((2, 3), "float32")))
     {'kind': 'full', 'value': ['float32', [2, 3]]}
@@ -40,7 +40,7 @@ def node_to_json(node: LoRA | Full | Rows) -> dict:
     return out
 
 
-def node_from_json(x: Mapping) -> LoRA | Full | Rows:
+def node_from_json(x: Mapping) -> LoRA | DoRA | Full | Rows:
     """The node, with shapes in the place of arrays."""
     cls = KINDS[x["kind"]]
     values = {}

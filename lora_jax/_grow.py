@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapters import LoRA, is_node
+from lora_jax._adapters import LowRank, is_node
 from lora_jax._config import LoRAConfig, Rule
 from lora_jax._paths import flatten, path_of
 
@@ -20,7 +20,7 @@ def growing(tree: Any, saved: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
     found = {}
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
         owner = _owner(path_of(keys), saved)
-        if not isinstance(node, LoRA) or not isinstance(saved.get(owner), LoRA):
+        if not isinstance(node, LowRank) or not isinstance(saved.get(owner), LowRank):
             continue
         of = {"a": len(node.geometry.a_dims) - 1, "b": len(node.geometry.batch_axes)}
         at = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -72,7 +72,7 @@ def with_scales(tree: Any, saved: Mapping[str, Any]) -> Any:
 
     def node(keys, x):
         owner = _owner(path_of(keys), saved)
-        if not isinstance(x, LoRA) or owner is None:
+        if not isinstance(x, LowRank) or owner is None:
             return x
         return dataclasses.replace(x, scale=saved[owner].scale)
 
@@ -84,7 +84,7 @@ def config_of(config: LoRAConfig, adapters: Any) -> LoRAConfig:
     a rule for each leaf."""
     rules = []
     for path, node in flatten(adapters, is_leaf=is_node).items():
-        if isinstance(node, LoRA):
+        if isinstance(node, LowRank):
             alpha = node.scale / config.scale(node.rank, 1.0)
             leaf = jax.ShapeDtypeStruct(node.shape, node.a.dtype)
             rule = dataclasses.replace(config.rule(path, leaf), pattern=path, rank=node.rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapters import Full, Rows
+from lora_jax._adapters import DoRA, Full, LoRA, Rows
 from lora_jax._bind import adapter_nodes
-from lora_jax._einsum import wide
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import map_state
 from lora_jax._paths import map_with_path
 
 
 def merge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
-    """W + scale·A·B (arXiv:2106.09685, section 4.1) as plain parameters for the plain model.
+    """W + scale·A·B (arXiv:2106.09685, section 4.1), and what other nodes make of W, as plain
+    parameters for the plain model.
 
     The update is accumulated in fp32 (or wider) and rounded once. The base is not changed, so going
     back is exact: keep it. Leaves are merged one at a time, so that beyond the result the peak
@@ -60,8 +61,8 @@ def unmerge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
       donate: as in `merge`.
 
     Raises:
-      LoRAError: as `merge`; or the adapters hold leaves that were trained in full or by rows, the
-        original values of which are lost.
+      LoRAError: as `merge`; or the adapters hold leaves that were trained in full or by rows, or
+        scaled (DoRA), the original values of which are lost.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 0.5, lora.Geometry((0,), (1,)))
@@ -74,7 +75,11 @@ def unmerge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
 
 def _each(params, adapters, verb, sign, donate):
     nodes = adapter_nodes(params, adapters, verb)
-    lost = [f"'{p}' was trained in full" for p, n in nodes.items() if isinstance(n, Full | Rows)]
+    lost = [
+        f"'{p}' was {'scaled' if isinstance(n, DoRA) else 'trained in full'}"
+        for p, n in nodes.items()
+        if not isinstance(n, LoRA)
+    ]
     if sign < 0:
         raise_all(
             "cannot unmerge leaves whose base values are lost:",
@@ -126,7 +131,6 @@ def _merge_leaf(sign, base, node):
     elif isinstance(node, Rows):
         merged = base.at[jnp.asarray(node.index)].set(node.value.astype(base.dtype))
     else:
-        dtype = wide(base.dtype)
-        delta = node.weight(base, "").delta(dtype)
-        merged = (base.astype(dtype) + sign * delta).astype(base.dtype)
+        weight = node.weight(base, "")
+        merged = dataclasses.replace(weight, scale=sign * weight.scale).materialise()
     return merged, jnp.isfinite(merged).all()

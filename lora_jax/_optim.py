@@ -21,7 +21,8 @@ def labels(tree: Any) -> Any:
 
     Returns:
       The same tree with a label for each leaf: "a" and "b" of a `LoRA` ("embedding_a" and
-      "embedding_b" where the leaf is a look-up table), "full", "rows", and "frozen" for all else.
+      "embedding_b" where the leaf is a look-up table), "magnitude" of a `DoRA`, "full", "rows",
+      and "frozen" for all else.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": jnp.ones((4, 4))}
@@ -60,7 +61,8 @@ def lora_plus(
 
     Args:
       make: a function of a learning rate that returns an optimiser, such as `optax.adam`.
-      learning_rate: of A and of leaves that are trained in full; a number or an optax schedule.
+      learning_rate: of A, of magnitudes and of leaves that are trained in full; a number or an
+        optax schedule.
       ratio: λ = lr_B / lr_A; the paper's experiments use 16 (2 to 8 for harder tasks).
       embedding_learning_rate: of the factors of embeddings and of rows; None: `learning_rate`.
 
@@ -81,6 +83,7 @@ def lora_plus(
             "a": slow,
             "b": make(times(learning_rate)),
             "full": slow,
+            "magnitude": slow,
             "embedding_a": own,
             "embedding_b": own,
             "rows": own,

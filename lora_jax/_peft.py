@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapters import Full, LoRA, Rows
+from lora_jax._adapters import DoRA, Full, LoRA, Rows, norms
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, nest
@@ -56,7 +56,7 @@ def load_peft(
     ignore: Sequence[str] = (),
     max_bytes: int | None = None,
 ) -> PeftAdapter:
-    """Reads an adapter that PEFT saved, LoRA or AdaLoRA, for the parameters of a JAX model.
+    """Reads an adapter that PEFT saved, LoRA, DoRA or AdaLoRA, for the parameters of a JAX model.
 
     Every tensor of the file is used, or the call fails. The folder may come from a stranger: it is
     checked before anything is allocated, and nothing in it is run.
@@ -193,7 +193,7 @@ class _Build:
             self.failures.append(f"'{path}': '{name}' falls on what another parameter is already")
         taken[region] = True
 
-    def _lora(self, path: str, pieces) -> LoRA:
+    def _lora(self, path: str, pieces) -> LoRA | DoRA:
         """One node from one low-rank update or several, on different parts of the leaf.
 
         Parts of the batch axes keep their rank (the smaller are padded with zeros); parts of the
@@ -228,7 +228,26 @@ class _Build:
             a[(*block.region((*g.batch_axes, *g.in_axes)), at)] = factor_a(own_a, block)
             b[(*block.region(g.batch_axes), at, *block.region(g.out_axes))] = factor_b(own_b, block)
         embedding = leaf.kind == "embedding" or pieces[0][0].kind == "embedding"
-        return LoRA(self._cast(a), self._cast(b), float(scale), g, self.config.dropout, embedding)
+        node = LoRA(self._cast(a), self._cast(b), float(scale), g, self.config.dropout, embedding)
+        return self._dora(path, pieces, node, taken.all()) if self.config.dora else node
+
+    def _dora(self, path: str, pieces, node: LoRA, whole: bool) -> DoRA:
+        """The node with the magnitudes of all parts; where there is none, the norms themselves."""
+        g = node.geometry
+        dtype = np.result_type(*{self.file.tensors[u.magnitude].dtype for _, _, u in pieces})
+        if whole:
+            m = np.zeros([node.shape[d] for d in (*g.batch_axes, *g.out_axes)], dtype)
+        else:
+            m = np.array(norms(node, jnp.asarray(self._base(path)))).astype(dtype)
+        for entry, i, u in pieces:
+            block = entry.blocks[i]
+            if block.sizes(g.in_axes) != tuple(node.shape[d] for d in g.in_axes):
+                self.failures.append(f"'{path}': '{entry.name}' scales a part of its inputs alone")
+            start = sum(x.n_out for x in entry.blocks[:i])
+            own = self.file.read(u.magnitude).reshape(1, -1, 1)[:, start : start + block.n_out]
+            own = factor_b(own, block).squeeze(len(g.batch_axes))
+            m[block.region((*g.batch_axes, *g.out_axes))] = own
+        return node.with_magnitude(self._cast(m))
 
     def _full(self, path: str, pieces) -> Full:
         leaf = self.leaves[path]

@@ -17,15 +17,13 @@ HARMLESS = set(
     task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
     target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora
     modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
-    megatron_config megatron_core trainable_token_indices loftq_config eva_config corda_config
-    lora_ga_config qalora_group_size runtime_config lora_bias target_parameters velora_config
-    ensure_weight_tying beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal tinit total_step
-    merge_weights
+    use_dora megatron_config megatron_core trainable_token_indices loftq_config eva_config
+    corda_config lora_ga_config qalora_group_size runtime_config lora_bias target_parameters
+    velora_config ensure_weight_tying beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal
+    tinit total_step merge_weights
     """.split()
 )
 REFUSED = {
-    "use_dora": "DoRA: the node of this library has no magnitude yet; merge the adapter in PEFT "
-    "(merge_and_unload) and load the merged weights",
     "use_qalora": "QALoRA pools its inputs",
     "use_bdlora": "BD-LoRA is block-diagonal",
     "kasa_config": "KaSA changes the base weights",
@@ -46,6 +44,7 @@ class PeftConfig:
     r: int
     alpha: float
     rank_stabilized: bool
+    dora: bool
     rank_pattern: Mapping[str, Any]
     alpha_pattern: Mapping[str, float]
     targets: str | tuple[str, ...] | None
@@ -128,6 +127,7 @@ def peft_config(raw: Mapping[str, Any], where: object, ignore: tuple[str, ...] =
         r,
         check.number("lora_alpha", 8),
         check.value("use_rslora", bool, False),
+        check.value("use_dora", bool, False),
         check.patterns("rank_pattern", (lambda v: isinstance(v, list)) if adalora else _is_rank),
         check.patterns("alpha_pattern", _is_number),
         check.targets(),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax._adapters import Full, LoRA, Rows, is_node
+from lora_jax._adapters import DoRA, Full, LoRA, LowRank, Rows, is_node
 from lora_jax._errors import raise_all
 from lora_jax._peft_blocks import Block, from_leaf, torch_a, torch_b
 from lora_jax._peft_map import Entry, TorchMapping
@@ -19,10 +19,12 @@ VERSION = "0.21.2"
 
 
 class _Low:
-    """A low-rank update of one torch parameter: A (batch, r, in), B (batch, out, r)."""
+    """A low-rank update of one torch parameter: A (batch, r, in), B (batch, out, r), and DoRA's
+    magnitude (out), if it has one."""
 
-    def __init__(self, entry: Entry, a: np.ndarray, b: np.ndarray, scale: float, dropout: float):
+    def __init__(self, entry: Entry, a, b, scale: float, dropout: float, magnitude=None):
         self.entry, self.a, self.b, self.scale, self.dropout = entry, a, b, scale, dropout
+        self.magnitude = magnitude
 
     @property
     def rank(self) -> int:
@@ -62,7 +64,7 @@ class Export:
             if len(kinds) > 1:
                 self.failures.append(f"'{entry.name}': its leaves are trained in different ways")
             elif kinds:
-                make = {LoRA: self._lora, Full: self._full, Rows: self._rows}
+                make = {LoRA: self._lora, DoRA: self._lora, Full: self._full, Rows: self._rows}
                 make[kinds.pop()](entry, nodes)
         self._ranks(uniform)
 
@@ -83,7 +85,7 @@ class Export:
                     f"'{path}' {shape}: the mapping has {n:,} of {math.prod(shape):,} elements"
                 )
 
-    def _lora(self, entry: Entry, nodes: Sequence[LoRA | None]) -> None:
+    def _lora(self, entry: Entry, nodes: Sequence[LowRank | None]) -> None:
         scale = next(n.scale for n in nodes if n is not None)
         dropout = next(n.dropout for n in nodes if n is not None)
         parts = []
@@ -102,7 +104,24 @@ class Export:
                 b = (b.astype(np.float32) * (node.scale / scale)).astype(b.dtype)
             parts.append((a, b))
         a, b = _together(parts)
-        self.low[entry.name] = _Low(entry, a, b, scale, dropout)
+        magnitude = (
+            self._magnitude(entry, nodes) if any(isinstance(n, DoRA) for n in nodes) else None
+        )
+        self.low[entry.name] = _Low(entry, a, b, scale, dropout, magnitude)
+
+    def _magnitude(self, entry: Entry, nodes: Sequence[DoRA | None]) -> np.ndarray | None:
+        if None in nodes or entry.kind == "experts" or entry.name.endswith("in_proj_weight"):
+            what = (
+                "others of its leaves are not adapted"
+                if None in nodes
+                else "PEFT has no DoRA of it"
+            )
+            self.failures.append(f"'{entry.name}' is a DoRA, but {what}")
+            return None
+        return np.concatenate([
+            torch_b(np.expand_dims(n.magnitude, len(n.geometry.batch_axes)), b)[0, :, 0]
+            for b, n in zip(entry.blocks, nodes)
+        ])  # fmt: skip
 
     def _full(self, entry: Entry, nodes: Sequence[Full | None]) -> None:
         if entry.layout is None or None in nodes:
@@ -123,6 +142,12 @@ class Export:
         for name, low in self.low.items():  # a MultiheadAttention has one rank for both
             if name.endswith(".in_proj_weight"):
                 self._attention(name.removesuffix(".in_proj_weight"), low)
+        plain = [n for n, low in self.low.items() if low.magnitude is None]
+        if 0 < len(plain) < len(self.low) and not self.failures:
+            self.failures.append(
+                f"{', '.join(plain)}: no DoRA, but others are, and PEFT has one setting for all; "
+                "give these magnitudes too: lora.dora(params, adapters)"
+            )
         if not uniform or not self.low:
             return
         rank = max(low.rank for low in self.low.values())
@@ -189,7 +214,7 @@ class Export:
             "fan_in_fan_out": False,
             "init_lora_weights": True,
             "use_rslora": False,
-            "use_dora": False,
+            "use_dora": any(low.magnitude is not None for low in self.low.values()),
             "lora_bias": False,
         }
 
@@ -198,15 +223,20 @@ class Export:
         owner, _, last = module.rpartition(".")
         attention = last == "out_proj" and f"{owner}.in_proj_weight" in self.low
         key = f"{owner}.base_layer.out_proj" if attention else module
-        a, b = low.a[0], low.b[0]
+        a, b, magnitude = low.a[0], low.b[0], low.magnitude
         if low.entry.kind == "embedding":
             self.tensors |= {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b}
         else:
             if low.entry.kind == "conv":
                 leaf = low.entry.blocks[0].leaf
                 window = tuple(leaf.shape[d] for d in leaf.in_axes)
-                a, b = a.reshape(low.rank, *window), b.reshape(*b.shape, *[1] * (len(window) - 1))
+                ones = [1] * (len(window) - 1)
+                a, b = a.reshape(low.rank, *window), b.reshape(*b.shape, *ones)
+                if magnitude is not None:
+                    magnitude = magnitude.reshape(1, -1, *ones)
             self.tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+        if magnitude is not None:
+            self.tensors[f"{key}.lora_magnitude_vector"] = magnitude
         return owner if attention else module
 
     def _store_experts(self, key: str, low: _Low) -> None:
@@ -231,7 +261,7 @@ class Export:
         return bias, saved
 
 
-def _own(node: LoRA, block: Block, blocks: Iterable[Block]) -> tuple[np.ndarray, np.ndarray]:
+def _own(node: LowRank, block: Block, blocks: Iterable[Block]) -> tuple[np.ndarray, np.ndarray]:
     """The A and B of one block of a leaf, without the ranks that are another block's alone."""
     a, b = np.asarray(node.a), np.asarray(node.b)
     own_a, own_b = torch_a(a, block), torch_b(b, block)

@@ -30,6 +30,8 @@ TAILS = {
     "lora_A": "a",
     "lora_B": "b",
     "lora_E": "e",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
     "token_adapter.trainable_tokens_delta": "rows",
 }
 COPY = re.compile(r"(.+)\.(modules_to_save|original_module)\.([^.]+)")
@@ -46,6 +48,7 @@ class Update:
       rank, n_in, n_out, batch: sizes; batch is the number of experts, else 1.
       scale: the constant before B·A.
       a, b, e: the keys of its tensors; e is AdaLoRA's diagonal.
+      magnitude: the key of DoRA's.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Update:
     b: str
     e: str | None = None
     swapped: bool = False  # experts: A runs along the outputs
+    magnitude: str | None = None
 
     def arrays(self, file: AdapterFile) -> tuple[np.ndarray, np.ndarray]:
         """A (batch, rank, in) and B (batch, out, rank), in the type in which they are stored."""
@@ -217,8 +221,9 @@ class _Parser:
             return None
         table = "table_a" in parts or "table_b" in parts
         names = ("table_a", "table_b") if table else ("a", "b")
-        extra = set(parts) - {*names, "b_bias", *(["e"] if self.config.adalora else [])}
-        lacking = [n for n in (*names, *(["e"] if self.config.adalora else [])) if n not in parts]
+        own = [n for n, on in (("e", self.config.adalora), ("magnitude", self.config.dora)) if on]
+        extra = set(parts) - {*names, "b_bias", *own}
+        lacking = [n for n in (*names, *own) if n not in parts]
         if extra or lacking:
             self._wrong(
                 next(iter(parts.values())),
@@ -249,7 +254,8 @@ class _Parser:
             self._wrong(key_a, f"target_modules does not include '{plain}'; PEFT would ignore it")
         if self.config.adalora and 0 in a:
             return []  # pruned to nothing
-        problem = _misfit(a, b, self.file.shape(parts["e"]) if "e" in parts else None)
+        shapes = {n: self.file.shape(parts[n]) for n in ("e", "magnitude") if n in parts}
+        problem = _misfit(a, b, **shapes)
         if problem:
             self._wrong(key_a, problem)
             return []
@@ -259,7 +265,8 @@ class _Parser:
             name = module + ".in_proj_weight"
         kind = "embedding" if table else ("conv" if len(a) > 2 else "linear")
         n_in = math.prod(a[1:])
-        return [Update(name, kind, a[0], n_in, b[0], 1, scale, key_a, key_b, parts.get("e"))]
+        own = dict(e=parts.get("e"), magnitude=parts.get("magnitude"))
+        return [Update(name, kind, a[0], n_in, b[0], 1, scale, key_a, key_b, **own)]
 
     def _bias(self, update: Update, values: dict[str, Value]) -> None:
         """lora_bias: b + scale · its own bias."""
@@ -329,7 +336,7 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
-def _misfit(a, b, e) -> str | None:
+def _misfit(a, b, e=None, magnitude=None) -> str | None:
     """What is wrong with the shapes of a pair, if anything."""
     if len(a) < 2 or len(b) < 2:
         return f"A {a} and B {b}: expected (rank, in) and (out, rank)"
@@ -339,4 +346,7 @@ def _misfit(a, b, e) -> str | None:
         return f"A {a} and B {b} have different ranks"
     if e is not None and e != (a[0], 1):
         return f"E {e}, expected ({a[0]}, 1)"
+    want = (b[0],) if len(a) == 2 else (1, b[0], *[1] * (len(a) - 2))
+    if magnitude is not None and magnitude != want:
+        return f"a magnitude {magnitude}, expected {want}"
     return None

@@ -93,7 +93,7 @@ def save_peft(
 
     Args:
       folder: is made if need be; an adapter in it is replaced.
-      adapters: `LoRA`, `Full` and `Rows` nodes.
+      adapters: `LoRA`, `Full` and `Rows` nodes; `DoRA` for all modules or none.
       mapping: which leaf each torch parameter is: `load_peft(...).mapping`, or `torch_mapping`.
         The parameters of one module of experts stand in it in the torch module's own order.
       uniform_rank: one rank and one alpha for all modules, as vLLM reads no patterns: the largest,

@@ -26,8 +26,16 @@ def _dot_general(ctx, eqn, args):
         ctx.used(args[side], eqn, "low-rank", *_parts_of(eqn, side, args[side].ndim))
         return ctx.bind(eqn, [a.base if is_weight(a) else a for a in args])
     x = args[1 - side]
-    uses = [(eqn, side, args[side]), *ctx.siblings(eqn, 1 - side)]
     xl = tuple(("x", d) for d in range(x.ndim))
+    uses = [(eqn, side, args[side])]
+    if _gains_input(*uses[0]):
+        w, wl = args[side], _labels(eqn, side, xl, args[side].ndim)
+        if not {wl[d] for d in w.gain.dims if d != RANK} <= {*xl}:
+            return None
+        x = w.gained(x, xl, wl)
+        uses[0] = eqn, side, dataclasses.replace(w, gain=None)
+    else:
+        uses += [u for u in ctx.siblings(eqn, 1 - side) if not _gains_input(*u)]
     products = [_product(ctx, e, s, x, xl, w) for e, s, w in uses]
     outs = contracted(x, xl, products, ctx.plan)
     for (e, s, w), (_, plan) in zip(uses, outs):
@@ -44,13 +52,27 @@ def _parts_of(eqn, side: int, ndim: int):
     return wc, [d for d in range(ndim) if d not in wc and d not in wb], wb
 
 
+def _gains_input(eqn, side: int, w) -> bool:
+    """Whether the product sums over axes that the weight's gain runs along: x gets it then."""
+    contracting, _ = eqn.params["dimension_numbers"]
+    return w.gain is not None and any(map(w.gain.has, contracting[side]))
+
+
+def _labels(eqn, side: int, xl, ndim: int):
+    """Of the weight's axes: those of the axes of x that they meet, and labels of their own."""
+    contracting, batch = eqn.params["dimension_numbers"]
+    met = dict(zip(
+        (*contracting[side], *batch[side]), (*contracting[1 - side], *batch[1 - side])
+    ))  # fmt: skip
+    return tuple(xl[met[d]] if d in met else ("w", d) for d in range(ndim))
+
+
 def _product(ctx, eqn, side, x, xl, w) -> Product:
     contracting, batch = eqn.params["dimension_numbers"]
-    wc, xc, wb, xb = contracting[side], contracting[1 - side], batch[side], batch[1 - side]
-    met = dict(zip((*wc, *wb), (*xc, *xb)))
-    wl = tuple(xl[met[d]] if d in met else ("w", d) for d in range(w.ndim))
+    xc, xb = contracting[1 - side], batch[1 - side]
+    wl = _labels(eqn, side, xl, w.ndim)
     x_free = [d for i, d in enumerate(xl) if i not in xc and i not in xb]
-    w_free = [wl[d] for d in range(w.ndim) if d not in met]
+    w_free = [d for d in wl if d not in xl]
     out = (*(xl[d] for d in xb), *(w_free + x_free if side == 0 else x_free + w_free))
     operands = [w.base, x] if side == 0 else [x, w.base]
     return Product(
@@ -83,6 +105,8 @@ def _conv(ctx, eqn, args):
         if any(
             first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
         ) or not second.has(out_dim):
+            return None
+        if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
             return None
     ctx.used(w, eqn, "low-rank", inner, (out_dim,), ())
     y = ctx.bind(eqn, [x, w.base])[0]
@@ -123,7 +147,8 @@ def _conv(ctx, eqn, args):
         precision=p["precision"],
         preferred_element_type=p["preferred_element_type"],
     )
-    return [plus(y, delta.reshape(y.shape))]
+    along = [out_dim if d == feature else None for d in range(y.ndim)]
+    return [w.gained(plus(y, delta.reshape(y.shape)), along)]
 
 
 def _groups_to_batch(x, batch: int, feature: int, groups: int):
@@ -164,6 +189,8 @@ def _ragged_dot(ctx, eqn, args):
         first, second = (w.a, w.b) if w.a.has(inner) else (w.b, w.a)
         if set(first.dims) != {group, inner, RANK} or set(second.dims) != {group, outer, RANK}:
             return None
+        if w.gain is not None and {*w.gain.dims} != {group, outer, RANK}:
+            return None
     ctx.used(w, eqn, "low-rank", (inner,), (outer,), (group,))
     y = ctx.bind(eqn, [x, w.base, group_sizes])[0]
     if w.is_probe:
@@ -173,8 +200,12 @@ def _ragged_dot(ctx, eqn, args):
     a = times(cast(first.order((group, inner, RANK)).value, x.dtype), w.scale)
     b = cast(second.order((group, RANK, outer)).value, x.dtype)
     h = lax.ragged_dot(x, a, group_sizes, precision=precision)
-    delta = lax.ragged_dot(h, b, group_sizes, precision=precision)
-    return [plus(y, delta)]
+    y = plus(y, lax.ragged_dot(h, b, group_sizes, precision=precision))
+    if w.gain is None:
+        return [y]
+    gain = cast(w.gain.order((group, RANK, outer)).value, y.dtype)
+    ones = jnp.ones((len(y), 1), y.dtype)  # each row times its group's gain, exactly
+    return [y + y * lax.ragged_dot(ones, gain, group_sizes, precision=lax.Precision.HIGHEST)]
 
 
 @rule("gather")

@@ -7,6 +7,7 @@ means that the weight cannot stay in factors here: the interpreter materialises 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -72,7 +73,7 @@ def _reshape(eqn, w, base, rest):
     blocks = _blocks(w.shape, new_shape)
     if blocks is None:
         return None
-    for f in (w.a, w.b):
+    for f in (w.a, w.b, w.gain):
         if f is not None and not all(_reshapeable(f, w.shape, old) for old, _ in blocks):
             return None
     axes: list[tuple[int, ...]] = [()] * len(new_shape)
@@ -217,19 +218,25 @@ def _concatenate(ctx, eqn, args):
         {*w.a.dims} == {*first.a.dims} and {*w.b.dims} == {*first.b.dims} for w in weights
     ) or not (first.a.has(dim) or first.b.has(dim)):
         return None
-    a, b, start = [], [], 0
+    gains = [w.gain for w in weights if w.gain is not None]
+    if any({*g.dims} != {*gains[0].dims} or not g.has(dim) for g in gains):
+        return None
+    a, b, gain, start = [], [], [], 0
     for w in args:
         stop = start + w.shape[dim]
         if is_weight(w):
             around = (start, base.shape[dim] - stop)
             a.append(_padded(w.a.order(first.a.dims), dim, around, w.scale))
             b.append(_padded(w.b.order(first.b.dims), dim, around, 1.0))
+            if w.gain is not None:
+                gain.append(_padded(w.gain.order(gains[0].dims), dim, around, 1.0))
         start = stop
     a, b = (
         Factor(lax.concatenate(values, f.dims.index(RANK)), f.dims)
         for f, values in ((first.a, a), (first.b, b))
     )
-    return [dataclasses.replace(out, a=a, b=b, scale=1.0)]
+    gain = Factor(functools.reduce(lax.add, gain), gains[0].dims) if gains else None
+    return [dataclasses.replace(out, a=a, b=b, gain=gain, scale=1.0)]
 
 
 def _padded(f: Factor, dim: int, around, scale: float):

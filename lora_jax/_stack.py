@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapters import Full, LoRA, Rows, is_node
+from lora_jax._adapters import DoRA, Full, LoRA, LowRank, Rows, is_node, norms
 from lora_jax._algebra import checked
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import state_of
@@ -33,8 +33,8 @@ def stack(
       adapters: adapter trees of one base.
       capacity: how many there may be, with room for those that `put` adds; None: these.
       rank: of every leaf; None: the largest that it has.
-      base: the base parameters, for leaves that are trained in full or by rows: an empty slot holds
-        the base's values.
+      base: the base parameters, for leaves that are trained in full, by rows or scaled (DoRA): an
+        empty slot holds the base's values, or their norms.
 
     Returns:
       The tree of the adapters, each array with an axis of capacity + 1 in front; the scale is
@@ -42,7 +42,7 @@ def stack(
 
     Raises:
       LoRAError: no adapters, more than the capacity, a rank above `rank`, adapters that do not fit
-        each other, a leaf trained in full without `base`; all of them at once.
+        each other, a leaf of another kind without `base`; all of them at once.
 
     One adapter for each example of a batch, the products with the base being done once for all:
 
@@ -137,17 +137,20 @@ def put(stacked: Any, index: Any, adapters: Any | None) -> Any:
 def _slot(nodes: list, rank: int | None, base: Any) -> Any:
     """An empty slot for these nodes of one leaf, or what is wrong with them."""
     first = nodes[0]
-    if isinstance(first, LoRA):
-        widest = max((n.rank for n in nodes if isinstance(n, LoRA)), default=0)
-        rank = widest if rank is None else rank
-        dtype = jnp.result_type(*(x.dtype for n in nodes for x in jax.tree.leaves(n)))
-        a, b = (jnp.zeros(s, dtype) for s in first.geometry.factor_shapes(first.shape, rank))
-        like = dataclasses.replace(first, a=a, b=b, scale=1.0, dropout=0.0)
-    elif base is None:
+    if base is None and not isinstance(first, LoRA):
         return (
             f"is a {type(first).__name__}, and an empty slot holds the base's values: "
             "lora.stack(adapters, base=params)"
         )
+    if isinstance(first, LowRank):
+        widest = max((n.rank for n in nodes if isinstance(n, LowRank)), default=0)
+        rank = widest if rank is None else rank
+        dtype = jnp.result_type(*(x.dtype for n in nodes for x in jax.tree.leaves(n)))
+        a, b = (jnp.zeros(s, dtype) for s in first.geometry.factor_shapes(first.shape, rank))
+        like = dataclasses.replace(first, a=a, b=b, scale=1.0, dropout=0.0)
+        if isinstance(first, DoRA):
+            m = norms(like, jnp.asarray(base)).astype(dtype)
+            like = dataclasses.replace(like, magnitude=m)
     elif isinstance(first, Full):
         like = Full(jnp.asarray(base).astype(first.value.dtype))
     else:
@@ -164,7 +167,7 @@ def _misfit(node: Any, like: Any) -> str | None:
             f"expected a {type(like).__name__} of {like.shape}, found a {type(node).__name__} of "
             f"{node.shape}"
         )
-    if isinstance(node, LoRA):
+    if isinstance(node, LowRank):
         if (node.geometry, node.embedding) != (like.geometry, like.embedding):
             return f"expected {like.geometry}, found {node.geometry}"
         if node.rank > like.rank:
@@ -178,12 +181,12 @@ def _fitted(node: Any, like: Any) -> Any:
     """A node as the slot has it: padded to its rank, its scale in B; None is an empty slot."""
     if node is None:
         return like
-    if not isinstance(node, LoRA):
+    if not isinstance(node, LowRank):
         return jax.tree.map(lambda x, e: x.astype(e.dtype), node, like)
     more = like.rank - node.rank
     axis = len(node.geometry.batch_axes)
     pad = lambda x, d: jnp.pad(x, [(0, more if i == d else 0) for i in range(x.ndim)])
     a, b = pad(node.a, node.a.ndim - 1), pad(node.b, axis)
-    return dataclasses.replace(
-        like, a=a.astype(like.a.dtype), b=b.astype(like.b.dtype) * node.scale
-    )
+    b = b.astype(like.b.dtype) * node.scale
+    own = {"magnitude": node.magnitude.astype(like.b.dtype)} if isinstance(node, DoRA) else {}
+    return dataclasses.replace(like, a=a.astype(like.a.dtype), b=b, **own)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax._adapters import LoRA, is_node
+from lora_jax._adapters import LowRank, is_node
 from lora_jax._config import LoRAConfig
 from lora_jax._errors import raise_all
 from lora_jax._paths import flatten
@@ -90,7 +90,7 @@ class Targets:
         ]
         for path, t in self.lora.items():
             node = flat.get(path)
-            if not isinstance(node, LoRA):
+            if not isinstance(node, LowRank):
                 if node is not None:
                     failures.append(f"'{path}': expected a LoRA, found {type(node).__name__}")
             elif node.rank != t.rank:

@@ -5,13 +5,15 @@ transpose of the weight is a change of labels and costs nothing, and so that den
 heads, experts, scanned layers and convolutions are one case: with labels a and b,
 
     W'[w] = W[w] + scale · Σ_r a[a-axes of w, r] · b[b-axes of w, r]    (arXiv:2106.09685, eq. 3)
+
+and, where there is a gain g along some of its axes, (1 + g) times that (DoRA, arXiv:2402.09353).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,6 +128,8 @@ class AdaptedWeight:
       base: the frozen array W.
       a, b: labelled factors, or None for a weight that is only surveyed.
       seed: labelled key data for dropout, one key per stacked weight, or None.
+      gain: by how much more than 1 the sum of base and update is multiplied, along the axes that it
+        is labelled with, and an axis RANK of size 1; or None.
       scale: the constant in front of the update.
       dropout: the rate on the input of the low-rank branch, used only with a seed.
       origin: the path of the leaf, or a tuple of those that were concatenated.
@@ -138,6 +142,7 @@ class AdaptedWeight:
     a: Factor | None
     b: Factor | None
     seed: Factor | None = None
+    gain: Factor | None = None
     scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
     dropout: float = dataclasses.field(default=0.0, metadata=dict(static=True))
     origin: Any = dataclasses.field(default="", metadata=dict(static=True))
@@ -162,6 +167,11 @@ class AdaptedWeight:
         return self.base.dtype
 
     @property
+    def parts(self) -> dict[str, Factor | None]:
+        """What moves along with the base."""
+        return dict(a=self.a, b=self.b, seed=self.seed, gain=self.gain)
+
+    @property
     def is_probe(self) -> bool:
         """Whether the weight has no factors: it is only followed, for a survey."""
         return self.a is None
@@ -173,15 +183,12 @@ class AdaptedWeight:
 
     def moved(self, base, move: Callable[[Factor], Factor], axes, stacked=()) -> AdaptedWeight:
         """The weight after a change of shape: `move` carries each factor along."""
-        a, b, seed = (f if f is None else move(f) for f in (self.a, self.b, self.seed))
         return dataclasses.replace(
             self,
             base=base,
-            a=a,
-            b=b,
-            seed=seed,
             axes=tuple(axes),
             stacked=tuple(sorted({*self.stacked, *stacked})),
+            **{name: f if f is None else move(f) for name, f in self.parts.items()},
         )
 
     def relabelled(self, base, label: Mapping[int, int], stacked=()) -> AdaptedWeight:
@@ -216,11 +223,31 @@ class AdaptedWeight:
         if self.is_probe:
             return self.base
         dtype = wide(self.base.dtype)
-        return (self.base.astype(dtype) + self.delta(dtype)).astype(self.base.dtype)
+        total = self.base.astype(dtype) + self.delta(dtype)
+        return self.gained(total, range(self.ndim)).astype(self.base.dtype)
 
     def looked_up(self) -> jax.Array:
         """Rows of W + scale·A·B, in the model's own precision, as a product with B would be."""
-        return self.base if self.is_probe else plus(self.base, self.delta(self.base.dtype))
+        if self.is_probe:
+            return self.base
+        return self.gained(plus(self.base, self.delta(self.base.dtype)), range(self.ndim))
+
+    def gained(self, y, labels, of: Sequence | None = None) -> jax.Array:
+        """(1 + gain) · y, as y + gain·y: in low precision a small gain is not rounded away.
+
+        Args:
+          y: an array of these labels.
+          of: the labels of the weight's axes; None: the axes themselves.
+        """
+        if self.gain is None:
+            return y
+        of, labels = range(self.ndim) if of is None else of, list(labels)
+        at = {of[d]: d for d in self.gain.dims if d != RANK}
+        order = [at[label] for label in labels if label in at]
+        gain = self.gain.order((*order, RANK))
+        value = jax.lax.squeeze(cast(gain.value, y.dtype), (len(order),))
+        dims = [i for i, label in enumerate(labels) if label in at]
+        return jax.lax.add(y, jax.lax.mul(y, jax.lax.broadcast_in_dim(value, y.shape, dims)))
 
     def __repr__(self):
         rank = None if self.is_probe else self.a.size(RANK)

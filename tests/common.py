@@ -44,12 +44,23 @@ def assert_close(got, want, dtype=jnp.float32, factor=64):
 
 
 def adapted(
-    fn, params, *args, targets=lora._config.ALL_LINEAR, rank=2, strict=True, plan="auto", **config
+    fn,
+    params,
+    *args,
+    targets=lora._config.ALL_LINEAR,
+    rank=2,
+    strict=True,
+    plan="auto",
+    method=None,
+    **config,
 ):
-    """(adapted function, noisy adapters) of a function of parameters."""
+    """(adapted function, noisy adapters) of a function of parameters. `method` makes other adapters
+    of the parameters and LoRA's."""
     survey = lora.survey(fn, params, *args)
     config = lora.LoRAConfig(rank=rank, alpha=3 * rank, targets=targets, **config)
     adapters = noisy(lora.init(jax.random.key(0), params, config, survey))
+    if method is not None:
+        adapters = noisy(method(params, adapters), key=8)
     return lora.adapt(fn, strict=strict, plan=plan), adapters
 
 

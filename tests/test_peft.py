@@ -27,6 +27,7 @@ MOE_CONFIG = lora.LoRAConfig(
 MODELS = {
     "net_lora": (g.net, g.net_params, None, 1e-6),
     "net_bias_all": (g.net, g.net_params, None, 1e-6),
+    "net_dora": (g.net, g.net_params, None, 1e-6),
     "net_rslora_patterns": (g.net, g.net_params, None, 1e-6),
     "conv_lora": (g.convnet, g.conv_params, None, 1e-6),
     "moe_plain": (g.moe, g.moe_params, None, 4e-6),
@@ -526,7 +527,6 @@ def test_what_peft_would_ignore_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     "settings, match",
     [
-        ({"use_dora": True}, "use_dora is set.*magnitude"),
         ({"init_lora_weights": "pissa"}, "trained against a changed base"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"peft_type": "LOHA"}, "expected 'LORA' or 'ADALORA'"),
@@ -538,9 +538,15 @@ def test_settings_that_change_the_function_are_refused(tmp_path, settings, match
         loaded("net_lora", changed(tmp_path, "net_lora", settings))
 
 
-def test_dora_is_refused():
-    with fails("use_dora"):
-        lora.load_peft(g.folder("net_dora"), g.net_params("net_dora"))
+def test_magnitudes_and_their_setting_go_together(tmp_path):
+    key = "base_model.model.lin.lora_magnitude_vector"
+    with fails("has a, b, but not magnitude"):
+        loaded("net_dora", changed(tmp_path / "1", "net_dora", {}, {key: None}))
+    with fails("also has magnitude"):
+        loaded("net_dora", changed(tmp_path / "2", "net_dora", {"use_dora": False}))
+    with fails(r"a magnitude \(3,\), expected"):
+        wrong = np.ones(3, np.float32)
+        loaded("net_dora", changed(tmp_path / "3", "net_dora", {}, {key: wrong}))
 
 
 def test_a_pair_that_does_not_fit_together(tmp_path):
