@@ -139,8 +139,11 @@ def _shared(adapters: Sequence[TorchAdapter], name: str) -> Any:
     return found[0] if all(x == found[0] for x in found) else None
 
 
-# Settings that say how or by what a file was written; and what the others are if they are absent.
+# Settings that say how a file was written; that choose modules, as the tensors show; and what the
+# others are if they are absent.
 NOT_COMPARED = ("auto_mapping", "peft_version", "inference_mode", "fan_in_fan_out")
+CHOOSING = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save",
+            "layers_to_transform", "layers_pattern", "trainable_token_indices")  # fmt: skip
 DEFAULTS = {
     "bias": "none",
     "init_lora_weights": True,
@@ -160,7 +163,8 @@ class Difference:
       distances: {torch parameter: what the two differ by} of what both have: of updates
         ‖Δ₁ − Δ₂‖ / max(‖Δ₁‖, ‖Δ₂‖), of the rest the largest difference of an element.
       first, second: parameters that are in one alone.
-      config: {setting: (first, second)} of the settings that differ.
+      config: {setting: (first, second)} of the settings that differ. Those that choose modules may
+        say the same in other words; `equal` looks at the parameters instead.
       tolerance: what distance counts as none.
     """
 
@@ -174,13 +178,13 @@ class Difference:
     @property
     def equal(self) -> bool:
         near = all(d <= self.tolerance for d in self.distances.values())
-        return near and not (self.first or self.second or self.config)
+        return near and not (self.first or self.second or self.config.keys() - {*CHOOSING})
 
     def __str__(self):
-        if self.equal:
-            return f"equal: {len(self.distances)} parameters"
         bare = dataclasses.replace(self.updates, first=(), second=())
         lines = [str(bare)] if self.updates.leaves else []
+        if self.equal:
+            lines = [f"equal: {len(self.distances)} parameters"]
         rest = {n: d for n, d in self.distances.items() if n not in self.updates.leaves}
         lines += [f"{n}: differs by up to {d:.4g}" for n, d in rest.items() if d > self.tolerance]
         for name, paths in (("first", self.first), ("second", self.second)):
