@@ -17,13 +17,15 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class _Group(TyperGroup):
-    """Errors that a person can do something about are a message on stderr and status 1."""
+    """What a person can do something about is a message on stderr and status 1; Ctrl-C is 130."""
 
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
         except LoRAError as e:
             typer.echo(f"error: {e}", err=True)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
         except BrokenPipeError:
             raise
         except OSError as e:

@@ -15,7 +15,8 @@ from lora_jax._errors import LoRAError, raise_all
 from lora_jax._merge import merge
 from lora_jax._peft_file import DTYPES
 from lora_jax._safetensors import Base, open_base, write_changed
-from lora_jax._torch_tree import TorchAdapter, on_base, open_torch
+from lora_jax._torch_base import on_base
+from lora_jax._torch_tree import TorchAdapter, open_torch
 
 
 def merge_files(

@@ -1,13 +1,11 @@
 """A PEFT folder as adapters of the torch model itself: one node for each torch parameter, by name.
 
-The base model is not needed: the kind of each update says how it lies in torch. Where the base's
-shapes are there (`on_base`), each parameter is found in it, or is an error.
+The base model is not needed: the kind of each update says how it lies in torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +15,6 @@ import numpy as np
 
 from lora_jax._adapters import LoRA
 from lora_jax._errors import raise_all
-from lora_jax._paths import nearest
 from lora_jax._peft import _Build
 from lora_jax._peft_blocks import Block, LeafInfo
 from lora_jax._peft_config import PeftConfig, peft_config
@@ -27,7 +24,7 @@ from lora_jax._peft_map import Entry
 from lora_jax._weight import Geometry
 
 OUT_IN, IN_OUT = Geometry((1,), (0,)), Geometry((0,), (1,))
-EXPERTS_OUT_IN, EXPERTS_IN_OUT = Geometry((2,), (1,), (0,)), Geometry((1,), (2,), (0,))
+EXPERTS_OUT_IN = Geometry((2,), (1,), (0,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +49,11 @@ class TorchAdapter:
             a change of it.
           dtype: of the adapter; None for the type in which it is stored.
         """
-        entry, what = self.parts[name]
-        path, shape = entry.blocks[0].leaf.path, entry.shape
+        place, what = self.parts[name]
+        path, shape = place.blocks[0].leaf.path, place.shape
         base = jax.ShapeDtypeStruct(shape, np.float32) if base is None else base
         build = _Build(self.file, self.config, _OneLeaf(path, base), dtype)
-        build.add(entry, what)
+        build.add(place, what)
         nodes = build.nodes()
         raise_all(f"{self.file.folder}: cannot be used:", build.failures)
         return nodes[path]
@@ -109,16 +106,16 @@ def open_torch(folder: str | os.PathLike, ignore: Sequence[str] = ()) -> TorchAd
     parsed = parse(file, config)
     parts: dict[str, tuple[Entry, Any]] = {}
     for u in parsed.updates:
-        parts[u.name] = _entry(u.name, u.name, *_torch_shape(file, u), u.kind), u
+        parts[u.name] = entry(u.name, u.name, *torch_shape(file, u), u.kind), u
     for group in parsed.experts:
         for name, u in zip(expert_names(group), group.updates):
             shape = (u.batch, u.n_out, u.n_in)
-            parts[name] = _entry(name, name, shape, EXPERTS_OUT_IN, "experts"), u
+            parts[name] = entry(name, name, shape, EXPERTS_OUT_IN, "experts"), u
     for v in parsed.values:
-        parts[v.name] = _entry(v.name, v.name, v.shape, None, "value"), v
+        parts[v.name] = entry(v.name, v.name, v.shape, None, "value"), v
     for r in parsed.rows:
         shape = (max(r.index, default=-1) + 1, r.shape[1])  # at least so long
-        parts[r.name] = _entry(r.name, r.name, shape, None, "rows"), r
+        parts[r.name] = entry(r.name, r.name, shape, None, "rows"), r
     return TorchAdapter(file, config, parsed, parts)
 
 
@@ -130,211 +127,18 @@ def expert_names(group: Experts) -> tuple[str, ...]:
     return tuple(f"{group.module}.({of})[{i}]" for i in reversed(range(len(group.updates))))
 
 
-def _torch_shape(file: AdapterFile, u: Update) -> tuple[tuple[int, ...], Geometry]:
+def torch_shape(file: AdapterFile, u: Update) -> tuple[tuple[int, ...], Geometry]:
+    """The weight that an update without experts belongs to, were it not a GPT-2 Conv1D's."""
     if u.kind == "embedding":
         return (u.n_in, u.n_out), IN_OUT
     shape = (u.n_out, *file.shape(u.a)[1:])
     return shape, Geometry(tuple(range(1, len(shape))), (0,))
 
 
-def _entry(name, path, shape, geometry, kind) -> Entry:
+def entry(name, path, shape, geometry, kind) -> Entry:
+    """A whole tensor `path` as the place of the torch parameter `name`."""
     leaf = LeafInfo(path, tuple(shape), geometry, kind)
     return Entry(name, (Block(leaf, (None,) * len(shape)),), kind, "same", tuple(shape))
-
-
-def on_base(
-    adapter: TorchAdapter,
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    tied: Sequence[str] = (),
-    conv1d: Sequence[str] | None = None,
-    experts: Sequence[str] | None = None,
-    experts_in_out: bool | None = None,
-) -> TorchAdapter:
-    """The adapter with every parameter found in the base: its name there, its shape, its axes.
-
-    Args:
-      adapter: from `open_torch`.
-      shapes: {name: shape} of the base's tensors. They may lack the adapter's first name, or have
-        one more, the same for all ("transformer.h.0" and "h.0").
-      tied: tables of the base that are its output head as well.
-      conv1d: modules with a square weight that is stored (in, out), as GPT-2's Conv1D; all others
-        are (out, in). None: as the base's other weights and their biases say.
-      experts, experts_in_out: as in `load_peft`.
-
-    Raises:
-      LoRAError: parameters that the base does not have, or that do not fit; all of them are listed.
-    """
-    place = _Placing(adapter, shapes, tied, conv1d)
-    for u in adapter.parsed.updates:
-        place.update(u)
-    for group in adapter.parsed.experts:
-        place.experts(group, experts, experts_in_out)
-    for v in adapter.parsed.values:
-        place.value(v)
-    for r in adapter.parsed.rows:
-        place.rows(r)
-    raise_all(f"{adapter.file.folder}: does not fit this base:", place.failures)
-    return dataclasses.replace(adapter, parts=place.parts)
-
-
-class _Placing:
-    def __init__(self, adapter: TorchAdapter, shapes, tied, conv1d):
-        self.adapter, self.shapes, self.tied, self.conv1d = adapter, shapes, tied, conv1d
-        self.failures: list[str] = []
-        self.parts: dict[str, tuple[Entry, Any]] = {}
-        parsed = adapter.parsed
-        names = [x.name for x in (*parsed.updates, *parsed.values, *parsed.rows)]
-        names += [f"{g.module}.{p}" for g in parsed.experts for p in g.parameters]
-        self.rename = _rename(names, shapes)
-        self.flag = IN_OUT if adapter.config.fan_in_fan_out else OUT_IN
-
-    def find(self, name: str, what: str) -> tuple[str, tuple[int, ...]] | None:
-        """(the base's name, shape) of a parameter."""
-        own = self.rename(name)
-        if own in self.shapes:
-            return own, tuple(self.shapes[own])
-        module = own.rpartition(".")[0]
-        near = [n for n in self.shapes if n.startswith(module + ".")] or nearest(own, self.shapes)
-        hint = f"nearest: {', '.join(near[:3])}"
-        if f"{module}.qweight" in self.shapes:
-            hint = "its weight is quantised there; merge into the base in full precision"
-        elif self.tied and own.endswith(".weight"):
-            hint += (
-                f"; if it is the head, it is tied to '{self.tied[0]}' there: untie it first "
-                "(tie_word_embeddings=False, save_pretrained)"
-            )
-        elif what == "saved in full":
-            hint += "; if the module was added for training, save the base with it first"
-        self.failures.append(f"'{name}' ({what}) is not in the base; {hint}")
-
-    def add(self, name, own, shape, geometry, kind, what) -> None:
-        if own in self.parts:
-            self.failures.append(f"'{own}' is changed in two ways, by {name}")
-        if own in self.tied and not isinstance(what, NewRows) and not self.adapter.config.tying:
-            self.failures.append(
-                f"'{own}' is the embedding and the head, but the file changes {name} alone; untie "
-                "them in the base, or train with ensure_weight_tying in PEFT"
-            )
-        self.parts[own] = _entry(name, own, shape, geometry, kind), what
-
-    def update(self, u: Update) -> None:
-        found = self.find(u.name, f"low-rank, in {u.n_in}, out {u.n_out}")
-        if found is None:
-            return
-        own, shape = found
-        expected, geometry = _torch_shape(self.adapter.file, u)
-        fits = [geometry] if shape == expected else []
-        if u.kind == "linear" and shape == expected[::-1]:
-            fits += [IN_OUT]
-        if len(fits) == 2:
-            fits = [self._square(own, shape)]
-        if not fits:
-            or_so = f" or {expected[::-1]}" if u.kind == "linear" else ""
-            return self.failures.append(
-                f"'{u.name}': the update is of a weight {expected}{or_so}; '{own}' is {shape}"
-            )
-        if fits[0] is not None:
-            self.add(u.name, own, shape, fits[0], u.kind, u)
-
-    def _square(self, own: str, shape) -> Geometry | None:
-        """How a square weight lies. Conv1D always has a bias, and the lengths of the biases beside
-        the base's other weights say which of the two it uses."""
-        module = own.removesuffix(".weight")
-        if self.conv1d is not None:
-            named = any(f".{module}".endswith("." + c) for c in self.conv1d)
-            return IN_OUT if named else OUT_IN
-        if f"{module}.bias" not in self.shapes:
-            return OUT_IN
-        votes = set()
-        for name, other in self.shapes.items():
-            bias = self.shapes.get(name.removesuffix(".weight") + ".bias", ())
-            if len(other) == 2 and other[0] != other[1] and bias in ((other[0],), (other[1],)):
-                votes.add(OUT_IN if bias[0] == other[0] else IN_OUT)
-        if len(votes or {self.flag}) == 1:
-            return (votes or {self.flag}).pop()
-        self.failures.append(
-            f"'{own}' {shape} is square, and the base has weights stored as (out, in), as torch's "
-            "Linear, and as (in, out), as GPT-2's Conv1D; say which modules are Conv1D: "
-            f"--conv1d {module.rpartition('.')[2]}, or --conv1d none"
-        )
-
-    def experts(self, group: Experts, order, in_out) -> None:
-        """The one assignment of pairs to parameters that the shapes allow."""
-        found = {p: self.find(f"{group.module}.{p}", "experts") for p in group.parameters}
-        if None in found.values():
-            return
-        names = None if order is None else [[p for p in reversed(order) if p in found]]
-        version = self.adapter.config.version
-        if in_out is None and version is not None and version < (0, 19):
-            in_out = True  # A runs along the first axis behind the experts'
-        ways = []
-        for axes in (True, False) if in_out is None else (in_out,):
-            for way in names or itertools.permutations(found):
-                geometries = [
-                    _expert_axes(u, found[p][1], axes) for u, p in zip(group.updates, way)
-                ]
-                if len(way) == len(group.updates) and None not in geometries:
-                    ways.append((way, geometries))
-        if len({(tuple(way), *gs) for way, gs in ways}) != 1:
-            sizes = ", ".join(f"{u.batch} of {u.n_in} by {u.n_out}" for u in group.updates)
-            shapes = ", ".join(f"{p} {f[1]}" for p, f in found.items())
-            return self.failures.append(
-                f"'{group.module}' ({sizes}; in the base {shapes}): "
-                + (
-                    "several ways to assign its tensors fit, and the file does not say which: "
-                    "--experts gate_up_proj,down_proj in the order of the torch module's "
-                    "parameters, and --experts-in-out or --experts-out-in"
-                    if ways
-                    else "the sizes do not fit"
-                )
-            )
-        way, geometries = ways[0]
-        for u, p, geometry in zip(group.updates, way, geometries):
-            own, shape = found[p]
-            u = dataclasses.replace(u, name=f"{group.module}.{p}")
-            self.add(u.name, own, shape, geometry, "experts", u)
-
-    def value(self, v: Value) -> None:
-        found = self.find(v.name, "saved in full")
-        if found is None:
-            return
-        own, shape = found
-        if shape != v.shape:
-            self.failures.append(f"'{v.name}' {v.shape} is saved in full; '{own}' is {shape}")
-        self.add(v.name, own, shape, None, "value", v)
-
-    def rows(self, r: NewRows) -> None:
-        highest = max(r.index, default=0)
-        found = self.find(r.name, f"rows up to {highest} of {r.shape[1]} features")
-        if found is None:
-            return
-        own, shape = found
-        if len(shape) != 2 or shape[1] != r.shape[1] or highest >= shape[0]:
-            self.failures.append(
-                f"'{r.name}': rows up to {highest} of {r.shape[1]} features; '{own}' is {shape}"
-            )
-        self.add(r.name, own, shape, None, "rows", r)
-
-
-def _expert_axes(u: Update, shape, in_out: bool) -> Geometry | None:
-    if len(shape) == 2:
-        return OUT_IN if shape == (u.n_out, u.n_in) and u.batch == 1 else None
-    sizes = (u.n_in, u.n_out) if in_out else (u.n_out, u.n_in)
-    if shape != (u.batch, *sizes):
-        return None
-    return EXPERTS_IN_OUT if in_out else EXPERTS_OUT_IN
-
-
-def _rename(names: Sequence[str], shapes: Mapping[str, Any]):
-    """From the adapter's names to the base's: the same, or one first name less or more for all."""
-    ways = [lambda name: name]
-    for first in sorted({n.partition(".")[0] + "." for n in names}):
-        ways.append(lambda name, first=first: name.removeprefix(first))
-    for first in sorted({n.partition(".")[0] + "." for n in shapes}):
-        ways.append(lambda name, first=first: first + name)
-    best = max(ways, key=lambda way: sum(n in shapes or way(n) in shapes for n in names))
-    return lambda name: name if name in shapes or best(name) not in shapes else best(name)
 
 
 def norm(node: Any) -> float | None:
@@ -342,8 +146,8 @@ def norm(node: Any) -> float | None:
     base would be needed.
 
     >>> import jax.numpy as jnp, lora_jax as lora
-    >>> norm(lora.LoRA(jnp.ones((3, 2)), jnp.ones((2, 6)), 0.5, OUT_IN)) ** 2  # 18 ones
-    18.0
+    >>> norm(lora.LoRA(jnp.ones((2, 2)), jnp.ones((2, 8)), 0.5, OUT_IN))  # of 16 ones
+    4.0
     """
     if not isinstance(node, LoRA):
         return None

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from test_peft import MODELS, changed, delta, pair, stored, written
 
 from lora_jax import _cli_merge
+from lora_jax._cli_combine import combine_folders
 from lora_jax._cli_merge import merge_files
 from lora_jax._safetensors import open_base
 
@@ -450,3 +451,17 @@ def test_peft_merges_to_the_same(name, tmp_path):
     for key, value in got.items():
         value, exact = value.astype(np.float32), want[key].numpy()
         np.testing.assert_allclose(value, exact, atol=2e-7, rtol=eps, err_msg=key)
+
+
+@needs_peft
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", ["net_rslora_patterns", "conv_lora", "moe_plain", "mha", "llama_default"]
+)
+def test_peft_loads_a_sum(name, tmp_path):
+    import torch_models
+
+    combine_folders(tmp_path / "sum", [g.folder(name)] * 2, [0.25, 0.75])
+    x, _, want = g.inputs(name)
+    got = torch_models.output(name, tmp_path / "sum", np.asarray(x))
+    np.testing.assert_allclose(got, want, atol=4 * MODELS[name][3], rtol=0)
