@@ -21,6 +21,7 @@ from lora_jax._peft_map import TorchMapping
 from lora_jax._peft_save import save_peft, torch_mapping
 from lora_jax._select import select
 from lora_jax._shardings import shardings, state_shardings
+from lora_jax._soups import dare, knots, prune, ties
 from lora_jax._stack import choose, put, stack
 from lora_jax._survey import Survey, survey
 from lora_jax._targets import Target, Targets
@@ -82,6 +83,10 @@ __all__ = [
     "scaled",
     "resize",
     "extract",
+    "ties",
+    "dare",
+    "prune",
+    "knots",
     "compare",
     "Comparison",
     "Likeness",

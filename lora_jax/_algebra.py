@@ -67,8 +67,10 @@ def combine(
     failures: list[str] = []
     out = {}
     for path in dict.fromkeys(p for tree in trees for p in tree):
-        parts = [(tree[path], _weight(w, path)) for tree, w in zip(trees, weights) if path in tree]
-        problem = _differ([node for node, _ in parts], leaves.get(path))
+        parts = [
+            (tree[path], weight_of(w, path)) for tree, w in zip(trees, weights) if path in tree
+        ]
+        problem = differ([node for node, _ in parts], leaves.get(path))
         if problem is not None:
             failures.append(f"'{path}': {problem}")
         elif isinstance(parts[0][0], LoRA):
@@ -220,6 +222,12 @@ def rank_for(s: jax.Array, energy: float) -> int:
     return int(jnp.max(jnp.argmax(enough, -1))) + 1
 
 
+def share_kept(s: jax.Array, rank: int) -> jax.Array:
+    """The share of Σσ² that the largest `rank` singular values have, the least of a stack."""
+    total, top = jnp.sum(s**2, -1), jnp.sum(s[:, :rank] ** 2, -1)
+    return jnp.min(jnp.where(total > 0, top / jnp.where(total > 0, total, 1), 1))
+
+
 def from_svd(like: LoRA, u, s, v, rank: int, scale: float = 1.0) -> LoRA:
     """A node like `like`, of this rank and scale, with the largest of these directions."""
     keep = min(rank, s.shape[-1])
@@ -254,7 +262,8 @@ def checked(adapters: Any) -> Any:
     return adapters
 
 
-def _weight(weight: Any, path: str) -> Any:
+def weight_of(weight: Any, path: str) -> Any:
+    """The weight of one leaf."""
     if not isinstance(weight, Mapping):
         return weight
     if path not in weight:
@@ -262,7 +271,7 @@ def _weight(weight: Any, path: str) -> Any:
     return weight[path]
 
 
-def _differ(nodes: list, base: Any) -> str | None:
+def differ(nodes: list, base: Any) -> str | None:
     """What is wrong with combining these nodes of one leaf."""
     first = nodes[0]
     if any(type(n) is not type(first) or n.shape != first.shape for n in nodes):
@@ -280,15 +289,19 @@ def _differ(nodes: list, base: Any) -> str | None:
 
 def _side_by_side(parts: list[tuple[LoRA, Any]]) -> LoRA:
     """[A₁ A₂ …] and [w₁s₁B₁; w₂s₂B₂; …]."""
-    first = parts[0][0]
-    dtype = jnp.result_type(*(n.a.dtype for n, _ in parts))
-    a = [n.a.astype(dtype) for n, _ in parts]
-    b = [_times(n.b.astype(dtype), n.scale, w, n.geometry) for n, w in parts]
-    axis = len(first.geometry.batch_axes)
-    dropout = first.dropout if all(n.dropout == first.dropout for n, _ in parts) else 0.0
-    return dataclasses.replace(
-        first, a=jnp.concatenate(a, -1), b=jnp.concatenate(b, axis), scale=1.0, dropout=dropout
-    )
+    nodes = typed_alike([n for n, _ in parts])
+    b = [_times(n.b, n.scale, w, n.geometry) for n, (_, w) in zip(nodes, parts)]
+    a = jnp.concatenate([n.a for n in nodes], -1)
+    b = jnp.concatenate(b, len(nodes[0].geometry.batch_axes))
+    return dataclasses.replace(nodes[0], a=a, b=b, scale=1.0)
+
+
+def typed_alike(nodes: list[LoRA]) -> list[LoRA]:
+    """The nodes in the widest of their dtypes, with the dropout that all agree on, or none."""
+    dtype = jnp.result_type(*(n.a.dtype for n in nodes))
+    dropout = nodes[0].dropout if all(n.dropout == nodes[0].dropout for n in nodes) else 0.0
+    cast = lambda n: {"a": n.a.astype(dtype), "b": n.b.astype(dtype)}
+    return [dataclasses.replace(n, **cast(n), dropout=dropout) for n in nodes]
 
 
 def _times(b, scale: float, weight: Any, geometry: Geometry):
@@ -324,6 +337,4 @@ def _extracted(before, after, t, config, energy) -> tuple[LoRA, float]:
     shapes = g.factor_shapes(t.shape, rank)
     blank = (jax.ShapeDtypeStruct(shape, config.dtype) for shape in shapes)
     like = LoRA(*blank, 1.0, g, t.dropout, t.embedding)
-    total, top = jnp.sum(s**2, -1), jnp.sum(s[:, :rank] ** 2, -1)
-    kept = jnp.min(jnp.where(total > 0, top / jnp.where(total > 0, total, 1), 1))
-    return from_svd(like, u, s, v, rank), round(float(kept), 6)
+    return from_svd(like, u, s, v, rank), round(float(share_kept(s, rank)), 6)

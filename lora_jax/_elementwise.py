@@ -1,0 +1,234 @@
+"""What the merging methods do to the elements of task vectors: trim, drop, elect signs, add up.
+
+A task vector is one adapter's update, leaf by leaf. An array of it has three axes, (weights of the
+stack, in, out), and is made when it is needed: one leaf at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax._adapters import Full, LoRA, Rows, is_node
+from lora_jax._algebra import differ, matrices, weight_of
+from lora_jax._einsum import wide
+from lora_jax._errors import LoRAError, raise_all
+from lora_jax._init import path_key
+from lora_jax._nnx import state_of
+from lora_jax._paths import flatten
+
+DIGIT = 16  # bits of a magnitude that one pass over the leaves decides
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A merge of task vectors.
+
+    Attributes:
+      density: the share of elements that a vector keeps, the largest; 1: all.
+      rate: the share that is dropped at random, the rest being divided by 1 − rate; 0: none.
+      elect: the mean of what has the elected sign; otherwise the sum.
+      per_weight: whether each weight is trimmed by itself, and not the vector as a whole.
+    """
+
+    density: float = 1.0
+    rate: float = 0.0
+    elect: bool = False
+    per_weight: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One leaf of one task vector: an adapter's node, or an array; its weight, a number or (n,);
+    and the base where the update is the difference from it."""
+
+    node: Any
+    weight: jax.Array
+    base: Any = None
+
+
+Parts = tuple[Part | None, ...]  # of one leaf, for each adapter; None where it has none
+
+
+def parts_of(adapters, weights, base, exact: bool = False) -> dict[str, Parts]:
+    """{path: its part of each task vector}, checked."""
+    trees = [flatten(tree, is_leaf=is_node) for tree in adapters]
+    weights = [1.0] * len(trees) if weights is None else list(weights)
+    if not trees or len(trees) != len(weights):
+        raise LoRAError(
+            f"expected one weight for each of {len(trees)} adapters, found {len(weights)}: "
+            "lora.ties([first, second], [0.5, 0.5], rank=16)"
+        )
+    raise_all(
+        "these leaves are no adapters that can be merged:",
+        dict.fromkeys(
+            f"'{path}' is a {type(node).__name__}; expected a LoRA, Full or Rows"
+            for tree in trees
+            for path, node in tree.items()
+            if type(node) not in (LoRA, Full, Rows)
+        ),
+        "as from lora.init(key, params, config)",
+    )
+    starts = {} if base is None else flatten(state_of(base))
+    failures: list[str] = []
+    out: dict[str, Parts] = {}
+    for path in dict.fromkeys(p for tree in trees for p in tree):
+        nodes = [tree[path] for tree in trees if path in tree]
+        start, low_rank = starts.get(path), isinstance(nodes[0], LoRA)
+        problem = differ(nodes, start)
+        if problem is None and start is None and exact:
+            problem = f"the base has no such leaf of {nodes[0].shape}"
+        if problem is None and start is not None and tuple(start.shape) != nodes[0].shape:
+            problem = f"of {nodes[0].shape}, but the base has {tuple(start.shape)}"
+        if problem is not None:
+            failures.append(f"'{path}': {problem}")
+            continue
+        start = None if low_rank and not exact else start
+        out[path] = tuple(
+            Part(tree[path], _spread(path, tree[path], w), start) if path in tree else None
+            for tree, w in zip(trees, weights)
+        )
+    raise_all("these adapters cannot be merged:", failures, "they must be of one base")
+    if not out:
+        raise LoRAError("expected adapters, as from lora.init, found an empty tree")
+    return out
+
+
+def _spread(path: str, node, weight) -> jax.Array:
+    """A leaf's weight, one for each weight of a stack."""
+    axes = node.geometry.batch_axes if isinstance(node, LoRA) else ()
+    dtype = wide(jax.tree.leaves(node)[0].dtype)
+    weight = jnp.asarray(weight_of(weight, path), dtype)
+    shape = tuple(node.shape[d] for d in axes)
+    if weight.shape != shape[: weight.ndim]:
+        raise LoRAError(
+            f"'{path}': a weight of shape {weight.shape}; expected a number, or an array along the "
+            f"leaf's batch axes, {shape}"
+        )
+    weight = weight.reshape(weight.shape + (1,) * (len(shape) - weight.ndim))
+    return jnp.broadcast_to(weight, shape).reshape(-1)
+
+
+@jax.jit
+def vector(part: Part) -> jax.Array:
+    """weight · Δ in fp32 or wider: (n, in, out); (1, size, 1) of a leaf in full; (1, rows, d)."""
+    node, weight = part.node, part.weight.reshape(-1, 1, 1)
+    if isinstance(node, LoRA):
+        a, b = matrices(node)
+        node = jnp.matmul(a, b, precision="highest")
+    elif not isinstance(node, jax.Array):
+        index = slice(None) if isinstance(node, Full) else jnp.asarray(node.index)
+        start = jnp.asarray(part.base)[index].astype(node.value.dtype)
+        dtype = wide(start.dtype)
+        shape = (1, -1, 1) if isinstance(node, Full) else (1, *start.shape)
+        node = (node.value.astype(dtype) - start.astype(dtype)).reshape(shape)
+    return node * weight.astype(node.dtype)
+
+
+def merged(
+    leaves: Mapping[str, Parts], path: str, cuts: Sequence, key: jax.Array | None, method: Method
+) -> jax.Array:
+    """The merged update of one leaf; of rows, all that any of the adapters has, in order."""
+    key = None if key is None else path_key(key, path)
+    have = [(k, part) for k, part in enumerate(leaves[path]) if part is not None]
+    vectors = [vector(part) for _, part in have]
+    cuts = [cuts[k] for k, _ in have]
+    keys = [None if key is None else jax.random.fold_in(key, k) for k, _ in have]
+    rows = [getattr(part.node, "index", None) for _, part in have]
+    return _merged(vectors, cuts, keys, method=method, rows=tuple(rows))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "rows"))
+def _merged(vectors, cuts, keys, *, method: Method, rows):
+    vectors = [_sparse(x, cut, key, method) for x, cut, key in zip(vectors, cuts, keys)]
+    if rows[0] is not None:
+        union = sorted({i for index in rows for i in index})
+        blank = jnp.zeros((1, len(union), vectors[0].shape[-1]), vectors[0].dtype)
+        at = [jnp.asarray([union.index(i) for i in index]) for index in rows]
+        vectors = [blank.at[:, i].set(x) for i, x in zip(at, vectors)]
+    total = sum(vectors)
+    return _agreed(vectors, jnp.sign(total)) if method.elect else total
+
+
+def _sparse(x, cut, key, method: Method):
+    if method.density < 1:
+        if method.per_weight:
+            size = jnp.sort(jnp.abs(x).reshape(len(x), -1), -1)
+            cut = size[:, -_number(method.density, size.shape[-1])].reshape(-1, 1, 1)
+        x = jnp.where(jnp.abs(x) >= _tied(cut.astype(x.dtype)), x, 0)
+    if method.rate > 0:
+        keep = jax.random.bernoulli(key, 1 - method.rate, x.shape)
+        x = jnp.where(keep, x / (1 - method.rate), 0)
+    return x
+
+
+def _agreed(vectors, sign):
+    """The mean of the elements that have the elected sign; zero has none, and is not counted."""
+    agree = [x * sign > 0 for x in vectors]
+    count = sum(a.astype(sign.dtype) for a in agree)
+    total = sum(jnp.where(a, x, 0) for a, x in zip(agree, vectors))
+    return total / jnp.maximum(count, 1)
+
+
+def _number(density: float, size: int) -> int:
+    return max(1, round(density * size))
+
+
+def _tied(cut):
+    """What is equal up to rounding is kept together, however the products were computed."""
+    return cut * (1 - 4 * jnp.finfo(cut.dtype).eps)
+
+
+def cuts(leaves: Mapping[str, Parts], method: Method) -> list[jax.Array]:
+    """For each adapter the magnitude that its whole task vector is trimmed at."""
+    count = len(next(iter(leaves.values())))
+    if method.density == 1 or method.per_weight:
+        return [jnp.zeros(())] * count
+    each = ([parts[k] for parts in leaves.values() if parts[k] is not None] for k in range(count))
+    return [_cut(parts, method.density) for parts in each]
+
+
+def _cut(parts: Sequence[Part], density: float) -> jax.Array:
+    """The magnitude of the number-th largest element, exactly, from one array at a time.
+
+    The bits of floats that are not negative are ordered as the floats are. So each pass counts the
+    elements by the next digit of their bits, among those that have the digits found so far.
+    """
+    shapes = [jax.eval_shape(vector, part) for part in parts]
+    dtype = jnp.result_type(*(s.dtype for s in shapes))
+    size, bits = sum(s.size for s in shapes), jnp.finfo(dtype).bits
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parts))
+    if traced and size >= 2**31:
+        raise LoRAError(
+            f"under jit, {size:,} elements of a task vector are more than can be counted: merge "
+            "outside of jit, or trim each weight by itself, per_weight=True"
+        )
+    xp = jnp if traced else np  # the host counts to 2⁶³
+    need = _number(density, size)
+    found = xp.zeros((), f"uint{bits}")
+    for shift in range(bits - DIGIT, -1, -DIGIT):
+        counted = (_digits(vector(part).astype(dtype), found, shift=shift) for part in parts)
+        counts = sum(xp.asarray(c).astype(int) for c in counted)
+        above = xp.cumsum(counts[::-1])[::-1]  # those of this digit and of larger ones
+        digit = xp.sum(above >= need) - 1
+        need = need - (above[digit] - counts[digit])
+        found = (found << DIGIT) | digit.astype(found.dtype)
+    return lax.bitcast_convert_type(jnp.asarray(found), dtype)
+
+
+@functools.partial(jax.jit, static_argnames="shift")
+def _digits(x, found, *, shift: int):
+    """How many magnitudes that begin with the bits `found` have each digit next."""
+    word = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(x)), found.dtype)
+    word = word.reshape(-1) >> shift
+    digit = (word & (2**DIGIT - 1)).astype(jnp.int32)
+    match = ((word >> DIGIT) == found).astype(jnp.int32)
+    return jnp.zeros(2**DIGIT, jnp.int32).at[digit].add(match)
