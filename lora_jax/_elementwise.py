@@ -60,6 +60,8 @@ Parts = tuple[Part | None, ...]  # of one leaf, for each adapter; None where it 
 
 def parts_of(adapters, weights, base, exact: bool = False) -> dict[str, Parts]:
     """{path: its part of each task vector}, checked."""
+    if isinstance(adapters, Mapping):
+        raise LoRAError("expected several adapters, found one tree: lora.ties([first, second], …)")
     trees = [flatten(tree, is_leaf=is_node) for tree in adapters]
     weights = [1.0] * len(trees) if weights is None else list(weights)
     if not trees or len(trees) != len(weights):
@@ -137,54 +139,58 @@ def merged(
     leaves: Mapping[str, Parts], path: str, cuts: Sequence, key: jax.Array | None, method: Method
 ) -> jax.Array:
     """The merged update of one leaf; of rows, all that any of the adapters has, in order."""
-    key = None if key is None else path_key(key, path)
     have = [(k, part) for k, part in enumerate(leaves[path]) if part is not None]
     vectors = [vector(part) for _, part in have]
-    cuts = [cuts[k] for k, _ in have]
+    if method.density < 1 and method.per_weight:
+        number = _number(method.density, vectors[0][0].size)
+        cuts = {k: _largest(x, number) for x, (k, _) in zip(vectors, have)}
+    if key is not None:
+        key = path_key(key, path)
     keys = [None if key is None else jax.random.fold_in(key, k) for k, _ in have]
-    rows = [getattr(part.node, "index", None) for _, part in have]
-    return _merged(vectors, cuts, keys, method=method, rows=tuple(rows))
+    rows = tuple(getattr(part.node, "index", None) for _, part in have)
+    cuts = [cuts[k] for k, _ in have]
+    return _merged(vectors, cuts, keys, method.rate, elect=method.elect, rows=rows)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "rows"))
-def _merged(vectors, cuts, keys, *, method: Method, rows):
-    vectors = [_sparse(x, cut, key, method) for x, cut, key in zip(vectors, cuts, keys)]
+@functools.partial(jax.jit, static_argnames=("elect", "rows"))
+def _merged(vectors, cuts, keys, rate, *, elect: bool, rows):
+    vectors = [_sparse(x, cut, key, rate) for x, cut, key in zip(vectors, cuts, keys)]
     if rows[0] is not None:
         union = sorted({i for index in rows for i in index})
         blank = jnp.zeros((1, len(union), vectors[0].shape[-1]), vectors[0].dtype)
         at = [jnp.asarray([union.index(i) for i in index]) for index in rows]
         vectors = [blank.at[:, i].set(x) for i, x in zip(at, vectors)]
-    total = sum(vectors)
-    return _agreed(vectors, jnp.sign(total)) if method.elect else total
+    return _agreed(vectors) if elect else sum(vectors)
 
 
-def _sparse(x, cut, key, method: Method):
-    if method.density < 1:
-        if method.per_weight:
-            size = jnp.sort(jnp.abs(x).reshape(len(x), -1), -1)
-            cut = size[:, -_number(method.density, size.shape[-1])].reshape(-1, 1, 1)
-        x = jnp.where(jnp.abs(x) >= _tied(cut.astype(x.dtype)), x, 0)
-    if method.rate > 0:
-        keep = jax.random.bernoulli(key, 1 - method.rate, x.shape)
-        x = jnp.where(keep, x / (1 - method.rate), 0)
-    return x
+def _sparse(x, cut, key, rate):
+    rounding = 1 - 4 * jnp.finfo(x.dtype).eps  # what is equal but for it is kept together
+    x = jnp.where(jnp.abs(x) < cut.astype(x.dtype) * rounding, 0, x)
+    if key is None:
+        return x
+    left = 1 - jnp.asarray(rate, x.dtype)
+    return jnp.where(jax.random.bernoulli(key, left, x.shape), x / left, 0)
 
 
-def _agreed(vectors, sign):
+def _agreed(vectors):
     """The mean of the elements that have the elected sign; zero has none, and is not counted."""
+    total, size = sum(vectors), sum(map(jnp.abs, vectors))
+    rounding = 4 * jnp.finfo(total.dtype).eps  # of a sum that is no larger, the sign is unknown
+    sign = jnp.where(jnp.abs(total) <= rounding * size, 0, jnp.sign(total))
     agree = [x * sign > 0 for x in vectors]
-    count = sum(a.astype(sign.dtype) for a in agree)
-    total = sum(jnp.where(a, x, 0) for a, x in zip(agree, vectors))
-    return total / jnp.maximum(count, 1)
+    count = sum(a.astype(total.dtype) for a in agree)
+    return sum(jnp.where(a, x, 0) for a, x in zip(agree, vectors)) / jnp.maximum(count, 1)
+
+
+@jax.jit
+def _largest(x, number):
+    """Of each weight of a stack the magnitude of the number-th largest element."""
+    size = jnp.sort(jnp.abs(x).reshape(len(x), -1), -1)
+    return jnp.take(size, size.shape[-1] - number, axis=-1).reshape(-1, 1, 1)
 
 
 def _number(density: float, size: int) -> int:
     return max(1, round(density * size))
-
-
-def _tied(cut):
-    """What is equal up to rounding is kept together, however the products were computed."""
-    return cut * (1 - 4 * jnp.finfo(cut.dtype).eps)
 
 
 def cuts(leaves: Mapping[str, Parts], method: Method) -> list[jax.Array]:

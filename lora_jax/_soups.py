@@ -48,7 +48,7 @@ def ties(
     Of each task vector τₖ = wₖ·Δₖ the share `density` of elements stays, the largest by magnitude.
     The elected sign of an element is that of Σ τₖ. Its value is the mean of the τₖ that have this
     sign. Zero has no sign, so neither what was trimmed nor what a tree does not have is counted,
-    and an element whose sum is exactly zero is zero.
+    and an element whose sum is zero (but for rounding) is zero.
 
     Args:
       adapters: adapter trees of one base. They may have other targets and ranks.
@@ -308,10 +308,8 @@ def _shared(nodes: list[LoRA]) -> tuple[list[jax.Array], jax.Array]:
     a, b = zip(*map(matrices, nodes))  # (n, in, r), (n, r, out)
     q, r = jnp.linalg.qr(jnp.concatenate(b, -2).mT)  # all that any of them writes to
     ends = [sum(x.shape[-1] for x in a[: i + 1]) for i in range(len(a))]
-    r = jnp.split(r, ends[:-1], axis=-1)
-    qa, ra = zip(*map(jnp.linalg.qr, a))
-    small = [x @ y.mT for x, y in zip(ra, r)]  # Δₖ = qaₖ · smallₖ · qᵀ
-    u, s, v = jnp.linalg.svd(jnp.concatenate(small, -2), full_matrices=False)
-    ends = [sum(x.shape[-2] for x in small[: i + 1]) for i in range(len(small))]
-    u = jnp.split(u * s[:, None, :], ends[:-1], axis=-2)
-    return [x @ y for x, y in zip(qa, u)], v @ q.mT
+    small = [  # Δₖ·q without the q of its QR, which changes no singular vector of the right
+        jnp.linalg.qr(x, mode="r") @ y.mT for x, y in zip(a, jnp.split(r, ends[:-1], axis=-1))
+    ]
+    v = jnp.linalg.svd(jnp.concatenate(small, -2), full_matrices=False)[2] @ q.mT
+    return [x @ (y @ v.mT) for x, y in zip(a, b)], v
