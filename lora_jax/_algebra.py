@@ -213,6 +213,17 @@ def svd(node: LoRA) -> tuple[jax.Array, jax.Array, jax.Array]:
     return qa @ u, s, v @ qb.mT
 
 
+def range_svd(x: jax.Array, rank: int, passes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """About the largest singular values and vectors of x (n, in, out), by subspace iteration from a
+    random start, always the same (Halko, Martinsson and Tropp, arXiv:0909.4061, algorithm 4.4)."""
+    width = min(rank + 10, *x.shape[-2:])
+    q = jnp.linalg.qr(x @ jax.random.normal(jax.random.key(0), (x.shape[-1], width), x.dtype))[0]
+    for _ in range(passes):
+        q = jnp.linalg.qr(x @ jnp.linalg.qr(x.mT @ q)[0])[0]
+    u, s, v = jnp.linalg.svd(q.mT @ x, full_matrices=False)
+    return q @ u, s, v
+
+
 def rank_for(s: jax.Array, energy: float) -> int:
     """The smallest rank at which each row of singular values keeps this share of Σσ²."""
     if isinstance(s, jax.core.Tracer):
@@ -222,9 +233,10 @@ def rank_for(s: jax.Array, energy: float) -> int:
     return int(jnp.max(jnp.argmax(enough, -1))) + 1
 
 
-def share_kept(s: jax.Array, rank: int) -> jax.Array:
-    """The share of Σσ² that the largest `rank` singular values have, the least of a stack."""
-    total, top = jnp.sum(s**2, -1), jnp.sum(s[:, :rank] ** 2, -1)
+def share_kept(s: jax.Array, rank: int, total: jax.Array | None = None) -> jax.Array:
+    """The share of the total, Σσ², that the largest `rank` σ have, the least of a stack."""
+    total = jnp.sum(s**2, -1) if total is None else total
+    top = jnp.sum(s[:, :rank] ** 2, -1)
     return jnp.min(jnp.where(total > 0, top / jnp.where(total > 0, total, 1), 1))
 
 

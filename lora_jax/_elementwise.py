@@ -136,20 +136,17 @@ def vector(part: Part) -> jax.Array:
 
 
 def merged(
-    leaves: Mapping[str, Parts], path: str, cuts: Sequence, key: jax.Array | None, method: Method
+    leaves: Mapping[str, Parts], path: str, cuts: Mapping, key: jax.Array | None, method: Method
 ) -> jax.Array:
     """The merged update of one leaf; of rows, all that any of the adapters has, in order."""
     have = [(k, part) for k, part in enumerate(leaves[path]) if part is not None]
     vectors = [vector(part) for _, part in have]
-    if method.density < 1 and method.per_weight:
-        number = _number(method.density, vectors[0][0].size)
-        cuts = {k: _largest(x, number) for x, (k, _) in zip(vectors, have)}
     if key is not None:
         key = path_key(key, path)
     keys = [None if key is None else jax.random.fold_in(key, k) for k, _ in have]
     rows = tuple(getattr(part.node, "index", None) for _, part in have)
-    cuts = [cuts[k] for k, _ in have]
-    return _merged(vectors, cuts, keys, method.rate, elect=method.elect, rows=rows)
+    at = [cuts[path][k] for k, _ in have]
+    return _merged(vectors, at, keys, method.rate, elect=method.elect, rows=rows)
 
 
 @functools.partial(jax.jit, static_argnames=("elect", "rows"))
@@ -182,35 +179,31 @@ def _agreed(vectors):
     return sum(jnp.where(a, x, 0) for a, x in zip(agree, vectors)) / jnp.maximum(count, 1)
 
 
-@jax.jit
-def _largest(x, number):
-    """Of each weight of a stack the magnitude of the number-th largest element."""
-    size = jnp.sort(jnp.abs(x).reshape(len(x), -1), -1)
-    return jnp.take(size, size.shape[-1] - number, axis=-1).reshape(-1, 1, 1)
-
-
-def _number(density: float, size: int) -> int:
-    return max(1, round(density * size))
-
-
-def cuts(leaves: Mapping[str, Parts], method: Method) -> list[jax.Array]:
-    """For each adapter the magnitude that its whole task vector is trimmed at."""
+def cuts(leaves: Mapping[str, Parts], method: Method) -> dict[str, list]:
+    """{path: for each adapter the magnitude to trim at}: one for all leaves, or for each weight."""
     count = len(next(iter(leaves.values())))
-    if method.density == 1 or method.per_weight:
-        return [jnp.zeros(())] * count
+    if method.density == 1:
+        nothing = [jnp.zeros((1, 1, 1))] * count
+        return dict.fromkeys(leaves, nothing)
+    if method.per_weight:
+        cut = lambda part: part and _cut([part], method.density, per_weight=True)
+        return {path: [cut(part) for part in parts] for path, parts in leaves.items()}
     each = ([parts[k] for parts in leaves.values() if parts[k] is not None] for k in range(count))
-    return [_cut(parts, method.density) for parts in each]
+    found = [_cut(parts, method.density) for parts in each]
+    return dict.fromkeys(leaves, found)
 
 
-def _cut(parts: Sequence[Part], density: float) -> jax.Array:
-    """The magnitude of the number-th largest element, exactly, from one array at a time.
+def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax.Array:
+    """The magnitude of the number-th largest element, exactly, from one array at a time: (1, 1, 1),
+    or of each weight of a stack, (n, 1, 1).
 
     The bits of floats that are not negative are ordered as the floats are. So each pass counts the
     elements by the next digit of their bits, among those that have the digits found so far.
     """
     shapes = [jax.eval_shape(vector, part) for part in parts]
     dtype = jnp.result_type(*(s.dtype for s in shapes))
-    size, bits = sum(s.size for s in shapes), jnp.finfo(dtype).bits
+    weights = shapes[0].shape[0] if per_weight else 1
+    size, bits = sum(s.size for s in shapes) // weights, jnp.finfo(dtype).bits
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parts))
     if traced and size >= 2**31:
         raise LoRAError(
@@ -218,23 +211,27 @@ def _cut(parts: Sequence[Part], density: float) -> jax.Array:
             "outside of jit, or trim each weight by itself, per_weight=True"
         )
     xp = jnp if traced else np  # the host counts to 2⁶³
-    need = _number(density, size)
-    found = xp.zeros((), f"uint{bits}")
-    for shift in range(bits - DIGIT, -1, -DIGIT):
-        counted = (_digits(vector(part).astype(dtype), found, shift=shift) for part in parts)
-        counts = sum(xp.asarray(c).astype(int) for c in counted)
-        above = xp.cumsum(counts[::-1])[::-1]  # those of this digit and of larger ones
-        digit = xp.sum(above >= need) - 1
-        need = need - (above[digit] - counts[digit])
+    own = (lambda c: c) if per_weight else (lambda c: c.sum(0, keepdims=True))
+    at = lambda table, digit: xp.take_along_axis(table, digit[:, None], 1)[:, 0]
+    need = xp.full((weights,), max(1, round(density * size)))
+    found = xp.zeros((weights,), f"uint{bits}")
+    for shift in np.arange(bits - DIGIT, -1, -DIGIT, dtype=np.int32):
+        each = (_digits(vector(part).astype(dtype), found, shift) for part in parts)
+        counts = sum(own(xp.asarray(c).astype(int)) for c in each)  # (weights, digits)
+        above = xp.cumsum(counts[:, ::-1], 1)[:, ::-1]  # those of this digit and of larger ones
+        digit = xp.sum(above >= need[:, None], 1) - 1
+        need = need - (at(above, digit) - at(counts, digit))
         found = (found << DIGIT) | digit.astype(found.dtype)
-    return lax.bitcast_convert_type(jnp.asarray(found), dtype)
+    return lax.bitcast_convert_type(jnp.asarray(found), dtype).reshape(-1, 1, 1)
 
 
-@functools.partial(jax.jit, static_argnames="shift")
-def _digits(x, found, *, shift: int):
-    """How many magnitudes that begin with the bits `found` have each digit next."""
+@jax.jit
+def _digits(x, found, shift):
+    """How many magnitudes of each weight begin with the bits `found` and have each digit next."""
     word = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(x)), found.dtype)
-    word = word.reshape(-1) >> shift
+    word = word.reshape(len(x), -1) >> shift.astype(word.dtype)
     digit = (word & (2**DIGIT - 1)).astype(jnp.int32)
-    match = ((word >> DIGIT) == found).astype(jnp.int32)
-    return jnp.zeros(2**DIGIT, jnp.int32).at[digit].add(match)
+    match = ((word >> DIGIT) == found[:, None]).astype(jnp.int32)
+    return (
+        jnp.zeros((len(x), 2**DIGIT), jnp.int32).at[jnp.arange(len(x))[:, None], digit].add(match)
+    )

@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._adapters import Full, LoRA, Rows
-from lora_jax._algebra import from_svd, matrices, rank_for, share_kept, typed_alike
+from lora_jax._algebra import (
+    from_svd,
+    matrices,
+    range_svd,
+    rank_for,
+    share_kept,
+    typed_alike,
+)
 from lora_jax._elementwise import Method, Part, Parts, cuts, merged, parts_of
 from lora_jax._errors import LoRAError
 from lora_jax._init import _typed
@@ -41,6 +48,7 @@ def ties(
     per_weight: bool = False,
     rank: int | None = None,
     energy: float | None = None,
+    passes: int | None = None,
     base: Any = None,
 ) -> tuple[dict, dict[str, jax.Array]]:
     """TIES (arXiv:2306.01708, section 4.2): trim, elect signs, and the mean of what agrees.
@@ -58,6 +66,8 @@ def ties(
       per_weight: of each weight (in a stack, of each layer) by itself, as PEFT and mergekit count.
       rank, energy: as for `resize`: low-rank leaves come back as the best adapters of this rank, or
         of the smallest rank that keeps this share of ‖Δ‖². It takes the SVD of one leaf at a time.
+      passes: with a rank, in place of the SVD: so many passes of subspace iteration from a random
+        start (arXiv:0909.4061, algorithm 4.4). In large leaves much faster, and not the best.
       base: the base parameters. Without rank and energy, low-rank leaves come back exactly, as
         `Full`: base + Δ. Leaves that are trained in full or by rows need it always: their task
         vector is the difference from it, and they stay what they are.
@@ -80,7 +90,7 @@ def ties(
     Array([[3., 3., 0., 3.]], dtype=float32)
     """
     method = _method("ties", density=density, per_weight=per_weight)
-    return _elementwise(adapters, weights, method, None, rank, energy, base)
+    return _elementwise(adapters, weights, method, None, rank, energy, passes, base)
 
 
 def prune(
@@ -91,6 +101,7 @@ def prune(
     per_weight: bool = False,
     rank: int | None = None,
     energy: float | None = None,
+    passes: int | None = None,
     base: Any = None,
 ) -> tuple[dict, dict[str, jax.Array]]:
     """Magnitude pruning: Σ wₖ·Δₖ of the largest elements of each, all else being zero.
@@ -99,7 +110,7 @@ def prune(
     says how much of its update may be missing.
 
     Args:
-      adapters, weights, density, per_weight, rank, energy, base: as for `ties`.
+      adapters, weights, density, per_weight, rank, energy, passes, base: as for `ties`.
 
     Returns:
       As `ties`.
@@ -114,7 +125,7 @@ def prune(
     Array([[5., 1., 1., 4.]], dtype=float32)
     """
     method = _method("prune", density=density, per_weight=per_weight)
-    return _elementwise(adapters, weights, method, None, rank, energy, base)
+    return _elementwise(adapters, weights, method, None, rank, energy, passes, base)
 
 
 def dare(
@@ -126,6 +137,7 @@ def dare(
     how: str = "sum",
     rank: int | None = None,
     energy: float | None = None,
+    passes: int | None = None,
     base: Any = None,
 ) -> tuple[dict, dict[str, jax.Array]]:
     """DARE (arXiv:2311.03099, section 3.2): drop elements of each Δₖ at random, and rescale.
@@ -136,7 +148,7 @@ def dare(
 
     Args:
       key: a PRNG key, of either kind.
-      adapters, weights, rank, energy, base: as for `ties`.
+      adapters, weights, rank, energy, passes, base: as for `ties`.
       rate: the probability p to drop an element, in [0, 1).
       how: "sum", Σ wₖ·Δₖ of what is left; or "ties", the elected signs and mean of `ties`, without
         its trim (as `dare_ties` of PEFT and mergekit).
@@ -157,7 +169,7 @@ def dare(
     if how not in names:
         raise LoRAError(f"how={how!r}: expected one of {', '.join(map(repr, names))}")
     method = _method(names[how], rate=rate)
-    return _elementwise(adapters, weights, method, _typed(key), rank, energy, base)
+    return _elementwise(adapters, weights, method, _typed(key), rank, energy, passes, base)
 
 
 def knots(
@@ -244,7 +256,7 @@ def _method(how: str, density: float = 1.0, rate: float = 0.0, per_weight=False)
     return Method(density if trim else 1.0, rate if drop else 0.0, elect, per_weight)
 
 
-def _elementwise(adapters, weights, method, key, rank, energy, base):
+def _elementwise(adapters, weights, method, key, rank, energy, passes, base):
     exact = rank is None and energy is None
     if not exact:
         fits = rank >= 1 if energy is None else rank is None and 0 < energy <= 1
@@ -257,6 +269,8 @@ def _elementwise(adapters, weights, method, key, rank, energy, base):
             "what is left element by element is of full rank; say what is wanted: rank=16 or "
             "energy=0.9, the best adapters of low rank, or base=params, all of it, as `Full` leaves"
         )
+    if passes is not None and (rank is None or passes < 0):
+        raise LoRAError(f"passes={passes}: expected a number >= 0 and a rank, found rank={rank}")
     leaves = parts_of(adapters, weights, base, exact)
     trimmed, out, kept = cuts(leaves, method), {}, {}
     for path, parts in leaves.items():
@@ -264,13 +278,19 @@ def _elementwise(adapters, weights, method, key, rank, energy, base):
         nodes = [p.node for p in parts if p is not None]
         kept[path] = jnp.ones(())
         if isinstance(nodes[0], LoRA) and not exact:
-            u, s, v = jnp.linalg.svd(delta, full_matrices=False)
+            if passes is None:
+                u, s, v = jnp.linalg.svd(delta, full_matrices=False)
+            else:
+                u, s, v = _range_svd(delta, rank, passes)
             keep = rank_for(s, energy) if rank is None else rank
-            kept[path] = share_kept(s, keep)
+            kept[path] = share_kept(s, keep, jnp.sum(delta**2, (1, 2)))
             out[path] = from_svd(typed_alike(nodes)[0], u, s, v, keep)
         else:
             out[path] = _moved(parts, delta)
     return nest(out), kept
+
+
+_range_svd = jax.jit(range_svd, static_argnums=(1, 2))
 
 
 def _moved(parts: Parts, delta: jax.Array) -> Full | Rows:

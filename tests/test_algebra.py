@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from common import assert_close, fails, noisy, tolerance
 from hypothesis import given, settings
@@ -86,6 +87,45 @@ def test_weights_by_leaf_and_layer_can_be_learned():
     grads = jax.jit(jax.grad(loss))(w)
     want = [2 * np.sum((w[i] * delta[i] - np.asarray(target[i])) * delta[i]) for i in range(3)]
     np.testing.assert_allclose(grads, want, rtol=1e-4)
+
+
+def test_a_mixture_is_learned():
+    """LoraHub, LoRA Soups: through combine, bind and adapt, gradients of the weights alone find
+    those that made the data, for each leaf and layer."""
+    draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / 3
+    params = {"layers": draw(0, 3, 8, 8), "head": draw(1, 8, 5)}
+    x = draw(2, 64, 8)
+
+    def fn(p, x):
+        x, _ = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["layers"])
+        return x @ p["head"]
+
+    survey = lora.survey(fn, params, x)
+    config = lora.LoRAConfig(rank=2, targets=["layers", "head"])
+    init = lambda i: noisy(lora.init(jax.random.key(i), params, config, survey), key=i, scale=0.3)
+    trees, apply = [init(1), init(2)], lora.adapt(fn)
+    known = [
+        {"layers": jnp.array([0.7, -0.4, 1.2]), "head": jnp.array(0.5)},
+        {"layers": jnp.array([0.3, 0.9, -0.6]), "head": jnp.array(-0.8)},
+    ]
+    y = fn(lora.merge(params, lora.combine(trees, known)), x)
+
+    def loss(weights):
+        return jnp.mean((apply(lora.bind(params, lora.combine(trees, weights)), x) - y) ** 2)
+
+    tx, start = optax.adam(0.05), jax.tree.map(jnp.zeros_like, known)
+
+    def step(carry, _):
+        weights, state = carry
+        updates, state = tx.update(jax.grad(loss)(weights), state)
+        return (optax.apply_updates(weights, updates), state), None
+
+    steps = jax.jit(lambda carry: jax.lax.scan(step, carry, length=600)[0])
+    with jax.numpy_dtype_promotion("standard"):  # optax
+        found, _ = steps((start, tx.init(start)))
+    assert loss(start) > 0.01
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(known)):
+        np.testing.assert_allclose(got, want, atol=1e-3)
 
 
 def test_combine_what_is_trained_in_full():

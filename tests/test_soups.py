@@ -54,6 +54,10 @@ def zoo(*kinds, dtype="float32"):
     return [make(i, kind, dtype) for i, kind in enumerate(kinds, 1)]
 
 
+def pick(trees, *names):
+    return [{n: tree[n] for n in names if n in tree} for tree in trees]
+
+
 def dense(tree):
     """{path: the change of the leaf} in float64, by NumPy; rows that are not trained are NaN."""
     out, bases = {}, flatten(PARAMS)
@@ -125,11 +129,13 @@ def matrices(path, x):
     return x.reshape(3 if path == "experts" else 1, inner, -1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("per_weight", [False, True])
+@pytest.mark.parametrize(
+    "dtype, per_weight", [("float32", False), ("float32", True), ("bfloat16", False)]
+)
 def test_ties(dtype, per_weight):
     """Trim, elect, merge, of several geometries, ranks and targets."""
     trees, weights = zoo(dtype=dtype), [1.0, 0.7, -0.5]
+    trees = trees if dtype == "float32" else pick(trees, "heads", "experts")
     vectors = [trim(v, 0.3, per_weight) for v in times([dense(t) for t in trees], weights)]
     got, kept = lora.ties(trees, weights, density=0.3, per_weight=per_weight, base=PARAMS)
     assert all(type(n) is lora.Full for n in jax.tree.leaves(got, is_leaf=is_node))
@@ -151,6 +157,23 @@ def test_trim_is_of_the_whole_vector_or_of_each_weight():
     assert apart == {"conv": 58 / 288, "dense/kernel": 48 / 240, "heads": 58 / 288, "experts": 0.2}
 
 
+def test_passes():
+    """Subspace iteration comes as close to the best of a rank as its singular values allow."""
+    trees = pick(zoo(), "heads", "experts")
+    exact, best = lora.ties(trees, density=0.3, rank=2)
+    rough, less = lora.ties(trees, density=0.3, rank=2, passes=4)
+    assert_close(less, best, factor=1024)
+    assert_updates(rough, dense(exact), factor=4096)
+    stacked = jax.random.normal(KEY, (2, 60, 70)) ** 3  # wider than the subspace
+    u, s, v = lora._algebra.range_svd(stacked, 5, 0)
+    assert s.shape == (2, 15)
+    most = np.linalg.svd(stacked, compute_uv=False)[:, :5]
+    gaps = [most - lora._algebra.range_svd(stacked, 5, n)[1][:, :5] for n in (0, 2, 8)]
+    assert gaps[0].min() > 0 and (gaps[1].sum() < gaps[0].sum() / 2) and gaps[2].max() < 0.2
+    np.testing.assert_allclose(u.mT @ u, np.tile(np.eye(15), (2, 1, 1)), atol=1e-5)
+    np.testing.assert_allclose((u * s[:, None]) @ v, u @ (u.mT @ stacked), atol=1e-3)
+
+
 @given(
     values=st.lists(
         st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False)
@@ -168,13 +191,17 @@ def test_the_cut_is_an_element(values, density):
     parts = [_elementwise.Part(jnp.asarray(v)[None, :, None], one) for v in (x[:5], x[5:])]
     want = np.sort(np.abs(x))[-max(1, round(density * 20))]
     assert np.asarray(_elementwise._cut(parts, density)) == want
+    stack = _elementwise.Part(jnp.asarray(x).reshape(2, 5, 2), jnp.ones((2,)))
+    want = np.sort(np.abs(x.reshape(2, 10)), -1)[:, -max(1, round(density * 10))]
+    each = np.asarray(_elementwise._cut([stack], density, per_weight=True))
+    np.testing.assert_array_equal(each, want.reshape(2, 1, 1))
 
 
 def test_the_cut_in_float64():
     with jax.enable_x64(True):
         x = jax.random.normal(KEY, (1, 101, 1), jnp.float64)
         part = _elementwise.Part(x, jnp.ones((1,), jnp.float64))
-        assert float(_elementwise._cut([part], 0.5)) == np.sort(np.abs(x).ravel())[-50]
+        assert _elementwise._cut([part], 0.5).item() == np.sort(np.abs(x).ravel())[-50]
 
 
 def test_equal_magnitudes_are_kept_together():
@@ -185,7 +212,7 @@ def test_equal_magnitudes_are_kept_together():
 
 def test_ties_at_a_rank():
     """The best of a rank, of the dense result; the share that is kept is its singular values'."""
-    trees = zoo()
+    trees = pick(zoo(), "heads", "experts")
     want = elect([trim(dense(t), 0.3) for t in trees])
     got, kept = lora.ties(trees, density=0.3, rank=4)
     more, enough = lora.ties(trees, density=0.3, energy=0.8)
@@ -206,7 +233,7 @@ def test_ties_at_a_rank():
 
 def test_what_is_trained_in_full():
     """There the task vector is the difference from the base, of rows, of those that a tree has."""
-    trees = zoo("full", "some", "other rows")
+    trees = pick(zoo("full", "some", "other rows"), "dense", "table")
     vectors = [trim(dense(t), 0.4) for t in trees]
     got, _ = lora.ties(trees, density=0.4, base=PARAMS)
     assert_updates(got, elect(vectors))
@@ -227,7 +254,7 @@ def test_what_is_trained_in_full():
 
 
 def test_identities():
-    one, two = make(1), make(2, "some")
+    one, two = pick([make(1), make(2, "some")], "experts")
     d, nothing = dense(one), {p: 0 * x for p, x in dense(one).items()}
     exact = dict(base=PARAMS)
     assert_updates(lora.ties([one], density=1, **exact)[0], d)
@@ -246,7 +273,7 @@ def test_identities():
 
 def test_weights_are_of_the_task_vectors():
     """By leaf and layer too: as if the adapters had been scaled before."""
-    one, two = make(1), make(2, "some")
+    one, two = pick([make(1), make(2, "some")], "dense", "experts")
     by_leaf = {p: 0.5 for p in dense(one)} | {"experts": jnp.array([1.0, -2.0, 0.3])}
     for merge in (lora.ties, functools.partial(lora.dare, KEY, how="ties", rate=0.5)):
         got, _ = merge([one, two], [by_leaf, 2.0], base=PARAMS)
@@ -342,10 +369,7 @@ def test_knots_drops():
 @pytest.mark.parametrize("name", ["ties", "prune", "dare", "knots"])
 def test_jit(name):
     """Under jit as without; traced weights and keys."""
-    trees = [
-        {"table": tree["table"], "experts": tree["experts"]} if "table" in tree else tree
-        for tree in zoo("full", "some", "other rows")
-    ]
+    trees = pick(zoo("full", "some", "other rows"), "table", "experts")
 
     def merge(trees, weights, key, base):
         if name == "knots":
@@ -364,7 +388,7 @@ def test_jit(name):
 
 def test_weights_can_be_learned():
     """The gradient of a weight is ⟨∂loss/∂W, what is left of Δ⟩, and no SVD is differentiated."""
-    trees = [{"experts": tree["experts"]} for tree in zoo()]
+    trees = pick(zoo(), "experts")
     left = [dense(lora.prune([t], density=0.3, base=PARAMS)[0]) for t in trees]
 
     def loss(weights, merge):
@@ -428,6 +452,8 @@ HUGE = {
     (lambda: lora.ties([make(1)], rank=2, energy=0.5), "found rank=2, energy=0.5"),
     (lambda: lora.prune([make(1)], density=0.5, rank=0), "found rank=0"),
     (lambda: lora.dare(KEY, [make(1)], energy=1.5), "energy=1.5"),
+    (lambda: lora.ties([make(1)], rank=2, passes=-1), "passes=-1: expected a number >= 0"),
+    (lambda: lora.ties([make(1)], base=PARAMS, passes=2), "passes=2: .* found rank=None"),
     (lambda: lora.ties([make(1)], density=0.0, rank=2), r"density=0.0: expected the share to keep, in \(0, 1\]"),
     (lambda: lora.prune([make(1)], density=1.1, rank=2), "density=1.1"),
     (lambda: lora.knots([make(1)], density=-1), "density=-1"),
