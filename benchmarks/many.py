@@ -35,11 +35,11 @@ def arms(batch: int, length: int):
     index = jax.random.randint(jax.random.key(2), (batch,), 0, COUNT)
     apply = lora.adapt(model.apply)
 
-    def one(adapters, params, ids):
-        return apply({"params": lora.bind(params, adapters)}, ids[None])[0]
-
     def each(stacked, params, ids, index):
-        return jax.vmap(one, (0, None, 0))(lora.choose(stacked, index), params, ids)
+        def one(slot, ids):
+            return apply({"params": lora.bind(params, stacked, slot=slot)}, ids[None])[0]
+
+        return jax.vmap(one)(index, ids)
 
     def shared(adapters, params, ids):
         return apply({"params": lora.bind(params, adapters)}, ids)

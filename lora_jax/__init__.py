@@ -1,7 +1,7 @@
 """LoRA as a JAX transform."""
 
 from lora_jax._adapt import adapt, coverage
-from lora_jax._adapters import DoRA, Full, LoRA, Rows
+from lora_jax._adapters import DoRA, Full, LoRA, Rows, choose
 from lora_jax._algebra import combine, extract, resize, scaled
 from lora_jax._bind import bind
 from lora_jax._checkpoint import Restored, restore, save
@@ -22,7 +22,7 @@ from lora_jax._peft_save import save_peft, torch_mapping
 from lora_jax._select import select
 from lora_jax._shardings import shardings, state_shardings
 from lora_jax._soups import dare, knots, prune, ties
-from lora_jax._stack import choose, put, stack
+from lora_jax._stack import put, stack
 from lora_jax._survey import Survey, survey
 from lora_jax._targets import Target, Targets
 from lora_jax._topology import topology_mesh

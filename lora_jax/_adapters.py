@@ -52,11 +52,10 @@ class LowRank:
             Factor(self.a, self.geometry.a_dims),
             Factor(self.b, self.geometry.b_dims),
             seed,
-            None,
-            self.scale,
-            self.dropout,
-            path,
-            tuple((d,) for d in range(len(base.shape))),
+            scale=self.scale,
+            dropout=self.dropout,
+            origin=path,
+            axes=tuple((d,) for d in range(len(base.shape))),
         )
 
     def specs(self, spec: PartitionSpec) -> Any:
@@ -212,3 +211,17 @@ NODES = (LoRA, DoRA, Full, Rows)
 
 def is_node(x: Any) -> bool:
     return isinstance(x, NODES)
+
+
+def choose(stacked: Any, index: Any) -> Any:
+    """The adapters of a number, or of an array of numbers, one for each example; -1 for none.
+
+    Args:
+      stacked: as from `stack`.
+      index: an integer, or (B,) integers, traced ones too: another choice never recompiles. What
+        has no slot gives NaN.
+
+    Returns:
+      Adapters for `bind`; of an array, with an axis of B in front, for `jax.vmap`.
+    """
+    return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="fill"), stacked)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapters import DoRA, Full, LowRank, is_node
+from lora_jax._adapters import DoRA, Full, LoRA, LowRank, choose, is_node
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._init import _typed, path_key
 from lora_jax._nnx import map_state, state_of
@@ -15,7 +16,9 @@ from lora_jax._paths import flatten, map_with_path, nearest
 from lora_jax._weight import RANK, Factor, is_weight
 
 
-def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) -> Any:
+def bind(
+    params: Any, adapters: Any, *, slot: Any = None, dropout_key: jax.Array | None = None
+) -> Any:
     """The parameter tree with its adapters in place, for a function made by `adapt`.
 
     Each adapted leaf becomes an `AdaptedWeight`; a leaf that is trained in full becomes its trained
@@ -25,6 +28,9 @@ def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) ->
     Args:
       params: the base parameters: any pytree of arrays, boxed or not, or an NNX module.
       adapters: what `init` returned, or trained from it.
+      slot: the number of an adapter, and `adapters` is what `stack` returned: as with
+        `choose(adapters, slot)`, but, by `jax.vmap` over the numbers alone, no factor is copied
+        where that is slower (on CPUs).
       dropout_key: draws the dropout masks of this call, different for each leaf, layer and use.
         Without one there is no dropout.
 
@@ -41,13 +47,19 @@ def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) ->
     >>> lora.bind(params, adapters)
     {'q': {'kernel': AdaptedWeight('q/kernel', shape=(64, 32), dtype=float32, rank=4, scale=4.0)}}
     """
-    nodes = adapter_nodes(params, adapters, "bind")
+    chosen = lambda tree: tree if slot is None else choose(tree, slot)
+    one = adapters if slot is None else jax.eval_shape(chosen, adapters)
+    adapter_nodes(params, one, "bind")
+    nodes = flatten(adapters, is_leaf=is_node)
     key = None if dropout_key is None else _typed(dropout_key)
 
     def leaf(path, base):
         node = nodes.get(path)
         if node is None:
             return _frozen(base)
+        if slot is not None and isinstance(node, LoRA):
+            return dataclasses.replace(node.weight(base, path), slot=jnp.asarray(slot))
+        node = chosen(node)
         if isinstance(node, Full):
             return node.value.astype(base.dtype)
         return node.weight(base, path, _seed(key, path, node))

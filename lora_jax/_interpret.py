@@ -54,6 +54,10 @@ MOVES = frozenset(
 )
 
 
+# What takes a weight whose factors are those of a stack; for all else they are picked from it.
+STACKED = MOVES - {"mul", "div", "neg"} | {"dot_general", "jit", "pjit"}
+
+
 class _Body:
     """A body under evaluation: its values, and who makes and who multiplies them."""
 
@@ -203,6 +207,8 @@ class Interpreter:
     def _equation(self, eqn, values) -> list:
         if not any(map(is_weight, values)):
             return self.bind(eqn, values)
+        if eqn.primitive.name not in STACKED:
+            values = [v.resolved() if is_weight(v) else v for v in values]
         rule = RULES.get(eqn.primitive.name)
         outs = rule(self, eqn, values) if rule else None
         if outs is None:
@@ -255,7 +261,7 @@ class Interpreter:
 
     def returned(self, w: AdaptedWeight):
         """A moved weight that the function returns, as a plain array."""
-        how = LOW_RANK if w.indexed else MATERIALISED
+        w, how = w.resolved(), LOW_RANK if w.indexed else MATERIALISED
         use = Use("output", how, "the outputs")
         self.events |= {(leaf, None, how): use for leaf in origins(w)}
         return w.looked_up() if w.indexed else w.materialise()

@@ -52,7 +52,8 @@ def _adapted(*args, group: Group):
     return factored(group, x, hidden(group, x, a), b, w)
 
 
-def _primitive(name: str, impl) -> Primitive:
+def primitive(name: str, impl) -> Primitive:
+    """A primitive with several results that is lowered as `impl`."""
     p = Primitive(name)
     p.multiple_results = True
 
@@ -70,7 +71,7 @@ def _primitive(name: str, impl) -> Primitive:
     return p
 
 
-adapted_p = _primitive("adapted_product", _adapted)
+adapted_p = primitive("adapted_product", _adapted)
 
 
 def _adapted_jvp(primals, tangents, *, group: Group):
@@ -125,7 +126,7 @@ def _tangent(*args, group: Group, moves, merge=None):
     return [m.sum(t) for m, t in zip(group.members, zip(*terms))]
 
 
-tangent_p = _primitive("adapted_tangent", _tangent)
+tangent_p = primitive("adapted_tangent", _tangent)
 
 
 def _tangent_transpose(cts, *args, group: Group, moves):

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapters import DoRA, Full, LoRA, LowRank, Rows, is_node, norms
+from lora_jax._adapters import DoRA, Full, LoRA, LowRank, Rows, choose, is_node, norms
 from lora_jax._algebra import checked
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import state_of
@@ -38,7 +38,8 @@ def stack(
 
     Returns:
       The tree of the adapters, each array with an axis of capacity + 1 in front; the scale is
-      folded into B, so each scale is 1, and dropout is 0. Use it by `choose`.
+      folded into B, so each scale is 1, and dropout is 0. Use it by `bind(..., slot=number)`, or
+      by `choose`.
 
     Raises:
       LoRAError: no adapters, more than the capacity, a rank above `rank`, adapters that do not fit
@@ -53,8 +54,8 @@ def stack(
     ...     return {"w": lora.LoRA(jnp.ones((2, 1)), b, 1.0, lora.Geometry((0,), (1,)))}
     >>> stacked = lora.stack([node(1.0), node(10.0)])
     >>> fn = lora.adapt(lambda params, x: x @ params["w"])
-    >>> one = lambda adapters, x: fn(lora.bind(params, adapters), x)
-    >>> jax.vmap(one)(lora.choose(stacked, jnp.array([1, 0, -1])), jnp.ones((3, 2)))
+    >>> one = lambda number, x: fn(lora.bind(params, stacked, slot=number), x)
+    >>> jax.vmap(one)(jnp.array([1, 0, -1]), jnp.ones((3, 2)))
     Array([[21., 21.],
            [ 3.,  3.],
            [ 1.,  1.]], dtype=float32)
@@ -80,20 +81,6 @@ def stack(
         out[path] = jax.tree.map(lambda *x: jnp.stack(x), *slots)
     raise_all("these adapters cannot be stacked:", failures, "they must be of one base")
     return nest(out)
-
-
-def choose(stacked: Any, index: Any) -> Any:
-    """The adapters of a number, or of an array of numbers, one for each example; -1 for none.
-
-    Args:
-      stacked: as from `stack`.
-      index: an integer, or (B,) integers, traced ones too: another choice never recompiles. What
-        has no slot gives NaN.
-
-    Returns:
-      Adapters for `bind`; of an array, with an axis of B in front, for `jax.vmap`.
-    """
-    return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="fill"), stacked)
 
 
 def put(stacked: Any, index: Any, adapters: Any | None) -> Any:

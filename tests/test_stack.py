@@ -58,6 +58,11 @@ def alone(adapters, ids):
 
 
 def each(stacked, index, ids):
+    one = lambda slot, ids: APPLY(lora.bind(PARAMS, stacked, slot=slot), ids)
+    return jax.vmap(one)(index, ids)
+
+
+def gathered(stacked, index, ids):
     one = lambda adapters, ids: APPLY(lora.bind(PARAMS, adapters), ids)
     return jax.vmap(one)(lora.choose(stacked, index), ids)
 
@@ -75,12 +80,38 @@ def test_each_example_gets_its_own():
     stacked = lora.stack(ZOO)
     index = jnp.array([3, 0, -1, 2, 1, 0])
     want = jnp.stack([alone([*ZOO, None][i], ids) for i, ids in zip(index, IDS)])
-    assert_close(jax.jit(each)(stacked, index, IDS), want, factor=256)
-    assert_close(each(stacked, index, IDS), want, factor=256)
+    for call in (each, jax.jit(each), jax.jit(gathered)):
+        assert_close(call(stacked, index, IDS), want, factor=256)
     for i in (2, -1):
-        got = APPLY(lora.bind(PARAMS, lora.choose(stacked, i)), IDS[0])
-        assert_close(got, alone([*ZOO, None][i], IDS[0]), factor=256)
-    assert np.isnan(each(stacked, jnp.array([9] * 6), IDS)).all()
+        for bound in (
+            lora.bind(PARAMS, lora.choose(stacked, i)),
+            lora.bind(PARAMS, stacked, slot=i),
+        ):
+            assert_close(APPLY(bound, IDS[0]), alone([*ZOO, None][i], IDS[0]), factor=256)
+    for call in (each, gathered):
+        for none in (9, -9):
+            assert np.isnan(call(stacked, jnp.array([none] * 6), IDS)).all()
+
+
+def test_gradients_through_a_slot():
+    """Of the stack and of the input, as by gathering."""
+    stacked = lora.stack(ZOO)
+    index = jnp.array([3, 0, -1, 2, 1, 0])
+    x = jax.random.normal(KEY, (6, 5, D))
+    fn = lambda p, x: jnp.tanh(x @ p["layers"][1]) @ p["head"]
+    head = lora.adapt(fn, strict=False)
+
+    def loss(stacked, x, slot: bool):
+        one = lambda i, x: head(
+            lora.bind(PARAMS, stacked, slot=i)
+            if slot
+            else lora.bind(PARAMS, lora.choose(stacked, i)),
+            x,
+        )
+        return jnp.sum(jnp.sin(jax.vmap(one)(index, x)))
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    assert_close(grad(stacked, x, True), grad(stacked, x, False), factor=256)
 
 
 def test_what_is_trained_in_full():
