@@ -14,6 +14,7 @@ from lora_jax._fingerprint import Fingerprint, fingerprint
 from lora_jax._forecast import Forecast, forecast
 from lora_jax._init import init
 from lora_jax._interpret import Use
+from lora_jax._learned import Change, Learned, learned
 from lora_jax._merge import merge, unmerge
 from lora_jax._optim import labels, lora_plus, trained_only
 from lora_jax._peft import PeftAdapter, load_peft
@@ -90,6 +91,9 @@ __all__ = [
     "compare",
     "Comparison",
     "Likeness",
+    "learned",
+    "Learned",
+    "Change",
     # many at once
     "stack",
     "choose",
