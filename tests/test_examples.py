@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import operator
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reviews
+import sweep
 from common import assert_close
 from models import bert
 from models.convnet import ConvNet
@@ -123,6 +125,38 @@ def test_convnet_surveys_every_kernel():
     targets = lora.select(variables["params"], lora.LoRAConfig(rank=4), survey)
     assert {p.split("/")[0] for p in targets} == {"stem", "depthwise", "pointwise", "down"}
     assert targets.parameters == 3272
+
+
+@pytest.mark.usefixtures("promotes")
+def test_a_sweep_is_its_solo_runs(monkeypatch):
+    """Other ranks, alphas, rates and data in one step: each as alone, the padding still zero."""
+    settings = [sweep.SWEEP[i] for i in (4, 7)]
+    model = sweep.Reader(width=16, layers=1)
+    for name, value in dict(SWEEP=settings, model=model, adapted=lora.adapt(model.apply)).items():
+        monkeypatch.setattr(sweep, name, value)
+    params, firsts, streams, _ = sweep.data(0, 6, pretraining=1)
+    many, state, rates, scales = sweep.start(firsts)
+    together = jax.jit(jax.vmap(sweep.step, in_axes=(0, 0, None, 0, 0, 0)))
+    batches = [np.stack(part, 1) for part in zip(*streams)]
+    trained, losses = sweep.run(together, many, state, params, batches, rates, scales)
+    for i, (setting, first) in enumerate(zip(settings, firsts)):
+        start = first, sweep.init(first), params, streams[i]
+        adapters, loss = sweep.run(jax.jit(sweep.step), *start, jnp.array(setting.rate))
+        own = sweep.own(trained, i, first)
+        # Adam divides by √v + 1e-8: what it makes of a gradient of that size is its rounding.
+        assert_close(own, adapters, factor=1024)
+        np.testing.assert_allclose(losses[i], loss, rtol=1e-5)
+        moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), own, first)
+        assert min(jax.tree.leaves(moved)) > 1e-4
+        assert {n.scale for n in nodes(own)} == {setting.alpha / setting.rank}
+        whole = jax.tree.map(operator.itemgetter(i), trained)
+        count = lambda tree: sum(int(jnp.count_nonzero(x)) for x in jax.tree.leaves(tree))
+        assert count(whole) == count(own) and max(n.rank for n in nodes(whole)) == 8
+    assert together._cache_size() == 1
+
+
+def nodes(adapters):
+    return jax.tree.leaves(adapters, is_leaf=lora._adapters.is_node)
 
 
 def test_a_file_that_is_not_the_one_expected(tmp_path, monkeypatch):
