@@ -28,6 +28,7 @@ class Use:
       source: the line of the user's code.
       in_axes, out_axes, batch_axes: the leaf's axes by their part in a contraction.
       plan: how the product was made; see `lora.adapt`.
+      dilated: it is a convolution with a dilated kernel.
     """
 
     primitive: str
@@ -37,6 +38,7 @@ class Use:
     out_axes: tuple[int, ...] = ()
     batch_axes: tuple[int, ...] = ()
     plan: str = ""
+    dilated: bool = False
 
 
 def by_leaf(paths: Iterable[str], events: Mapping[tuple, Use]) -> dict[str, tuple[Use, ...]]:
@@ -245,7 +247,8 @@ class Interpreter:
     def _record(self, w, eqn, how, inner, outer, batch, name=None, plan=""):
         axes = [tuple(sorted(a)) for a in (inner, outer, batch)]
         name = name or eqn.primitive.name
-        use = Use(name, how, _compat.source_line(eqn), *axes, plan)
+        dilated = max(eqn.params.get("rhs_dilation") or (1,)) > 1
+        use = Use(name, how, _compat.source_line(eqn), *axes, plan, dilated)
         self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
 
     def materialise(self, w: AdaptedWeight, eqn, name: str | None = None):

@@ -16,7 +16,7 @@ from lora_jax._adapters import DoRA, Full, LoRA, Rows, norms
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, nest
-from lora_jax._peft_blocks import Block, LeafInfo, factor_a, factor_b, to_leaf
+from lora_jax._peft_blocks import LeafInfo, factor_a, factor_b, to_leaf
 from lora_jax._peft_config import PeftConfig, peft_config
 from lora_jax._peft_file import AdapterFile, open_adapter
 from lora_jax._peft_find import Finder, finish
@@ -51,7 +51,7 @@ def load_peft(
     doubled_out_proj: bool = True,
     conv1d: Sequence[str] | None = None,
     experts: Sequence[str] | None = None,
-    experts_in_out: bool | None = None,
+    experts_a: str | None = None,
     keep_base: bool = False,
     ignore: Sequence[str] = (),
     max_bytes: int | None = None,
@@ -77,8 +77,11 @@ def load_peft(
         training as in inference; False for an adapter that was trained otherwise.
       conv1d: modules whose square weight is stored (in, out), as GPT-2's Conv1D, rather than (out,
         in); needed only for those that were saved in full.
-      experts: the order of the adapted parameters in the torch module of the experts, and
-      experts_in_out: whether they are (experts, in, out), where shapes and version do not say it.
+      experts: the order of the adapted parameters in the torch module of the experts, such as
+        ["gate_up_proj", "down_proj"], where their shapes do not say which tensor is whose.
+      experts_a: what lora_A of the experts runs along, "in" or "out", where the shapes fit both.
+        Since PEFT 0.19.1 it is "in", but for parameters (experts, in, out) of a module without
+        `is_transposed`; up to 0.18 it is the first of the two axes.
       keep_base: use `params` although the file holds another table for an adapted embedding.
       ignore: settings of the configuration to pass over.
       max_bytes: how large the tensors may be together; default twice the base in fp32.
@@ -111,36 +114,43 @@ def load_peft(
     config = peft_config(file.config, file.folder / "adapter_config.json", tuple(ignore))
     parsed = parse(file, config, doubled_out_proj=doubled_out_proj)
     finder = Finder(leaves, as_table(mapping))
-    found = _found(parsed, finder, config, conv1d, experts, experts_in_out)
+    found = _found(parsed, finder, config, conv1d, experts, experts_a)
     finish(finder, str(file.folder))
     build = _Build(file, config, flatten(state_of(params)), dtype)
     for entry, what in found:
         build.add(entry, what)
     nodes = build.nodes()
-    for copy, key in parsed.copies:
-        if not np.array_equal(file.read(copy), file.read(key)):
+    for copy, key, turned in parsed.copies:
+        value = file.read(key)
+        if not np.array_equal(file.read(copy), value.T if turned else value):
             build.failures.append(f"'{copy}' and '{key}' should be the same, and are not")
     for table in parsed.tables:
         if not keep_base:
-            build.compare(finder.value(table.name, table.shape, False), table)
+            build.compare(finder.value(table.name, table.shape, ()), table)
     finish(finder, str(file.folder))
     raise_all(f"{file.folder}: cannot be used with these parameters:", build.failures)
     return PeftAdapter(nest(nodes), dict(file.config), TorchMapping({e.name: e for e, _ in found}))
 
 
-def _found(parsed: Parsed, finder: Finder, config: PeftConfig, conv1d, experts, in_out):
+def _found(parsed: Parsed, finder: Finder, config: PeftConfig, conv1d, experts, along):
     """[(entry, what the file holds for it)] of everything."""
-    found: list[tuple[Entry | None, Any]] = [(finder.update(u), u) for u in parsed.updates]
+    found: list[tuple[Entry | None, Any]] = [finder.update(u) or (None, u) for u in parsed.updates]
     for group in parsed.experts:
-        found += finder.experts(group, config.version, experts, in_out)
+        for entry, u in finder.experts(group, experts, along):
+            found.append((dataclasses.replace(entry, swapped=_swapped_now(u, config)), u))
     for v in parsed.values:
-        module = v.name.removesuffix(".weight")
-        named = conv1d is not None and any(f".{module}".endswith("." + c) for c in conv1d)
-        unknown = conv1d is None and config.fan_in_fan_out
-        found.append((finder.value(v.name, v.shape, None if unknown else named), v))
+        fan = config.fan_in_fan_out
+        found.append((finder.value(v.name, v.shape, conv1d, fan_in_fan_out=fan), v))
     for r in parsed.rows:
         found.append((finder.rows(r), r))
     return [(e, what) for e, what in found if e is not None]
+
+
+def _swapped_now(update: Update, config: PeftConfig) -> bool:
+    """Whether today's PEFT has A of these experts along their outputs; see `Finder.experts`."""
+    if config.version is None or config.version < (0, 19):
+        return False
+    return update.swapped != (config.version == (0, 19, 0))
 
 
 class _Build:
@@ -175,15 +185,37 @@ class _Build:
 
     def _tied(self, path, kind, names) -> bool:
         """Whether PEFT's change of one of two tied weights means the same here."""
-        if not self.leaves[path].tied or kind is NewRows or self.config.tying:
-            return True
-        if kind is Value and len(self.on[path]) > 1:
-            return True  # both in full; they are compared
+        if kind is NewRows:
+            return self._untied_rows(path)
+        if not self.leaves[path].tied or self.config.tying or len(self.on[path]) > 1:
+            return True  # where both are changed they are compared
         self.failures.append(
             f"'{path}' is the embedding and the head, but the file changes {names} alone; untie "
             "them in the model, or train with ensure_weight_tying in PEFT"
         )
         return False
+
+    def _untied_rows(self, path) -> bool:
+        """PEFT trains the rows of a tied head with the table's, and stores the table's alone; here
+        a head that is a copy of the table would keep its own."""
+        table, copies = self.params[path], []
+        if self.leaves[path].tied or isinstance(table, jax.ShapeDtypeStruct):
+            return True
+        for other, x in self.params.items():
+            if other == path or other in self.on or isinstance(x, jax.ShapeDtypeStruct):
+                continue
+            turned = getattr(x, "shape", ()) == table.shape[::-1]
+            if turned and np.array_equal(np.asarray(x).T, table):
+                copies.append(other)
+            elif getattr(x, "shape", ()) == table.shape and np.array_equal(x, table):
+                copies.append(other)
+        for other in copies:
+            self.failures.append(
+                f"'{other}' holds the values of '{path}', of which the file has new rows: if they "
+                "are tied in torch, PEFT changes both; use one leaf for both here. If not, pass "
+                "`params` with the values that the two have in torch"
+            )
+        return not copies
 
     def _cast(self, array: np.ndarray) -> jax.Array:
         return jnp.asarray(array if self.dtype is None else array.astype(self.dtype))
@@ -201,6 +233,8 @@ class _Build:
         """
         leaf = self.leaves[path]
         g = leaf.geometry
+        if leaf.tied and len(pieces) > 1:
+            pieces = self._once(path, pieces)
         taken = np.zeros([leaf.shape[d] for d in (*g.batch_axes, *g.out_axes)], bool)
         regions: dict[tuple, int] = {}
         for entry, i, u in pieces:
@@ -249,21 +283,38 @@ class _Build:
             m[block.region((*g.batch_axes, *g.out_axes))] = own
         return node.with_magnitude(self._cast(m))
 
+    def _once(self, path: str, pieces):
+        """The updates of a tied embedding and head, which must be one."""
+        (_, _, first), *others = pieces
+        want = first.arrays(self.file)
+        for entry, _, u in others:
+            same = u.scale == first.scale and u.rank == first.rank
+            if not same or not all(map(np.array_equal, u.arrays(self.file), want)):
+                self.failures.append(
+                    f"'{path}' is the embedding and the head, which the file changes differently: "
+                    f"'{pieces[0][0].name}' and '{entry.name}'; untie them in the model"
+                )
+        return pieces[:1]
+
     def _full(self, path: str, pieces) -> Full:
         leaf = self.leaves[path]
         taken = np.zeros(leaf.shape, bool)
-        parts: list[tuple[Block, np.ndarray]] = []
-        for entry, i, v in pieces:
-            block = entry.blocks[i]
-            value = to_leaf(self._value(entry, v), entry.layout, entry.blocks)[i]
-            twice = leaf.tied and any(b == block and np.array_equal(x, value) for b, x in parts)
-            if not twice:
-                self._take(taken, block.slices, path, entry.name)
-            parts.append((block, value))
-        dtype = np.result_type(*{x.dtype for _, x in parts}) if parts else np.float32
+        for entry, i, _ in pieces[: 1 if leaf.tied else None]:
+            self._take(taken, entry.blocks[i].slices, path, entry.name)
+        keys = {k for _, _, v in pieces for k in (v.key, v.add) if k is not None}
+        types = {self.file.tensors[k].dtype for k in keys}
+        types |= {np.dtype(np.float32) for _, _, v in pieces if v.add is not None}
+        dtype = types.pop() if len(types) == 1 else np.dtype(np.float32)
         out = np.zeros(leaf.shape, dtype) if taken.all() else self._base(path).astype(dtype)
-        for block, value in parts:
-            out[block.slices] = value
+        for n, (entry, i, v) in enumerate(pieces):  # one tensor at a time
+            at = entry.blocks[i].slices
+            value = to_leaf(self._value(entry, v), entry.layout, entry.blocks)[i]
+            if n and leaf.tied and not np.array_equal(out[at], value):
+                self.failures.append(
+                    f"'{path}' is the embedding and the head, which the file changes differently: "
+                    f"'{pieces[0][0].name}' and '{entry.name}'; untie them in the model"
+                )
+            out[at] = value
         return Full(self._cast(out))
 
     def _value(self, entry: Entry, v: Value) -> np.ndarray:

@@ -22,13 +22,17 @@ INDEX = re.compile(r"(.+?)\[([-\d:, ]+)\]")
 
 @dataclasses.dataclass(frozen=True)
 class LeafInfo:
-    """A leaf of the user's tree. `tied`: it is a table and a product's weight at once."""
+    """A leaf of the user's tree.
+
+    `tied`: it is a table and a product's weight at once; `dilated`: some convolution spreads it.
+    """
 
     path: str
     shape: tuple[int, ...]
     geometry: Geometry | None
     kind: str = "?"
     tied: bool = False
+    dilated: bool = False
 
     @property
     def in_axes(self) -> tuple[int, ...]:
@@ -169,7 +173,9 @@ def layouts(shape: tuple[int, ...], blocks: Sequence[Block]) -> list[str]:
         n_in, n_out = blocks[0].n_in, sum(b.n_out for b in blocks)
         batch = (blocks[0].n_batch,) if blocks[0].n_batch > 1 else ()
         conv = blocks[0].leaf.kind == "conv" and not batch
-        window = tuple(n for d in blocks[0].leaf.in_axes for n in blocks[0].sizes((d,)))
+        window = blocks[0].sizes(blocks[0].leaf.in_axes)
+        if not batch and len(shape) != len(window) + 1 and set(shape[2:]) <= {1}:
+            conv, shape = False, shape[:2]  # a window of one position is as good as none
         if (shape == (n_out, *window)) if conv else (shape == (*batch, n_out, n_in)):
             found.append("out_in")
         if not conv and shape == (*batch, n_in, n_out):

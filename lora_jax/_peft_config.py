@@ -23,17 +23,19 @@ HARMLESS = set(
     tinit total_step merge_weights
     """.split()
 )
+MERGE = "merge the adapter in PEFT (merge_and_unload) and load the merged weights"
 REFUSED = {
-    "use_qalora": "QALoRA pools its inputs",
-    "use_bdlora": "BD-LoRA is block-diagonal",
-    "kasa_config": "KaSA changes the base weights",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "arrow_config": "Arrow routes between adapters by the input",
-    "alora_invocation_tokens": "aLoRA is active behind certain tokens only",
-    "layer_replication": "the layers of the base are replicated",
+    "use_qalora": f"QALoRA pools its inputs; {MERGE}",
+    "use_bdlora": f"BD-LoRA is block-diagonal; {MERGE}",
+    "kasa_config": f"KaSA changes the base weights; {MERGE}",
+    "monteclora_config": "MonteCLoRA samples its factors: no one update is the adapter's",
+    "arrow_config": "Arrow routes between adapters by the input: no one update is the adapter's",
+    "alora_invocation_tokens": "aLoRA is active behind certain tokens only: no one update is the "
+    "adapter's",
+    "layer_replication": f"the layers of the base are replicated; {MERGE}",
 }
 PLAIN = re.compile(r"\^?[\w.]+", re.ASCII)  # nothing repeats: Python's matcher is fast
-PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,11 @@ class PeftConfig:
     expressions: Mapping[str, SafePattern]  # each parsed once
 
     def alpha_of(self, name: str) -> float:
-        """By PEFT's rule: the first pattern, in the file's order, that ends the name."""
-        found = self._first(self.alpha_pattern, name)
+        """By PEFT's rule: the first pattern, in the file's order, that ends the name.
+
+        AdaLoRA has one alpha: PEFT reads no pattern for it.
+        """
+        found = None if self.adalora else self._first(self.alpha_pattern, name)
         return self.alpha if found is None else self.alpha_pattern[found]
 
     def rank_of(self, name: str) -> int:
@@ -179,7 +184,8 @@ class _Checks:
         ):
             self.failures.append(
                 f"init_lora_weights={str(init)[:40]!r} trained against a changed base; save it "
-                "in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+                "in PEFT with path_initial_model_for_weight_conversion, which makes it plain; if "
+                "`params` are that changed base: load_peft(..., ignore=['init_lora_weights'])"
             )
 
     def wrong(self, name, expected, default):

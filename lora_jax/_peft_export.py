@@ -14,6 +14,7 @@ from lora_jax._adapters import DoRA, Full, LoRA, LowRank, Rows, is_node
 from lora_jax._errors import raise_all
 from lora_jax._peft_blocks import Block, from_leaf, torch_a, torch_b
 from lora_jax._peft_map import Entry, TorchMapping
+from lora_jax._weight import RANK
 
 VERSION = "0.21.2"
 
@@ -80,7 +81,9 @@ class Export:
                 self.failures.append(f"'{path}' is in no entry of the mapping; add it")
             elif blocks[0].leaf.shape != shape:
                 self.failures.append(f"'{path}' {shape}, but {blocks[0].leaf.shape} in the mapping")
-            elif (n := sum(math.prod(b.shape) for b in set(blocks))) != math.prod(shape):
+            elif (n := sum(math.prod(b.shape) for b in set(blocks))) != math.prod(shape) and (
+                not isinstance(node, LoRA) or _changes_outside(node, blocks)
+            ):
                 self.failures.append(
                     f"'{path}' {shape}: the mapping has {n:,} of {math.prod(shape):,} elements"
                 )
@@ -100,9 +103,14 @@ class Export:
                 )
                 return
             a, b = _own(node, block, self.blocks[block.leaf.path])
+            if entry.swapped:
+                a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
             if node.scale != scale:
                 b = (b.astype(np.float32) * (node.scale / scale)).astype(b.dtype)
             parts.append((a, b))
+        if entry.swapped and len(parts) > 1:
+            self.failures.append(f"'{entry.name}': A runs along the outputs of several leaves")
+            return
         a, b = _together(parts)
         magnitude = (
             self._magnitude(entry, nodes) if any(isinstance(n, DoRA) for n in nodes) else None
@@ -189,7 +197,9 @@ class Export:
         for module, inside in experts.items():
             for depth, name in enumerate(reversed(inside)):
                 self._store_experts(module + ".base_layer" * depth, self.low[name])
-        bias, saved = self._store_values(set(modules))
+        adapted = {*modules, *experts}
+        bias, saved = self._store_values(adapted)
+        self._separate(saved, {*adapted, *self.tokens})
         rank, scale = (
             collections.Counter(names.values()).most_common(1)[0][0] if names else (8, 1.0)
         )
@@ -216,6 +226,7 @@ class Export:
             "use_rslora": False,
             "use_dora": any(low.magnitude is not None for low in self.low.values()),
             "lora_bias": False,
+            "ensure_weight_tying": any(b.leaf.tied for n in self.nodes for b in self.blocks[n]),
         }
 
     def _store(self, module: str, low: _Low) -> str:
@@ -228,8 +239,7 @@ class Export:
             self.tensors |= {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b}
         else:
             if low.entry.kind == "conv":
-                leaf = low.entry.blocks[0].leaf
-                window = tuple(leaf.shape[d] for d in leaf.in_axes)
+                window = low.entry.shape[1:]
                 ones = [1] * (len(window) - 1)
                 a, b = a.reshape(low.rank, *window), b.reshape(*b.shape, *ones)
                 if magnitude is not None:
@@ -252,19 +262,44 @@ class Export:
             module, _, last = name.rpartition(".")
             if module in adapted and last != "bias":
                 self.failures.append(f"'{name}' is trained in full, and '{module}' is adapted")
+            owner = module.rpartition(".")[0]
             if last == "bias" and module not in modules:
-                name = f"{module}.base_layer.bias" if module in adapted else name
+                if f"{owner}.in_proj_weight" in self.low and module == f"{owner}.out_proj":
+                    name = f"{owner}.base_layer.out_proj.base_layer.bias"
+                elif module in adapted:
+                    name = f"{module}.base_layer.bias"
                 bias = "all" if module not in adapted or bias == "all" else "lora_only"
+            elif last == "in_proj_bias" and module in adapted:
+                name, bias = f"{module}.base_layer.in_proj_bias", "all"
+            elif not module:
+                self.failures.append(
+                    f"'{name}' is a parameter of the model itself, and PEFT saves modules; leave "
+                    "it out, or put it into a module of the torch model"
+                )
             elif module not in saved:
                 saved.append(module)
             self.tensors[name] = value
-        return bias, saved
+        inside = tuple(m + "." for m in saved)
+        return bias, [m for m in saved if not m.startswith(inside)]
+
+    def _separate(self, saved: Sequence[str], adapted: set[str]) -> None:
+        """PEFT takes a name in modules_to_save for whatever ends with it, or is inside."""
+        for name in saved:
+            hit = re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)")
+            for module in sorted(adapted):
+                if module.endswith(name) or hit.match(module):
+                    self.failures.append(
+                        f"'{name}' is trained in full, which PEFT takes to mean '{module}' as "
+                        "well, and that is adapted; train or adapt both in the same way"
+                    )
 
 
 def _own(node: LowRank, block: Block, blocks: Iterable[Block]) -> tuple[np.ndarray, np.ndarray]:
     """The A and B of one block of a leaf, without the ranks that are another block's alone."""
     a, b = np.asarray(node.a), np.asarray(node.b)
     own_a, own_b = torch_a(a, block), torch_b(b, block)
+    if len(set(blocks)) == 1:
+        return own_a, own_b
     out_axes = node.geometry.out_axes
     regions = {tuple(x.index[d] for d in out_axes): x for x in blocks}
     mine = own_b.any(axis=(0, 1))
@@ -276,6 +311,15 @@ def _own(node: LowRank, block: Block, blocks: Iterable[Block]) -> tuple[np.ndarr
     if not keep.any():
         keep = np.arange(len(keep)) < 1 if len(regions) > 1 else np.ones_like(keep)
     return own_a[:, keep], own_b[:, :, keep]
+
+
+def _changes_outside(node: LoRA, blocks: Iterable[Block]) -> bool:
+    """Whether B is other than zero where no torch parameter is."""
+    g = node.geometry
+    changed = np.asarray(node.b != 0).any(axis=g.b_dims.index(RANK))
+    for block in blocks:
+        changed[block.region((*g.batch_axes, *g.out_axes))] = False
+    return bool(changed.any())
 
 
 def _whole(regions: Iterable[Block]) -> list[Block]:

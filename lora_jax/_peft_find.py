@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,20 +37,43 @@ class Finder:
                 self.by_end.setdefault(end, []).append(path)
         self.failures: list[str] = []
 
-    def update(self, update: Update) -> Entry | None:
+    def update(self, update: Update) -> tuple[Entry, Update] | None:
+        """The entry, and the update as the leaf has it: turned where the leaf is also a table."""
+
+        def way(blocks):
+            tied = len(blocks) == 1 and blocks[0].leaf.tied and update.kind == "linear"
+            return update.turned() if tied else update
+
         def problem(blocks):
-            return _update_problem(update, blocks)
+            return _update_problem(way(blocks), blocks)
 
         experts = f", {update.batch} experts" if update.batch > 1 else ""
         what = f"a low-rank update, in {update.n_in}, out {update.n_out}{experts}"
         blocks = self._one(update.name, problem, what)
-        return blocks and Entry(update.name, blocks, update.kind)
+        if blocks is None:
+            return None
+        found = way(blocks)
+        kind, shape = update.kind, None
+        if kind == "conv":
+            shape = (found.n_out, found.n_in // math.prod(found.window), *found.window)
+        elif found.e and blocks[0].leaf.kind == "conv":  # AdaLoRA's A is flat
+            kind, shape = "conv", (found.n_out, *blocks[0].sizes(blocks[0].leaf.in_axes))
+        return Entry(update.name, blocks, kind, None, shape, found.swapped), found
 
-    def value(self, name: str, shape: tuple[int, ...], in_out: bool | None = None) -> Entry | None:
+    def value(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        conv1d: Sequence[str] | None = None,
+        *,
+        needed: bool = True,
+        fan_in_fan_out: bool = False,
+    ) -> Entry | None:
         """A parameter in full, or one of which only the shape is known.
 
-        A square matrix fits as (out, in) and as (in, out): `in_out` says which, None that it is
-        not known.
+        A square matrix fits as (out, in) and as (in, out): `conv1d` names the modules for which it
+        is the latter. Where it is None, a matrix is a Linear's, unless `fan_in_fan_out` says that
+        there are others; of a stack (of experts) it is not known: an error if it is `needed`.
         """
 
         def problem(blocks):
@@ -62,13 +85,18 @@ class Finder:
         fits = layouts(shape, blocks)
         if len(fits) > 1 and blocks[0].leaf.kind == "embedding":
             fits = ["in_out"]
-        elif len(fits) > 1 and (in_out is None or blocks[0].n_batch > 1):
-            self.failures.append(
-                f"'{name}' {shape} is square, and may be stored as (out, in), as torch's Linear, "
-                "or as (in, out), as GPT-2's Conv1D; say which: conv1d=[] or conv1d=['c_proj']"
-            )
+        elif len(fits) > 1 and conv1d is None and (fan_in_fan_out or blocks[0].n_batch > 1):
+            fits = [None]
+            module = name.removesuffix(".weight").rpartition(".")[2]
+            if needed:
+                self.failures.append(
+                    f"'{name}' {shape} is square, and may be stored as (out, in), as torch's Linear"
+                    f", or as (in, out), as GPT-2's Conv1D; say which: conv1d=[] or "
+                    f"conv1d=['{module}']"
+                )
         elif len(fits) > 1:
-            fits = ["in_out" if in_out else "out_in"]
+            module = "." + name.removesuffix(".weight")
+            fits = ["in_out" if any(module.endswith("." + c) for c in conv1d or ()) else "out_in"]
         return Entry(name, blocks, "value", fits[0], shape)
 
     def rows(self, rows: NewRows) -> Entry | None:
@@ -78,6 +106,11 @@ class Finder:
             leaf = blocks[0].leaf
             if len(blocks) > 1 or len(leaf.shape) != 2 or blocks[0].shape != leaf.shape:
                 return "not a table of (rows, features)"
+            if leaf.geometry and not leaf.tied and leaf.kind == "linear" and leaf.in_axes == (0,):
+                return (
+                    f"a kernel (in, out) {leaf.shape}, whose columns are torch's rows; rows can be "
+                    "trained of a table only: train this module in full in PEFT (modules_to_save)"
+                )
             if leaf.shape[1] != rows.shape[1] or max(rows.index, default=0) >= leaf.shape[0]:
                 return f"a table of {leaf.shape}"
             return None
@@ -86,34 +119,32 @@ class Finder:
         blocks = self._one(rows.name, problem, f"rows up to {highest} of {rows.shape[1]} features")
         return blocks and Entry(rows.name, blocks, "rows")
 
-    def experts(
-        self, found: Experts, version: tuple[int, ...] | None, order=None, in_out=None
-    ) -> list[tuple[Entry, Update]]:
+    def experts(self, found: Experts, order=None, along=None) -> list[tuple[Entry, Update]]:
         """Which parameter each pair of tensors is: the one assignment that the leaves allow.
 
-        From PEFT 0.19.1 on A runs along the inputs; in 0.19.0 along the outputs; before, along the
-        parameter's first axis, which `in_out` may say to be the inputs (True) or outputs (False).
+        What A runs along is the same for all of a module. Up to PEFT 0.18 it is the parameter's
+        first axis, from 0.19.1 on its last, or the inputs where the module says `is_transposed`;
+        so the file does not say it, and the shapes must, or the caller: `along`.
         """
-        roles = [(False, True)] if in_out is None else [(not in_out,), (in_out,)]
-        if version is not None and version >= (0, 19):
-            outputs = version == (0, 19, 0)
-            roles = [(outputs,), (not outputs,)]
-        names = found.parameters
-        if order is not None:  # innermost first; the updates are outermost first
-            names = tuple(p for p in reversed(order) if p in names)
-        for role in roles:
-            ways = list(self._ways(found.updates, names, found.module, role, order is not None))
-            if ways:
-                break
+        turns = {None: (False, True), "in": (False,), "out": (True,)}
+        if along not in turns:
+            raise LoRAError(f"experts_a={along!r}: expected 'in' or 'out'")
+        ways = [way for turn in turns[along] for way in self._ways(found.pairs, (), turn)]
+        if order is not None:  # innermost first; the pairs are outermost first
+            ways = [way for way in ways if _descending(way, list(order))]
         if len(ways) == 1:
             return ways[0][::-1]
-        sizes = ", ".join(f"{u.batch} of {u.n_in} by {u.n_out}" for u in found.updates)
+        names = dict.fromkeys(p for pair in found.pairs for p in pair)
+        sizes = ", ".join(
+            f"{u.batch} of {u.n_in} by {u.n_out}" for p in found.pairs for u in list(p.values())[:1]
+        )
         self.failures.append(
-            f"'{found.module}' ({', '.join(found.parameters)}; {sizes}): "
+            f"'{found.module}' ({', '.join(names)}; {sizes}): "
             + (
                 f"{len(ways)} ways to assign its tensors fit, and the file does not say which: "
-                "load_peft(..., experts=['gate_up_proj', 'down_proj'], experts_in_out=...), in the "
-                "order of the torch module's parameters, and whether they are (experts, in, out)"
+                f"load_peft(..., experts={list(names)}, in the order of the torch module's "
+                "parameters, experts_a='in'), or 'out' where PEFT's lora_A runs along the outputs: "
+                "see load_peft"
                 if ways
                 else "no leaves have these names and sizes; where the experts' axis is not one of "
                 "a stack in the survey, load_peft(folder, params, targets) with targets = "
@@ -122,29 +153,23 @@ class Finder:
         )
         return []
 
-    def _ways(self, updates, parameters, module, roles, ordered):
-        if not updates:
+    def _ways(self, pairs: Sequence[Mapping[str, Update]], used: tuple[str, ...], turn: bool):
+        if not pairs:
             yield []
             return
-        for p in parameters[:1] if ordered else parameters:
-            for swapped in roles:
-                u = updates[0]
-                u = dataclasses.replace(
-                    u,
-                    name=f"{module}.{p}",
-                    swapped=swapped,
-                    n_in=u.n_out if swapped else u.n_in,
-                    n_out=u.n_in if swapped else u.n_out,
-                )
-                fits = [
-                    [c for c in group if not _update_problem(u, c)]
-                    for group in self._candidates(u.name)
-                ]
-                blocks = next((f for f in fits if f), [])
-                if len(blocks) == 1:
-                    rest = tuple(q for q in parameters if q != p)
-                    for way in self._ways(updates[1:], rest, module, roles, ordered):
-                        yield [(Entry(u.name, blocks[0], "experts"), u), *way]
+        for parameter, update in pairs[0].items():
+            if parameter in used:
+                continue
+            update = update.turned() if turn else update
+            fits = [
+                [c for c in group if not _update_problem(update, c)]
+                for group in self._candidates(update.name)
+            ]
+            blocks = next((f for f in fits if f), [])
+            if len(blocks) == 1:
+                entry = Entry(update.name, blocks[0], "experts", swapped=turn)
+                for way in self._ways(pairs[1:], (*used, parameter), turn):
+                    yield [(entry, update), *way]
 
     def _one(self, name: str, problem, what: str) -> tuple[Block, ...] | None:
         """The only blocks that fit; anything else is a failure that lists the candidates."""
@@ -230,18 +255,39 @@ class Finder:
         return tuple(out) or None
 
 
+def _descending(way, order: list[str]) -> bool:
+    names = [entry.name.rpartition(".")[2] for entry, _ in way]
+    at = [order.index(n) for n in names if n in order]
+    return at == sorted(at, reverse=True)
+
+
 def _update_problem(update: Update, blocks: Sequence[Block]) -> str | None:
     for b in blocks:
+        if b.leaf.geometry is None and b.leaf.kind != "?":
+            return (
+                f"{b.leaf.shape}, used by no product: the survey gives it no axes; merge the "
+                "adapter in PEFT (merge_and_unload) and load the merged weights"
+            )
         if b.leaf.geometry is None:
-            known = "used by no product" if b.leaf.kind != "?" else "its axes are not known"
-            return f"{b.leaf.shape}, {known}: pass a survey of the function"
+            return f"{b.leaf.shape}, its axes are not known: pass a survey of the function"
         if b.n_in != update.n_in or b.n_batch != update.batch:
             sizes = f"in {b.n_in}, out {b.n_out}"
             return f"{b.leaf.shape}, {sizes}" + (f", {b.n_batch} stacked" * (b.n_batch > 1))
-        if (b.leaf.kind == "conv") < (update.kind == "conv"):
+        if b.leaf.kind != "conv" and math.prod(update.window) > 1:
             return f"{b.leaf.shape}, not used by a convolution"
+        if b.leaf.kind == "conv" and update.kind != "conv" and not update.e and _window(b) > 1:
+            return f"{b.leaf.shape}, a convolution, whose inputs are in an order of their own"
+        if b.leaf.dilated and _window(b) > 1:
+            return (
+                f"{b.leaf.shape}, a dilated convolution: PEFT's A is not dilated, so that no "
+                "update of the kernel is what it computes; train it in full (modules_to_save)"
+            )
     n_out = sum(b.n_out for b in blocks)
     return None if n_out == update.n_out else f"out {n_out}"
+
+
+def _window(b: Block) -> int:
+    return b.n_in // b.sizes(b.leaf.in_axes[:1])[0]
 
 
 def _tokens(parts: Sequence[str]) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ TAILS = {
     "lora_magnitude_vector.weight": "magnitude",
     "token_adapter.trainable_tokens_delta": "rows",
 }
-COPY = re.compile(r"(.+)\.(modules_to_save|original_module)\.([^.]+)")
+COPY = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")
 SEPARATE = re.compile(r"(.+)\.base_layer\.out_proj")  # torch's MultiheadAttention: its out_proj
 
 
@@ -61,7 +61,8 @@ class Update:
     a: str
     b: str
     e: str | None = None
-    swapped: bool = False  # experts: A runs along the outputs
+    window: tuple[int, ...] = ()  # of a convolution
+    swapped: bool = False  # A runs along the outputs of the leaf, B along its inputs
     magnitude: str | None = None
 
     def arrays(self, file: AdapterFile) -> tuple[np.ndarray, np.ndarray]:
@@ -70,11 +71,15 @@ class Update:
         if self.kind == "experts":  # A is expert-major, B rank-major
             a = a.reshape(self.batch, self.rank, -1)
             b = b.reshape(-1, self.rank, self.batch).transpose(2, 0, 1)
-            return (b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if self.swapped else (a, b)
-        a, b = a.reshape(1, self.rank, self.n_in), b.reshape(1, self.n_out, self.rank)
+        else:
+            a, b = a.reshape(1, self.rank, -1), b.reshape(1, -1, self.rank)
         if self.e is not None:
             a = a.astype(np.float32) * file.read(self.e).astype(np.float32)[None]
-        return a, b
+        return (b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if self.swapped else (a, b)
+
+    def turned(self) -> Update:
+        """The update of the transposed weight."""
+        return dataclasses.replace(self, n_in=self.n_out, n_out=self.n_in, swapped=not self.swapped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +88,12 @@ class Experts:
 
     Attributes:
       module: the module's name.
-      parameters: the names that `target_parameters` gives it.
-      updates: one for each pair of tensors, outermost first, named by the module.
+      pairs: for each pair of tensors, outermost first: {parameter that `target_parameters` may mean
+        by it: the update that it is then}.
     """
 
     module: str
-    parameters: tuple[str, ...]
-    updates: tuple[Update, ...]
+    pairs: tuple[Mapping[str, Update], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +122,8 @@ class Parsed:
     """All that a file holds.
 
     `tables` are frozen base tables, which PEFT stores beside an adapted embedding; `copies` are
-    pairs of keys that must hold the same (with bias="all", it stores a saved module's bias twice).
+    pairs of keys that must hold the same, maybe transposed (with bias="all", it stores a saved
+    module's bias twice, with ensure_weight_tying the factors of embedding and head).
     """
 
     updates: tuple[Update, ...]
@@ -126,7 +131,7 @@ class Parsed:
     values: tuple[Value, ...]
     rows: tuple[NewRows, ...]
     tables: tuple[Value, ...]
-    copies: tuple[tuple[str, str], ...] = ()
+    copies: tuple[tuple[str, str, bool], ...] = ()
 
 
 def parse(file: AdapterFile, config: PeftConfig, *, doubled_out_proj: bool = True) -> Parsed:
@@ -150,7 +155,8 @@ class _Parser:
         self.failures: list[str] = []
         self.adapted: dict[str, dict[str, str]] = {}  # module, as in the keys: {kind: key}
         self.whole: dict[str, str] = {}  # parameter: key
-        self.copies: list[tuple[str, str, bool]] = []  # (key, parameter, whether it is the base's)
+        self.copies: list[tuple[str, tuple[str, ...]]] = []  # (key, its parts)
+        self.tied: list[tuple[str, str, bool]] = []  # see `Parsed.copies`
 
     def parsed(self) -> Parsed:
         for key in self.file.tensors:
@@ -160,7 +166,7 @@ class _Parser:
             if "rows" in parts:
                 rows += self._rows(module, parts.pop("rows"))
             pair = self._pair(module, parts)
-            if pair is not None and self._parameters(module):
+            if pair is not None and not parts.keys() & {"table_a", "e"} and self._inside(module):
                 experts.append((module, pair))
             elif pair is not None:
                 updates += self._update(module, parts, pair)
@@ -176,7 +182,12 @@ class _Parser:
             f"and {len(self.failures) - 20} more" if len(self.failures) > 20 else "",
         )
         return Parsed(
-            tuple(updates), found, tuple(values.values()), tuple(rows), tuple(tables), copies
+            tuple(updates),
+            found,
+            tuple(values.values()),
+            tuple(rows),
+            tuple(tables),
+            (*copies, *self.tied),
         )
 
     def _sort(self, key: str) -> None:
@@ -196,20 +207,25 @@ class _Parser:
         elif re.search(r"\.(lora_|token_adapter)", name):
             self._wrong(key, "not a tensor of plain LoRA, rsLoRA, AdaLoRA or trainable tokens")
         elif found := COPY.fullmatch(name):
-            self.copies.append((key, f"{found[1]}.{found[3]}", found[2] == "original_module"))
+            self.copies.append((key, found.groups()))
         elif name in self.whole or 0 in shape:
             self._wrong(key, "is empty, or there twice")
         else:
             self.whole[name] = key
 
-    def _copied(self) -> tuple[tuple[str, str], ...]:
-        """Parameters that stand there under a second name; the frozen original is not needed."""
+    def _copied(self) -> tuple[tuple[str, str, bool], ...]:
+        """Parameters that stand there under a second name; the frozen original is not needed.
+
+        The adapter's name is still in that name where the saved module has modules of its own.
+        """
         pairs = []
-        for key, name, original in self.copies:
-            if name not in self.whole:
-                self._wrong(key, f"a copy of '{PREFIX}{name}', which is not there")
-            elif not original:
-                pairs.append((key, self.whole[name]))
+        for key, (module, kind, rest) in self.copies:
+            names = [f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}"]
+            name = next((n for n in names if n in self.whole), None)
+            if name is None:
+                self._wrong(key, f"a copy of '{PREFIX}{names[0]}', which is not there")
+            elif kind == "modules_to_save":
+                pairs.append((key, self.whole[name], False))
         return tuple(pairs)
 
     def _wrong(self, key: str, what: str) -> None:
@@ -234,8 +250,15 @@ class _Parser:
             return None
         return parts[names[0]], parts[names[1]], table
 
+    def _inside(self, module: str) -> bool:
+        """Whether it is a module of which single parameters are adapted."""
+        explicit = self.config.targets not in (None, "all-linear")
+        return bool(self._parameters(module)) and not (
+            explicit and self.config.targeted(_plain(module))
+        )
+
     def _parameters(self, module: str) -> tuple[str, ...]:
-        """The parameters of this module that `target_parameters` names."""
+        """The parameters that `target_parameters` may mean in this module."""
         module = _plain(module)
         return tuple(
             dict.fromkeys(
@@ -250,7 +273,7 @@ class _Parser:
         a, b = self.file.shape(key_a), self.file.shape(key_b)
         owner = SEPARATE.fullmatch(module)
         plain = owner[1] if owner else module
-        if not self.config.targeted(plain):
+        if not self.config.targeted(plain) and not self._is_tied(key_a, key_b):
             self._wrong(key_a, f"target_modules does not include '{plain}'; PEFT would ignore it")
         if self.config.adalora and 0 in a:
             return []  # pruned to nothing
@@ -264,9 +287,18 @@ class _Parser:
         if f"{module}.base_layer.out_proj" in self.adapted:
             name = module + ".in_proj_weight"
         kind = "embedding" if table else ("conv" if len(a) > 2 else "linear")
-        n_in = math.prod(a[1:])
+        n_in, window = math.prod(a[1:]), a[2:]
+        sizes = (a[0], n_in, b[0], 1)
         own = dict(e=parts.get("e"), magnitude=parts.get("magnitude"))
-        return [Update(name, kind, a[0], n_in, b[0], 1, scale, key_a, key_b, **own)]
+        return [Update(name, kind, *sizes, scale, key_a, key_b, window=window, **own)]
+
+    def _is_tied(self, key_a: str, key_b: str) -> bool:
+        """Whether this is the head beside an adapted embedding, with ensure_weight_tying."""
+        tables = [p for p in self.adapted.values() if {"table_a", "table_b"} <= p.keys()]
+        if not self.config.tying or len(tables) != 1:
+            return False
+        self.tied += [(key_a, tables[0]["table_b"], True), (key_b, tables[0]["table_a"], True)]
+        return True
 
     def _bias(self, update: Update, values: dict[str, Value]) -> None:
         """lora_bias: b + scale · its own bias."""
@@ -306,30 +338,30 @@ class _Parser:
             modules.setdefault(_plain(module), []).append(pair)
         for module, pairs in modules.items():
             names = self._parameters(module)
-            if len(names) != len(pairs):
+            if len(names) < len(pairs):
                 self._wrong(
                     pairs[0][0],
                     f"{len(pairs)} adapted parameters, but target_parameters names "
                     f"{', '.join(names)}",
                 )
                 continue
-            updates = [u for key_a, key_b, _ in pairs if (u := self._expert(module, key_a, key_b))]
-            yield Experts(module, names, tuple(updates))
+            yield Experts(module, tuple(self._expert(module, *pair[:2]) for pair in pairs))
 
-    def _expert(self, module: str, key_a: str, key_b: str) -> Update | None:
-        """One pair, of which only the module is known: its rank is the one that all have."""
+    def _expert(self, module: str, key_a: str, key_b: str) -> dict[str, Update]:
+        """One pair, of which only the module is known, as each parameter that it may be."""
         a, b = self.file.shape(key_a), self.file.shape(key_b)
-        names = [f"{module}.{p}" for p in self._parameters(module)]
-        settings = {(self.config.rank_of(n), self.config.alpha_of(n)) for n in names}
-        if len(settings) > 1:
-            self._wrong(key_a, "its parameters have different ranks or alphas, and no name in it")
-            return None
-        rank = settings.pop()[0]
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % rank:
+        found = {}
+        for parameter in self._parameters(module):
+            name = f"{module}.{parameter}"
+            rank = self.config.rank_of(name)
+            if len(a) == len(b) == 2 and a[0] == b[1] and a[0] % rank == 0:
+                sizes = (rank, a[1], b[0], a[0] // rank)
+                scale = self.config.scale(name, rank)
+                found[parameter] = Update(name, "experts", *sizes, scale, key_a, key_b)
+        if not found:
+            rank = self.config.rank_of(f"{module}.{self._parameters(module)[0]}")
             self._wrong(key_a, f"with B {b}: expected (experts * {rank}, in) and (out, the same)")
-            return None
-        scale = self.config.scale(names[0], rank)
-        return Update(module, "experts", rank, a[1], b[0], a[0] // rank, scale, key_a, key_b)
+        return found
 
 
 def _plain(name: str) -> str:

@@ -27,6 +27,8 @@ class Entry:
       kind: "linear", "embedding", "conv" or "experts", or "value" for one in full.
       layout: how the tensor lies: "out_in", "in_out", "same", "vector"; None if it is not known.
       shape: the tensor's, if it is known.
+      swapped: PEFT's A runs along the outputs of the leaf: of a head that is the embedding's table,
+        of experts that are (experts, in, out) in a module without `is_transposed`.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Entry:
     kind: str
     layout: str | None = None
     shape: tuple[int, ...] | None = None
+    swapped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +82,17 @@ def leaf_infos(params: Any, survey: Survey | Targets | None) -> dict[str, LeafIn
         shape = tuple(x.shape)
         matrix = len(shape) == 2 and not isinstance(survey, Survey)
         geometry = Geometry((0,), (1,)) if matrix else None
-        kind, tied = "?", False
+        kind, tied, dilated = "?", False, False
         if isinstance(survey, Survey):
             leaf = survey[path]
             geometry, kind = leaf.geometry, leaf.kind
             tied = len({u.primitive == LOOK_UP for u in leaf.products}) == 2
+            dilated = any(u.dilated for u in leaf.uses)
         elif survey is not None and path in survey:
             geometry = survey[path].geometry
             kind = "embedding" if survey[path].embedding else "linear"
             kind = "conv" if "conv" in survey[path].primitive else kind
-        infos[path] = LeafInfo(path, shape, geometry, kind, tied)
+        infos[path] = LeafInfo(path, shape, geometry, kind, tied, dilated)
     return infos
 
 

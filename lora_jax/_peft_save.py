@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -29,15 +30,20 @@ def torch_mapping(
     survey: Survey | Targets | None = None,
     *,
     mapping: Mapping[str, Any] | None = None,
-    conv1d: Sequence[str] = (),
+    conv1d: Sequence[str] | None = None,
+    experts: Sequence[str] | None = None,
+    experts_a: str = "in",
 ) -> TorchMapping:
     """Which leaf each parameter of a torch model is, for `save_peft`.
 
     Args:
       names: {torch name: shape}, as in a state dict, or the path of a safetensors file of the base
         model, of which the header is read. Name only those that are to be mapped.
-      params, survey, mapping: as in `load_peft`.
-      conv1d: modules whose weight is stored (in, out), as GPT-2's Conv1D.
+      params, survey, mapping, conv1d: as in `load_peft`.
+      experts: the order of the parameters in the torch module of the experts, on which PEFT's names
+        depend; None: that of `names`. A safetensors file does not keep it.
+      experts_a: what PEFT's lora_A of the experts runs along: "in", or "out" where they are
+        (experts, in, out) in a module without `is_transposed`.
 
     Raises:
       LoRAError: a parameter that no leaf, or more than one, fits; all of them are listed.
@@ -53,15 +59,20 @@ def torch_mapping(
     """
     shapes = names if isinstance(names, Mapping) else read_shapes(names)
     finder = Finder(leaf_infos(params, survey), as_table(mapping))
+    if experts_a not in ("in", "out"):
+        raise LoRAError(f"experts_a={experts_a!r}: expected 'in' or 'out'")
     found = {}
     for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        in_out = any(f".{module}".endswith("." + c) for c in conv1d)
-        entry = finder.value(name, tuple(shape), in_out)
+        entry = finder.value(name, tuple(shape), conv1d, needed=False)
         if entry is not None:
-            found[name] = Entry(name, entry.blocks, _kind(entry), entry.layout, entry.shape)
+            kind = _kind(entry)
+            head = kind == "linear" and entry.blocks[0].leaf.tied
+            swapped = head or (kind == "experts" and experts_a == "out")
+            found[name] = dataclasses.replace(entry, kind=kind, swapped=swapped)
+    if experts is None and not isinstance(names, Mapping):
+        finder.failures += _unordered(found)
     finish(finder, "torch_mapping")
-    return TorchMapping(found)
+    return TorchMapping(_ordered(found, list(experts or ())))
 
 
 def _kind(entry: Entry) -> str:
@@ -70,7 +81,42 @@ def _kind(entry: Entry) -> str:
         return "value"
     if not entry.name.endswith(("weight", "bias")):
         return "experts"
-    return leaf.kind if leaf.kind in ("embedding", "conv") else "linear"
+    if leaf.tied and "head" in entry.name.rpartition(".")[0].rpartition(".")[2]:
+        return "linear"
+    if leaf.kind == "embedding":
+        return "embedding"
+    return "conv" if len(entry.shape) > 2 else "linear"
+
+
+def _by_module(found: Mapping[str, Entry]) -> dict[str, list[str]]:
+    """The experts' parameters, in their order."""
+    modules: dict[str, list[str]] = {}
+    for name, entry in found.items():
+        if entry.kind == "experts":
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+    return modules
+
+
+def _unordered(found: Mapping[str, Entry]):
+    for module, names in _by_module(found).items():
+        if len(names) > 1:
+            last = [n.rpartition(".")[2] for n in names]
+            yield (
+                f"'{module}' has {', '.join(last)}, and PEFT's names depend on their order in the "
+                f"torch module, which the file does not keep: torch_mapping(..., experts={last})"
+            )
+
+
+def _ordered(found: Mapping[str, Entry], order: list[str]) -> dict[str, Entry]:
+    """With the parameters of each module of experts in the order given."""
+    place = {}
+    for names in _by_module(found).values():
+        last = {n: n.rpartition(".")[2] for n in names}
+        after = sorted(
+            names, key=lambda n: order.index(last[n]) if last[n] in order else len(order)
+        )
+        place |= dict(zip(names, after))
+    return {place.get(n, n): found[place.get(n, n)] for n in found}
 
 
 def save_peft(
