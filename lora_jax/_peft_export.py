@@ -17,6 +17,7 @@ from lora_jax._peft_map import Entry, TorchMapping
 from lora_jax._weight import RANK
 
 VERSION = "0.21.2"
+PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "default")  # PEFT's, in its layers
 
 
 class _Low:
@@ -79,6 +80,11 @@ class Export:
             shape = tuple(node.shape)
             if not blocks:
                 self.failures.append(f"'{path}' is in no entry of the mapping; add it")
+            elif blocks[0].leaf.tied and len(blocks) == 1 and not isinstance(node, Rows):
+                self.failures.append(
+                    f"'{path}' is the embedding and the head, and the mapping has one of the two; "
+                    "name both in torch_mapping, such as embed_tokens.weight and lm_head.weight"
+                )
             elif blocks[0].leaf.shape != shape:
                 self.failures.append(f"'{path}' {shape}, but {blocks[0].leaf.shape} in the mapping")
             elif (n := sum(math.prod(b.shape) for b in set(blocks))) != math.prod(shape) and (
@@ -284,13 +290,14 @@ class Export:
 
     def _separate(self, saved: Sequence[str], adapted: set[str]) -> None:
         """PEFT takes a name in modules_to_save for whatever ends with it, or is inside."""
+        parts = {f"{m}.{p}" for m in adapted for p in PARTS}
         for name in saved:
             hit = re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)")
-            for module in sorted(adapted):
+            for module in sorted(adapted | {p for p in parts if p.endswith(name)}):
                 if module.endswith(name) or hit.match(module):
                     self.failures.append(
                         f"'{name}' is trained in full, which PEFT takes to mean '{module}' as "
-                        "well, and that is adapted; train or adapt both in the same way"
+                        "well, which is adapted; train or adapt both in the same way"
                     )
 
 

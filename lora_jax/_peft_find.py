@@ -14,8 +14,36 @@ from lora_jax._peft_layers import Experts, NewRows, Update
 from lora_jax._peft_map import Entry
 
 SHOWN = 20  # failures
+BIASES = ("bias", "b")
 WEIGHTS = ("kernel", "weight", "embedding", "scale", "w", "table")
 TABLE = 'mapping={r"model\\.layers\\.(\\d+)\\.self_attn\\.q_proj": "layers_{1}/attn/query/kernel"}'
+
+
+class _Names:
+    """Leaves by their names in tokens: found by the same name, a longer one or a shorter one.
+
+    What is left out at the beginning of the longer one holds no number.
+    """
+
+    def __init__(self):
+        self.exact: dict[tuple[str, ...], list[str]] = {}
+        self.ends: dict[tuple[str, ...], list[str]] = {}
+
+    def add(self, tokens: tuple[str, ...], path: str) -> None:
+        self.exact.setdefault(tokens, []).append(path)
+        for i in range(1, len(tokens)):
+            if tokens[i - 1].isdigit():
+                break
+            self.ends.setdefault(tokens[i:], []).append(path)
+
+    def find(self, tokens: tuple[str, ...]):
+        """(2 for the same name or 1 for a part of it, leaf)."""
+        yield from ((2, path) for path in self.exact.get(tokens, ()))
+        yield from ((1, path) for path in self.ends.get(tokens, ()))
+        for i in range(1, len(tokens)):
+            if tokens[i - 1].isdigit():
+                break
+            yield from ((1, path) for path in self.exact.get(tokens[i:], ()))
 
 
 class Finder:
@@ -30,11 +58,13 @@ class Finder:
 
     def __init__(self, leaves: dict[str, LeafInfo], given: Mapping[str, Any] | None):
         self.leaves, self.given = leaves, given
-        self.tokens = {path: _tokens(path.split("/")) for path in leaves}
-        self.by_end: dict[str, list[str]] = {}  # the leaves whose names, or modules', end so
-        for path, tokens in self.tokens.items():
-            for end in {tokens[-1], *tokens[-2:-1]}:
-                self.by_end.setdefault(end, []).append(path)
+        self.modules, self.parameters = _Names(), _Names()
+        for path in leaves:
+            tokens = _tokens(path.split("/"))
+            self.parameters.add(tokens, path)
+            last = path.rpartition("/")[2].lower()
+            self.modules.add(tokens[:-1] if last in (*WEIGHTS, *BIASES) else tokens, path)
+        self.tied = [path for path, leaf in leaves.items() if leaf.tied]
         self.failures: list[str] = []
 
     def update(self, update: Update) -> tuple[Entry, Update] | None:
@@ -200,18 +230,32 @@ class Finder:
                 found = self._bias(name)
             return [[found]] if found else [[]]
         exact, ends = [], []
-        ends_of = {t for part in name.split(".")[-3:] for t in _tokens([part])}
-        paths = dict.fromkeys(p for t in sorted(ends_of) for p in self.by_end.get(t, ()))
-        for path in paths:
-            leaf = self.leaves[path]
-            for score, index in _matches(name, path, self.tokens[path]):
-                if index is None:
-                    (exact if score == 2 else ends).append(
-                        (Block(leaf, (None,) * len(leaf.shape)),)
-                    )
-                elif (b := _at(leaf, index)) is not None:
-                    (exact if score == 2 else ends).append((b,))
+        module, _, last = name.rpartition(".")
+        parts = (module if last in ("weight", "bias") else name).split(".")
+        parts = parts if parts != [""] else []
+        places = [i for i, part in enumerate(parts) if part.isdigit()]
+        for i in (None, *places):
+            rest = parts if i is None else parts[:i] + parts[i + 1 :]
+            for score, path in self._named(_tokens(rest), last):
+                leaf = self.leaves[path]
+                whole = Block(leaf, (None,) * len(leaf.shape))
+                found = whole if i is None else _at(leaf, int(parts[i]))
+                if found is not None:
+                    (exact if score == 2 else ends).append((found,))
+        if not exact and not ends and len(self.tied) == 1 and is_head(name):
+            leaf = self.leaves[self.tied[0]]
+            ends.append((Block(leaf, (None,) * len(leaf.shape)),))
         return [exact, ends]
+
+    def _named(self, tokens: tuple[str, ...], last: str):
+        """(score, leaf) of the leaves that may be a parameter of this kind."""
+        if last not in ("weight", "bias"):
+            yield from dict.fromkeys([*self.modules.find(tokens), *self.parameters.find(tokens)])
+            return
+        kind = WEIGHTS if last == "weight" else BIASES
+        for score, path in self.modules.find(tokens):
+            if path.rpartition("/")[2].lower() in kind:
+                yield score, path
 
     def _given(self, name: str) -> tuple[Block, ...] | None:
         """What the table says of a parameter, by its module's name or its own."""
@@ -253,6 +297,12 @@ class Finder:
                 return None
             out.append(Block(leaf, index))
         return tuple(out) or None
+
+
+def is_head(name: str) -> bool:
+    """Whether torch's name is a head's, which has no leaf of its own where it is the embedding."""
+    module, _, last = name.rpartition(".")
+    return last == "weight" and "head" in module.rpartition(".")[2]
 
 
 def _descending(way, order: list[str]) -> bool:
@@ -297,35 +347,6 @@ def _tokens(parts: Sequence[str]) -> tuple[str, ...]:
         found = re.fullmatch(r"(.*?)_?(\d+)", part.lower())
         out += [t for t in found.groups() if t] if found else [part.lower()]
     return tuple(out)
-
-
-def _matches(name: str, path: str, tokens: tuple[str, ...]):
-    """(2 for the same names or 1 for one that ends with the other, position in a stack or None)."""
-    module, _, last = name.rpartition(".")
-    leaf = path.rpartition("/")[2].lower()
-    if last == "bias":
-        if leaf not in ("bias", "b"):
-            return
-    elif last == "weight":
-        if leaf not in WEIGHTS:
-            return
-    else:
-        module = name
-    stem = tokens[:-1] if leaf in (*WEIGHTS, "bias", "b") else tokens
-    parts = module.split(".") if module else []
-    if score := _same(_tokens(parts), stem):
-        yield score, None
-    for i, part in enumerate(parts):
-        if part.isdigit() and (score := _same(_tokens(parts[:i] + parts[i + 1 :]), stem)):
-            yield score, int(part)
-
-
-def _same(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    if a == b:
-        return 2
-    n = min(len(a), len(b))
-    rest = a[:-n] if len(a) > n else b[:-n]
-    return int(n > 0 and a[-n:] == b[-n:] and not any(t.isdigit() for t in rest))
 
 
 def _at(leaf: LeafInfo, i: int) -> Block | None:

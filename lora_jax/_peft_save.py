@@ -17,7 +17,7 @@ from lora_jax._errors import LoRAError, raise_all
 from lora_jax._paths import flatten
 from lora_jax._peft_export import Export
 from lora_jax._peft_file import CONFIG, TENSORS, read_shapes
-from lora_jax._peft_find import Finder, finish
+from lora_jax._peft_find import Finder, finish, is_head
 from lora_jax._peft_layers import PREFIX
 from lora_jax._peft_map import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax._survey import Survey
@@ -81,7 +81,7 @@ def _kind(entry: Entry) -> str:
         return "value"
     if not entry.name.endswith(("weight", "bias")):
         return "experts"
-    if leaf.tied and "head" in entry.name.rpartition(".")[0].rpartition(".")[2]:
+    if leaf.tied and is_head(entry.name):
         return "linear"
     if leaf.kind == "embedding":
         return "embedding"

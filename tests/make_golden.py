@@ -1,0 +1,62 @@
+"""Writes the golden adapters of tests/test_peft_kinds.py; needs torch, transformers and peft 0.21.2.
+
+    python tests/make_golden.py
+
+Each folder is as those of tests/data/peft_golden/README.md; the models are in torch_models.py. The
+values come from torch's generator, so the files change with its version: run it for a new kind.
+"""
+
+import pathlib
+import sys
+
+FOLDER = pathlib.Path(__file__).parent / "data" / "peft_golden"
+PLAIN = {"r": 2, "lora_alpha": 5}
+PATTERNS = {"rank_pattern": {"gate_up_proj": 4}, "alpha_pattern": {"experts.down_proj": 3}}
+EXPERTS = {
+    **PLAIN,
+    **PATTERNS,
+    "target_modules": ["out"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
+PRUNED = {"init_r": 4, "target_r": 1, "tinit": 2, "tfinal": 6, "deltaT": 1, "total_step": 20}
+# folder: (model, settings, whether AdaLoRA takes ranks away)
+GOLDEN = {
+    "kind_convs": ("convs", {**PLAIN, "use_rslora": True, "target_modules": list("abcd")}, False),
+    "kind_gated_plain": ("gated_plain", EXPERTS, False),
+    "kind_gated_flagged": ("gated_flagged", EXPERTS, False),
+    "kind_gated_turned": ("gated_turned", EXPERTS, False),
+    "kind_classifier": (
+        "classifier",
+        {**PLAIN, "bias": "all", "target_modules": ["lin"], "modules_to_save": ["classifier"]},
+        False,
+    ),
+    "kind_mha_bias": ("mha", {**PLAIN, "bias": "all", "target_modules": ["attn", "out"]}, False),
+    "kind_adalora": (
+        "net",
+        {**PRUNED, "lora_alpha": 7, "target_modules": ["lin", "c1d"], "alpha_pattern": {"lin": 2}},
+        True,
+    ),
+    "kind_tied_both": (
+        "tied",
+        {**PLAIN, "target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+        False,
+    ),
+    "kind_tied_tokens": (
+        "tied",
+        {**PLAIN, "target_modules": ["q_proj"], "trainable_token_indices": [3, 10]},
+        False,
+    ),
+}
+
+
+def main():
+    import torch_models
+
+    for name, (kind, settings, prune) in GOLDEN.items():
+        torch_models.write_kind(kind, FOLDER / name, settings, prune)
+        print(name, sum(f.stat().st_size for f in (FOLDER / name).iterdir()), "bytes")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).parent))
+    main()
