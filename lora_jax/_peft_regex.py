@@ -14,7 +14,7 @@ from re import _parser as parser
 from lora_jax._errors import LoRAError
 
 MAX_LENGTH = 4096
-MAX_STEPS = 20_000_000  # for all names together; one takes a few hundred
+MAX_STEPS = 20_000_000  # positions looked at, for all names together; one takes a few hundred
 WORD = re.compile(r"\w")
 CATEGORIES = {
     op.CATEGORY_DIGIT: re.compile(r"\d"),
@@ -61,7 +61,7 @@ class SafePattern:
 
     def _one(self, kind, value, name, at: set[int]) -> set[int]:
         """The positions after one element, from any of the positions `at`."""
-        self.steps += 1
+        self.steps += 1 + len(at)
         if self.steps > MAX_STEPS:
             raise LoRAError(f"{self.where}: a regular expression that takes too long")
         if kind in (op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN):

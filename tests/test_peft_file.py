@@ -312,3 +312,12 @@ def test_abstract_parameters_are_enough(folder):
     found = lora.load_peft(folder, abstract)
     assert found.adapters["lin"]["kernel"].a.shape == (8, 3)
     assert found.adapters["lin"]["kernel"].a.dtype == jnp.float32
+
+
+def test_the_time_of_a_pattern_is_bounded():
+    """Each step costs as much as the positions that it starts from."""
+    with fails("takes too long"):
+        pattern = SafePattern("(" + ".*" * 1500 + ")*b")
+        for _ in range(1000):
+            pattern.fullmatch("a" * 300)
+    assert pattern.steps < 1.1 * 20_000_000
