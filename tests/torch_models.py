@@ -78,17 +78,31 @@ def gpt2():
 MODELS = {"llama": llama, "gpt2": gpt2, "net": Net, "conv": ConvNet, "moe": Moe, "mha": Mha}
 
 
-def output(name, folder, x):
-    """What PEFT gives for the adapter in `folder`."""
+def based(name):
+    """The torch model with its base weights, in their type."""
+    weights = {k: as_torch(v) for k, v in g.base(name).items()}
+    model = MODELS[name.partition("_")[0]]().to(next(iter(weights.values())).dtype)
+    model.load_state_dict(weights)
+    return model
+
+
+def as_torch(array):
+    if array.dtype == "bfloat16":  # which torch does not take from numpy
+        return torch.from_numpy(np.array(array.view(np.int16))).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def output(name, folder, x, save=None):
+    """What PEFT gives for the adapter in `folder`, which it also writes to `save`."""
     from peft import PeftModel
 
-    model = MODELS[name.partition("_")[0]]()
-    model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in g.base(name).items()})
-    model = PeftModel.from_pretrained(model, folder).eval()
+    model = PeftModel.from_pretrained(based(name), folder).eval()
+    if save is not None:
+        model.save_pretrained(save)
     x = torch.from_numpy(np.array(x))
     with torch.no_grad():
         y = model(x.long() if x.dtype == torch.int32 else x)
-    return getattr(y, "logits", y).numpy()
+    return getattr(y, "logits", y).float().numpy()
 
 
 def written(name, folder, x, config):
@@ -96,8 +110,7 @@ def written(name, folder, x, config):
     import peft
 
     torch.manual_seed(0)
-    model = MODELS[name.partition("_")[0]]()
-    model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in g.base(name).items()})
+    model = based(name)
     kind = peft.AdaLoraConfig if "init_r" in config else peft.LoraConfig
     model = peft.get_peft_model(model, kind(**config)).eval()
     with torch.no_grad():
