@@ -28,6 +28,9 @@ DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dt
 MAX_CONFIG = 4 << 20  # bytes
 MAX_HEADER = 32 << 20
 MAX_AXES = 8
+MAX_LISTS = (
+    10_000  # in JSON, and one more for each 12 bytes: an empty list takes 3, and in memory 64
+)
 NAME = re.compile(r"[\w\-+:@]+(\.[\w\-+:@]+)*", re.ASCII)
 TO_SAFETENSORS = (
     "a pickle runs code when it is opened, so it is refused. Where you trust it, convert it once, "
@@ -136,6 +139,8 @@ def parse_json(data: bytes, where: object) -> dict:
     def constant(name):
         raise ValueError(f"{name} is not JSON")
 
+    if data.count(b"[") + data.count(b"{") > MAX_LISTS + len(data) // 12:
+        raise LoRAError(f"{where}: it is nested too deeply, or holds only lists")
     try:
         value = json.loads(data.decode(), object_pairs_hook=pairs, parse_constant=constant)
     except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
@@ -204,7 +209,7 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 
 def _stored(name, entry, base, size, failures) -> Stored | None:
     def wrong(what):
-        failures.append(f"'{name[:200]}': {what}")
+        failures.append(f"{name[:200]!a}: {what}")
 
     if not NAME.fullmatch(name) or len(name) > 512:
         return wrong("expected a dotted name of a torch module's parameter")
