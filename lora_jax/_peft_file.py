@@ -203,7 +203,8 @@ def _tensors(folder: Path) -> dict[str, Stored]:
         with safe_open(path, "np"):  # the format's own checks
             pass
     except (SafetensorError, ValueError) as e:
-        raise LoRAError(f"{path}: not a valid safetensors file: {e}") from e
+        text = ascii(str(e))[1:201]  # it may quote the file
+        raise LoRAError(f"{path}: not a valid safetensors file: {text}") from e
     return stored
 
 
