@@ -75,10 +75,11 @@ def leaf_infos(params: Any, survey: Survey | Targets | None) -> dict[str, LeafIn
             f"expected a Survey or Targets, found {type(survey).__name__}: "
             "survey = lora.survey(model.apply, {'params': params}, x)"
         )
+    leaves = {p: x for p, x in flatten(state_of(params)).items() if hasattr(x, "shape")}
+    if isinstance(survey, Survey):
+        survey = survey.within(leaves)
     infos = {}
-    for path, x in flatten(state_of(params)).items():
-        if not hasattr(x, "shape"):
-            continue
+    for path, x in leaves.items():
         shape = tuple(x.shape)
         matrix = len(shape) == 2 and not isinstance(survey, Survey)
         geometry = Geometry((0,), (1,)) if matrix else None

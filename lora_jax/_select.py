@@ -62,7 +62,8 @@ class _Selection:
                 "survey = lora.survey(model.apply, {'params': params}, x)"
             )
         self.leaves = {p: x for p, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
-        self.config, self.survey = config, survey
+        self.config = config
+        self.survey = None if survey is None else survey.within(self.leaves)
         self.failures: list[str] = []
         self.used_rules: set[int] = set()
 

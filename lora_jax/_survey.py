@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -74,6 +74,21 @@ class Survey:
                 "of the same parameters: lora.survey(model.apply, {'params': params}, x)"
             )
         return self.leaves[found[0]]
+
+    def within(self, paths: Iterable[str]) -> Survey:
+        """The survey by the paths of a tree that is the surveyed one or a part of it ("params/").
+
+        The part is the one that has all the paths: a name such as "LayerNorm_0/bias" may stand in
+        the model and in its blocks. Where none or several have them, each leaf is found alone.
+        """
+        paths = tuple(paths)
+        ends = [p for p in self.leaves if f"/{p}".endswith(f"/{paths[0]}")] if paths else []
+        parts = [p.removesuffix(paths[0]) for p in ends]
+        fits = [part for part in parts if all(part + p in self.leaves for p in paths)]
+        if len(fits) != 1 and "" not in fits:
+            return self
+        part = "" if "" in fits else fits[0]
+        return Survey({p: self.leaves[part + p] for p in paths})
 
     def __str__(self):
         rows = [

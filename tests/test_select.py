@@ -257,3 +257,19 @@ def test_survey_table_names_every_use():
     )
     assert re.search(r"table +\(10, 4\) +embedding.* +gather, dot_general +\(0\) +\(1\)", text)
     assert re.search(r"bias +\(4\) +other", text) and re.search(r"n +\(3\) +unused", text)
+
+
+def test_a_name_that_stands_in_the_model_and_in_its_blocks():
+    """The survey of {"params": ...} is that of the parameters, leaf by leaf, whatever is nested."""
+    norm, block = {"scale": jnp.ones(4)}, {"kernel": jnp.ones((4, 4))}
+    params = {"norm": norm, "dense": block, "layer": {"norm": norm, "dense": block}}
+
+    def apply(variables, x):
+        p = variables["params"]
+        for part in (p, p["layer"]):
+            x = jnp.tanh(x * part["norm"]["scale"] @ part["dense"]["kernel"])
+        return x
+
+    survey = lora.survey(apply, {"params": params}, jnp.ones((2, 4)))
+    targets = lora.select(params, lora.LoRAConfig(rank=2, targets="all-linear"), survey)
+    assert set(targets) == {"dense/kernel", "layer/dense/kernel"}
