@@ -263,12 +263,13 @@ def test_a_name_that_stands_in_the_model_and_in_its_blocks():
     """The survey of {"params": ...} is that of the parameters, leaf by leaf, whatever is nested."""
     norm, block = {"scale": jnp.ones(4)}, {"kernel": jnp.ones((4, 4))}
     params = {"norm": norm, "dense": block, "layer": {"norm": norm, "dense": block}}
+    params["out"] = jnp.ones((4, 2))
 
     def apply(variables, x):
         p = variables["params"]
         for part in (p, p["layer"]):
             x = jnp.tanh(x * part["norm"]["scale"] @ part["dense"]["kernel"])
-        return x
+        return x @ p["out"]
 
     survey = lora.survey(apply, {"params": params}, jnp.ones((2, 4)))
     targets = lora.select(params, lora.LoRAConfig(rank=2, targets="all-linear"), survey)
