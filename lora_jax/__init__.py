@@ -20,6 +20,8 @@ from lora_jax._optim import labels, lora_plus, trained_only
 from lora_jax._peft import PeftAdapter, load_peft
 from lora_jax._peft_map import TorchMapping
 from lora_jax._peft_save import save_peft, torch_mapping
+from lora_jax._quantize import dequantize, quantization_errors, quantize
+from lora_jax._quantized import Quantized
 from lora_jax._select import select
 from lora_jax._shardings import shardings, state_shardings
 from lora_jax._soups import dare, knots, prune, ties
@@ -55,6 +57,11 @@ __all__ = [
     "adapt",
     "coverage",
     "Coverage",
+    # a quantised base
+    "quantize",
+    "dequantize",
+    "quantization_errors",
+    "Quantized",
     # one device or a pod
     "shardings",
     "state_shardings",

@@ -16,6 +16,7 @@ from lora_jax._coverage import Coverage
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._interpret import Interpreter
 from lora_jax._plan import PLANS
+from lora_jax._quantized import is_quantized
 from lora_jax._weight import AdaptedWeight, is_weight
 
 
@@ -131,6 +132,7 @@ class Traceable:
     def jaxpr(self, constants, arrays):
         """The jaxpr of `call`, with plain arrays for adapted weights, and its output shapes."""
         bases = [x.base if is_weight(x) else x for x in arrays]
+        bases = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x for x in bases]
         return jax.make_jaxpr(self._trace, static_argnums=0, return_shape=True)(constants, *bases)
 
 
@@ -184,7 +186,7 @@ class _Adapted(Traceable):
         outs = [
             interpreter.returned(o) if is_weight(o) and id(o) not in unmoved else o for o in outs
         ]
-        leaves = {x.origin: x.shape for x in frozen if is_weight(x)}
+        leaves = {x.origin: x.shape for x in frozen if is_weight(x) and not x.is_frozen}
         coverage = Coverage.of(leaves, interpreter.events)
         return jax.tree.unflatten(jax.tree.structure(shapes), outs), coverage
 

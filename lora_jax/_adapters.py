@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from lora_jax import _compat
 from lora_jax._einsum import cast, contract, wide
 from lora_jax._errors import LoRAError
+from lora_jax._quantized import is_quantized, value
 from lora_jax._weight import RANK, AdaptedWeight, Factor, Geometry, spec_along
 
 static = functools.partial(dataclasses.field, metadata=dict(static=True))
@@ -137,7 +138,7 @@ def norms(node: LowRank, base: Any) -> jax.Array:
 
     From ‖W‖² + 2s·⟨AᵀW, B⟩ + s²·⟨AᵀA·B, B⟩, so the sum is never formed.
     """
-    g = node.geometry
+    g, base = node.geometry, value(base)
     dtype = wide(base.dtype)
     exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
     a, b, other = cast(node.a, base.dtype), node.b.astype(dtype), RANK - 1
@@ -189,7 +190,8 @@ class Rows:
         index = jnp.asarray(self.index)
         one_hot = jnp.zeros((self.length, len(self.index)), self.value.dtype)
         one_hot = one_hot.at[index, jnp.arange(len(self.index))].set(1)
-        change = self.value - jax.lax.stop_gradient(base[index]).astype(self.value.dtype)
+        rows = base.take(index) if is_quantized(base) else base[index]
+        change = self.value - jax.lax.stop_gradient(rows).astype(self.value.dtype)
         return AdaptedWeight(
             base,
             Factor(one_hot, (0, RANK)),

@@ -13,7 +13,8 @@ from lora_jax._errors import LoRAError, raise_all
 from lora_jax._init import _typed, path_key
 from lora_jax._nnx import map_state, state_of
 from lora_jax._paths import flatten, map_with_path, nearest
-from lora_jax._weight import RANK, Factor, is_weight
+from lora_jax._quantized import is_quantized
+from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
 
 
 def bind(
@@ -27,7 +28,7 @@ def bind(
 
     Args:
       params: the base parameters: any pytree of arrays, boxed or not, or an NNX module.
-      adapters: what `init` returned, or trained from it.
+      adapters: what `init` returned, or trained from it; None for a quantised base alone.
       slot: the number of an adapter, and `adapters` is what `stack` returned: as with
         `choose(adapters, slot)`, but, by `jax.vmap` over the numbers alone, no factor is copied
         where that is slower (on CPUs).
@@ -49,12 +50,16 @@ def bind(
     """
     chosen = lambda tree: tree if slot is None else choose(tree, slot)
     one = adapters if slot is None else jax.eval_shape(chosen, adapters)
-    adapter_nodes(params, one, "bind")
+    if adapters is not None:
+        adapter_nodes(params, one, "bind")
     nodes = flatten(adapters, is_leaf=is_node)
     key = None if dropout_key is None else _typed(dropout_key)
 
     def leaf(path, base):
         node = nodes.get(path)
+        if node is None and is_quantized(base):
+            axes = tuple((d,) for d in range(base.ndim))
+            return AdaptedWeight(base, None, None, origin=path, axes=axes)
         if node is None:
             return _frozen(base)
         if slot is not None and isinstance(node, LoRA):

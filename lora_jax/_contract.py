@@ -147,7 +147,7 @@ def _plan(x, xl, products, parts, mode, whole) -> Plan:
         inner <= {*al} <= {*xl, RANK}
         and not inner & {*bl}
         and _keeps_all_bits(p, x)
-        and _compat.one_device(p.w.base)
+        and all(map(_compat.one_device, jax.tree.leaves(p.w.base)))
         for p, ((_, al), (_, bl)) in zip(products, parts)
     )
     mergeable = mergeable and _compat.one_device(x)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax import _compat
+from lora_jax._quantized import is_quantized, value
 from lora_jax._rules import rule
 from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight, spec_along
 
@@ -105,6 +106,11 @@ def _scan(ctx, eqn, args):
     jaxpr, consts = _compat.opened(p["jaxpr"])
     n_consts, n_carry = _compat.scan_counts(p)
     first_x = n_consts + n_carry
+    args = [
+        a.materialise() if i >= first_x and is_weight(a) and a.is_frozen and not a.base.sliceable
+        else a
+        for i, a in enumerate(args)
+    ]  # fmt: skip
     # What leaves the loop as it entered needs no loop: {output: input}.
     through = {
         o: i for o, i in enumerate(forwarded(jaxpr))
@@ -154,8 +160,9 @@ def _scan(ctx, eqn, args):
 
 def _sliced_leaves(w: AdaptedWeight):
     """What a scan slices of a stacked weight: the base, and the factors that run along axis 0."""
+    sliceable = not is_quantized(w.base) or w.base.sliceable
     return [
-        w.base,
+        w.base if sliceable else w.base.value(),
         *(_lead(f).value if f is not None and f.has(0) else None for f in w.parts.values()),
     ]
 
@@ -167,6 +174,7 @@ def _lead(f: Factor) -> Factor:
 def _slice_of(w: AdaptedWeight, leaves) -> AdaptedWeight:
     """One layer of a stacked weight, inside the scan."""
     base, *values = leaves
+    base = base.part() if is_quantized(base) else base
     parts = {
         name: f
         if f is None
@@ -256,6 +264,7 @@ def _cond(ctx, eqn, args):
 def _shard_map(ctx, eqn, args):
     p = eqn.params
     jaxpr, consts = _compat.opened(p["jaxpr"])
+    args = [dataclasses.replace(a, base=value(a.base)) if is_weight(a) else a for a in args]
 
     def spec(arg, s):
         return (

@@ -10,6 +10,7 @@ from lora_jax._adapters import LoRA, is_node, norms
 from lora_jax._bind import adapter_nodes
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, map_with_path
+from lora_jax._quantized import is_quantized
 
 
 def dora(params: Any, adapters: Any) -> dict:
@@ -44,7 +45,8 @@ def dora(params: Any, adapters: Any) -> dict:
     def leaf(path, node):
         if not isinstance(node, LoRA):
             return node
-        m = norms(node, jnp.asarray(leaves[path])).astype(node.a.dtype)
+        base = leaves[path] if is_quantized(leaves[path]) else jnp.asarray(leaves[path])
+        m = norms(node, base).astype(node.a.dtype)
         return node.with_magnitude(m)
 
     return map_with_path(leaf, adapters, is_leaf=is_node)

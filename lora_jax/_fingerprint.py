@@ -18,6 +18,7 @@ from flax import nnx
 from lora_jax._errors import LoRAError
 from lora_jax._nnx import is_module
 from lora_jax._paths import flatten
+from lora_jax._quantized import is_quantized
 
 _SEEDS = (0x00000000, 0x9E3779B9)
 
@@ -73,10 +74,11 @@ def fingerprint(params: Any, *, content: bool = False) -> Fingerprint:
     ["'w': has other values"]
     """
     state, values = (lasting(params, kind) for kind in (..., nnx.Param))
-    leaves = {p: (tuple(x.shape), str(x.dtype)) for p, x in state.items()}
+    leaves = {p: (tuple(x.shape), _type(x)) for p, x in state.items()}
     if content and any(isinstance(x, jax.ShapeDtypeStruct) for x in values.values()):
         raise LoRAError("content=True needs arrays, found shapes: lora.fingerprint(params)")
-    return Fingerprint(leaves, checksums(values) if content else None)
+    arrays = dict(y for x in values.items() for y in _arrays(*x))
+    return Fingerprint(leaves, checksums(arrays) if content else None)
 
 
 def lasting(params: Any, kind: Any) -> dict[str, Any]:
@@ -87,6 +89,19 @@ def lasting(params: Any, kind: Any) -> dict[str, Any]:
     flat = flatten(params).items()
     is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
     return {p: x for p, x in flat if hasattr(x, "dtype") and not is_key(x)}
+
+
+def _type(x: Any) -> str:
+    how = f" as {x.format}{', twice' if x.second else ''}" if is_quantized(x) else ""
+    return f"{x.dtype}{how}"
+
+
+def _arrays(path: str, x: Any) -> list[tuple[str, Any]]:
+    """The arrays of a leaf, by path: several of one that is quantised."""
+    if not is_quantized(x):
+        return [(path, x)]
+    names = ("codes", "constants", "maxima", "means")
+    return list(zip([f"{path}/{name}" for name in names], jax.tree.leaves(x)))
 
 
 def _both(one, two, path) -> bool:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Hashable
 from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_jax import _compat
 from lora_jax._einsum import cast, contract, spread, times
 from lora_jax._plan import Plan
+from lora_jax._quantized import value
 from lora_jax._weight import RANK, AdaptedWeight, Factor
 
 Labels = tuple[Hashable, ...]
@@ -53,6 +55,7 @@ class Member:
 
     def base(self, x, xl, w):
         """(x·W, its labels), to the bit what the model computes."""
+        w = value(w, x)
         if self.numbers is None:
             return self.dot(x, xl, w, self.wl)
         operands = (w, x) if self.weight_first else (x, w)
@@ -79,6 +82,7 @@ class Group:
     al: Labels
     members: tuple[Member, ...]
     plan: Plan
+    bases: Any = None  # the structure of the list of all W, where some are quantised
 
     @property
     def hl(self) -> Labels:
@@ -95,6 +99,8 @@ class Group:
         """x, the A, the B and the W (None, for the updates alone) of a flat list."""
         n = len(self.members)
         x, a, b, w = args[0], args[1 : n + 1], args[n + 1 : 2 * n + 1], args[2 * n + 1 :]
+        if self.bases is not None:
+            w = jax.tree.unflatten(self.bases, w)
         return x, a, b, w or [None] * n
 
     def side_by_side(self, values, labels):
@@ -154,6 +160,7 @@ def through_merged(group: Group, inputs, a, b, w, dot):
     outs: list = []
     for m, x, w_, a_, b_ in zip(group.members, inputs, w, a, b):
         a_ = _after(outs[-1] if outs else x, a_)
+        w_ = value(w_, outs[-1] if outs else x)
         outs.append(dot(m, x, _merged(group, m, w_, a_, b_)))
     return outs
 

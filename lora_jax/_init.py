@@ -15,6 +15,7 @@ from lora_jax._config import LoRAConfig
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, nest
+from lora_jax._quantized import value
 from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
@@ -67,9 +68,9 @@ def init(
     for path, t in targets.lora.items():
         flat[path] = _lora(path_key(key, path), path, t, config, failures)
     for path in targets.full:
-        flat[path] = Full(jnp.asarray(leaves[path]).astype(config.dtype))
+        flat[path] = Full(jnp.asarray(value(leaves[path])).astype(config.dtype))
     for path, (shape, index) in targets.rows.items():
-        rows = jnp.asarray(leaves[path])[jnp.asarray(index)]
+        rows = jnp.asarray(value(leaves[path]))[jnp.asarray(index)]
         flat[path] = Rows(rows.astype(config.dtype), index, shape[0])
     raise_all(
         "the init function returned arrays of another shape:",

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 
 from lora_jax import _compat, _control, _products  # noqa: F401  (they register their rules)
+from lora_jax._quantized import is_quantized, value
 from lora_jax._repeats import Block, segments
 from lora_jax._rules import RULES
 from lora_jax._weight import AdaptedWeight, is_weight, origins
@@ -58,6 +59,10 @@ MOVES = frozenset(
 
 # What takes a weight whose factors are those of a stack; for all else they are picked from it.
 STACKED = MOVES - {"mul", "div", "neg"} | {"dot_general", "jit", "pjit"}
+
+
+# What takes a quantised weight without an adapter; for all else it is read first.
+KEPT = STACKED | {"gather", "scan", "while", "cond", *_compat.CALLS}
 
 
 class _Body:
@@ -192,7 +197,7 @@ class Interpreter:
             v = other.invars[1 - x_side]
             if other is not eqn and id(other) not in self._body.done and self._reach(v):
                 w = self._body.read(v)
-                if is_weight(w) and not w.is_probe:
+                if is_weight(w) and w.a is not None:
                     found.append((other, 1 - x_side, w))
         return found
 
@@ -211,6 +216,10 @@ class Interpreter:
             return self.bind(eqn, values)
         if eqn.primitive.name not in STACKED:
             values = [v.resolved() if is_weight(v) else v for v in values]
+        if eqn.primitive.name not in KEPT:
+            values = [v.materialise() if is_weight(v) and v.is_frozen else v for v in values]
+            if not any(map(is_weight, values)):
+                return self.bind(eqn, values)
         rule = RULES.get(eqn.primitive.name)
         outs = rule(self, eqn, values) if rule else None
         if outs is None:
@@ -219,7 +228,17 @@ class Interpreter:
         return outs
 
     def bind(self, eqn, values) -> list:
-        """The equation itself, on arrays."""
+        """The equation itself, on arrays; what only moves a quantised weight waits."""
+        if any(map(is_quantized, values)):
+            alone = len(values) == 1 and eqn.primitive.name in MOVES
+            moved = values[0].moved(eqn) if alone else None
+            if moved is not None:
+                return [moved]
+            if eqn.primitive.name == "gather" and is_quantized(values[0]):
+                rows = values[0].rows(eqn, values[1])
+                if rows is not None:
+                    return [rows]
+            return jax.checkpoint(lambda *xs: self.bind(eqn, list(map(value, xs))))(*values)
         params = eqn.primitive.get_bind_params(eqn.params)
         out = eqn.primitive.bind(*values, **params)
         return list(out) if eqn.primitive.multiple_results else [out]
@@ -253,6 +272,8 @@ class Interpreter:
 
     def materialise(self, w: AdaptedWeight, eqn, name: str | None = None):
         """The plain array that an equation without a rule needs."""
+        if w.is_frozen:
+            return w.materialise()
         if w.indexed:  # rows of a table that turned out to be activations
             rows, rest = set(w.indexed), {axis for dim in w.axes for axis in dim}
             self._record(

@@ -38,11 +38,14 @@ from lora_jax._group import (
     up,
 )
 from lora_jax._plan import Plan
+from lora_jax._quantized import is_quantized, value
 
 
 def adapted(group: Group, x, a: Sequence, b: Sequence, w: Sequence = ()) -> list[jax.Array]:
     """The outputs of a group; without `w`, the updates alone."""
-    return adapted_p.bind(*_compat.same_vma(x, *a, *b, *w), group=group)
+    if any(map(is_quantized, w)):
+        group = dataclasses.replace(group, bases=jax.tree.structure(list(w)))
+    return adapted_p.bind(*_compat.same_vma(x, *a, *b, *jax.tree.leaves(list(w))), group=group)
 
 
 def _adapted(*args, group: Group):
@@ -88,7 +91,8 @@ def _adapted_jvp(primals, tangents, *, group: Group):
         return ys, [ad.Zero.from_primal_value(y) for y in ys]
     linear = [ad.instantiate_zeros(t) for ts, go in zip(([tx], ta, tb), moves) if go for t in ts]
     tys = tangent_p.bind(*linear, x, *h, *primals[1:], group=group, moves=moves)
-    if any(t is not None and type(t) is not ad.Zero for t in tw):  # never so for a frozen base
+    if not group.bases and any(t is not None and type(t) is not ad.Zero for t in tw):
+        # never so for a frozen base
         dense = base(group, x, map(ad.instantiate_zeros, tw))
         tys = [lax.add(t, m.sum([d])) for m, t, d in zip(group.members, tys, dense)]
     return ys, tys
@@ -169,7 +173,7 @@ def _gradients(group: Group, moves, g, x, h, a, b, w):
         da = [gradient(x, xl, d, hl, al, a[0], group.precision) for d in dh]
         da = [cast(d, v.dtype) for d, v in zip(group.apart(da, al, group.ranks(a)), a)]
     if to_x:
-        toward_x = lambda m, g_, w_: gradient(g_, m.out, w_, m.wl, xl, x, m.precision)
+        toward_x = lambda m, g_, w_: gradient(g_, m.out, value(w_, g_), m.wl, xl, x, m.precision)
         terms = []
         if merge:
             terms = through_merged(group, g, a, b, w, toward_x)
@@ -194,7 +198,10 @@ def _adapted_batch(args, dims, *, group: Group):
         for v, d in zip(values, dims)
     ]
     factors = any(d is not None for d in (*da, *db))
-    weights = any(d is not None for d in dw)
+    weights = any(d is not None for d in jax.tree.leaves(dw))
+    if weights and group.bases is not None:
+        w = [jax.vmap(value, (d,))(v) if is_quantized(v) else v for v, d in zip(w, dw)]
+        dw = [0 if is_quantized(d) else d for d in dw]
     lead = lambda labels, has: (new, *labels) if has else labels
     members = tuple(
         dataclasses.replace(

@@ -15,6 +15,7 @@ from lora_jax._bind import adapter_nodes
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import map_state
 from lora_jax._paths import map_with_path
+from lora_jax._quantized import is_quantized, value
 
 
 def merge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
@@ -33,7 +34,7 @@ def merge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
 
     Returns:
       A tree of the same structure, types, shapes, dtypes, boxes and shardings. Leaves without an
-      adapter are the same arrays.
+      adapter are the same arrays; those that are quantised become arrays, adapted or not.
 
     Raises:
       LoRAError: as `bind`; or a merged leaf is not finite (all of them are listed). Under jit the
@@ -90,7 +91,7 @@ def _each(params, adapters, verb, sign, donate):
 
     def leaf(path, base):
         if path not in nodes:
-            return base
+            return _value(base) if is_quantized(base) else base
         merged, finite = _merged(base, nodes[path], sign, donate)
         if not isinstance(finite, jax.core.Tracer) and not finite:
             bad.append(f"'{path}' {tuple(base.shape)} holds NaN or infinity after merging")
@@ -116,7 +117,12 @@ def _merged(base, node, sign, donate):
     merged, finite = _jitted(sign, donate)(base, node)
     if isinstance(base, np.ndarray):
         return np.asarray(merged), finite
+    if is_quantized(base):
+        return merged, finite
     return jax.device_put(merged, base.sharding), finite  # no copy where it is there already
+
+
+_value = jax.jit(value)
 
 
 @functools.lru_cache(maxsize=4)
@@ -129,7 +135,7 @@ def _merge_leaf(sign, base, node):
     if isinstance(node, Full):
         merged = node.value.astype(base.dtype)
     elif isinstance(node, Rows):
-        merged = base.at[jnp.asarray(node.index)].set(node.value.astype(base.dtype))
+        merged = value(base).at[jnp.asarray(node.index)].set(node.value.astype(base.dtype))
     else:
         weight = node.weight(base, "")
         merged = dataclasses.replace(weight, scale=sign * weight.scale).materialise()

@@ -35,13 +35,18 @@ def path_of(keys: tuple) -> str:
     return "/".join(_key_name(k) for k in keys)
 
 
+def whole(is_leaf: Callable[[Any], bool] | None = None) -> Callable[[Any], bool]:
+    """What is one leaf: what `is_leaf` says, and classes that say so of themselves."""
+    return lambda x: getattr(type(x), "lora_leaf", False) or (is_leaf is not None and is_leaf(x))
+
+
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """{path: leaf} of any pytree, in the tree's own order.
+    """{path: leaf} of any pytree, in the tree's own order; a quantised weight is one leaf.
 
     Raises:
       LoRAError: two leaves have the same path.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole(is_leaf))[0]
     flat = {path_of(keys): leaf for keys, leaf in leaves}
     if len(flat) != len(leaves):
         raise LoRAError(
@@ -54,7 +59,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
 def map_with_path(fn: Callable[[str, Any], Any], tree: Any, is_leaf=None) -> Any:
     """`jax.tree.map` that also passes the path; boxes are kept."""
     return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: fn(path_of(keys), leaf), tree, is_leaf=is_leaf
+        lambda keys, leaf: fn(path_of(keys), leaf), tree, is_leaf=whole(is_leaf)
     )
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._contract import Product, contracted, dropout
 from lora_jax._einsum import cast, contract, plus, times
+from lora_jax._frozen import Frozen, product
 from lora_jax._pick import added
 from lora_jax._rules import rule
 from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
@@ -26,6 +28,8 @@ def _dot_general(ctx, eqn, args):
     if args[side].is_probe:
         ctx.used(args[side], eqn, "low-rank", *_parts_of(eqn, side, args[side].ndim))
         return ctx.bind(eqn, [a.base if is_weight(a) else a for a in args])
+    if args[side].is_frozen:
+        return [_frozen(ctx, eqn, side, *args)]
     x = args[1 - side]
     xl = tuple(("x", d) for d in range(x.ndim))
     uses = [(eqn, side, args[side])]
@@ -47,6 +51,35 @@ def _dot_general(ctx, eqn, args):
     for (e, *_), (y, _) in zip(uses[1:], outs[1:]):
         ctx.made(e, [y])
     return [outs[0][0]]
+
+
+def _frozen(ctx, eqn, side: int, *args):
+    """By a quantised weight without an adapter."""
+    w, x = args[side], args[1 - side]
+    p = eqn.params
+    if not jnp.issubdtype(x.dtype, jnp.floating) or p["out_sharding"] is not None:
+        return ctx.bind(eqn, [w.base if i == side else x for i in range(2)])[0]
+    xl = tuple(("x", d) for d in range(x.ndim))
+    wl, out = _labels(eqn, side, xl, w.ndim), _out_labels(eqn, side, xl, w.ndim)
+    how = Frozen(
+        xl,
+        wl,
+        out,
+        jax.tree.structure(w.base),
+        p["dimension_numbers"],
+        side == 0,
+        p["precision"],
+        p["preferred_element_type"],
+    )
+    return product(x, w.base, how)
+
+
+def _out_labels(eqn, side: int, xl, ndim: int):
+    contracting, batch = eqn.params["dimension_numbers"]
+    xc, xb = contracting[1 - side], batch[1 - side]
+    x_free = [d for i, d in enumerate(xl) if i not in xc and i not in xb]
+    w_free = [d for d in _labels(eqn, side, xl, ndim) if d not in xl]
+    return (*(xl[d] for d in xb), *(w_free + x_free if side == 0 else x_free + w_free))
 
 
 def _parts_of(eqn, side: int, ndim: int):
@@ -82,12 +115,7 @@ def _labels(eqn, side: int, xl, ndim: int):
 
 
 def _product(ctx, eqn, side, x, xl, w) -> Product:
-    contracting, batch = eqn.params["dimension_numbers"]
-    xc, xb = contracting[1 - side], batch[1 - side]
-    wl = _labels(eqn, side, xl, w.ndim)
-    x_free = [d for i, d in enumerate(xl) if i not in xc and i not in xb]
-    w_free = [d for d in wl if d not in xl]
-    out = (*(xl[d] for d in xb), *(w_free + x_free if side == 0 else x_free + w_free))
+    wl, out = _labels(eqn, side, xl, w.ndim), _out_labels(eqn, side, xl, w.ndim)
     operands = [w.base, x] if side == 0 else [x, w.base]
     return Product(
         w,
@@ -231,6 +259,8 @@ def _gather(ctx, eqn, args):
     dn = p["dimension_numbers"]
     if not is_weight(w) or is_weight(indices) or dn.operand_batching_dims:
         return None
+    if w.is_frozen:
+        return ctx.bind(eqn, [w.base, indices])
     indexed = tuple(dn.start_index_map)
     rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
     base = ctx.bind(eqn, [w.base, indices])[0]

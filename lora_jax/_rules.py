@@ -194,7 +194,7 @@ def _div(eqn, w, base, rest):
 
 
 def _scaled(w: AdaptedWeight, base, fn) -> AdaptedWeight:
-    a = None if w.is_probe else Factor(fn(w.a.value), w.a.dims)
+    a = None if w.a is None else Factor(fn(w.a.value), w.a.dims)
     return dataclasses.replace(w, base=base, a=a)
 
 

@@ -25,6 +25,7 @@ from lora_jax._errors import LoRAError, raise_all
 from lora_jax._init import init
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, map_with_path, nearest, path_of
+from lora_jax._quantized import is_quantized
 from lora_jax._targets import Targets
 
 P = PartitionSpec
@@ -268,6 +269,8 @@ def _base_sharding(base, path, mesh, rules) -> tuple[Any, str | None]:
 
 def _own(x) -> Any:
     """An array's sharding; of a tracer, that of its type."""
+    if is_quantized(x):  # the axes of its codes are those of the weight
+        x = x.codes
     if isinstance(x, jax.core.Tracer):
         return jax.typeof(x).sharding
     return getattr(x, "sharding", None)

@@ -16,6 +16,7 @@ from lora_jax._flow import LOOK_UP, Flow
 from lora_jax._interpret import LOW_RANK, Interpreter, Use, by_leaf
 from lora_jax._nnx import map_state, state_of
 from lora_jax._paths import flatten, map_with_path, nearest
+from lora_jax._quantized import is_quantized
 from lora_jax._table import table
 from lora_jax._weight import AdaptedWeight, Geometry, is_weight
 
@@ -162,4 +163,6 @@ def _probe(path, x):
     """A weight without factors in the place of a floating-point array."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
+    if is_quantized(x):
+        x = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return AdaptedWeight(x, None, None, origin=path, axes=tuple((d,) for d in range(x.ndim)))

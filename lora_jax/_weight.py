@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax._einsum import cast, contract, plus, times, wide
 from lora_jax._errors import LoRAError
+from lora_jax._quantized import is_quantized, value
 
 RANK = -1  # the label of a factor's rank axis, and of a seed's words
 SEED_IMPL = "threefry2x32"
@@ -139,8 +140,8 @@ class AdaptedWeight:
     error that says so.
 
     Attributes:
-      base: the frozen array W.
-      a, b: labelled factors, or None for a weight that is only surveyed.
+      base: the frozen array W, or a `Quantized` that stands for it.
+      a, b: labelled factors, or None for a weight that is only surveyed, or only quantised.
       seed: labelled key data for dropout, one key per stacked weight, or None.
       gain: by how much more than 1 the sum of base and update is multiplied, along the axes that it
         is labelled with, and an axis RANK of size 1; or None.
@@ -191,7 +192,12 @@ class AdaptedWeight:
     @property
     def is_probe(self) -> bool:
         """Whether the weight has no factors: it is only followed, for a survey."""
-        return self.a is None
+        return self.a is None and not is_quantized(self.base)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it is a quantised weight without an adapter."""
+        return self.a is None and is_quantized(self.base)
 
     @property
     def drops(self) -> bool:
@@ -250,15 +256,19 @@ class AdaptedWeight:
         """W + scale·A·B as a plain array, accumulated in fp32 (or wider) and rounded once."""
         if self.is_probe:
             return self.base
-        dtype = wide(self.base.dtype)
-        total = self.base.astype(dtype) + self.delta(dtype)
+        base = value(self.base)
+        if self.is_frozen:
+            return base
+        dtype = wide(base.dtype)
+        total = base.astype(dtype) + self.delta(dtype)
         return self.gained(total, range(self.ndim)).astype(self.base.dtype)
 
     def looked_up(self) -> jax.Array:
         """Rows of W + scale·A·B, in the model's own precision, as a product with B would be."""
-        if self.is_probe:
-            return self.base
-        return self.gained(plus(self.base, self.delta(self.base.dtype)), range(self.ndim))
+        base = value(self.base)
+        if self.a is None:
+            return base
+        return self.gained(plus(base, self.delta(base.dtype)), range(self.ndim))
 
     def gained(self, y, labels, of: Sequence | None = None) -> jax.Array:
         """(1 + gain) · y, as y + gain·y: in low precision a small gain is not rounded away.
@@ -278,7 +288,7 @@ class AdaptedWeight:
         return jax.lax.add(y, jax.lax.mul(y, jax.lax.broadcast_in_dim(value, y.shape, dims)))
 
     def __repr__(self):
-        rank = None if self.is_probe else self.a.size(RANK)
+        rank = None if self.a is None else self.a.size(RANK)
         return (
             f"AdaptedWeight('{self.origin}', shape={tuple(self.shape)}, dtype={self.dtype}, "
             f"rank={rank}, scale={self.scale})"
@@ -304,5 +314,8 @@ def is_weight(x: Any) -> bool:
 def origins(*weights: AdaptedWeight) -> tuple:
     """The leaves that weights come from: several, where a weight is a concatenation."""
     return tuple(
-        o for w in weights for o in (w.origin if isinstance(w.origin, tuple) else (w.origin,))
+        o
+        for w in weights
+        if not w.is_frozen
+        for o in (w.origin if isinstance(w.origin, tuple) else (w.origin,))
     )

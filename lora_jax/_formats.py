@@ -1,0 +1,130 @@
+"""Number formats of a quantised weight: blocks along its last axis, each with a constant.
+
+A block of n numbers is stored as n codes and c = max|w|, and read as level(code) · c. Codes of four
+bits lie two in a byte, the first one in the upper half, as in bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# NF4 (arXiv:2305.14314, appendix E): quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+# E2M1 (OCP Microscaling Formats v1.0, 5.3.3): sign, two bits of exponent, one of mantissa; by 6.
+E2M1 = tuple(x / 6 for x in (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6))
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How the numbers of a block are stored.
+
+    Attributes:
+      name: such as "nf4".
+      block: how many numbers share a constant; None: all of an output unit (per channel).
+      levels: the values of the codes, ascending, of a format of four bits; else None.
+      dtype: of the codes, where they are numbers: level(code) = code / top.
+      top: the largest code.
+      power: whether constants are powers of two, of 8 bits (times 6, the largest level).
+    """
+
+    name: str
+    block: int | None
+    levels: tuple[float, ...] | None = None
+    dtype: Any = None
+    top: float = 1.0
+    power: bool = False
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.levels is not None else 8 * jnp.dtype(self.dtype).itemsize
+
+
+_INT4 = tuple(i / 7 for i in range(-7, 8))
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("nf4", 64, NF4),
+        Format("int4", 64, _INT4),
+        Format("mxfp4", 32, E2M1, power=True),
+        Format("int8", None, dtype=jnp.int8, top=127.0),
+        Format("int8_block", 64, dtype=jnp.int8, top=127.0),
+        Format("fp8", None, dtype=jnp.float8_e4m3fn, top=448.0),
+        Format("fp8_block", 64, dtype=jnp.float8_e4m3fn, top=448.0),
+    )
+}
+
+
+def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(codes, constants) of blocks: w (..., block) gives (..., block) and (...)."""
+    w = w.astype(jnp.float32)
+    top = jnp.max(jnp.abs(w), -1)
+    if fmt.power:
+        power = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(top, 2.0**-120) / 6)))
+        codes = _nearest(fmt.levels, jnp.clip(w / (6 * power)[..., None], -1, 1))
+        return codes, power.astype(jnp.float8_e8m0fnu)
+    unit = w * (1.0 / jnp.maximum(top, 1e-38))[..., None]
+    if fmt.levels is not None:
+        return _nearest(fmt.levels, jnp.clip(unit, -1, 1)), top
+    if jnp.issubdtype(fmt.dtype, jnp.integer):
+        return jnp.round(unit * fmt.top).astype(fmt.dtype), top
+    return (unit * fmt.top).astype(fmt.dtype), top
+
+
+def _nearest(levels, x: jax.Array) -> jax.Array:
+    """The number of the nearest level; half way, the lower one."""
+    levels = np.asarray(levels, np.float32)
+    middle = (levels[1:] + levels[:-1]) / 2
+    return jnp.searchsorted(jnp.asarray(middle), x, side="left").astype(jnp.uint8)
+
+
+def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> jax.Array:
+    """The numbers: codes (..., block) and constants (...) give (..., block), computed in fp32."""
+    constants = constants.astype(jnp.float32) * (6 if fmt.power else 1)
+    if fmt.levels is not None:
+        unit = jnp.asarray(fmt.levels + (0.0,) * (16 - len(fmt.levels)), jnp.float32)[codes]
+    else:
+        unit = codes.astype(jnp.float32) * (1 / fmt.top)
+    return (unit * constants[..., None]).astype(dtype)
+
+
+def pack(codes: jax.Array) -> jax.Array:
+    """Two codes of four bits in a byte: (..., n) as (..., n / 2)."""
+    return (codes[..., ::2] << 4) | codes[..., 1::2]
+
+
+def unpack(packed: jax.Array) -> jax.Array:
+    """(..., n / 2) as (..., n)."""
+    both = jnp.stack([packed >> 4, packed & 15], -1)
+    return both.reshape(*packed.shape[:-1], -1)
+
+
+def dynamic_map() -> np.ndarray:
+    """The 256 values of the 8-bit dynamic data type (Dettmers 2016, arXiv:1511.04561), ascending:
+    ±10^(i-6) times the centres of 2^i equal parts of [0.1, 1], i = 0 … 6, and 0 and 1.
+
+    >>> dynamic_map().shape, float(dynamic_map()[-1])
+    ((256,), 1.0)
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = np.linspace(0.1, 1, 2**i + 1, dtype=np.float32)
+        centres = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)
+        values += [*centres, *-centres]
+    return np.sort(np.asarray(values, np.float32))
+
+
+def blocks_of(size: int, block: int | None) -> tuple[int, int]:
+    """(number of blocks, numbers in each) of an axis."""
+    block = size if block is None else block
+    return math.ceil(size / block), block

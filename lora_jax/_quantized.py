@@ -1,0 +1,263 @@
+"""A quantised base: weights that stay in their codes until the product that uses them.
+
+A `Quantized` stands in the place of an array in the parameter tree. It is frozen, and a function
+made by `adapt` understands it: moves (transposes, reshapes, casts) wait, a scan slices the codes,
+and each product reads the weight anew, in the forward pass and again in the backward one, so that
+no more than one dequantised layer is alive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax import _compat
+from lora_jax._errors import LoRAError
+from lora_jax._formats import FORMATS, Format, blocks_of, decode, dynamic_map, encode, pack, unpack
+
+SECOND = 256  # constants that share one of their own, with double quantisation
+static = dict(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+    """A weight of `shape` in codes; `quantize` makes them, and `dequantize` reads them.
+
+    Attributes:
+      codes: (*shape[:-1], n), of four bits two in a byte; the last axis padded to whole blocks.
+      constants: (*shape[:-1], blocks), or, per channel, `shape` with ones along the in axes. With
+        double quantisation (*shape[:stack], groups, 256) codes of 8 bits.
+      second: with it, (maxima (*shape[:stack], groups), means (*shape[:stack])) of the constants,
+        else None.
+      format: a key of `FORMATS`.
+      stored_dtype: of the weight that it stands for.
+      pad: how much the last axis was padded.
+      stack: how many leading axes are a stack of weights (layers, experts).
+      moves: what is done to the weight when it is read, as (primitive, parameters), and moved_to,
+        its shape and type then.
+    """
+
+    lora_leaf = True  # for `lora_jax._paths`: one leaf of a parameter tree
+
+    codes: jax.Array
+    constants: jax.Array
+    second: tuple[jax.Array, jax.Array] | None
+    format: str = dataclasses.field(**static)
+    stored_dtype: Any = dataclasses.field(**static)
+    pad: int = dataclasses.field(default=0, **static)
+    stack: int = dataclasses.field(default=0, **static)
+    moves: tuple = dataclasses.field(default=(), **static)
+    moved_to: Any = dataclasses.field(default=None, **static)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of the weight as it lies there; of a part, where the arrays are of a part."""
+        *lead, n = self.codes.shape
+        return (*lead, n * (2 if FORMATS[self.format].bits == 4 else 1) - self.pad)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.moved_to[0] if self.moves else self.stored
+
+    @property
+    def dtype(self):
+        return self.moved_to[1] if self.moves else self.stored_dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and constants."""
+        return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(self))
+
+    @property
+    def bits(self) -> float:
+        """Bits per parameter."""
+        return 8 * self.nbytes / math.prod(self.stored)
+
+    def moved(self, eqn) -> Quantized | None:
+        """The weight after an equation that only moves or casts it; None if that cannot wait."""
+        move = (eqn.primitive, tuple(sorted(eqn.params.items())))
+        try:
+            hash(move)
+        except TypeError:
+            return None
+        aval = eqn.outvars[0].aval
+        to = (tuple(aval.shape), np.dtype(aval.dtype))
+        return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether the parts of axis 0 are those of each array."""
+        return not self.moves and self.codes.ndim > 1 and (self.stack > 0 or self.second is None)
+
+    def part(self) -> Quantized:
+        """One of axis 0, of arrays that were sliced already."""
+        return dataclasses.replace(self, stack=max(self.stack - 1, 0))
+
+    def rows(self, eqn, indices) -> jax.Array | None:
+        """What a gather along other axes than the last picks; None if it is another one."""
+        p = eqn.params
+        dn, last = p["dimension_numbers"], self.ndim - 1
+        whole = (
+            not self.moves
+            and FORMATS[self.format].block is not None
+            and last not in (*dn.start_index_map, *dn.collapsed_slice_dims)
+            and p["slice_sizes"][last] == self.shape[last]
+            and eqn.outvars[0].aval.ndim - 1 in dn.offset_dims
+            and not dn.operand_batching_dims
+        )
+        if not whole:
+            return None
+        same = {k: p[k] for k in ("mode", "unique_indices", "indices_are_sorted")}
+        sizes = lambda x: (*p["slice_sizes"][:last], x.shape[last])
+        pick = lambda x: lax.gather(x, indices, dn, sizes(x), **same)
+        return self._picked(pick)
+
+    def take(self, index) -> jax.Array:
+        """Rows of a table."""
+        if FORMATS[self.format].block is None or self.moves:
+            return self.value()[index]
+        return self._picked(lambda x: x[index])
+
+    def _picked(self, pick) -> jax.Array:
+        codes, constants = pick(self.codes), pick(_constants(self))
+        picked = dataclasses.replace(self, codes=codes, constants=constants, second=None, stack=0)
+        return picked.value()
+
+    def value(self, after: jax.Array | None = None) -> jax.Array:
+        """The weight as an array. `after`: not before that is there, and not the one of another."""
+        codes, fmt = self.codes, FORMATS[self.format]
+        if after is not None:
+            codes = tied(after, codes)
+        w = _read(fmt, codes, _constants(self), self.stored, self.stored_dtype)
+        for primitive, params in self.moves:
+            w = primitive.bind(w, **primitive.get_bind_params(dict(params)))
+        return w
+
+
+def value(base: Any, after: jax.Array | None = None) -> jax.Array:
+    """The array that a base is, or stands for."""
+    return base.value(after) if isinstance(base, Quantized) else base
+
+
+def tied(x: jax.Array, codes: jax.Array) -> jax.Array:
+    """`codes`, but not before `x` is there; see `_group._after`, which this is for integers."""
+    if not x.size or not _compat.one_device(x) or not _compat.one_device(codes):
+        return lax.optimization_barrier((x, codes))[1]
+    first = lax.squeeze(lax.slice(x, [0] * x.ndim, [1] * x.ndim), range(x.ndim))
+    bits = lax.bitcast_convert_type(first, np.dtype(f"int{8 * x.dtype.itemsize}"))
+    zero = np.zeros((), bits.dtype)
+    unseen = lax.clamp(zero, bits, zero)  # 0, which XLA does not foresee
+    raw = codes if jnp.issubdtype(codes.dtype, jnp.integer) else lax.bitcast_convert_type(
+        codes, jnp.uint8
+    )  # fmt: skip
+    raw = raw + lax.convert_element_type(unseen, raw.dtype)
+    return raw if raw.dtype == codes.dtype else lax.bitcast_convert_type(raw, codes.dtype)
+
+
+def quantized(
+    w: jax.Array,
+    format: str = "nf4",
+    *,
+    in_axes: Sequence[int] = (-2,),
+    stack: int = 0,
+    double: bool = False,
+) -> Quantized:
+    """One array; see `quantize`.
+
+    >>> import jax.numpy as jnp
+    >>> q = quantized(jnp.linspace(-1, 1, 128).reshape(2, 64), "nf4")
+    >>> q, bool(abs(q.value() - jnp.linspace(-1, 1, 128).reshape(2, 64)).max() < 0.152)
+    (Quantized((2, 64), float32, 'nf4', 4.5 bits), True)
+    """
+    fmt = FORMATS.get(format)
+    if fmt is None:
+        raise LoRAError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
+    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating) or 0 in w.shape:
+        raise LoRAError(f"cannot quantise {w.shape} {w.dtype}: expected floats of two axes or more")
+    if double and fmt.block is None:
+        raise LoRAError(f"double quantisation is for blocks; {format!r} has a constant per channel")
+    shape, dtype = tuple(w.shape), np.dtype(w.dtype)
+    if fmt.block is None:
+        axes = tuple(d % w.ndim for d in in_axes)
+        front = jnp.moveaxis(w, axes, range(-len(axes), 0))
+        flat = front.reshape(*front.shape[: w.ndim - len(axes)], -1)
+        codes, constants = encode(fmt, flat)
+        codes = jnp.moveaxis(codes.reshape(front.shape), range(-len(axes), 0), axes)
+        constants = jnp.expand_dims(constants, sorted(axes))
+        return Quantized(codes, constants, None, format, dtype, stack=stack)
+    n, block = blocks_of(shape[-1], fmt.block)
+    w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, n * block - shape[-1])])
+    codes, constants = encode(fmt, w.reshape(*shape[:-1], n, block))
+    codes = codes.reshape(*shape[:-1], n * block)
+    codes = pack(codes) if fmt.bits == 4 else codes
+    constants, second = _doubled(constants, stack) if double else (constants, None)
+    return Quantized(codes, constants, second, format, dtype, n * block - shape[-1], stack)
+
+
+def _doubled(constants: jax.Array, stack: int):
+    """8 bits for each constant less their mean (arXiv:2305.14314, section 3), in groups of 256."""
+    lead = constants.shape[:stack]
+    flat = constants.reshape(*lead, -1)
+    mean = jnp.mean(flat, -1)
+    flat = flat - mean[..., None]
+    more = -flat.shape[-1] % SECOND
+    groups = jnp.pad(flat, [(0, 0)] * stack + [(0, more)]).reshape(*lead, -1, SECOND)
+    top = jnp.max(jnp.abs(groups), -1)
+    levels = dynamic_map()
+    middle = jnp.asarray((levels[1:] + levels[:-1]) / 2)
+    unit = groups / jnp.maximum(top, 1e-38)[..., None]
+    return jnp.searchsorted(middle, unit).astype(jnp.uint8), (top, mean)
+
+
+def _constants(q: Quantized) -> jax.Array:
+    if q.second is None:
+        return q.constants
+    top, mean = q.second
+    fmt = FORMATS[q.format]
+    lead, rest = q.stored[: q.stack], q.stored[q.stack : -1]
+    n, _ = blocks_of(q.stored[-1], fmt.block)
+    flat = jnp.asarray(dynamic_map())[q.constants] * top[..., None]
+    flat = flat.reshape(*lead, -1)[..., : math.prod(rest) * n] + mean[..., None]
+    return flat.reshape(*lead, *rest, n)
+
+
+def _read(fmt: Format, codes, constants, shape, dtype) -> jax.Array:
+    if fmt.block is None:
+        return (codes.astype(jnp.float32) * (constants * (1 / fmt.top))).astype(dtype)
+    codes = unpack(codes) if fmt.bits == 4 else codes
+    n, block = blocks_of(shape[-1], fmt.block)
+    w = decode(fmt, codes.reshape(*shape[:-1], n, block), constants, dtype)
+    return w.reshape(*shape[:-1], n * block)[..., : shape[-1]]
+
+
+def _repr(self) -> str:
+    arrays = all(hasattr(x, "size") for x in jax.tree.leaves(self))
+    bits = f", {self.bits:.4g} bits" if arrays else ""
+    return f"Quantized({self.shape}, {self.dtype}, {self.format!r}{bits})"
+
+
+Quantized.__repr__ = _repr
+
+
+def is_quantized(x: Any) -> bool:
+    return isinstance(x, Quantized)
+
+
+def formats() -> Mapping[str, Format]:
+    return FORMATS
