@@ -1,5 +1,6 @@
 """LoRA as a JAX transform."""
 
+from lora_jax._adalora import adalora, orthogonality, pruned
 from lora_jax._adapt import adapt, coverage
 from lora_jax._adapters import DoRA, Full, LoRA, Rows, choose
 from lora_jax._algebra import combine, extract, resize, scaled
@@ -10,6 +11,9 @@ from lora_jax._config import LoRAConfig, Rule
 from lora_jax._coverage import Coverage
 from lora_jax._dora import dora
 from lora_jax._errors import LoRAError
+from lora_jax._factors import factors
+from lora_jax._family import AdaLoRA, LoRAXS, VeRA
+from lora_jax._family_init import init_adalora, init_lora_xs, init_vera
 from lora_jax._fingerprint import Fingerprint, fingerprint
 from lora_jax._forecast import Forecast, forecast
 from lora_jax._init import init
@@ -51,6 +55,17 @@ __all__ = [
     "DoRA",
     "Full",
     "Rows",
+    # trained trees that become factors
+    "factors",
+    "init_vera",
+    "VeRA",
+    "init_lora_xs",
+    "LoRAXS",
+    "init_adalora",
+    "AdaLoRA",
+    "adalora",
+    "orthogonality",
+    "pruned",
     # the transform
     "bind",
     "AdaptedWeight",

@@ -17,10 +17,9 @@ from jax.sharding import PartitionSpec
 from lora_jax import _compat
 from lora_jax._einsum import cast, contract, wide
 from lora_jax._errors import LoRAError
+from lora_jax._family import FAMILY
 from lora_jax._quantized import is_quantized, value
-from lora_jax._weight import RANK, AdaptedWeight, Factor, Geometry, spec_along
-
-static = functools.partial(dataclasses.field, metadata=dict(static=True))
+from lora_jax._weight import RANK, AdaptedWeight, Factor, Geometry, spec_along, static
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -208,7 +207,7 @@ class Rows:
         return dataclasses.replace(self, value="rows")
 
 
-NODES = (LoRA, DoRA, Full, Rows)
+NODES = (LoRA, DoRA, Full, Rows, *FAMILY)
 
 
 def is_node(x: Any) -> bool:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from lora_jax._adapters import DoRA, Full, LoRA, Rows, is_node
 from lora_jax._einsum import wide
 from lora_jax._errors import LoRAError, raise_all
+from lora_jax._factors import check_factors
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, nest
 from lora_jax._targets import Targets
@@ -271,6 +272,7 @@ def checked(adapters: Any) -> Any:
         raise LoRAError(
             f"expected adapters, as from lora.init, found {wrong[0] if wrong else 'an empty tree'}"
         )
+    check_factors(flatten(adapters, is_leaf=is_node))
     return adapters
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from lora_jax._adapters import DoRA, Full, LoRA, LowRank, choose, is_node
 from lora_jax._errors import LoRAError, raise_all
+from lora_jax._factors import without_frozen
+from lora_jax._family import Indirect
 from lora_jax._init import _typed, path_key
 from lora_jax._nnx import map_state, state_of
 from lora_jax._paths import flatten, map_with_path, nearest
@@ -40,7 +42,8 @@ def bind(
 
     Raises:
       LoRAError: adapters of another model (lists every path that does not exist and every shape
-        that differs), parameters where adapters belong, or parameters that are bound already.
+        that differs), parameters where adapters belong, or parameters that are bound already;
+        adapters that need frozen arrays, see `factors`.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": {"kernel": jnp.ones((64, 32))}}
@@ -51,7 +54,7 @@ def bind(
     chosen = lambda tree: tree if slot is None else choose(tree, slot)
     one = adapters if slot is None else jax.eval_shape(chosen, adapters)
     if adapters is not None:
-        adapter_nodes(params, one, "bind")
+        without_frozen(adapter_nodes(params, one, "bind"), "bind")
     nodes = flatten(adapters, is_leaf=is_node)
     key = None if dropout_key is None else _typed(dropout_key)
 
@@ -119,7 +122,11 @@ def _mismatch(node, shape) -> str | None:
         want = tuple(shape[d] for d in (*node.geometry.batch_axes, *node.geometry.out_axes))
         if isinstance(node, DoRA) and node.magnitude.shape != want:
             return f"expected a magnitude of {want}, found {node.magnitude.shape}"
-    elif node.shape != shape:
+    elif isinstance(node, Indirect) and node.geometry.covers(len(shape)):
+        for name, want in node.shapes(shape).items():
+            if (found := getattr(node, name).shape) != want:
+                return f"the leaf has shape {shape}; expected {name} of {want}, found {found}"
+    if node.shape != shape:
         return f"the leaf has shape {shape}, the adapter was made for {node.shape}"
     return None
 

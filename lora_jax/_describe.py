@@ -13,10 +13,13 @@ import jax.numpy as jnp
 
 from lora_jax._adapters import DoRA, Full, LoRA, Rows, is_node
 from lora_jax._config import LoRAConfig, Rule, as_patterns
+from lora_jax._family import FAMILY
 from lora_jax._paths import flatten
 from lora_jax._weight import Geometry
 
-KINDS = {"lora": LoRA, "dora": DoRA, "full": Full, "rows": Rows}
+KINDS = {"lora": LoRA, "dora": DoRA, "full": Full, "rows": Rows} | {
+    cls.__name__.lower(): cls for cls in FAMILY
+}
 
 
 def adapters_to_json(adapters: Any) -> dict[str, dict]:
@@ -24,7 +27,7 @@ def adapters_to_json(adapters: Any) -> dict[str, dict]:
     return {p: node_to_json(n) for p, n in flatten(adapters, is_leaf=is_node).items()}
 
 
-def node_to_json(node: LoRA | DoRA | Full | Rows) -> dict:
+def node_to_json(node: Any) -> dict:
     """
     >>> node_to_json(Full(jax.ShapeDtypeStruct((2, 3), "float32")))
     {'kind': 'full', 'value': ['float32', [2, 3]]}
@@ -40,7 +43,7 @@ def node_to_json(node: LoRA | DoRA | Full | Rows) -> dict:
     return out
 
 
-def node_from_json(x: Mapping) -> LoRA | DoRA | Full | Rows:
+def node_from_json(x: Mapping) -> Any:
     """The node, with shapes in the place of arrays."""
     cls = KINDS[x["kind"]]
     values = {}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax._adapters import LoRA, is_node, norms
 from lora_jax._bind import adapter_nodes
+from lora_jax._factors import check_factors
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, map_with_path
 from lora_jax._quantized import is_quantized
@@ -39,7 +40,7 @@ def dora(params: Any, adapters: Any) -> dict:
     >>> adapters["q"].magnitude
     Array([5., 2.], dtype=float32)
     """
-    adapter_nodes(params, adapters, "bind")
+    check_factors(adapter_nodes(params, adapters, "bind"))
     leaves = flatten(state_of(params))
 
     def leaf(path, node):

@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax._adapters import DoRA, Full, LoRA, Rows
 from lora_jax._bind import adapter_nodes
 from lora_jax._errors import LoRAError, raise_all
+from lora_jax._factors import without_frozen
 from lora_jax._nnx import map_state
 from lora_jax._paths import map_with_path
 from lora_jax._quantized import is_quantized, value
@@ -75,7 +76,7 @@ def unmerge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
 
 
 def _each(params, adapters, verb, sign, donate):
-    nodes = adapter_nodes(params, adapters, verb)
+    nodes = without_frozen(adapter_nodes(params, adapters, verb), verb)
     lost = [
         f"'{p}' was {'scaled' if isinstance(n, DoRA) else 'trained in full'}"
         for p, n in nodes.items()

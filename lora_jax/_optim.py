@@ -8,6 +8,7 @@ import jax
 import optax
 
 from lora_jax._adapters import is_node
+from lora_jax._family import LABELS
 
 FROZEN = "frozen"
 
@@ -22,6 +23,7 @@ def labels(tree: Any) -> Any:
     Returns:
       The same tree with a label for each leaf: "a" and "b" of a `LoRA` ("embedding_a" and
       "embedding_b" where the leaf is a look-up table), "magnitude" of a `DoRA`, "full", "rows",
+      "vera_d" and "vera_b" of a `VeRA`, "loraxs_r", "adalora_p", "adalora_lam" and "adalora_q",
       and "frozen" for all else.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -61,8 +63,8 @@ def lora_plus(
 
     Args:
       make: a function of a learning rate that returns an optimiser, such as `optax.adam`.
-      learning_rate: of A, of magnitudes and of leaves that are trained in full; a number or an
-        optax schedule.
+      learning_rate: of A, of magnitudes, of leaves that are trained in full, and of nodes that are
+        no factors (`VeRA` and its kin); a number or an optax schedule.
       ratio: λ = lr_B / lr_A; the paper's experiments use 16 (2 to 8 for harder tasks).
       embedding_learning_rate: of the factors of embeddings and of rows; None: `learning_rate`.
 
@@ -88,6 +90,7 @@ def lora_plus(
             "embedding_b": own,
             "rows": own,
             FROZEN: optax.set_to_zero(),
-        },
+        }
+        | dict.fromkeys(LABELS, slow),
         labels,
     )

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from lora_jax._adapters import is_node
 from lora_jax._errors import LoRAError, raise_all
+from lora_jax._factors import check_factors
 from lora_jax._paths import flatten
 from lora_jax._peft_export import Export
 from lora_jax._peft_file import CONFIG, TENSORS, read_shapes
@@ -169,7 +170,9 @@ def save_peft(
             f"mapping: expected a TorchMapping, found {type(mapping).__name__}: "
             "lora.load_peft(...).mapping, or lora.torch_mapping(names, params, survey)"
         )
-    out = Export(flatten(adapters, is_leaf=is_node), mapping, doubled_out_proj)
+    nodes = flatten(adapters, is_leaf=is_node)
+    check_factors(nodes)
+    out = Export(nodes, mapping, doubled_out_proj)
     out.run(uniform_rank)
     settings = out.config(base_model_name, task_type) | dict(config or {})
     if not out.tensors:

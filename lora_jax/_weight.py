@@ -25,6 +25,7 @@ from lora_jax._einsum import cast, contract, plus, times, wide
 from lora_jax._errors import LoRAError
 from lora_jax._quantized import is_quantized, value
 
+static = functools.partial(dataclasses.field, metadata=dict(static=True))
 RANK = -1  # the label of a factor's rank axis, and of a seed's words
 SEED_IMPL = "threefry2x32"
 
