@@ -8,10 +8,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from common import assert_close, fails, noisy, value_and_grad
-from jax.sharding import NamedSharding
+from common import assert_close, fails, value_and_grad
 from jax.sharding import PartitionSpec as P
-from zoo import IDS, Transformer
 
 import lora_jax as lora
 
@@ -31,10 +29,12 @@ methods = pytest.mark.parametrize("method", METHODS)
 
 
 def made(method, params, rules=(), survey=None, targets="w", **config):
-    """Noisy adapters of a method, and what it keeps frozen."""
+    """What a method makes, with every array random: nothing is zero by accident, nor compiled."""
     config = lora.LoRAConfig(rank=2, alpha=3, targets=targets, rules=rules, **config)
-    adapters, frozen = METHODS[method](KEY, params, config, survey)
-    return noisy(adapters, 3, 0.5), frozen
+    shapes = jax.eval_shape(lambda p: METHODS[method](KEY, p, config, survey), params)
+    rng = np.random.default_rng(3)
+    draw = lambda x: jnp.asarray(rng.normal(size=x.shape).astype(np.float32) / 2).astype(x.dtype)
+    return jax.tree.map(draw, shapes)
 
 
 def dense(xp, w, node, frozen):
@@ -85,7 +85,7 @@ GEOMETRIES = {
 
 def one_leaf(method, name):
     shape, g = GEOMETRIES[name]
-    params = {"w": jax.random.normal(jax.random.key(1), shape)}
+    params = {"w": jnp.asarray(np.random.default_rng(1).normal(size=shape).astype(np.float32))}
     rule = lora.Rule("w", in_axes=g.in_axes, out_axes=g.out_axes, batch_axes=g.batch_axes)
     return params, *made(method, params, [rule])
 
@@ -99,12 +99,13 @@ def test_the_formula(method, name):
     of = {"vera": frozen, "lora_xs": frozen and frozen.get("w"), "adalora": None}[method]
     wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
     want = dense(np, *map(wide, (params["w"], node, of)))
-    plain = lora.factors(adapters, frozen)
+    plain = jax.jit(lora.factors)(adapters, frozen)
     assert type(plain["w"]) is lora.LoRA and node.shape == params["w"].shape
     got = lora.merge(params, plain)["w"]
-    assert_close(got, jnp.asarray(want, jnp.float32))
+    assert_close(got, want.astype(np.float32))
     assert not np.allclose(got, params["w"], atol=1e-3)
-    assert_close(jax.jit(lora.factors)(adapters, frozen), plain)
+    if name == "two stacks":
+        assert_close(lora.factors(adapters, frozen), plain)
 
 
 @methods
@@ -138,9 +139,11 @@ def test_initially_the_base(method):
 
 @pytest.mark.parametrize("name", ["matrix", "experts", "stacked last", "convolution"])
 def test_lora_xs_is_between_the_largest_singular_vectors(name):
-    params, _, frozen = one_leaf("lora_xs", name)
-    w, f = params["w"], frozen["w"]
-    g = f.geometry
+    params, adapters, _ = one_leaf("lora_xs", name)
+    g, w = adapters["w"].geometry, params["w"]
+    rule = lora.Rule("w", in_axes=g.in_axes, out_axes=g.out_axes, batch_axes=g.batch_axes)
+    config = lora.LoRAConfig(rank=2, targets="w", rules=[rule])
+    f = lora.init_lora_xs(KEY, params, config)[1]["w"]
     sizes = g.sizes(w.shape)
     flat = np.asarray(w, np.float64).transpose(*g.batch_axes, *g.in_axes, *g.out_axes)
     u, s, v = np.linalg.svd(flat.reshape(sizes), full_matrices=False)
@@ -161,17 +164,17 @@ def test_vera_is_shared_and_sliced():
     assert_close(plain["q"].a, frozen["a"][:6])
     assert_close(plain["v"].a, frozen["a"])
     assert_close(plain["v"].b, adapters["v"].d[:, None] * frozen["b"][:, :3] * adapters["v"].b)
-    for x, fan_in in ((frozen["a"], 8), (frozen["b"], 7)):  # He, uniform: variance 2 / fan-in
-        assert np.abs(x).max() <= np.sqrt(6 / fan_in)
-    big, _ = lora.init_vera(KEY, {"w": jnp.ones((300, 300))}, lora.LoRAConfig(rank=2, targets="w"))
-    drawn = lora.init_vera(
-        KEY, {"w": jnp.ones((300, 300))}, lora.LoRAConfig(rank=2, targets="w"), rank=200
-    )[1]
-    assert big["w"].rank == 2 and np.all(big["w"].d == np.float32(0.1)) and not big["w"].b.any()
-    for x, fan_in in ((drawn["a"], 300), (drawn["b"], 200)):
-        assert abs(np.var(x) * fan_in / 2 - 1) < 0.02
-    # the same key and leaves give the same
-    again = lora.init_vera(KEY, params, lora.LoRAConfig(targets=["q", "v"], rank=2), rank=7)[1]
+
+
+def test_vera_starts_as_in_the_paper():
+    """Section 3.2: b is zero, d is 0.1, A and B are He's, uniform: of variance 2 / fan-in."""
+    config = lora.LoRAConfig(rank=2, targets="w")
+    init = jax.jit(lambda w: lora.init_vera(KEY, {"w": w}, config, rank=200))
+    adapters, frozen = init(jnp.ones((300, 300)))
+    assert np.all(adapters["w"].d == np.float32(0.1)) and not adapters["w"].b.any()
+    for x, fan_in in ((frozen["a"], 300), (frozen["b"], 200)):
+        assert np.abs(x).max() <= np.sqrt(6 / fan_in) and abs(np.var(x) * fan_in / 2 - 1) < 0.02
+    again = init(jnp.zeros((300, 300)))[1]  # of the key and the leaves' shapes alone
     jax.tree.map(np.testing.assert_array_equal, again, frozen)
 
 
@@ -207,74 +210,6 @@ def test_vera_forms_no_gradient_of_what_is_shared():
     lora_step = flops(lambda ad: fn(lora.bind(params, ad), x), plain)
     vera_step = flops(lambda ad: fn(lora.bind(params, lora.factors(ad, frozen)), x), adapters)
     assert lora_step - vera_step > 0.9 * (2 * 256 * 64 * 7)
-
-
-@functools.cache
-def scanned():
-    """A scanned and rematerialised model: (function, parameters, survey)."""
-    model = Transformer(True)
-    params = model.init(KEY, IDS)["params"]
-    apply = lambda params, ids: model.apply({"params": params}, ids)
-    return apply, params, lora.survey(apply, params, IDS)
-
-
-TARGETS = ["query", "up"]
-
-
-@methods
-def test_scan_devices_checkpoint_merge(method, tmp_path):
-    """A step of a scanned and rematerialised model, on one device and on eight, against the formula
-    on dense weights; saved, restored and merged."""
-    apply, params, survey = scanned()
-    adapters, frozen = made(method, params, survey=survey, targets=TARGETS)
-    f = lora.adapt(apply)
-    tx = optax.adam(1e-2)
-
-    def out(ad, params, frozen):
-        return f(lora.bind(params, lora.factors(ad, frozen)), IDS)
-
-    @jax.jit
-    @jax.numpy_dtype_promotion("standard")  # Adam's
-    def step(params, adapters, frozen, state):
-        loss = lambda ad: (lambda y: (jnp.mean(jnp.sin(y)), y))(out(ad, params, frozen))
-        grads, y = jax.grad(loss, has_aux=True)(adapters)
-        updates, state = tx.update(grads, state)
-        return optax.apply_updates(adapters, updates), state, grads, y
-
-    want, state, grads, y = step(params, adapters, frozen, tx.init(adapters))
-    by_formula = lambda ad: (lambda y: (jnp.mean(jnp.sin(y)), y))(
-        apply(densely(params, ad, frozen), IDS)
-    )
-    dense_grads, dense_y = jax.jit(jax.grad(by_formula, has_aux=True))(adapters)
-    assert_close(y, dense_y, factor=256)
-    assert_close(grads, dense_grads, factor=1024)
-    merged = lora.merge(params, lora.factors(adapters, frozen))
-    assert_close(merged, densely(params, adapters, frozen))
-
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    split = lambda x: P(*[None] * (x.ndim - 1), "model" if x.shape[-1] % 4 == 0 else None)
-    on = jax.tree.map(lambda x: NamedSharding(mesh, split(x)), params)
-    placed = jax.device_put(params, on)
-    where = lora.shardings(placed, adapters)
-    spread = jax.device_put(adapters, where)
-    if method == "lora_xs":
-        frozen = jax.device_put(frozen, lora.shardings(placed, frozen))
-        assert "model" in frozen["layers"]["up"]["kernel"].b.sharding.spec
-    else:
-        node = spread["layers"]["up"]["kernel"]
-        assert "model" in (node.b if method == "vera" else node.q).sharding.spec
-    got, state, _, sharded_y = step(placed, spread, frozen, tx.init(spread))
-    assert_close(sharded_y, y, factor=256)
-    assert_close(got, want, factor=4096)  # Adam divides by small numbers
-
-    with ocp.CheckpointManager(tmp_path) as manager:
-        kept = {"optimiser": state, "frozen": frozen}
-        lora.save(manager, 1, got, base=params, state=kept)
-        manager.wait_until_finished()
-    back = lora.restore(tmp_path, base=params, state=kept)
-    jax.tree.map(np.testing.assert_array_equal, back.adapters, got)
-    jax.tree.map(np.testing.assert_array_equal, back.state["frozen"], frozen)
-    assert jax.tree.structure(back.adapters) == jax.tree.structure(got)
 
 
 def test_adalora_works_as_it_is():
