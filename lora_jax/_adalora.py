@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -110,6 +111,13 @@ def adalora(
     tx = optax.with_extra_args_support(tx)
     end = steps - tfinal
 
+    def budget_at(mask, step):
+        """b(t) of a traced t: how many of the steps at which it falls are still to come."""
+        lams = [n.lam for n in _nodes(mask)]
+        start, matrices = (sum(math.prod(x.shape[:d]) for x in lams) for d in (None, -1))
+        falls = _falls(start, round(target_rank * matrices), tinit, end)
+        return start - len(falls) + jnp.sum(jnp.asarray(falls, jnp.int32) >= step)
+
     def init(params):
         nodes = _nodes(params)
         low = [n.rank for n in nodes if n.rank < target_rank]
@@ -136,7 +144,10 @@ def adalora(
         new = _means(updates, params, state, beta1, beta2)
         old = (state.sensitivity, state.uncertainty)
         sensitivity, uncertainty = jax.tree.map(lambda n, o: jnp.where(step <= end, n, o), new, old)
-        mask, holds = _allocated(step, sensitivity, uncertainty, state.mask)
+        kept = _largest(sensitivity, uncertainty, state.mask, budget_at(state.mask, step))
+        allocates = (step > tinit) & (step <= end) & ((step % interval == 0) | (step == end))
+        mask = jax.tree.map(lambda new, old: jnp.where(allocates, new, old), kept, state.mask)
+        holds = allocates | (step > end)
         updates, inner = tx.update(updates, state.inner, params, **extra)
 
         def pruning(node, u, m):
@@ -147,27 +158,6 @@ def adalora(
 
         updates = jax.tree.map(pruning, params, updates, mask, is_leaf=is_node)
         return updates, AdaLoRAState(step, sensitivity, uncertainty, mask, inner)
-
-    def _allocated(step, sensitivity, uncertainty, mask):
-        """The mask, and whether it is applied at this step."""
-        nodes = [n for n in jax.tree.leaves(mask, is_leaf=is_node) if isinstance(n, AdaLoRA)]
-        matrices = sum(math.prod(n.lam.shape[:-1]) for n in nodes)
-        start = sum(n.lam.size for n in nodes)
-        # For each budget above the target, the last step that has it or more: an exact table.
-        falls = _falls(start, round(target_rank * matrices), tinit, end)
-        now = start - len(falls) + jnp.sum(jnp.asarray(falls, jnp.int32) >= step)
-        scores = jnp.concatenate([s.ravel() for s in _scores(sensitivity, uncertainty)])
-        order = jnp.argsort(-scores, stable=True)
-        kept = jnp.zeros(scores.shape, bool).at[order].set(jnp.arange(scores.size) < now)
-        allocates = (step > tinit) & (step <= end) & ((step % interval == 0) | (step == end))
-        parts, at = [], 0
-        for n in nodes:
-            part = kept[at : at + n.lam.size].reshape(n.lam.shape)
-            parts.append(_lam(n, jnp.where(allocates, part, n.lam)))
-            at += n.lam.size
-        found = iter(parts)
-        mask = _map(lambda n: next(found), mask)
-        return mask, allocates | (step > end)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -325,6 +315,17 @@ def _means(grads, params, state: AdaLoRAState, beta1: float, beta2: float) -> tu
 
     trees = (params, grads, state.sensitivity, state.uncertainty)
     return tuple(jax.tree.map(node(i), *trees, is_leaf=is_node) for i in range(2))
+
+
+def _largest(sensitivity: Any, uncertainty: Any, mask: Any, number: jax.Array) -> Any:
+    """A tree like the mask, with True for this many triplets of the highest importance."""
+    scores = jnp.concatenate([s.ravel() for s in _scores(sensitivity, uncertainty)])
+    order = jnp.argsort(-scores, stable=True)
+    kept = jnp.zeros(scores.shape, bool).at[order].set(jnp.arange(scores.size) < number)
+    lams = [n.lam for n in _nodes(mask)]
+    parts = jnp.split(kept, list(itertools.accumulate(x.size for x in lams))[:-1])
+    found = iter([part.reshape(x.shape) for part, x in zip(parts, lams)])
+    return _map(lambda n: _lam(n, next(found)), mask)
 
 
 def _scores(sensitivity: Any, uncertainty: Any) -> list[jax.Array]:

@@ -92,7 +92,8 @@ class Reference:
         self.t += 1
         for (name, i), w in self.w.items():
             n = grads[name]
-            g = [x if n.lam.ndim == 1 else x[i] for x in (n.p, n.lam, n.q)]
+            arrays = (x if n.lam.ndim == 1 else x[i] for x in (n.p, n.lam, n.q))
+            g = [np.asarray(x, np.float64) for x in arrays]
             for j in range(3):
                 now = np.abs(w[j] * g[j])
                 if self.t <= END:
