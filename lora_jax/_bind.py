@@ -52,10 +52,12 @@ def bind(
     {'q': {'kernel': AdaptedWeight('q/kernel', shape=(64, 32), dtype=float32, rank=4, scale=4.0)}}
     """
     chosen = lambda tree: tree if slot is None else choose(tree, slot)
-    one = adapters if slot is None else jax.eval_shape(chosen, adapters)
+    nodes = {}
     if adapters is not None:
-        without_frozen(adapter_nodes(params, one, "bind"), "bind")
-    nodes = flatten(adapters, is_leaf=is_node)
+        one = adapters if slot is None else jax.eval_shape(chosen, adapters)
+        nodes = without_frozen(adapter_nodes(params, one, "bind"), "bind")
+    if slot is not None:
+        nodes = flatten(adapters, is_leaf=is_node)
     key = None if dropout_key is None else _typed(dropout_key)
 
     def leaf(path, base):
