@@ -16,6 +16,7 @@ from lora_jax._family import AdaLoRA, LoRAXS, VeRA
 from lora_jax._family_init import init_adalora, init_lora_xs, init_vera
 from lora_jax._fingerprint import Fingerprint, fingerprint
 from lora_jax._forecast import Forecast, forecast
+from lora_jax._galore import galore, scale_by_galore
 from lora_jax._init import init
 from lora_jax._interpret import Use
 from lora_jax._learned import Change, Learned, learned
@@ -24,8 +25,10 @@ from lora_jax._optim import labels, lora_plus, trained_only
 from lora_jax._peft import PeftAdapter, load_peft
 from lora_jax._peft_map import TorchMapping
 from lora_jax._peft_save import save_peft, torch_mapping
+from lora_jax._precondition import lora_fa, lora_pro, riemannian
 from lora_jax._quantize import dequantize, quantization_errors, quantize
 from lora_jax._quantized import Quantized
+from lora_jax._rite import lora_muon, lora_rite, scale_by_lora_muon, scale_by_lora_rite
 from lora_jax._select import select
 from lora_jax._shardings import shardings, state_shardings
 from lora_jax._soups import dare, knots, prune, ties
@@ -99,6 +102,15 @@ __all__ = [
     "labels",
     "trained_only",
     "lora_plus",
+    "lora_fa",
+    "riemannian",
+    "lora_pro",
+    "lora_rite",
+    "scale_by_lora_rite",
+    "lora_muon",
+    "scale_by_lora_muon",
+    "galore",
+    "scale_by_galore",
     "merge",
     "unmerge",
     # adapters as values

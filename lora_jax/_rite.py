@@ -1,0 +1,308 @@
+"""LoRA-RITE and LoRA-Muon: optimisers whose step does not depend on how A·B is split.
+
+Both see a factor's gradient in an orthonormal basis of the other factor: with B = R·U the polar
+decomposition (R = (B·Bᵀ)^½, U with orthonormal rows), g_A·R⁻¹ / s = G·Uᵀ is free of B's magnitude.
+They choose a step S there, and S·R⁻¹ / s takes it back: W' changes by S·U, whatever R and s are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax._adapters import DoRA
+from lora_jax._einsum import wide
+from lora_jax._optim import FROZEN, labels
+from lora_jax._precondition import (
+    columns,
+    gram,
+    on_factors,
+    power,
+    product,
+    required,
+    unzip,
+    with_columns,
+)
+
+
+class Pair(NamedTuple):
+    """Something for the side of A and for that of B."""
+
+    a: jax.Array
+    b: jax.Array
+
+
+class ScaleByLoraRiteState(NamedTuple):
+    """State of `scale_by_lora_rite`; other leaves have a `MaskedNode` in each part.
+
+    Attributes:
+      count: how many updates there were.
+      mu: first moments, adapters in fp32.
+      basis: the orthonormal factors U of the last step, adapters in fp32.
+      nu: second moments, `Pair`s of (n, r, r).
+      escaped: mass that left the bases, `Pair`s of (n,).
+    """
+
+    count: jax.Array
+    mu: Any
+    basis: Any
+    nu: Any
+    escaped: Any
+
+
+class ScaleByLoraMuonState(NamedTuple):
+    """State of `scale_by_lora_muon`: the momentum, adapters in fp32."""
+
+    mu: Any
+
+
+def lora_rite(
+    learning_rate: Any,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    other: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    """LoRA-RITE (Yen et al., arXiv:2410.20625): Adam's two moments, in a form that does not depend
+    on how the product is split into factors.
+
+    Good for: training in which A and B should both move without learning rates of their own. Each
+    gradient is freed of the other factor's magnitude; second moments are r × r matrices, so the
+    preconditioner is a full one on the side of the rank; both moments are carried over to the new
+    basis in each step, and what the old basis loses of the second is added to its diagonal
+    (algorithm 1).
+
+    State: mu and basis, 2·(in + out)·r numbers as Adam has, and 2·r². FLOPs of a step: about
+    16·(in + out)·r², and ten r × r eigendecompositions, for each weight.
+
+    Args:
+      learning_rate: a number or a schedule; as Adam's. W' moves by matrices S·U in which S has
+        entries of about 1, independent of alpha.
+      b1, b2: decay rates of the moments, as in the authors' code. Both are corrected for their
+        start at zero.
+      eps: added to the root of the second moment; 1e-6 in the authors' code.
+      weight_decay: decoupled, as in AdamW, of A and of B.
+      other: an optimiser of all leaves that are no factors (magnitudes, leaves trained in full or
+        by rows); None: `optax.adamw` with the same settings.
+
+    Returns:
+      An optimiser for adapters, or for a tree that holds them beside frozen leaves. `update` needs
+      the adapters.
+
+    >>> import lora_jax as lora
+    >>> tx = lora.lora_rite(2e-4)
+    """
+    tx = optax.chain(
+        scale_by_lora_rite(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    adam = optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay)
+    return _partition(tx, adam if other is None else other)
+
+
+def scale_by_lora_rite(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
+) -> optax.GradientTransformation:
+    """The step of `lora_rite` without a learning rate; leaves that are no factors pass unchanged.
+
+    >>> import optax, lora_jax as lora
+    >>> tx = optax.chain(lora.scale_by_lora_rite(), optax.scale_by_learning_rate(2e-4))
+    """
+
+    def init(params):
+        def squares(node):
+            shape = (node.geometry.sizes(node.shape)[0], node.rank, node.rank)
+            return Pair(*(jnp.zeros(shape, wide(node.a.dtype)) for _ in range(2)))
+
+        mu, basis = (on_factors(_zeros, params, other=_masked) for _ in range(2))
+        nu = on_factors(squares, params, other=_masked)
+        escaped = jax.tree.map(lambda v: jnp.zeros(v.shape[:1], v.dtype), nu)
+        return ScaleByLoraRiteState(jnp.zeros((), jnp.int32), mu, basis, nu, escaped)
+
+    def update(updates, state, params=None):
+        count = optax.safe_increment(state.count)
+        decay = [_decay(beta, count) for beta in (b1, b2)]
+
+        def leaf(g, node, mu, basis, nu, escaped):
+            of = zip(
+                columns(g), columns(node)[::-1], columns(mu), columns(basis)[::-1], nu, escaped
+            )
+            sides = [_rite(*side, node.scale, *decay, eps) for side in of]
+            step, m, u, v, e = zip(*sides)
+            fp32 = m[0].dtype
+            return Out(
+                with_columns(g, *step),
+                with_columns(mu, *m, dtype=fp32),
+                with_columns(basis, *u[::-1], dtype=fp32),
+                Pair(*v),
+                Pair(*e),
+            )
+
+        trees = (required(params, "lora_rite"), *state[1:])
+        masked = optax.MaskedNode()
+        keep = lambda g, *_: Out(g, masked, masked, masked, masked)
+        updates, *rest = unzip(on_factors(leaf, updates, *trees, other=keep), Out)
+        return updates, ScaleByLoraRiteState(count, *rest)
+
+    return optax.GradientTransformation(init, update)
+
+
+class Out(NamedTuple):
+    """What a step gives for one leaf."""
+
+    update: Any
+    mu: Any
+    basis: Any = None
+    nu: Any = None
+    escaped: Any = None
+
+
+def _rite(g, y, m, u_old, v, escaped, scale, d1, d2, eps):
+    """One side of algorithm 1: gradient g and moment m (n, p, r) of a factor, the other factor y
+    and its old basis (n, q, r), second moment v (n, r, r), escaped mass (n,)."""
+    d1, d2 = d1.astype(g.dtype), d2.astype(g.dtype)
+    root = power(gram(y), -0.5)  # R⁻¹
+    u = product(y, root)
+    g = product(g, root) / scale  # without y's magnitude
+    p = product(u.mT, u_old)
+    moved = product(product(p, v), p.mT)
+    moved = (moved + moved.mT) / 2
+    lost = jnp.max(jnp.linalg.eigvalsh(v) - jnp.linalg.eigvalsh(moved), -1)
+    escaped = d2 * (escaped + jnp.maximum(lost, 0))
+    v = d2 * moved + (1 - d2) * gram(g) / g.shape[-2]
+    w, e = jnp.linalg.eigh(v)
+    w = 1 / (jnp.sqrt(jnp.maximum(w, 0) + escaped[:, None]) + eps)
+    step = product(product(g, e) * w[..., None, :], e.mT)
+    m = d1 * product(m, p.mT) + (1 - d1) * step
+    return product(m, root) / scale, m, u, v, escaped
+
+
+def _decay(beta: float, count):
+    """β·(1 − β^(t−1)) / (1 − β^t): with it a moving average needs no correction of its bias."""
+    t = count.astype(jnp.float32)
+    return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
+
+
+def lora_muon(
+    learning_rate: Any,
+    b1: float = 0.95,
+    weight_decay: float = 0.0,
+    other: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    """LoRA-Muon (Cesista et al., arXiv:2606.12921): steepest descent in the spectral norm of the
+    change of W', as Muon, on the product of two factors.
+
+        dA = ½·msign(m_A·R_B)·R_B / s,    R_B = (B·Bᵀ)^−½,    msign(U·Σ·Vᵀ) = U·Vᵀ,
+
+    and likewise dB, with m the averages of g. Good for: a learning rate that is the spectral norm
+    of the change of W' in one step (half for each factor), so that it carries over between ranks,
+    widths and values of alpha; and half of Adam's state. It is LoRA-RITE without memory (b1 = b2 =
+    0), up to the norm of the step.
+
+    The paper has s = 1; the division by s, which makes the step independent of alpha, is ours. So
+    is the way to compute: inverse roots of r × r matrices by eigendecompositions, exact to fp32
+    (the paper iterates polynomials), with directions that a factor lacks left out, so that at
+    B = 0 only B moves. The paper's optional rebalancing of the factors' norms is left out.
+
+    State: (in + out)·r numbers. FLOPs of a step: about 12·(in + out)·r² and four r × r
+    eigendecompositions for each weight.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay rate of the momentum.
+      weight_decay: λ of the paper's split rule: with ρ = √(1 − λη), A becomes ρ·A − (η/ρ)·dA, and B
+        likewise, so that the product decays by 1 − λη.
+      other: an optimiser of all leaves that are no factors; None: `optax.adamw(learning_rate)`.
+
+    Returns:
+      As `lora_rite`.
+
+    >>> import lora_jax as lora
+    >>> tx = lora.lora_muon(1e-2, weight_decay=0.1)
+    """
+    if weight_decay:
+        scaled = _split_decay(learning_rate, weight_decay)
+    else:
+        scaled = optax.scale_by_learning_rate(learning_rate)
+    adam = optax.adamw(learning_rate, weight_decay=weight_decay)
+    return _partition(optax.chain(scale_by_lora_muon(b1), scaled), adam if other is None else other)
+
+
+def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
+    """The step of `lora_muon` without a learning rate; leaves that are no factors pass unchanged.
+
+    >>> import optax, lora_jax as lora
+    >>> tx = optax.chain(lora.scale_by_lora_muon(), optax.scale_by_learning_rate(1e-2))
+    """
+
+    def init(params):
+        return ScaleByLoraMuonState(on_factors(_zeros, params, other=_masked))
+
+    def update(updates, state, params=None):
+        def leaf(g, node, mu):
+            m = [b1 * old + (1 - b1) * new for old, new in zip(columns(mu), columns(g))]
+            step = [_muon(*side, node.scale) for side in zip(m, columns(node)[::-1])]
+            return Out(with_columns(g, *step), with_columns(mu, *m, dtype=m[0].dtype))
+
+        trees = (required(params, "lora_muon"), state.mu)
+        keep = lambda g, *_: Out(g, optax.MaskedNode())
+        updates, mu, *_ = unzip(on_factors(leaf, updates, *trees, other=keep), Out)
+        return updates, ScaleByLoraMuonState(mu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _muon(m, y, scale):
+    """½·msign(m·R)·R / s of a factor's momentum m (n, p, r) and the other factor y (n, q, r)."""
+    root = power(gram(y), -0.5)
+    m = product(m, root)
+    return product(product(m, power(gram(m), -0.5)), root) / (2 * scale)
+
+
+def _split_decay(learning_rate: Any, weight_decay: float) -> optax.GradientTransformation:
+    """(ρ − 1)·factor − (η/ρ)·step, ρ = √(1 − λη)."""
+
+    def update(updates, state, params=None):
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(rate, jnp.float32)
+        keep = jnp.sqrt(1 - weight_decay * rate)
+
+        def leaf(step, x):
+            fp32 = wide(x.dtype)
+            new = (keep - 1).astype(fp32) * x.astype(fp32)
+            return (new - (rate / keep).astype(fp32) * step.astype(fp32)).astype(step.dtype)
+
+        updates = jax.tree.map(leaf, updates, required(params, "lora_muon"))
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(
+        lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
+    )
+
+
+def _partition(tx, other) -> optax.GradientTransformation:
+    """`tx` for factors, `other` for the adapters' other leaves, nothing for frozen ones."""
+    own = {"a", "b", "embedding_a", "embedding_b"}
+    kind = lambda label: "factor" if label in own else label if label == FROZEN else "other"
+    return optax.partition(
+        {"factor": tx, "other": other, FROZEN: optax.set_to_zero()},
+        lambda tree: jax.tree.map(kind, labels(tree)),
+    )
+
+
+def _zeros(node):
+    """Zeros for A and B; nothing for a magnitude."""
+    zeros = {name: jnp.zeros(x.shape, wide(x.dtype)) for name, x in (("a", node.a), ("b", node.b))}
+    if isinstance(node, DoRA):
+        zeros["magnitude"] = optax.MaskedNode()
+    return dataclasses.replace(node, **zeros)
+
+
+def _masked(x, *_):
+    return optax.MaskedNode()
