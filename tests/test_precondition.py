@@ -1,0 +1,606 @@
+"""Optimisers of two factors: the identities that define them, in every geometry, and training."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import assert_close, fails, noisy
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lora
+from lora_jax._precondition import FREE, columns, nearest_gradients, power, with_columns
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes():
+    """optax itself mixes types, as `beta ** count`."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+SHAPES = {
+    "dense": (16, 24),
+    "heads": (16, 2, 12),
+    "out": (2, 12, 16),
+    "experts": (4, 16, 24),
+    "layers": (3, 16, 24),
+}
+CONFIG = lora.LoRAConfig(
+    rank=4,
+    alpha=12,
+    targets=list(SHAPES),
+    rules=[
+        lora.Rule("heads", in_axes=(0,), out_axes=(1, 2)),
+        lora.Rule("out", in_axes=(0, 1), out_axes=(2,)),
+        lora.Rule("experts", in_axes=(1,), out_axes=(2,), batch_axes=(0,)),
+        lora.Rule("layers", in_axes=(1,), out_axes=(2,), batch_axes=(0,)),
+    ],
+)
+ABSTRACT = {name: jax.ShapeDtypeStruct(s, "float32") for name, s in SHAPES.items()}
+TARGETS = lora.select(ABSTRACT, CONFIG)
+is_lora = lambda x: isinstance(x, lora.LoRA)
+map_nodes = functools.partial(jax.tree.map, is_leaf=is_lora)
+product = functools.partial(jnp.matmul, precision="highest")
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def random_adapters(seed=0, dtype=jnp.float32):
+    adapters = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, TARGETS), ABSTRACT)
+    leaves, treedef = jax.tree.flatten(adapters)
+    leaves = [normal(seed + i, *x.shape, dtype=dtype) for i, x in enumerate(leaves)]
+    return treedef.unflatten(leaves)
+
+
+def sizes(node):
+    return node.geometry.sizes(node.shape)
+
+
+def gradients(adapters, weights):
+    """g_A = s·G·Bᵀ and g_B = s·Aᵀ·G of gradients G (n, in, out) of the weights."""
+
+    def leaf(node, g):
+        a, bt = columns(node)
+        return with_columns(node, node.scale * product(g, bt), node.scale * product(g.mT, a))
+
+    return map_nodes(leaf, adapters, weights)
+
+
+def some_weights(adapters, seed=50):
+    return map_nodes(lambda n: normal(seed, *sizes(n), dtype=n.a.dtype), adapters)
+
+
+def products(adapters):
+    """s·A·B (n, in, out)."""
+    return map_nodes(lambda n: n.scale * product(columns(n)[0], columns(n)[1].mT), adapters)
+
+
+def equivalent(adapters, d):
+    """s·(dA·B + A·dB)."""
+
+    def leaf(node, d):
+        (a, bt), (da, dbt) = columns(node), columns(d)
+        return node.scale * (product(da, bt.mT) + product(a, dbt.mT))
+
+    return map_nodes(leaf, adapters, d)
+
+
+def projections(node):
+    """P_A (n, in, in) and P_B (n, out, out)."""
+    qs = [jnp.linalg.qr(x)[0] for x in columns(node)]
+    return [product(q, q.mT) for q in qs]
+
+
+def in_another_basis(adapters):
+    """A·Q⁻¹ and Q·B, with Q of condition 4, its singular values from 0.5 to 2, and of norm 3."""
+
+    def leaf(node):
+        n, r = sizes(node)[0], node.rank
+        q1, q2 = (jnp.linalg.qr(normal(s, n, r, r, dtype=node.a.dtype))[0] for s in (90, 91))
+        sigma = 3 * jnp.geomspace(0.5, 2, r, dtype=node.a.dtype)[:, None]
+        q, inverse = product(q1, sigma * q2), product(q2.mT, q1.mT / sigma)
+        a, bt = columns(node)
+        return with_columns(node, product(a, inverse), product(bt, q.mT))
+
+    return map_nodes(leaf, adapters)
+
+
+def run(tx, adapters, steps=1):
+    """Products after `steps` steps down ½‖s·A·B − T‖²: a G that depends on the product alone."""
+    want = some_weights(adapters)
+
+    @jax.jit
+    def train(adapters):
+        def step(carry, _):
+            adapters, state = carry
+            now = products(adapters)
+            g = gradients(adapters, jax.tree.map(lambda p, w: p - w, now, want))
+            updates, state = tx.update(g, state, adapters)
+            return (optax.apply_updates(adapters, updates), state), now
+
+        (adapters, _), _ = jax.lax.scan(step, (adapters, tx.init(adapters)), None, length=steps)
+        return products(adapters)
+
+    return train(adapters)
+
+
+def largest(tree):
+    return max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+
+
+def difference(got, want):
+    return largest(jax.tree.map(lambda g, w: g - w, got, want)) / largest(want)
+
+
+INVARIANT = {
+    "riemannian": optax.chain(lora.riemannian(delta=0.0), optax.sgd(1e-2)),
+    "lora_pro, X = 0": optax.chain(lora.lora_pro(delta=0.0, x="zero"), optax.sgd(1e-1)),
+    "lora_pro, symmetry": optax.chain(lora.lora_pro(delta=0.0, x="symmetry"), optax.sgd(1e-1)),
+    "rite": lora.lora_rite(1e-2),
+    "muon": lora.lora_muon(1e-1, weight_decay=0.1),
+}
+OTHERS = {"adam": optax.adam(1e-2), "sgd": optax.sgd(1e-3)}
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", [*INVARIANT, *OTHERS])
+def test_invariance(name, steps):
+    """The change of A·B does not depend on how it is split, in one step and in several."""
+    adapters = random_adapters()
+    other = in_another_basis(adapters)
+    assert difference(products(other), products(adapters)) < 1e-6
+    before = products(adapters)
+    moved, moved_too = (
+        jax.tree.map(lambda x, y: x - y, run((INVARIANT | OTHERS)[name], start, steps), before)
+        for start in (adapters, other)
+    )
+    error = difference(moved_too, moved)
+    assert error < 1e-5 if name in INVARIANT else error > 0.1
+
+
+def test_invariance_in_double():
+    with jax.enable_x64():
+        for tx in INVARIANT.values():
+            adapters = random_adapters(dtype=jnp.float64)
+            got, want = (run(tx, x, 3) for x in (in_another_basis(adapters), adapters))
+            assert difference(got, want) < 1e-12
+
+
+def test_scale_is_part_of_the_product():
+    """A step of RITE and of Muon is that of another alpha with the same product."""
+    adapters = random_adapters()
+    other = map_nodes(lambda n: dataclasses.replace(n, a=n.a / 8, scale=n.scale * 8), adapters)
+    for name in ("rite", "muon"):
+        got, want = (run(INVARIANT[name], x, 3) for x in (other, adapters))
+        assert difference(got, want) < 1e-5
+
+
+def test_riemannian_identity():
+    """dA·B + A·dB = s·(G·P_B + P_A·G), and with δ the formula of the paper."""
+    adapters = random_adapters()
+    weights = some_weights(adapters)
+    g = gradients(adapters, weights)
+    d, _ = lora.riemannian(delta=0.0).update(g, optax.EmptyState(), adapters)
+
+    def leaf(node, g):
+        pa, pb = projections(node)
+        return node.scale**2 * (product(pa, g) + product(g, pb))
+
+    assert_close(equivalent(adapters, d), map_nodes(leaf, adapters, weights))
+    d, _ = lora.riemannian(delta=0.5).update(g, optax.EmptyState(), adapters)
+    node, gn, dn = (x["dense"] for x in (adapters, g, d))
+    eye = 0.5 * jnp.eye(4)
+    assert_close(dn.a, gn.a @ jnp.linalg.inv(node.b @ node.b.T + eye))
+    assert_close(dn.b, jnp.linalg.inv(node.a.T @ node.a + eye) @ gn.b)
+
+
+@pytest.mark.parametrize("x", [*FREE, "random"])
+def test_lora_pro_identity(x):
+    """The equivalent gradient is G − (I − P_A)·G·(I − P_B) whatever X."""
+    adapters = random_adapters()
+    weights = some_weights(adapters)
+    g = gradients(adapters, weights)
+    if x == "random":
+
+        def leaf(node, g):
+            (a, bt), (ga, gbt) = columns(node), columns(g)
+            free = lambda aa, *_: normal(3, *aa.shape)
+            da, db = nearest_gradients(a, bt.mT, ga, gbt.mT, node.scale, free, 0.0)
+            return with_columns(node, da, db.mT)
+
+        d = map_nodes(leaf, adapters, g)
+    else:
+        d, _ = lora.lora_pro(delta=0.0, x=x).update(g, optax.EmptyState(), adapters)
+
+    def nearest(node, g):
+        pa, pb = projections(node)
+        return g - product(g - product(pa, g), jnp.eye(g.shape[-1]) - pb)
+
+    assert_close(equivalent(adapters, d), map_nodes(nearest, adapters, weights))
+
+
+def test_lora_pro_stays_near_the_gradients():
+    """The Sylvester equation's X is a minimum of ‖dA − g_A‖² + ‖dB − g_B‖² (theorem 2.3)."""
+    with jax.enable_x64():
+        adapters = random_adapters(dtype=jnp.float64)
+        g = gradients(adapters, some_weights(adapters))
+        node, gn = adapters["dense"], g["dense"]
+        (a, bt), (ga, gbt) = columns(node), columns(gn)
+        of = functools.partial(nearest_gradients, a, bt.mT, ga, gbt.mT, node.scale, delta=0.0)
+
+        def distance(shift):
+            da, db = of(free=lambda *args: FREE["sylvester"](*args) + shift)
+            return jnp.sum((da - ga) ** 2) + jnp.sum((db - gbt.mT) ** 2)
+
+        zero = jnp.zeros((1, 4, 4))
+        assert largest(jax.grad(distance)(zero)) < 1e-10 * distance(zero)
+        assert distance(1e-3 * normal(1, 1, 4, 4, dtype=jnp.float64)) > distance(zero)
+
+
+def test_lora_fa_identity():
+    """With A fixed and g_B corrected, the equivalent gradient is P_A·G."""
+    adapters = random_adapters()
+    weights = some_weights(adapters)
+    tx = lora.lora_fa(optax.identity(), corrected=True)
+    g = gradients(adapters, weights)
+    d, _ = tx.update(g, tx.init(adapters), adapters)
+    assert not any(jnp.any(n.a) for n in jax.tree.leaves(d, is_leaf=is_lora))
+    want = map_nodes(lambda n, g: product(projections(n)[0], g), adapters, weights)
+    assert_close(equivalent(adapters, d), want)
+    d, _ = lora.lora_fa(optax.identity()).update(g, lora.lora_fa(optax.identity()).init(adapters))
+    assert_close([d["heads"].b, d["heads"].a], [g["heads"].b, jnp.zeros((16, 4))])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_lora_fa_costs(scan):
+    """Under jit the gradient of A is not computed and no input is kept for it: the compiled step is
+    that of a model in which A is a constant."""
+    layers, tokens, width = 4, 512, 128
+    params = {"w": jnp.ones((layers, width, width))}
+    unstacked = {str(i): jnp.ones((width, width)) for i in range(layers)}
+
+    def fn(p, x):
+        if scan:
+            return jax.lax.scan(lambda x, w: (jax.nn.gelu(x @ w), None), x, p["w"])[0]
+        for w in p.values():
+            x = jax.nn.gelu(x @ w)
+        return x
+
+    params = params if scan else unstacked
+    x = jnp.ones((tokens, width))
+    survey = lora.survey(fn, params, x)
+    adapters = lora.init(
+        jax.random.key(0), params, lora.LoRAConfig(rank=4, targets=[*params]), survey
+    )
+    apply = lora.adapt(fn, plan="factored")
+    fixed = lambda n: dataclasses.replace(n, a=jax.lax.stop_gradient(n.a))
+
+    def compiled(tx, freeze=lambda adapters: adapters):
+        def step(adapters, state):
+            loss = lambda ad: jnp.sum(apply(lora.bind(params, freeze(ad)), x) ** 2)
+            updates, state = tx.update(jax.grad(loss)(adapters), state, adapters)
+            return optax.apply_updates(adapters, updates), state
+
+        args = adapters, tx.init(adapters)
+        c = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+        dots = len(re.findall(r" dot\(|custom-call", c.as_text()))
+        return dots, c.cost_analysis()["flops"], c.memory_analysis().temp_size_in_bytes
+
+    full, ours = compiled(optax.adam(1e-3)), compiled(lora.lora_fa(optax.adam(1e-3)))
+    constant = compiled(lora.lora_fa(optax.adam(1e-3)), lambda ad: map_nodes(fixed, ad))
+    assert ours == constant
+    assert full[0] > ours[0] and full[1] > ours[1]
+    assert full[2] - ours[2] >= (layers - 1) * x.nbytes  # the first layer's input is an argument
+
+
+def reference_rite(a, bt, ga, gbt, scale, state, t, b1=0.9, b2=0.999, eps=1e-6):
+    """Algorithm 1 in numpy by QR, as the authors' code; one weight; both sides."""
+    out = []
+    for i, (g, y) in enumerate([(ga, bt), (gbt, a)]):
+        m, old, v, rho = state[i]
+        u, r = np.linalg.qr(y)
+        inverse = np.linalg.pinv(r)
+        g = g @ inverse / scale
+        p = u.T @ old
+        moved = p @ v @ p.T
+        lost = np.max(np.linalg.eigvalsh(v) - np.linalg.eigvalsh(moved))
+        d1, d2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in (b1, b2))
+        rho = d2 * (rho + max(lost, 0))
+        v = d2 * moved + (1 - d2) * g.T @ g / len(g)
+        w, e = np.linalg.eigh(v)
+        m = d1 * m @ p.T + (1 - d1) * g @ (e / (np.sqrt(np.maximum(w, 0) + rho) + eps)) @ e.T
+        state[i] = m, u, v, rho
+        out.append(m @ inverse.T / scale)
+    return out
+
+
+def test_rite_is_algorithm_1():
+    """In another basis, QR for the polar one, and in fp64, the same steps, over five of them."""
+    adapters = {"dense": random_adapters()["dense"]}
+    tx = lora.scale_by_lora_rite()
+    state, update = tx.init(adapters), jax.jit(tx.update)
+    zeros = np.zeros((4, 4))
+    want_state = [(np.zeros((p, 4)), np.zeros((q, 4)), zeros, 0.0) for p, q in [(16, 24), (24, 16)]]
+    for t in range(1, 6):
+        g = gradients(adapters, some_weights(adapters, seed=t))
+        node = adapters["dense"]
+        sides = [np.asarray(x[0], np.float64) for n in (node, g["dense"]) for x in columns(n)]
+        want = reference_rite(*sides, node.scale, want_state, t)
+        updates, state = update(g, state, adapters)
+        assert_close([x[0] for x in columns(updates["dense"])], want, factor=256)
+        adapters = optax.apply_updates(adapters, jax.tree.map(lambda u: -0.3 * u, updates))
+    escaped = state.escaped["dense"]
+    assert_close([escaped.a, escaped.b], [np.array([s[3]]) for s in want_state], factor=256)
+    assert float(escaped.a[0]) > 1e-3  # the bases did turn
+
+
+def test_rite_without_memory_is_muon():
+    adapters = random_adapters()
+    g = gradients(adapters, some_weights(adapters))
+    rite, muon = lora.scale_by_lora_rite(0.0, 0.0, eps=0.0), lora.scale_by_lora_muon(0.0)
+    (got, _), (want, _) = (tx.update(g, tx.init(adapters), adapters) for tx in (rite, muon))
+
+    def leaf(node):
+        _, i, o = sizes(node)
+        x, y = columns(node)
+        return with_columns(node, 2 * i**0.5 * x, 2 * o**0.5 * y)
+
+    assert_close(got, map_nodes(leaf, want))
+
+
+def test_muon_is_steepest_descent_in_the_spectral_norm():
+    """Each half of the product's change is ½·msign of the projected gradient, of norm ½ (r times),
+    and no step of that norm descends further."""
+    adapters = random_adapters()
+    weights = some_weights(adapters)
+    tx = lora.scale_by_lora_muon(0.0)
+    d, _ = tx.update(gradients(adapters, weights), tx.init(adapters), adapters)
+    for name, node in adapters.items():
+        (a, bt), (da, dbt), g = columns(node), columns(d[name]), weights[name]
+        (u, _, v) = jnp.linalg.svd(product(g, projections(node)[1]), full_matrices=False)
+        assert_close(node.scale * product(da, bt.mT), product(u[..., :4], v[:, :4]) / 2)
+        (u, _, v) = jnp.linalg.svd(product(projections(node)[0], g), full_matrices=False)
+        assert_close(node.scale * product(a, dbt.mT), product(u[..., :4], v[:, :4]) / 2)
+
+
+def test_muon_decays_the_product():
+    adapters = random_adapters()
+    schedule = optax.linear_schedule(0.5, 0.25, 1)
+    tx = lora.lora_muon(schedule, weight_decay=0.2, other=optax.sgd(1.0))
+    nothing, state = jax.tree.map(jnp.zeros_like, adapters), tx.init(adapters)
+    for keep in (1 - 0.2 * 0.5, 1 - 0.2 * 0.25):
+        updates, state = tx.update(nothing, state, adapters)
+        new = optax.apply_updates(adapters, updates)
+        want = jax.tree.map(functools.partial(jnp.multiply, keep), products(adapters))
+        assert_close(products(new), want)
+        adapters = new
+
+
+# Training: every kind of leaf, every transformation.
+
+
+def fn(p, x):
+    x = p["table"][x]
+    x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["layers"])[0]
+    x = jnp.tanh(jnp.einsum("td,dhk->thk", x, p["heads"]))
+    return jnp.einsum("thk,hkd->td", x, p["out"]) @ p["head"]
+
+
+MODEL = {
+    "table": (10, 8),
+    "layers": (2, 8, 8),
+    "heads": (8, 2, 8),
+    "out": (2, 8, 8),
+    "head": (8, 8),
+}
+PARAMS = {k: normal(i, *s) / 8**0.5 for i, (k, s) in enumerate(MODEL.items())}
+IDS = jnp.arange(10).repeat(2)
+
+
+def model_adapters(with_dora=False, dtype=jnp.float32):
+    targets = ["layers", "heads", "out"]
+    config = lora.LoRAConfig(
+        rank=2, alpha=4, targets=targets, full="head", rows={"table": [1, 2]}, dtype=dtype
+    )
+    adapters = lora.init(jax.random.key(0), PARAMS, config, lora.survey(fn, PARAMS, IDS))
+    return lora.dora(PARAMS, adapters) if with_dora else adapters
+
+
+APPLY = lora.adapt(fn)
+WANT = fn(jax.tree.map(lambda x: x + 0.3 * normal(9, *x.shape), PARAMS), IDS)
+
+
+def loss(adapters):
+    return jnp.mean((APPLY(lora.bind(PARAMS, adapters), IDS) - WANT) ** 2)
+
+
+METHODS = {
+    "riemannian sgd": optax.chain(lora.riemannian(1e-2), optax.sgd(0.05)),
+    "riemannian adam": optax.chain(lora.riemannian(), optax.adam(1e-2)),
+    "lora_pro sgd": optax.chain(lora.lora_pro(1e-2), optax.sgd(0.1)),
+    "lora_pro adam": optax.chain(lora.lora_pro(), optax.adam(1e-2)),
+    "rite": lora.lora_rite(1e-2, weight_decay=1e-2),
+    "muon": lora.lora_muon(3e-2, weight_decay=1e-2, other=optax.adam(1e-2)),
+    "fa": lora.lora_fa(optax.adam(1e-2)),
+    "fa corrected": lora.lora_fa(optax.adam(1e-2), corrected=True),
+    "in a chain": optax.chain(optax.clip_by_global_norm(1.0), lora.lora_rite(1e-2)),
+}
+
+
+@pytest.mark.parametrize("with_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("name", METHODS)
+def test_training(name, with_dora):
+    """From B = 0 the loss falls; jit is eager; all leaves move, but LoRA-FA's A, which has no state."""
+    tx, start = METHODS[name], model_adapters(with_dora)
+    state = tx.init(start)
+    value_and_grad = jax.jit(jax.value_and_grad(loss))
+
+    @jax.jit
+    def train(adapters, state):
+        def step(carry, _):
+            value, g = jax.value_and_grad(loss)(carry[0])
+            updates, state = tx.update(g, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), value
+
+        return jax.lax.scan(step, (adapters, state), None, length=40)
+
+    (end, last), values = train(start, state)
+    assert values[-1] < 0.6 * values[0], values
+    assert jax.tree.structure(last) == jax.tree.structure(state)
+    moved = jax.tree.map(lambda x, y: bool(jnp.any(x != y)), start, end)
+    labels = jax.tree.leaves(lora.labels(start))
+    frozen = {"a"} if name.startswith("fa") else set()
+    assert jax.tree.leaves(moved) == [label not in frozen for label in labels]
+    g = value_and_grad(end)[1]
+    if not with_dora:
+        eager, jitted = tx.update(g, last, end), jax.jit(tx.update)(g, last, end)
+        assert_close(jitted[0], eager[0], factor=1024)
+    if frozen:
+        sizes = sum(x.size for x, of in zip(jax.tree.leaves(start), labels) if of != "a")
+        assert sum(x.size for x in jax.tree.leaves(last)) == 2 * sizes + 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stack_is_its_layers(name):
+    tx = METHODS[name]
+    stacked = {"layers": random_adapters()["layers"]}
+    geometry = lora.Geometry((0,), (1,))
+    layer = lambda tree, i: {
+        "layers": dataclasses.replace(
+            tree["layers"], a=tree["layers"].a[i], b=tree["layers"].b[i], geometry=geometry
+        )
+    }
+    if name == "in a chain":  # clipping by the global norm is not layer by layer
+        tx = lora.lora_rite(1e-2)
+    update = jax.jit(tx.update)
+    state, states = tx.init(stacked), [tx.init(layer(stacked, i)) for i in range(3)]
+    for seed in range(2):
+        g = gradients(stacked, some_weights(stacked, seed))
+        updates, state = update(g, state, stacked)
+        for i in range(3):
+            alone, states[i] = update(layer(g, i), states[i], layer(stacked, i))
+            assert_close(layer(updates, i), alone, factor=256)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bf16(name):
+    """Products in fp32, whatever the adapters are; updates in the gradients' type."""
+    tx = METHODS[name]
+    adapters = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_adapters())
+    g = jax.tree.map(lambda x: x.astype(jnp.bfloat16), gradients(adapters, some_weights(adapters)))
+    state = tx.init(adapters)
+    updates, after = jax.jit(tx.update)(g, state, adapters)
+    own = [x for x in jax.tree.leaves(state) if x.ndim]
+    if name in ("rite", "muon"):
+        assert own and all(x.dtype == jnp.float32 for x in own)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(updates))
+    assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(state)]
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (g, adapters))
+    want, _ = jax.jit(tx.update)(exact[0], tx.init(exact[1]), exact[1])
+    assert_close(updates, want, jnp.bfloat16, factor=4)
+
+
+@pytest.mark.parametrize("name", ["riemannian sgd", "lora_pro sgd", "rite", "muon"])
+def test_zero_b(name):
+    """At B = 0 nothing is divided by zero, and the first step leaves A where it is, but for decay."""
+    tx, adapters = METHODS[name], model_adapters()
+    updates, _ = jax.jit(tx.update)(jax.grad(loss)(adapters), tx.init(adapters), adapters)
+    for node in (updates["layers"], updates["heads"], updates["out"]):
+        assert bool(jnp.isfinite(node.a).all() and jnp.isfinite(node.b).all())
+        assert bool(jnp.any(node.b)) and largest(node.a) <= 1e-2 * 1e-2 * largest(adapters)
+
+
+def test_power_of_a_singular_matrix():
+    gram = jnp.diag(jnp.array([4.0, 1.0, 0.0]))
+    assert_close(power(gram, -0.5), jnp.diag(jnp.array([0.5, 1.0, 0.0])))
+    assert_close(power(gram, -1, 1.0), jnp.diag(jnp.array([0.2, 0.5, 1.0])))
+    assert_close(power(jnp.zeros((3, 3)), -1), jnp.zeros((3, 3)))
+
+
+def test_masks():
+    """Under optax.partition by leaf kinds, and in one tree with frozen leaves."""
+    adapters = model_adapters(with_dora=True)
+    kind = lambda label: "factors" if label in ("a", "b") else "rest"
+    labels = lambda tree: jax.tree.map(kind, lora.labels(tree))
+    for tx in (lora.riemannian(), lora.lora_pro(), lora.scale_by_lora_rite(), lora.lora_muon(0.1)):
+        both = optax.partition({"factors": tx, "rest": optax.sgd(0.5)}, labels)
+        g = jax.tree.map(jnp.ones_like, adapters)
+        updates, _ = both.update(g, both.init(adapters), adapters)
+        assert_close(updates["head"].value, jnp.full((8, 8), -0.5))
+        assert_close(updates["out"].magnitude, jnp.full((8,), -0.5))
+        assert bool(jnp.any(updates["out"].b != 1))
+        with fails("A and B together"):
+            apart = optax.partition(
+                dict.fromkeys(("a", "b"), tx) | dict.fromkeys(("full", "rows", "magnitude"), tx),
+                lora.labels,
+            )
+            apart.update(g, apart.init(adapters), adapters)
+    tree = {"params": PARAMS, "adapters": adapters}
+    for tx in (lora.lora_rite(0.1), lora.lora_muon(0.1), lora.lora_fa(optax.adam(0.1))):
+        state = tx.init(tree)
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, tree), state, tree)
+        assert largest(updates["params"]) == 0
+    tx = lora.trained_only(lora.riemannian())
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, tree), tx.init(tree), tree)
+    assert largest(updates["params"]) == 0 and bool(jnp.any(updates["adapters"]["out"].b != 1))
+
+
+def test_errors():
+    adapters = random_adapters()
+    for tx in (lora.riemannian(), lora.lora_pro(), lora.scale_by_lora_rite(), lora.lora_muon(0.1)):
+        with fails(r"needs the adapters.*tx.update\(grads, state, adapters\)"):
+            tx.update(adapters, tx.init(adapters))
+    with fails("x='best': expected one of 'sylvester', 'zero', 'symmetry'"):
+        lora.lora_pro(x="best")
+
+
+def test_eight_devices():
+    """Sharded factors, moments and parameters, with the shardings that the library gives them: the
+    updates of one device."""
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    specs = {
+        "dense": P("fsdp", "tp"),
+        "heads": P("fsdp", None, "tp"),
+        "out": P(None, "tp", "fsdp"),
+        "experts": P("tp", "fsdp"),
+        "layers": P(None, "fsdp", "tp"),
+    }
+    adapters = random_adapters()
+    g = gradients(adapters, some_weights(adapters))
+    weights = {k: normal(i, *s) for i, (k, s) in enumerate(SHAPES.items())}
+    where = lora.shardings(specs, adapters, mesh=mesh)
+    where_weights = {k: jax.NamedSharding(mesh, s) for k, s in specs.items()}
+    cases = [(tx, g, adapters, where) for tx in METHODS.values()]
+    galore = lora.galore(0.1, rank=2, update_proj_gap=1, targets=TARGETS)
+    for tx, g, tree, shardings in [*cases, (galore, weights, weights, where_weights)]:
+
+        @jax.jit
+        def twice(g, tree, tx=tx):
+            updates, state = tx.update(g, tx.init(tree), tree)
+            tree = optax.apply_updates(tree, updates)
+            return tx.update(jax.tree.map(jnp.cos, g), state, tree)[0]
+
+        spread = [jax.device_put(x, shardings) for x in (g, tree)]
+        assert len(jax.tree.leaves(spread[0])[0].sharding.device_set) == 8
+        assert_close(twice(*spread), twice(g, tree), factor=1024)
+
+
+def test_states_are_sharded_like_the_adapters():
+    adapters = noisy(random_adapters())
+    specs = lora.shardings(dict.fromkeys(SHAPES, P("fsdp")), adapters)
+    for tx, parts in (
+        (lora.scale_by_lora_rite(), ("mu", "basis")),
+        (lora.scale_by_lora_muon(), ("mu",)),
+    ):
+        state = lora.state_shardings(jax.eval_shape(tx.init, adapters), adapters, specs)
+        for part in parts:
+            assert getattr(state, part)["dense"].a == P("fsdp", None)
+            assert getattr(state, part)["experts"].b == P("fsdp", None, None)
