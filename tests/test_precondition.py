@@ -28,8 +28,7 @@ SHAPES = {
     "dense": (16, 24),
     "heads": (16, 2, 12),
     "out": (2, 12, 16),
-    "experts": (4, 16, 24),
-    "layers": (3, 16, 24),
+    "experts": (3, 16, 24),
 }
 CONFIG = lora.LoRAConfig(
     rank=4,
@@ -39,7 +38,6 @@ CONFIG = lora.LoRAConfig(
         lora.Rule("heads", in_axes=(0,), out_axes=(1, 2)),
         lora.Rule("out", in_axes=(0, 1), out_axes=(2,)),
         lora.Rule("experts", in_axes=(1,), out_axes=(2,), batch_axes=(0,)),
-        lora.Rule("layers", in_axes=(1,), out_axes=(2,), batch_axes=(0,)),
     ],
 )
 ABSTRACT = {name: jax.ShapeDtypeStruct(s, "float32") for name, s in SHAPES.items()}
@@ -53,6 +51,7 @@ def normal(seed, *shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def random_adapters(seed=0, dtype=jnp.float32):
     adapters = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, TARGETS), ABSTRACT)
     leaves, treedef = jax.tree.flatten(adapters)
@@ -64,6 +63,7 @@ def sizes(node):
     return node.geometry.sizes(node.shape)
 
 
+@jax.jit
 def gradients(adapters, weights):
     """g_A = s·G·Bᵀ and g_B = s·Aᵀ·G of gradients G (n, in, out) of the weights."""
 
@@ -74,15 +74,18 @@ def gradients(adapters, weights):
     return map_nodes(leaf, adapters, weights)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def some_weights(adapters, seed=50):
     return map_nodes(lambda n: normal(seed, *sizes(n), dtype=n.a.dtype), adapters)
 
 
+@jax.jit
 def products(adapters):
     """s·A·B (n, in, out)."""
     return map_nodes(lambda n: n.scale * product(columns(n)[0], columns(n)[1].mT), adapters)
 
 
+@jax.jit
 def equivalent(adapters, d):
     """s·(dA·B + A·dB)."""
 
@@ -99,6 +102,7 @@ def projections(node):
     return [product(q, q.mT) for q in qs]
 
 
+@jax.jit
 def in_another_basis(adapters):
     """A·Q⁻¹ and Q·B, with Q of condition 4, its singular values from 0.5 to 2, and of norm 3."""
 
@@ -113,23 +117,24 @@ def in_another_basis(adapters):
     return map_nodes(leaf, adapters)
 
 
-def run(tx, adapters, steps=1):
-    """Products after `steps` steps down ½‖s·A·B − T‖²: a G that depends on the product alone."""
-    want = some_weights(adapters)
+def run(tx, steps):
+    """The changes of the products in `steps` steps down ½‖s·A·B − T‖², each from the start; the G of
+    this depends on the product alone. In a function of the adapters."""
 
     @jax.jit
-    def train(adapters):
+    def changes(start):
+        want = some_weights(start)
+
         def step(carry, _):
             adapters, state = carry
-            now = products(adapters)
-            g = gradients(adapters, jax.tree.map(lambda p, w: p - w, now, want))
-            updates, state = tx.update(g, state, adapters)
-            return (optax.apply_updates(adapters, updates), state), now
+            g = jax.tree.map(jnp.subtract, products(adapters), want)
+            updates, state = tx.update(gradients(adapters, g), state, adapters)
+            new = optax.apply_updates(adapters, updates)
+            return (new, state), jax.tree.map(jnp.subtract, products(new), products(start))
 
-        (adapters, _), _ = jax.lax.scan(step, (adapters, tx.init(adapters)), None, length=steps)
-        return products(adapters)
+        return jax.lax.scan(step, (start, tx.init(start)), None, length=steps)[1]
 
-    return train(adapters)
+    return changes
 
 
 def largest(tree):
@@ -142,45 +147,45 @@ def difference(got, want):
 
 INVARIANT = {
     "riemannian": optax.chain(lora.riemannian(delta=0.0), optax.sgd(1e-2)),
-    "lora_pro, X = 0": optax.chain(lora.lora_pro(delta=0.0, x="zero"), optax.sgd(1e-1)),
-    "lora_pro, symmetry": optax.chain(lora.lora_pro(delta=0.0, x="symmetry"), optax.sgd(1e-1)),
-    "rite": lora.lora_rite(1e-2),
-    "muon": lora.lora_muon(1e-1, weight_decay=0.1),
+    "lora_pro, X = 0": optax.chain(lora.lora_pro(delta=0.0, x="zero"), optax.sgd(0.1)),
+    "lora_pro, symmetry": optax.chain(lora.lora_pro(delta=0.0, x="symmetry"), optax.sgd(0.1)),
+    "rite": lora.lora_rite(1.0),
+    "muon": lora.lora_muon(10.0, weight_decay=0.01),
 }
-OTHERS = {"adam": optax.adam(1e-2), "sgd": optax.sgd(1e-3)}
+OTHERS = {"adam": optax.adam(0.1), "sgd": optax.sgd(1e-3)}
 
 
-@pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("name", [*INVARIANT, *OTHERS])
-def test_invariance(name, steps):
-    """The change of A·B does not depend on how it is split, in one step and in several."""
-    adapters = random_adapters()
-    other = in_another_basis(adapters)
-    assert difference(products(other), products(adapters)) < 1e-6
-    before = products(adapters)
-    moved, moved_too = (
-        jax.tree.map(lambda x, y: x - y, run((INVARIANT | OTHERS)[name], start, steps), before)
-        for start in (adapters, other)
-    )
-    error = difference(moved_too, moved)
-    assert error < 1e-5 if name in INVARIANT else error > 0.1
+def test_invariance(name):
+    """The change of A·B does not depend on how it is split, in one step and in four."""
+    start = random_adapters()
+    other = in_another_basis(start)
+    assert difference(products(other), products(start)) < 1e-6
+    changes = run((INVARIANT | OTHERS)[name], 4)
+    got, want = changes(other), changes(start)
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    one, four = difference(first(got), first(want)), difference(got, want)
+    if name in INVARIANT:
+        assert one < 1e-5 and four < 1e-4
+    else:
+        assert one > 1
 
 
-def test_invariance_in_double():
+@pytest.mark.parametrize("name", ["riemannian", "rite", "muon"])
+def test_invariance_in_double(name):
     with jax.enable_x64():
-        for tx in INVARIANT.values():
-            adapters = random_adapters(dtype=jnp.float64)
-            got, want = (run(tx, x, 3) for x in (in_another_basis(adapters), adapters))
-            assert difference(got, want) < 1e-12
+        start = {"out": random_adapters(0, jnp.float64)["out"]}
+        changes = run(INVARIANT[name], 4)
+        assert difference(changes(in_another_basis(start)), changes(start)) < 1e-13
 
 
-def test_scale_is_part_of_the_product():
-    """A step of RITE and of Muon is that of another alpha with the same product."""
-    adapters = random_adapters()
-    other = map_nodes(lambda n: dataclasses.replace(n, a=n.a / 8, scale=n.scale * 8), adapters)
-    for name in ("rite", "muon"):
-        got, want = (run(INVARIANT[name], x, 3) for x in (other, adapters))
-        assert difference(got, want) < 1e-5
+@pytest.mark.parametrize("name", ["rite", "muon"])
+def test_scale_is_part_of_the_product(name):
+    """A step is that of another alpha with the same product."""
+    start = {"out": random_adapters()["out"]}
+    other = map_nodes(lambda n: dataclasses.replace(n, a=n.a / 8, scale=n.scale * 8), start)
+    changes = run(INVARIANT[name], 3)
+    assert difference(changes(other), changes(start)) < 1e-5
 
 
 def test_riemannian_identity():
@@ -230,7 +235,7 @@ def test_lora_pro_identity(x):
 def test_lora_pro_stays_near_the_gradients():
     """The Sylvester equation's X is a minimum of ‖dA − g_A‖² + ‖dB − g_B‖² (theorem 2.3)."""
     with jax.enable_x64():
-        adapters = random_adapters(dtype=jnp.float64)
+        adapters = random_adapters(0, jnp.float64)
         g = gradients(adapters, some_weights(adapters))
         node, gn = adapters["dense"], g["dense"]
         (a, bt), (ga, gbt) = columns(node), columns(gn)
@@ -330,16 +335,17 @@ def test_rite_is_algorithm_1():
     zeros = np.zeros((4, 4))
     want_state = [(np.zeros((p, 4)), np.zeros((q, 4)), zeros, 0.0) for p, q in [(16, 24), (24, 16)]]
     for t in range(1, 6):
-        g = gradients(adapters, some_weights(adapters, seed=t))
+        g = gradients(adapters, some_weights(adapters, t))
         node = adapters["dense"]
         sides = [np.asarray(x[0], np.float64) for n in (node, g["dense"]) for x in columns(n)]
         want = reference_rite(*sides, node.scale, want_state, t)
         updates, state = update(g, state, adapters)
         assert_close([x[0] for x in columns(updates["dense"])], want, factor=256)
-        adapters = optax.apply_updates(adapters, jax.tree.map(lambda u: -0.3 * u, updates))
+        adapters = optax.apply_updates(adapters, jax.tree.map(lambda u: -0.5 * u, updates))
     escaped = state.escaped["dense"]
-    assert_close([escaped.a, escaped.b], [np.array([s[3]]) for s in want_state], factor=256)
-    assert float(escaped.a[0]) > 1e-3  # the bases did turn
+    off = [float(got[0] - s[3]) for got, s in zip(escaped, want_state)]
+    assert max(map(abs, off)) < 1e-6 * largest(state.nu)  # a difference of its eigenvalues
+    assert largest(escaped) > 1e-3 * largest(state.nu)  # the bases did turn
 
 
 def test_rite_without_memory_is_muon():
@@ -405,13 +411,13 @@ PARAMS = {k: normal(i, *s) / 8**0.5 for i, (k, s) in enumerate(MODEL.items())}
 IDS = jnp.arange(10).repeat(2)
 
 
-def model_adapters(with_dora=False, dtype=jnp.float32):
+def model_adapters(with_dora=False):
     targets = ["layers", "heads", "out"]
-    config = lora.LoRAConfig(
-        rank=2, alpha=4, targets=targets, full="head", rows={"table": [1, 2]}, dtype=dtype
-    )
+    config = lora.LoRAConfig(rank=2, alpha=4, targets=targets, full="head", rows={"table": [1, 2]})
     adapters = lora.init(jax.random.key(0), PARAMS, config, lora.survey(fn, PARAMS, IDS))
-    return lora.dora(PARAMS, adapters) if with_dora else adapters
+    if with_dora:  # one of the three
+        adapters |= lora.dora({"heads": PARAMS["heads"]}, {"heads": adapters["heads"]})
+    return adapters
 
 
 APPLY = lora.adapt(fn)
@@ -435,13 +441,12 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("with_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("name", METHODS)
-def test_training(name, with_dora):
-    """From B = 0 the loss falls; jit is eager; all leaves move, but LoRA-FA's A, which has no state."""
-    tx, start = METHODS[name], model_adapters(with_dora)
+def test_training(name):
+    """From B = 0 the loss falls, with a leaf of each kind; all leaves move, but LoRA-FA's A, which
+    has no state."""
+    tx, start = METHODS[name], model_adapters(with_dora=True)
     state = tx.init(start)
-    value_and_grad = jax.jit(jax.value_and_grad(loss))
 
     @jax.jit
     def train(adapters, state):
@@ -459,27 +464,32 @@ def test_training(name, with_dora):
     labels = jax.tree.leaves(lora.labels(start))
     frozen = {"a"} if name.startswith("fa") else set()
     assert jax.tree.leaves(moved) == [label not in frozen for label in labels]
-    g = value_and_grad(end)[1]
-    if not with_dora:
-        eager, jitted = tx.update(g, last, end), jax.jit(tx.update)(g, last, end)
-        assert_close(jitted[0], eager[0], factor=1024)
     if frozen:
         sizes = sum(x.size for x, of in zip(jax.tree.leaves(start), labels) if of != "a")
         assert sum(x.size for x in jax.tree.leaves(last)) == 2 * sizes + 1
 
 
-@pytest.mark.parametrize("name", METHODS)
+PLAIN = ["riemannian sgd", "lora_pro sgd", "rite", "muon", "fa corrected"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_jit_is_eager(name):
+    tx, adapters = METHODS[name], {"out": random_adapters()["out"]}
+    g = gradients(adapters, some_weights(adapters))
+    state = jax.jit(tx.update)(g, tx.init(adapters), adapters)[1]
+    assert_close(jax.jit(tx.update)(g, state, adapters), tx.update(g, state, adapters), factor=256)
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_stack_is_its_layers(name):
     tx = METHODS[name]
-    stacked = {"layers": random_adapters()["layers"]}
+    stacked = {"experts": random_adapters()["experts"]}
     geometry = lora.Geometry((0,), (1,))
     layer = lambda tree, i: {
-        "layers": dataclasses.replace(
-            tree["layers"], a=tree["layers"].a[i], b=tree["layers"].b[i], geometry=geometry
+        "experts": dataclasses.replace(
+            tree["experts"], a=tree["experts"].a[i], b=tree["experts"].b[i], geometry=geometry
         )
     }
-    if name == "in a chain":  # clipping by the global norm is not layer by layer
-        tx = lora.lora_rite(1e-2)
     update = jax.jit(tx.update)
     state, states = tx.init(stacked), [tx.init(layer(stacked, i)) for i in range(3)]
     for seed in range(2):
@@ -490,11 +500,11 @@ def test_a_stack_is_its_layers(name):
             assert_close(layer(updates, i), alone, factor=256)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_bf16(name):
     """Products in fp32, whatever the adapters are; updates in the gradients' type."""
-    tx = METHODS[name]
-    adapters = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_adapters())
+    tx, adapters = METHODS[name], {"out": random_adapters()["out"]}
+    adapters = jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapters)
     g = jax.tree.map(lambda x: x.astype(jnp.bfloat16), gradients(adapters, some_weights(adapters)))
     state = tx.init(adapters)
     updates, after = jax.jit(tx.update)(g, state, adapters)
@@ -570,27 +580,29 @@ def test_eight_devices():
         "dense": P("fsdp", "tp"),
         "heads": P("fsdp", None, "tp"),
         "out": P(None, "tp", "fsdp"),
-        "experts": P("tp", "fsdp"),
-        "layers": P(None, "fsdp", "tp"),
+        "experts": P(None, "fsdp", "tp"),
     }
     adapters = random_adapters()
     g = gradients(adapters, some_weights(adapters))
     weights = {k: normal(i, *s) for i, (k, s) in enumerate(SHAPES.items())}
     where = lora.shardings(specs, adapters, mesh=mesh)
     where_weights = {k: jax.NamedSharding(mesh, s) for k, s in specs.items()}
-    cases = [(tx, g, adapters, where) for tx in METHODS.values()]
+    txs = [METHODS[name] for name in PLAIN]
     galore = lora.galore(0.1, rank=2, update_proj_gap=1, targets=TARGETS)
-    for tx, g, tree, shardings in [*cases, (galore, weights, weights, where_weights)]:
 
-        @jax.jit
-        def twice(g, tree, tx=tx):
-            updates, state = tx.update(g, tx.init(tree), tree)
-            tree = optax.apply_updates(tree, updates)
-            return tx.update(jax.tree.map(jnp.cos, g), state, tree)[0]
+    @jax.jit
+    def updates(g, adapters, weights):
+        """Of two steps, with the same gradient."""
+        out = []
+        for tx, g, tree in [*((tx, g, adapters) for tx in txs), (galore, weights, weights)]:
+            first, state = tx.update(g, tx.init(tree), tree)
+            out += [first, tx.update(g, state, optax.apply_updates(tree, first))[0]]
+        return out
 
-        spread = [jax.device_put(x, shardings) for x in (g, tree)]
-        assert len(jax.tree.leaves(spread[0])[0].sharding.device_set) == 8
-        assert_close(twice(*spread), twice(g, tree), factor=1024)
+    trees = g, adapters, weights
+    spread = [jax.device_put(x, to) for x, to in zip(trees, (where, where, where_weights))]
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(spread))
+    assert_close(updates(*spread), updates(*trees), factor=1024)
 
 
 def test_states_are_sharded_like_the_adapters():
