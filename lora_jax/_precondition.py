@@ -28,7 +28,7 @@ product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
     """Riemannian (scaled) gradients of the factors: dA = g_A·(B·Bᵀ + δI)⁻¹ and
-    dB = (Aᵀ·A + δI)⁻¹·g_B (Zhang and Pilanci, arXiv:2402.02347, equation 3 and algorithm 1).
+    dB = (Aᵀ·A + δI)⁻¹·g_B (Zhang and Pilanci, arXiv:2402.02347).
 
     Chained before `optax.sgd` it is the paper's scaled GD, before `optax.adam` its scaled AdamW.
     Good for: a step that does not depend on how the product is split into factors (scaled GD, with
@@ -75,8 +75,9 @@ def lora_pro(
     "efficient" mode, in which the moments are of dA and dB. Its other mode keeps Adam's moments of
     the whole weight, in·out numbers each, and is not here.
 
-    Good for: a step of W' that full fine-tuning would take, as far as rank r allows. With SGD the
-    change of the product is independent of its factors; with Adam, which rescales entries, not.
+    Good for: a step of W' that full fine-tuning would take, as far as the factors allow. With SGD
+    the change of the product does not depend on how it is split (with the Sylvester equation's X,
+    to first order); with Adam, which rescales entries, it does.
 
     Costs about 8·(in + out)·r² FLOPs and two r × r eigendecompositions for each weight; no state.
 
