@@ -159,9 +159,12 @@ OTHERS = {"adam": optax.adam(0.1), "sgd": optax.sgd(1e-3)}
 
 @pytest.mark.parametrize("name", [*INVARIANT, *OTHERS])
 def test_invariance(name):
-    """The change of A·B does not depend on how it is split, in one step and in four."""
+    """The change of s·A·B does not depend on how it is split, in one step and in four; of RITE and
+    Muon, not on how much of it is s, either."""
     start = random_adapters()
     other = in_another_basis(start)
+    if name in ("rite", "muon"):
+        other = map_nodes(lambda n: dataclasses.replace(n, a=n.a / 8, scale=n.scale * 8), other)
     assert difference(products(other), products(start)) < 1e-6
     changes = run((INVARIANT | OTHERS)[name], 4)
     got, want = changes(other), changes(start)
@@ -173,21 +176,12 @@ def test_invariance(name):
         assert one > 1
 
 
-@pytest.mark.parametrize("name", ["riemannian", "rite", "muon"])
+@pytest.mark.parametrize("name", ["rite", "muon"])
 def test_invariance_in_double(name):
     with jax.enable_x64():
         start = {"heads": random_adapters(0, jnp.float64)["heads"]}
         changes = run(INVARIANT[name], 4)
         assert difference(changes(in_another_basis(start)), changes(start)) < 1e-13
-
-
-@pytest.mark.parametrize("name", ["rite", "muon"])
-def test_scale_is_part_of_the_product(name):
-    """A step is that of another alpha with the same product."""
-    start = {"heads": random_adapters()["heads"]}
-    other = map_nodes(lambda n: dataclasses.replace(n, a=n.a / 8, scale=n.scale * 8), start)
-    changes = run(INVARIANT[name], 3)
-    assert difference(changes(other), changes(start)) < 1e-5
 
 
 def assert_equivalent(update, want):
@@ -448,11 +442,10 @@ METHODS = {
     "riemannian adam": optax.chain(lora.riemannian(), optax.adam(1e-2)),
     "lora_pro sgd": optax.chain(lora.lora_pro(1e-2), optax.sgd(0.1)),
     "lora_pro adam": optax.chain(lora.lora_pro(), optax.adam(1e-2)),
-    "rite": lora.lora_rite(1e-2, weight_decay=1e-2),
+    "rite": optax.chain(optax.clip_by_global_norm(1e6), lora.lora_rite(1e-2, weight_decay=1e-2)),
     "muon": lora.lora_muon(3e-2, weight_decay=1e-2, other=optax.adam(1e-2)),
     "fa": lora.lora_fa(optax.adam(1e-2)),
     "fa corrected": lora.lora_fa(optax.adam(1e-2), corrected=True),
-    "in a chain": optax.chain(optax.clip_by_global_norm(1.0), lora.lora_rite(1e-2)),
 }
 
 
