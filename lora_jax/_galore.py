@@ -117,17 +117,8 @@ def scale_by_galore(
         )
 
     def init(params):
-        def leaf(path, x):
-            g = geometry.get(path)
-            if g is None:
-                return _Leaf(*[optax.MaskedNode()] * 4)
-            zeros = lambda *shape: jnp.zeros(shape, wide(x.dtype))
-            n, m, k = _sizes(g, x.shape)
-            if rank >= m:
-                return _Leaf(None, optax.MaskedNode(), zeros(*x.shape), zeros(*x.shape))
-            return _Leaf(None, zeros(n, m, rank), zeros(n, rank, k), zeros(n, rank, k))
-
         geometry = _geometries(params, targets)
+        leaf = lambda path, x: _start(x, geometry.get(path), rank)
         _, *parts = unzip(map_with_path(leaf, params), _Leaf)
         return ScaleByGaloreState(jnp.zeros((), jnp.int32), *parts)
 
@@ -171,6 +162,18 @@ class _Leaf(NamedTuple):
     nu: Any
 
 
+def _start(x, g: Geometry | None, rank: int) -> _Leaf:
+    """The state of a leaf."""
+    if g is None:
+        return _Leaf(*[optax.MaskedNode()] * 4)
+    zeros = lambda *shape: jnp.zeros(shape, wide(x.dtype))
+    n, i, o = g.sizes(x.shape)
+    m, k = min(i, o), max(i, o)
+    if rank >= m:
+        return _Leaf(None, optax.MaskedNode(), zeros(*x.shape), zeros(*x.shape))
+    return _Leaf(None, zeros(n, m, rank), zeros(n, rank, k), zeros(n, rank, k))
+
+
 def _masked(x) -> bool:
     return isinstance(x, optax.MaskedNode)
 
@@ -191,12 +194,6 @@ def _geometries(params: Any, targets: Targets | None) -> dict[str, Geometry]:
         "lora.galore(0.01, targets=lora.select(params, config, survey))",
     )
     return {path: t.geometry for path, t in targets.lora.items()}
-
-
-def _sizes(g: Geometry, shape) -> tuple[int, int, int]:
-    """n, m and k ≥ m."""
-    n, i, o = g.sizes(shape)
-    return n, min(i, o), max(i, o)
 
 
 def _rows(x, g: Geometry) -> jax.Array:
