@@ -6,6 +6,7 @@ Each binds the primitive unchanged on the frozen base and adds the low-rank prod
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax import lax
 from lora_jax._contract import Product, contracted, dropout
 from lora_jax._einsum import cast, contract, plus, times
 from lora_jax._frozen import Frozen, product
+from lora_jax._observe import observed
 from lora_jax._pick import added
 from lora_jax._rules import rule
 from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
@@ -26,8 +28,7 @@ def _dot_general(ctx, eqn, args):
         args = [ctx.materialise(args[0], eqn), args[1]]
     side = 0 if is_weight(args[0]) else 1  # which operand is the weight
     if args[side].is_probe:
-        ctx.used(args[side], eqn, "low-rank", *_parts_of(eqn, side, args[side].ndim))
-        return ctx.bind(eqn, [a.base if is_weight(a) else a for a in args])
+        return _probed_dot(ctx, eqn, args, side)
     if args[side].is_frozen:
         return [_frozen(ctx, eqn, side, *args)]
     x = args[1 - side]
@@ -80,6 +81,21 @@ def _out_labels(eqn, side: int, xl, ndim: int):
     x_free = [d for i, d in enumerate(xl) if i not in xc and i not in xb]
     w_free = [d for d in _labels(eqn, side, xl, ndim) if d not in xl]
     return (*(xl[d] for d in xb), *(w_free + x_free if side == 0 else x_free + w_free))
+
+
+def _probed_dot(ctx, eqn, args, side):
+    x, w = args[1 - side], args[side]
+    ctx.used(w, eqn, "low-rank", *_parts_of(eqn, side, w.ndim))
+    if w.a is not None:
+        xl = tuple(("x", d) for d in range(x.ndim))
+        wl = _labels(eqn, side, xl, w.ndim)
+        al = tuple(RANK if d == RANK else wl[d] for d in w.a.dims)
+        met = eqn.params["dimension_numbers"][0][side]
+        inner = {wl[d] for d in w.a.dims if d in met}
+        hl = [d for d in dict.fromkeys([*xl, *al]) if d not in inner]
+        down = lambda x, a: contract(x, xl, a, al, hl, precision=lax.Precision.HIGHEST)
+        x = observed(w, met, x, down)
+    return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
 
 
 def _parts_of(eqn, side: int, ndim: int):
@@ -151,25 +167,30 @@ def _conv(ctx, eqn, args):
         if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
             return None
     ctx.used(w, eqn, "low-rank", inner, (out_dim,), ())
-    y = ctx.bind(eqn, [x, w.base])[0]
+
+    def down(x, first: Factor):
+        """The convolution by a factor without an axis of the output features."""
+        kernel = _insert(first, [d for d in inner if not first.has(d)])
+        kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(w.ndim))).value
+        return lax.conv_general_dilated(
+            _groups_to_batch(x, *dn.lhs_spec[:2], groups),
+            kernel,
+            p["window_strides"],
+            p["padding"],
+            p["lhs_dilation"],
+            p["rhs_dilation"],
+            dn,
+            precision=p["precision"],
+        )
+
     if w.is_probe:
-        return [y]
+        if w.a is not None:
+            x = observed(w, inner, x, lambda x, a: down(x, Factor(a, w.a.dims)))
+        return ctx.bind(eqn, [x, w.base])
+    y = ctx.bind(eqn, [x, w.base])[0]
 
     x = dropout(x, w, ctx.use())
-    kernel = Factor(times(cast(first.value, x.dtype), w.scale), first.dims)
-    kernel = _insert(kernel, [d for d in inner if not first.has(d)])
-    kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(w.ndim))).value
-    batch, feature = dn.lhs_spec[:2]
-    h = lax.conv_general_dilated(
-        _groups_to_batch(x, batch, feature, groups),
-        kernel,
-        p["window_strides"],
-        p["padding"],
-        p["lhs_dilation"],
-        p["rhs_dilation"],
-        dn,
-        precision=p["precision"],
-    )
+    h = down(x, Factor(times(cast(first.value, x.dtype), w.scale), first.dims))
     # h: (..., batch·groups, ..., rank, ...); B: (rank, out) -> (rank, groups, out / groups)
     batch, feature = dn.out_spec[:2]
     h = h.reshape(*h.shape[:batch], -1, groups, *h.shape[batch + 1 :])
@@ -234,9 +255,12 @@ def _ragged_dot(ctx, eqn, args):
         if w.gain is not None and {*w.gain.dims} != {group, outer, RANK}:
             return None
     ctx.used(w, eqn, "low-rank", (inner,), (outer,), (group,))
-    y = ctx.bind(eqn, [x, w.base, group_sizes])[0]
     if w.is_probe:
-        return [y]
+        if w.a is not None:
+            down = functools.partial(_ragged_down, xc, group, inner, w.a.dims)
+            x = observed(w, (inner,), x, down, group_sizes)
+        return ctx.bind(eqn, [x, w.base, group_sizes])
+    y = ctx.bind(eqn, [x, w.base, group_sizes])[0]
     x = dropout(x if xc == (1,) else x.T, w, ctx.use())
     precision = eqn.params["precision"]
     a = times(cast(first.order((group, inner, RANK)).value, x.dtype), w.scale)
@@ -248,6 +272,12 @@ def _ragged_dot(ctx, eqn, args):
     gain = cast(w.gain.order((group, RANK, outer)).value, y.dtype)
     ones = jnp.ones((len(y), 1), y.dtype)  # each row times its group's gain, exactly
     return [y + y * lax.ragged_dot(ones, gain, group_sizes, precision=lax.Precision.HIGHEST)]
+
+
+def _ragged_down(xc, group, inner, dims, x, a, group_sizes):
+    a = Factor(a, dims).order((group, inner, RANK)).value
+    highest = lax.Precision.HIGHEST
+    return lax.ragged_dot(x if xc == (1,) else x.T, a, group_sizes, precision=highest)
 
 
 @rule("gather")

@@ -194,7 +194,7 @@ def _div(eqn, w, base, rest):
 
 
 def _scaled(w: AdaptedWeight, base, fn) -> AdaptedWeight:
-    a = None if w.a is None else Factor(fn(w.a.value), w.a.dims)
+    a = w.a if w.b is None else Factor(fn(w.a.value), w.a.dims)
     return dataclasses.replace(w, base=base, a=a)
 
 
@@ -213,7 +213,7 @@ def _concatenate(ctx, eqn, args):
     base = ctx.bind(eqn, [w.base if is_weight(w) else w for w in args])[0]
     out = dataclasses.replace(first, base=base, origin=origins(*weights))
     if first.is_probe:
-        return [out]
+        return [dataclasses.replace(out, a=None)]
     if not all(
         {*w.a.dims} == {*first.a.dims} and {*w.b.dims} == {*first.b.dims} for w in weights
     ) or not (first.a.has(dim) or first.b.has(dim)):

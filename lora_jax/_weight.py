@@ -142,7 +142,8 @@ class AdaptedWeight:
 
     Attributes:
       base: the frozen array W, or a `Quantized` that stands for it.
-      a, b: labelled factors, or None for a weight that is only surveyed, or only quantised.
+      a, b: labelled factors, or None for a weight that is only surveyed, or only quantised; a alone
+        for one whose inputs are observed, see `_moments`.
       seed: labelled key data for dropout, one key per stacked weight, or None.
       gain: by how much more than 1 the sum of base and update is multiplied, along the axes that it
         is labelled with, and an axis RANK of size 1; or None.
@@ -192,8 +193,8 @@ class AdaptedWeight:
 
     @property
     def is_probe(self) -> bool:
-        """Whether the weight has no factors: it is only followed, for a survey."""
-        return self.a is None and not is_quantized(self.base)
+        """Whether the weight has no update: it is only followed, for a survey or its inputs."""
+        return self.b is None and not self.is_frozen
 
     @property
     def is_frozen(self) -> bool:
