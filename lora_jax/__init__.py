@@ -1,5 +1,6 @@
 """LoRA as a JAX transform."""
 
+from lora_jax._activations import corda, eva
 from lora_jax._adalora import adalora, orthogonality, pruned
 from lora_jax._adapt import adapt, coverage
 from lora_jax._adapters import DoRA, Full, LoRA, Rows, choose
@@ -17,15 +18,19 @@ from lora_jax._family_init import init_adalora, init_lora_xs, init_vera
 from lora_jax._fingerprint import Fingerprint, fingerprint
 from lora_jax._forecast import Forecast, forecast
 from lora_jax._galore import galore, scale_by_galore
+from lora_jax._gradients import low_rank_gradients
 from lora_jax._init import init
+from lora_jax._initialisers import lora_ga, lora_one, olora, on_original, orthogonal, pissa
 from lora_jax._interpret import Use
 from lora_jax._learned import Change, Learned, learned
 from lora_jax._merge import merge, unmerge
+from lora_jax._moments import second_moments
 from lora_jax._optim import labels, lora_plus, trained_only
 from lora_jax._peft import PeftAdapter, load_peft
 from lora_jax._peft_map import TorchMapping
 from lora_jax._peft_save import save_peft, torch_mapping
 from lora_jax._precondition import lora_fa, lora_pro, riemannian
+from lora_jax._propose import Proposal, propose
 from lora_jax._quantize import dequantize, quantization_errors, quantize
 from lora_jax._quantized import Quantized
 from lora_jax._rite import lora_muon, lora_rite, scale_by_lora_muon, scale_by_lora_rite
@@ -69,6 +74,19 @@ __all__ = [
     "adalora",
     "orthogonality",
     "pruned",
+    # where training starts, and where adapters go
+    "pissa",
+    "olora",
+    "orthogonal",
+    "lora_ga",
+    "lora_one",
+    "low_rank_gradients",
+    "eva",
+    "corda",
+    "second_moments",
+    "on_original",
+    "propose",
+    "Proposal",
     # the transform
     "bind",
     "AdaptedWeight",

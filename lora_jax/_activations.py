@@ -1,0 +1,153 @@
+"""Initialisers from the second moments of a leaf's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._adapters import is_node
+from lora_jax._algebra import from_svd
+from lora_jax._einsum import wide
+from lora_jax._errors import LoRAError
+from lora_jax._moments import checked_moments
+from lora_jax._paths import flatten, nest
+from lora_jax._start import as_node, lora_nodes, off_the_base, plain_svd, positive
+
+
+def eva(adapters: Any, moments: Mapping[str, jax.Array], *, rho: float = 2.0) -> dict:
+    """A has the leading right singular vectors of the leaf's inputs X, and B is zero (EVA, Paischer
+    2024, arXiv:2410.07170, section 3). The ranks are redistributed: of all leaves' directions those
+    are kept that explain the largest shares σ²/Σσ² of their leaf's second moment.
+
+    The eigenvectors of C = XᵀX, summed over batches, are the singular vectors of all rows: what the
+    paper's incremental SVD comes to where it is not truncated. They are of X itself; PEFT's port
+    subtracts the mean of X before.
+
+    Args:
+      adapters: as from `init`, of which shapes, types and scales are read, not values. Leaves
+        trained in full or by rows stay as they are.
+      moments: C of each leaf, from `second_moments`.
+      rho: a rank grows to at most rho times itself; 1 keeps them all. The sum of the ranks (of a
+        stack, of all its weights, which have one rank) is at most what it was; a leaf of which
+        nothing is kept has no adapter. Above 1 it depends on values, so not under jit.
+
+    Returns:
+      The adapters; scales stay, whatever becomes of the rank.
+
+    Raises:
+      LoRAError: rho below 1; moments that are missing, of another shape or zero; a scale that is
+        not positive, a `DoRA`.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"up": jnp.ones((4, 4)), "down": jnp.ones((4, 4))}
+    >>> config = lora.LoRAConfig(rank=1, targets=["up", "down"])
+    >>> up, down = jnp.ones(4), jnp.array([3.0, 2.0, 0.0, 0.0])
+    >>> moments = {"up": jnp.diag(up)[None], "down": jnp.diag(down)[None]}
+    >>> adapters = lora.eva(lora.init(jax.random.key(0), params, config), moments)
+    >>> list(adapters), adapters["down"].rank, jnp.abs(adapters["down"].a[:2])
+    (['down'], 2, Array([[1., 0.],
+           [0., 1.]], dtype=float32))
+    """
+    if not rho >= 1:
+        raise LoRAError(f"rho={rho}: expected a number >= 1; 1 keeps the ranks")
+    nodes = lora_nodes(adapters)
+    moments = checked_moments(moments, nodes)
+    if rho > 1 and any(isinstance(c, jax.core.Tracer) for c in moments.values()):
+        raise LoRAError("the ranks depend on the values of the moments: not under jit; pass rho=1")
+    found = {p: _principal(moments[p], n) for p, n in nodes.items()}
+    ranks = {p: n.rank for p, n in nodes.items()}
+    if rho > 1:
+        ranks = _ranks({p: share for p, (share, _) in found.items()}, nodes, rho)
+    flat = flatten(adapters, is_leaf=is_node)
+    return nest(
+        {
+            p: _started(node, found[p][1], ranks[p]) if p in nodes else node
+            for p, node in flat.items()
+            if ranks.get(p, 1)
+        }
+    )
+
+
+def corda(
+    params: Any,
+    adapters: Any,
+    moments: Mapping[str, jax.Array],
+    *,
+    mode: Literal["instruction", "knowledge"],
+    damping: float = 0.01,
+) -> tuple[Any, dict]:
+    """The components of W by what they do to given inputs (CorDA, Yang 2024, arXiv:2406.05223,
+    section 3): C·W = U·Σ·Vᵀ, hence W = C⁻¹·U·Σ·Vᵀ, of which r components are trained, base' = W −
+    s·A·B.
+
+    Args:
+      params, adapters: as of `pissa`.
+      moments: C of each leaf, from `second_moments`. Only their directions matter: each is divided
+        by the mean of its diagonal.
+      mode: "instruction" trains the r largest components, with C of the task: of all updates of
+        rank r, A·B leaves the least of ‖C·(W − s·A·B)‖. "knowledge" trains the r smallest, with
+        C of what is not to be forgotten.
+      damping: this much of the identity is added to C, which is often singular.
+
+    Returns:
+      As `pissa`.
+
+    Raises:
+      LoRAError: as `pissa`; moments that are missing, of another shape or zero; an unknown mode.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params, x = {"w": jnp.eye(4)}, jax.random.normal(jax.random.key(0), (9, 4))
+    >>> start = lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=2, targets="w"))
+    >>> moments = lora.second_moments(lambda p, x: x @ p["w"], params, start, x)
+    >>> base, adapters = lora.corda(params, start, moments, mode="instruction")
+    >>> bool(jnp.allclose(lora.merge(base, adapters)["w"], params["w"], atol=1e-5))
+    True
+    """
+    if mode not in ("instruction", "knowledge"):
+        raise LoRAError(f"mode={mode!r}: expected 'instruction' or 'knowledge'")
+    positive(damping=damping)
+    moments = checked_moments(moments, lora_nodes(adapters))
+
+    def make(path, node, w):
+        c = moments[path].astype(w.dtype)
+        mean = jnp.trace(c, axis1=1, axis2=2)[:, None, None] / c.shape[-1]
+        c = c / jnp.where(mean > 0, mean, 1) + damping * jnp.eye(c.shape[-1], dtype=c.dtype)
+        u, s, v = plain_svd(jnp.matmul(c, w, precision="highest"))
+        take = slice(0, node.rank) if mode == "instruction" else slice(-node.rank, None)
+        u, s, v = u[:, :, take], s[:, take], v[:, take]
+        u = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(c), True), u)
+        return from_svd(node, u, s, v, node.rank, node.scale)
+
+    return off_the_base(params, adapters, make)
+
+
+def _principal(c: jax.Array, node) -> tuple[jax.Array, jax.Array]:
+    """The explained shares, falling, as the mean of a stack (in,), and the vectors (n, in, in)."""
+    values, vectors = jnp.linalg.eigh(c.astype(wide(c.dtype)))
+    values, vectors = jnp.maximum(values[:, ::-1], 0), vectors[:, :, ::-1]
+    total = jnp.sum(values, -1, keepdims=True)
+    return jnp.mean(values / jnp.where(total > 0, total, 1), 0), vectors
+
+
+def _ranks(shares: Mapping[str, jax.Array], nodes, rho: float) -> dict[str, int]:
+    """How many directions each leaf keeps: the largest shares first, while the budget lasts."""
+    budget, each, most = 0, {}, []
+    for i, (path, node) in enumerate(nodes.items()):
+        n, inner, outer = node.geometry.sizes(node.shape)
+        budget, each[path] = budget + n * node.rank, n
+        top = min(int(rho * node.rank), inner, outer)
+        most += [(-float(s), i, path) for s in shares[path][:top]]
+    ranks = dict.fromkeys(nodes, 0)
+    for share, _, path in sorted(most):
+        if share < 0 and each[path] <= budget:
+            ranks[path] += 1
+            budget -= each[path]
+    return ranks
+
+
+def _started(node, vectors: jax.Array, rank: int):
+    n, _, o = node.geometry.sizes(node.shape)
+    return as_node(node, vectors[:, :, :rank], jnp.zeros((n, rank, o), vectors.dtype))
