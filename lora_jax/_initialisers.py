@@ -33,8 +33,8 @@ from lora_jax._start import (
 
 def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any, dict]:
     """The principal singular values and vectors are trained, the rest is the base (PiSSA, Meng
-    2024, arXiv:2404.02948, section 3): W = U·Σ·Vᵀ, A = U_r·√(Σ_r / s), B = √(Σ_r / s)·V_rᵀ, base' = W −
-    s·A·B, the spectral norm of which is σ_{r+1}.
+    2024, arXiv:2404.02948, section 3): W = U·Σ·Vᵀ, A = U_r·√(Σ_r / s), B = √(Σ_r / s)·V_rᵀ and
+    base' = W − s·A·B, the spectral norm of which is σ_{r+1}.
 
     Args:
       params: the base parameters, or an NNX module.
