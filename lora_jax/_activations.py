@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -57,10 +58,11 @@ def eva(adapters: Any, moments: Mapping[str, jax.Array], *, rho: float = 2.0) ->
     moments = checked_moments(moments, nodes)
     if rho > 1 and any(isinstance(c, jax.core.Tracer) for c in moments.values()):
         raise LoRAError("the ranks depend on the values of the moments: not under jit; pass rho=1")
-    found = {p: _principal(moments[p], n) for p, n in nodes.items()}
     ranks = {p: n.rank for p, n in nodes.items()}
-    if rho > 1:
-        ranks = _ranks({p: share for p, (share, _) in found.items()}, nodes, rho)
+    with jax.ensure_compile_time_eval() if rho > 1 else contextlib.nullcontext():
+        found = {p: _principal(moments[p], n) for p, n in nodes.items()}
+        if rho > 1:
+            ranks = _ranks({p: share for p, (share, _) in found.items()}, nodes, rho)
     flat = flatten(adapters, is_leaf=is_node)
     return nest(
         {

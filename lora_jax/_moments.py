@@ -121,7 +121,8 @@ def checked_moments(moments: Any, nodes: Mapping[str, Any]) -> dict[str, jax.Arr
 
 def _says_something(c) -> bool:
     """An expert may have seen nothing, but not all of them."""
-    return bool(jnp.isfinite(c).all() & (jnp.trace(c, axis1=1, axis2=2) > 0).any())
+    with jax.ensure_compile_time_eval():  # it may be a constant of a jitted function
+        return bool(jnp.isfinite(c).all() & (jnp.trace(c, axis1=1, axis2=2) > 0).any())
 
 
 def _identity(g: Geometry, shape, dtype) -> jax.Array:
