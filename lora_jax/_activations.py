@@ -60,7 +60,7 @@ def eva(adapters: Any, moments: Mapping[str, jax.Array], *, rho: float = 2.0) ->
         raise LoRAError("the ranks depend on the values of the moments: not under jit; pass rho=1")
     ranks = {p: n.rank for p, n in nodes.items()}
     with jax.ensure_compile_time_eval() if rho > 1 else contextlib.nullcontext():
-        found = {p: _principal(moments[p], n) for p, n in nodes.items()}
+        found = {p: _principal(moments[p]) for p in nodes}
         if rho > 1:
             ranks = _ranks({p: share for p, (share, _) in found.items()}, nodes, rho)
     flat = flatten(adapters, is_leaf=is_node)
@@ -126,7 +126,8 @@ def corda(
     return off_the_base(params, adapters, make)
 
 
-def _principal(c: jax.Array, node) -> tuple[jax.Array, jax.Array]:
+@jax.jit
+def _principal(c: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The explained shares, falling, as the mean of a stack (in,), and the vectors (n, in, in)."""
     values, vectors = jnp.linalg.eigh(c.astype(wide(c.dtype)))
     values, vectors = jnp.maximum(values[:, ::-1], 0), vectors[:, :, ::-1]
