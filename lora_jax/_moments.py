@@ -25,8 +25,8 @@ def second_moments(
     """C = Σ xᵀx of the inputs x of each adapted leaf, in `fn(params, *args, **kwargs)`.
 
     x are the rows that meet the leaf's in axes: tokens, the patches of a convolution, what was
-    routed to an expert. The model is not changed. It costs one call of `fn`, and for each leaf a
-    product with an (in, in) matrix (of convolutions, two); under jit the rest is not computed.
+    routed to an expert. The model is not changed. It costs one call of `fn`, and for each leaf two
+    products of x and an (in, in) matrix; under jit nothing else is computed.
     Moments of several batches add up, `jax.tree.map(jnp.add, first, second)`, to those of all.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -122,7 +122,8 @@ fine-tuning
         scores = _by_type(each, rising=plop)
         kept = list(scores)[: max(1, math.ceil(keep * len(scores)))]
         chosen = {p: t for p, t in everything.items() if module_type(p) in kept}
-        targets = tuple(_pattern(kind, everything, survey) for kind in kept)
+        paths = [*flatten(state_of(params))]
+        targets = tuple(_pattern(kind, everything, paths) for kind in kept)
         what = "least normalised feature norm" if plop else "largest gradient for its size"
         why = f"targets: the {len(kept)} of {len(scores)} module types with the {what}"
     rank, reason = _rank(chosen, tokens)
@@ -195,10 +196,10 @@ def _by_type(scores: Mapping[str, float], rising: bool) -> dict[str, float]:
     return dict(sorted(mean.items(), key=lambda kv: kv[1] if rising else -kv[1]))
 
 
-def _pattern(kind: str, targets, survey: Survey):
+def _pattern(kind: str, targets: Iterable[str], paths: Sequence[str]):
     """What means the leaves of this type, and no others."""
     members = {p for p in targets if module_type(p) == kind}
-    if {p for p in survey.leaves if matches(kind, p)} == members:
+    if {p for p in paths if matches(kind, p)} == members:
         return kind
     return re.compile("|".join(re.escape(p) for p in sorted(members)))
 

@@ -360,6 +360,16 @@ def test_second_moments_are_those_of_the_rows(batches):
         near(found[path], x.swapaxes(1, 2) @ x, 256)
 
 
+def test_second_moments_of_bf16_are_added_up_in_fp32_also_batched():
+    params, zero = of("matrix", jnp.bfloat16)
+    x = normal(1, 2, 300, 6).astype(jnp.bfloat16)
+    find = lambda x: lora.second_moments(lambda p, x: x @ p["w"], params, zero, x)["w"]
+    rows = np.asarray(x, np.float64)
+    found = jax.jit(jax.vmap(find))(x)
+    assert found.dtype == jnp.float32
+    near(found[:, 0], rows.swapaxes(1, 2) @ rows)
+
+
 def test_second_moments_scanned_and_spread():
     """Of a scanned model those of the loop; of a batch on eight devices those of one."""
     apply, params, targets = transformer(False)

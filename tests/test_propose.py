@@ -115,6 +115,8 @@ def test_gradient_norms():
         g = full["layers_0"]["up"]["kernel"], full["layers_1"]["up"]["kernel"]
         want = np.mean([np.sum(np.square(x)) for x in g]) / (32 + 64)
         assert found.scores["layers_*/up/kernel"] == pytest.approx(want, rel=0.3)
+    outer = lora.survey(lambda p, x: fn(p["params"], x), {"params": dull}, X)
+    assert lora.propose(dull, outer, gradients=full).config == found.config  # paths are params'
     assert len(lora.propose(dull, SURVEY, gradients=full, keep=1.0).config.targets) == 2
 
 
