@@ -23,7 +23,7 @@ SHAPES = {
     "7b": dict(vocab=32000, width=4096, hidden=11008, heads=32, layers=32),
     "70b": dict(vocab=32000, width=8192, hidden=28672, heads=64, layers=80),
 }
-ARMS = ("lora", "by_hand", "full")
+ARMS = ("lora", "by_hand", "full", "nf4")
 RANK = 16
 INWARD = ("o", "down", "embed")
 
@@ -46,8 +46,9 @@ def place(tree, shardings):
 def step(arm: str, mesh: Mesh, tokens, shape: dict, rank=RANK, moments=jnp.float32):
     """(function, arguments, options) for `lora.forecast`: gradients, and Adam.
 
-    `lora`: fp32 adapters on all linears; `by_hand`: the same, written into the modules; `full`:
-    every bf16 parameter, its moments in fp32 unless said otherwise, and no fp32 master copy.
+    `lora`: fp32 adapters on all linears; `by_hand`: the same, written into the modules; `nf4`: on a
+    base of which the linears are in NF4, doubly quantised; `full`: every bf16 parameter, its
+    moments in fp32 unless said otherwise, and no fp32 master copy.
     """
     by_batch = NamedSharding(mesh, P("fsdp"))
     config = llama.Config(
@@ -71,6 +72,8 @@ def step(arm: str, mesh: Mesh, tokens, shape: dict, rank=RANK, moments=jnp.float
     trained = jax.eval_shape(make)
     where = lora.shardings(params, trained)
     apply = lora.adapt(model.apply)
+    if arm == "nf4":
+        params = _in_nf4(params, survey, mesh)
 
     def loss(trained, base, ids):
         return llama.loss(apply({"params": lora.bind(base, trained)}, ids), ids)
@@ -98,6 +101,23 @@ def _update(loss, trained, where, base, ids, moments):
 
     options = dict(donate_argnums=(0, 1), out_shardings=(where, state_where, None))
     return update, (trained, place(state, state_where), base, ids), options
+
+
+def _in_nf4(params, survey, mesh):
+    """The linears' codes lie as the weights do; groups of constants run along the in axis."""
+    make = lambda p: lora.quantize(p, list(llama.ALL), survey=survey, double=True)
+    where = lambda x: NamedSharding(mesh, P(*[None] * (x.ndim - 2), "fsdp")) if x.ndim > 1 else (
+        NamedSharding(mesh, P())
+    )  # fmt: skip
+
+    def leaf(q, w):
+        if not isinstance(q, lora.Quantized):
+            return w
+        small = jax.tree.map(where, q)
+        return place(q, dataclasses.replace(small, codes=w.sharding))
+
+    is_leaf = lambda x: isinstance(x, lora.Quantized)
+    return jax.tree.map(leaf, jax.eval_shape(make, params), params, is_leaf=is_leaf)
 
 
 def _as_modules(tree):
