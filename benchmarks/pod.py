@@ -106,9 +106,7 @@ def _update(loss, trained, where, base, ids, moments):
 def _in_nf4(params, survey, mesh):
     """The linears' codes lie as the weights do; groups of constants run along the in axis."""
     make = lambda p: lora.quantize(p, list(llama.ALL), survey=survey, double=True)
-    where = lambda x: NamedSharding(mesh, P(*[None] * (x.ndim - 2), "fsdp")) if x.ndim > 1 else (
-        NamedSharding(mesh, P())
-    )  # fmt: skip
+    where = lambda x: NamedSharding(mesh, P(None, "fsdp") if x.ndim > 1 else P())
 
     def leaf(q, w):
         if not isinstance(q, lora.Quantized):

@@ -360,3 +360,13 @@ class TestOnDevicesThatAreNotThere:
     def test_every_loop_is_counted(self, name):
         plan = adapted_step(name, "lora")[1]
         assert {c.times for c in plan.collectives} == {1, SHAPE["layers"]}
+
+    def test_on_a_quantised_base(self, name):
+        """Its arguments are its bits; beyond the bf16 base's step it needs a layer's weights."""
+        args, plan = adapted_step(name, "nf4")
+        bf16 = adapted_step(name, "lora")[1]
+        tp = MESHES[name]["tp"]
+        layer = 2 * WIDTH * (4 * WIDTH + 3 * SHAPE["hidden"]) // tp
+        assert plan.arguments <= 1.1 * local_bytes(args)
+        assert plan.arguments < 0.6 * bf16.arguments
+        assert plan.temporaries <= bf16.temporaries + layer
