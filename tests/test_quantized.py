@@ -224,6 +224,39 @@ def test_sharded():
     assert_close(loss(spread, placed), loss(adapters, q), factor=512)
 
 
+@pytest.mark.parametrize("how", ["shard_map", "pmap", "explicit batch", "slots"])
+def test_other_ways_to_spread(how):
+    """The base's codes on every device, examples and their gradients spread."""
+    w = jax.random.normal(KEY, (2, 12, 64)) / 4
+    q = {"w": quantized(w, "nf4"), "v": quantized(w[0].T, "int8")}
+    fn = lambda p, x: jnp.tanh(x @ p["w"][0] + x @ p["w"][1]) @ p["v"]
+    x = jax.random.normal(KEY, (8, 5, 12))
+    f, adapters = adapted(fn, lora.dequantize(q), x, targets="w")
+    loss = lambda ad, q, x: jnp.mean(jnp.sin(f(lora.bind(q, ad), x)))
+    want = jax.jit(jax.value_and_grad(loss))(adapters, q, x)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    step = jax.value_and_grad(lambda ad, q, x: jax.lax.pmean(loss(ad, q, x), "d"))
+    if how == "shard_map":
+        specs = dict(mesh=mesh, in_specs=(P(), P(), P("d")), out_specs=P())
+        assert_close(jax.jit(jax.shard_map(step, **specs))(adapters, q, x), want, factor=256)
+    elif how == "pmap":
+        each = jax.value_and_grad(loss)
+        mean = lambda *args: jax.tree.map(lambda v: jax.lax.pmean(v, "d"), each(*args))
+        got = jax.pmap(mean, axis_name="d", in_axes=(None, None, 0))(adapters, q, x[:, None])
+        assert_close(jax.tree.map(lambda v: v[0], got), want, factor=256)
+    elif how == "explicit batch":
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+        with jax.set_mesh(mesh):
+            everywhere = jax.device_put((adapters, q), NamedSharding(mesh, P()))
+            spread = jax.device_put(x, NamedSharding(mesh, P("d")))
+            assert_close(jax.jit(jax.value_and_grad(loss))(*everywhere, spread), want, factor=256)
+    else:
+        stacked = lora.stack([adapters, jax.tree.map(lambda v: -v, adapters)])
+        one = lambda i, x: f(lora.bind(q, stacked, slot=i), x)
+        got = jax.vmap(one)(jnp.zeros(8, int), x)
+        assert_close(got, f(lora.bind(q, adapters), x), factor=256)
+
+
 def test_training_saving_restoring(tmp_path):
     import orbax.checkpoint as ocp
 
