@@ -11,7 +11,7 @@ from lora_jax._paths import flatten, nest
 from lora_jax._rules import _blocks
 
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=5).map(tuple)
-few = settings(max_examples=30, deadline=None, derandomize=True)
+few = settings(max_examples=16, deadline=None, derandomize=True)
 
 
 @st.composite

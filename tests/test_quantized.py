@@ -108,9 +108,13 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in CHOSEN else pytest.mark.slow) for n in sorted(USES)]
+    "name, format",
+    [
+        pytest.param(n, f, marks=() if n in CHOSEN and f == "nf4" else pytest.mark.slow)
+        for n in sorted(USES)
+        for f in ("nf4", "int8")
+    ],
 )
-@pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_equals_the_dequantised_base(name, format):
     """With an adapter and without one: outputs and gradients."""
     fn, w, x = USES[name]
@@ -150,8 +154,7 @@ def model(scanned):
     return params, lambda params, ids: net.apply({"params": params}, ids)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
-@pytest.mark.parametrize("method", [None, lora.dora])
+@pytest.mark.parametrize("scanned, method", [(False, None), (True, lora.dora)])
 def test_a_model(scanned, method):
     """All linear leaves and the table quantised, some adapted; scanned layers one by one."""
     params, apply = model(scanned)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 import lora_jax as lora
 
@@ -84,6 +85,7 @@ def test_stopped_and_started_again_it_is_the_run_that_was_not(tmp_path):
     assert len(kept) == 3 and max(kept) == 200
 
 
+@pytest.mark.slow
 def test_devices_and_parts_change_nothing(tmp_path):
     flags = ["--steps", "12", "--log-every", "1", "--dropout", "0"]
     want = run(tmp_path / "one", *flags)
@@ -95,6 +97,7 @@ def test_devices_and_parts_change_nothing(tmp_path):
         np.testing.assert_allclose([*got.values()], [*want.values()], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_processes_stop_together_and_another_number_of_them_goes_on(tmp_path):
     """Only one of the two is told."""
     with socket.socket() as s:
