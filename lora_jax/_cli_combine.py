@@ -17,8 +17,9 @@ from lora_jax._cli_merge import replacing
 from lora_jax._compare import Comparison, compare
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._peft_export import Export
-from lora_jax._peft_layers import PREFIX, Experts, Update
+from lora_jax._peft_layers import PREFIX
 from lora_jax._peft_map import Entry, TorchMapping
+from lora_jax._peft_parts import Experts, Update
 from lora_jax._peft_save import _write
 from lora_jax._torch_tree import TorchAdapter, expert_names, norm, open_torch
 

@@ -18,7 +18,7 @@ from lora_jax._describe import config_to_json
 from lora_jax._errors import LoRAError
 from lora_jax._paths import flatten
 from lora_jax._peft_file import CONFIG, TENSORS
-from lora_jax._peft_layers import NewRows, Update
+from lora_jax._peft_parts import NewRows, Update
 from lora_jax._safetensors import open_base
 from lora_jax._table import table
 from lora_jax._torch_tree import TorchAdapter, norm, open_torch

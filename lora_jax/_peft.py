@@ -18,10 +18,12 @@ from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, nest
 from lora_jax._peft_blocks import LeafInfo, factor_a, factor_b, to_leaf
 from lora_jax._peft_config import PeftConfig, peft_config
+from lora_jax._peft_experts import on_leaves
 from lora_jax._peft_file import AdapterFile, open_adapter
 from lora_jax._peft_find import Finder, finish
-from lora_jax._peft_layers import NewRows, Parsed, Update, Value, parse
+from lora_jax._peft_layers import parse
 from lora_jax._peft_map import Entry, TorchMapping, as_table, leaf_infos
+from lora_jax._peft_parts import NewRows, Parsed, Update, Value
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 
@@ -111,7 +113,9 @@ def load_peft(
     if max_bytes is None:
         max_bytes = max(8 * sum(math.prod(x.shape) for x in leaves.values()), 64 << 20)
     file = open_adapter(folder, max_bytes)
-    config = peft_config(file.config, file.folder / "adapter_config.json", tuple(ignore))
+    config = peft_config(
+        file.config, file.folder / "adapter_config.json", tuple(ignore), len(file.tensors)
+    )
     parsed = parse(file, config, doubled_out_proj=doubled_out_proj)
     finder = Finder(leaves, as_table(mapping))
     found = _found(parsed, finder, config, conv1d, experts, experts_a)
@@ -136,7 +140,7 @@ def _found(parsed: Parsed, finder: Finder, config: PeftConfig, conv1d, experts, 
     """[(entry, what the file holds for it)] of everything."""
     found: list[tuple[Entry | None, Any]] = [finder.update(u) or (None, u) for u in parsed.updates]
     for group in parsed.experts:
-        for entry, u in finder.experts(group, experts, along):
+        for entry, u in on_leaves(group, finder, experts, along):
             found.append((dataclasses.replace(entry, swapped=_swapped_now(u, config)), u))
     for v in parsed.values:
         fan = config.fan_in_fan_out
@@ -147,7 +151,7 @@ def _found(parsed: Parsed, finder: Finder, config: PeftConfig, conv1d, experts, 
 
 
 def _swapped_now(update: Update, config: PeftConfig) -> bool:
-    """Whether today's PEFT has A of these experts along their outputs; see `Finder.experts`."""
+    """Whether today's PEFT has A of these experts along their outputs; see `on_leaves`."""
     if config.version is None or config.version < (0, 19):
         return False
     return update.swapped != (config.version == (0, 19, 0))

@@ -167,8 +167,8 @@ def layouts(shape: tuple[int, ...], blocks: Sequence[Block]) -> list[str]:
         return []
     if len(blocks) == 1 and _squeezed(blocks[0].shape) == _squeezed(shape):
         found.append("same")
-    if len(shape) == 1:
-        return ["vector"]
+    if len(shape) == 1:  # such as a bias; the order of a matrix nobody knows any more
+        return [] if any(b.leaf.geometry and b.leaf.in_axes for b in blocks) else ["vector"]
     if all(b.leaf.geometry for b in blocks) and len({(b.n_in, b.n_batch) for b in blocks}) == 1:
         n_in, n_out = blocks[0].n_in, sum(b.n_out for b in blocks)
         batch = (blocks[0].n_batch,) if blocks[0].n_batch > 1 else ()

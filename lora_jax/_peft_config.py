@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax._errors import raise_all
-from lora_jax._peft_regex import SafePattern
+from lora_jax._errors import LoRAError, quoted, raise_all
+from lora_jax._peft_names import Patterns, endings
+from lora_jax._peft_regex import Budget, SafePattern
 
 # Settings of training or of initialisation alone, and those that are read below.
 HARMLESS = set(
@@ -34,7 +35,8 @@ REFUSED = {
     "adapter's",
     "layer_replication": f"the layers of the base are replicated; {MERGE}",
 }
-PLAIN = re.compile(r"\^?[\w.]+", re.ASCII)  # nothing repeats: Python's matcher is fast
+MAX_SETTINGS = 1000  # PEFT 0.21 has 45
+MAX_TABLES = 1000  # of which rows are trained
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
@@ -47,30 +49,28 @@ class PeftConfig:
     alpha: float
     rank_stabilized: bool
     dora: bool
-    rank_pattern: Mapping[str, Any]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
     targets: str | tuple[str, ...] | None
-    parameters: tuple[str, ...]
-    modules_to_save: tuple[str, ...]
+    target: SafePattern | None  # where `targets` is an expression
+    names: frozenset[str]  # where it is a list
+    parameters: Mapping[str, tuple[tuple[int, str], ...]]  # {end of a module's name: (place, name)}
     tokens: Mapping[str, tuple[int, ...]] | None
     dropout: float
     tying: bool
     fan_in_fan_out: bool
     version: tuple[int, ...] | None
-    expressions: Mapping[str, SafePattern]  # each parsed once
 
     def alpha_of(self, name: str) -> float:
         """By PEFT's rule: the first pattern, in the file's order, that ends the name.
 
         AdaLoRA has one alpha: PEFT reads no pattern for it.
         """
-        found = None if self.adalora else self._first(self.alpha_pattern, name)
-        return self.alpha if found is None else self.alpha_pattern[found]
+        return self.alpha if self.adalora else self.alpha_pattern.first(name, self.alpha)
 
     def rank_of(self, name: str) -> int:
         """What the file says of the rank; needed only where no tensor does (experts)."""
-        found = None if self.adalora else self._first(self.rank_pattern, name)
-        return self.r if found is None else self.rank_pattern[found]
+        return self.r if self.adalora else self.rank_pattern.first(name, self.r)
 
     def scale(self, name: str, rank: int) -> float:
         """The constant before B·A: alpha / rank, alpha / √rank (rsLoRA), or AdaLoRA's."""
@@ -83,34 +83,26 @@ class PeftConfig:
         """Whether PEFT would look for this module's tensors at all."""
         if self.targets is None or self.targets == "all-linear":
             return True
-        if isinstance(self.targets, str):
-            return self.expressions[self.targets].fullmatch(module)
-        return any(module == t or module.endswith("." + t) for t in self.targets)
+        if self.target is not None:
+            return self.target.fullmatch(module)
+        return any(end in self.names for end in endings(module))
 
-    def _first(self, pattern: Mapping[str, Any], name: str) -> str | None:
-        for key in pattern:
-            text = _ending(key)
-            if PLAIN.fullmatch(key):
-                found = re.match(text, name)
-            else:
-                found = self.expressions[text].search_from_start(name)
-            if found:
-                return key
-        return None
+    def parameters_of(self, module: str) -> tuple[str, ...]:
+        """The parameters that `target_parameters` may mean in a module, in its order."""
+        found = [x for end in (*endings(module), "") for x in self.parameters.get(end, ())]
+        return tuple(dict.fromkeys(name for _, name in sorted(found)))
 
 
-def _ending(key: str) -> str:
-    """PEFT's expression for the names that a pattern's key means."""
-    return rf"(.*\.)?({key})$"
-
-
-def peft_config(raw: Mapping[str, Any], where: object, ignore: tuple[str, ...] = ()) -> PeftConfig:
+def peft_config(
+    raw: Mapping[str, Any], where: object, ignore: tuple[str, ...] = (), names: int = 0
+) -> PeftConfig:
     """Checks types and values.
 
     Args:
       raw: adapter_config.json.
       where: names the file in messages.
       ignore: settings that this library does not know, or refuses, and that are to be passed over.
+      names: how many names will be looked up: what expressions may take grows with it.
 
     Raises:
       LoRAError: a value of another type or out of range; a setting that changes the function and is
@@ -120,10 +112,12 @@ def peft_config(raw: Mapping[str, Any], where: object, ignore: tuple[str, ...] =
     >>> config.scale("q_proj", 4)
     2.0
     """
-    check = _Checks(raw)
+    if len(raw) > MAX_SETTINGS:
+        raise LoRAError(f"{where}: {len(raw):,} settings, expected at most {MAX_SETTINGS:,}")
+    check = _Checks(raw, Budget(where, names))
     kind = check.value("peft_type", str, "LORA")
     if kind not in ("LORA", "ADALORA"):
-        check.failures.append(f"peft_type={kind!r}, expected 'LORA' or 'ADALORA'")
+        check.failures.append(f"peft_type={quoted(kind)}, expected 'LORA' or 'ADALORA'")
     adalora = kind == "ADALORA"
     check.supported(ignore)
     r = check.rank("init_r" if adalora and raw.get("init_r") is not None else "r")
@@ -135,16 +129,18 @@ def peft_config(raw: Mapping[str, Any], where: object, ignore: tuple[str, ...] =
         check.value("use_dora", bool, False),
         check.patterns("rank_pattern", (lambda v: isinstance(v, list)) if adalora else _is_rank),
         check.patterns("alpha_pattern", _is_number),
-        check.targets(),
-        check.strings("target_parameters"),
-        check.strings("modules_to_save"),
+        *check.targets(),
+        check.parameters(),
         check.tokens(),
         check.number("lora_dropout", 0.0),
         check.value("ensure_weight_tying", bool, False),
         check.value("fan_in_fan_out", bool, False),
         check.version(),
-        check.expressions,
     )
+    check.strings("modules_to_save")
+    if config.dora and (adalora or raw.get("lora_bias") is True):
+        with_what = "AdaLoRA" if adalora else "lora_bias"
+        check.failures.append(f"use_dora with {with_what}, which PEFT does not have")
     if not 0 <= config.dropout < 1:
         check.failures.append(f"lora_dropout={config.dropout}, expected a rate in [0, 1)")
     raise_all(f"{where}: not a configuration that can be loaded:", check.failures)
@@ -162,9 +158,9 @@ def _is_number(x) -> bool:
 class _Checks:
     """Reads settings and collects what is wrong with them."""
 
-    def __init__(self, raw: Mapping[str, Any]):
-        self.raw, self.failures = raw, []
-        self.expressions: dict[str, SafePattern] = {}
+    def __init__(self, raw: Mapping[str, Any], budget: Budget):
+        self.raw, self.budget = raw, budget
+        self.failures: list[str] = []
 
     def supported(self, ignore) -> None:
         """Nothing is set that changes the function in a way that is not known here."""
@@ -174,8 +170,8 @@ class _Checks:
         for name, value in self.raw.items():
             if value and name not in HARMLESS and name not in REFUSED and name not in ignore:
                 self.failures.append(
-                    f"{name[:80]!r} is not a setting of PEFT 0.17 to 0.21; if it does not change "
-                    f"the function: load_peft(..., ignore=[{name[:80]!r}])"
+                    f"{quoted(name)} is not a setting of PEFT 0.17 to 0.21; if it does not change "
+                    f"the function: load_peft(..., ignore=[{quoted(name)}])"
                 )
         init = self.raw.get("init_lora_weights")
         if (
@@ -183,14 +179,16 @@ class _Checks:
             and "init_lora_weights" not in ignore
         ):
             self.failures.append(
-                f"init_lora_weights={str(init)[:40]!r} trained against a changed base; save it "
-                "in PEFT with path_initial_model_for_weight_conversion, which makes it plain; if "
-                "`params` are that changed base: load_peft(..., ignore=['init_lora_weights'])"
+                f"init_lora_weights={quoted(str(init), 40)} trained against a changed base; save "
+                "it in PEFT with path_initial_model_for_weight_conversion, which makes it plain; "
+                "if `params` are that changed base: load_peft(..., ignore=['init_lora_weights'])"
             )
 
     def wrong(self, name, expected, default):
         value = self.raw[name]
-        text = repr(value)[:60] if isinstance(value, str | int | float) else type(value).__name__
+        text = type(value).__name__
+        if isinstance(value, str | int | float):
+            text = quoted(value, 60) if isinstance(value, str) else repr(value)[:60]
         self.failures.append(f"{name}: expected {expected}, found {text}")
         return default
 
@@ -221,27 +219,34 @@ class _Checks:
         return self.wrong(name, "a list of strings", ())
 
     def targets(self):
-        found = self.raw.get("target_modules")
-        if found is None:
-            return None
-        if isinstance(found, str):
+        """(the setting, its expression, its names)."""
+        found, target = self.raw.get("target_modules"), None
+        if not isinstance(found, str):
+            names = None if found is None else self.strings("target_modules")
+            return names, None, frozenset(names or ())
+        try:
             if found != "all-linear":
-                self.expressions[found] = SafePattern(found, "target_modules")
-            return found
-        return self.strings("target_modules")
+                target = SafePattern(found, "target_modules", self.budget)
+        except LoRAError as e:
+            self.failures.append(str(e))
+        return found, target, frozenset()
 
-    def patterns(self, name, is_value) -> Mapping[str, Any]:
-        found = self.raw.get(name)
-        if found is None:
-            return {}
+    def parameters(self) -> Mapping[str, tuple[tuple[int, str], ...]]:
+        found: dict[str, list[tuple[int, str]]] = {}
+        for place, text in enumerate(self.strings("target_parameters")):
+            module, _, name = text.rpartition(".")
+            found.setdefault(module, []).append((place, name))
+        return {module: tuple(names) for module, names in found.items()}
+
+    def patterns(self, name, is_value) -> Patterns:
+        found = self.raw.get(name) or {}
         if not isinstance(found, dict) or not all(map(is_value, found.values())):
-            return self.wrong(name, "a map of names to numbers", {})
-        if not all(isinstance(v, list) for v in found.values()):
-            for key in found:
-                text = _ending(key)
-                if not PLAIN.fullmatch(key):
-                    self.expressions[text] = SafePattern(text, name)
-        return found
+            found = self.wrong(name, "a map of names to numbers", {})
+        if any(isinstance(v, list) for v in found.values()):
+            found = {}  # AdaLoRA's, which say which ranks were kept
+        patterns = Patterns(found, name, self.budget)
+        self.failures += patterns.failures
+        return patterns
 
     def tokens(self):
         """{end of a module's name: row numbers}; a list is for whatever module has the tensor."""
@@ -250,6 +255,8 @@ class _Checks:
         if found is None:
             return None
         found = {"": found} if isinstance(found, list) else found
+        if isinstance(found, dict) and len(found) > MAX_TABLES:
+            return self.wrong(name, f"at most {MAX_TABLES} tables", None)
         if not isinstance(found, dict) or not all(
             isinstance(v, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in v)
             for v in found.values()

@@ -7,14 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax._errors import LoRAError, raise_all
+from lora_jax._errors import SHOWN, LoRAError, raise_all
 from lora_jax._paths import nearest
 from lora_jax._peft_blocks import Block, LeafInfo, block, layouts
-from lora_jax._peft_layers import Experts, NewRows, Update
-from lora_jax._peft_map import Entry
+from lora_jax._peft_map import BIASES, Entry
+from lora_jax._peft_parts import NewRows, Update
 
-SHOWN = 20  # failures
-BIASES = ("bias", "b")
 WEIGHTS = ("kernel", "weight", "embedding", "scale", "w", "table")
 TABLE = 'mapping={r"model\\.layers\\.(\\d+)\\.self_attn\\.q_proj": "layers_{1}/attn/query/kernel"}'
 
@@ -149,57 +147,19 @@ class Finder:
         blocks = self._one(rows.name, problem, f"rows up to {highest} of {rows.shape[1]} features")
         return blocks and Entry(rows.name, blocks, "rows")
 
-    def experts(self, found: Experts, order=None, along=None) -> list[tuple[Entry, Update]]:
-        """Which parameter each pair of tensors is: the one assignment that the leaves allow.
-
-        What A runs along is the same for all of a module. Up to PEFT 0.18 it is the parameter's
-        first axis, from 0.19.1 on its last, or the inputs where the module says `is_transposed`;
-        so the file does not say it, and the shapes must, or the caller: `along`.
-        """
-        turns = {None: (False, True), "in": (False,), "out": (True,)}
-        if along not in turns:
-            raise LoRAError(f"experts_a={along!r}: expected 'in' or 'out'")
-        ways = [way for turn in turns[along] for way in self._ways(found.pairs, (), turn)]
-        if order is not None:  # innermost first; the pairs are outermost first
-            ways = [way for way in ways if _descending(way, list(order))]
-        if len(ways) == 1:
-            return ways[0][::-1]
-        names = dict.fromkeys(p for pair in found.pairs for p in pair)
-        sizes = ", ".join(
-            f"{u.batch} of {u.n_in} by {u.n_out}" for p in found.pairs for u in list(p.values())[:1]
-        )
-        self.failures.append(
-            f"'{found.module}' ({', '.join(names)}; {sizes}): "
-            + (
-                f"{len(ways)} ways to assign its tensors fit, and the file does not say which: "
-                f"load_peft(..., experts={list(names)}, in the order of the torch module's "
-                "parameters, experts_a='in'), or 'out' where PEFT's lora_A runs along the outputs: "
-                "see load_peft"
-                if ways
-                else "no leaves have these names and sizes; where the experts' axis is not one of "
-                "a stack in the survey, load_peft(folder, params, targets) with targets = "
-                "lora.select(params, config, survey) and a Rule(..., batch_axes=(0,)) in config"
-            )
-        )
-        return []
-
-    def _ways(self, pairs: Sequence[Mapping[str, Update]], used: tuple[str, ...], turn: bool):
-        if not pairs:
-            yield []
-            return
-        for parameter, update in pairs[0].items():
-            if parameter in used:
-                continue
-            update = update.turned() if turn else update
-            fits = [
-                [c for c in group if not _update_problem(update, c)]
-                for group in self._candidates(update.name)
-            ]
-            blocks = next((f for f in fits if f), [])
-            if len(blocks) == 1:
-                entry = Entry(update.name, blocks[0], "experts", swapped=turn)
-                for way in self._ways(pairs[1:], (*used, parameter), turn):
-                    yield [(entry, update), *way]
+    def expert(self, update: Update, swapped: bool) -> tuple[Entry, Update] | None:
+        """The entry of one parameter of a module of experts, if one leaf fits it best."""
+        update = update.turned() if swapped else update
+        for group in self._candidates(update.name):
+            fits = [c for c in group if not _update_problem(update, c)]
+            if fits:
+                alone = len(fits) == 1
+                return (
+                    (Entry(update.name, fits[0], "experts", None, None, swapped), update)
+                    if alone
+                    else None
+                )
+        return None
 
     def _one(self, name: str, problem, what: str) -> tuple[Block, ...] | None:
         """The only blocks that fit; anything else is a failure that lists the candidates."""
@@ -305,12 +265,6 @@ def is_head(name: str) -> bool:
     return last == "weight" and "head" in module.rpartition(".")[2]
 
 
-def _descending(way, order: list[str]) -> bool:
-    names = [entry.name.rpartition(".")[2] for entry, _ in way]
-    at = [order.index(n) for n in names if n in order]
-    return at == sorted(at, reverse=True)
-
-
 def _update_problem(update: Update, blocks: Sequence[Block]) -> str | None:
     for b in blocks:
         if b.leaf.geometry is None and b.leaf.kind != "?":
@@ -361,7 +315,6 @@ def finish(finder: Finder, what: str) -> None:
     """Raises what could not be found."""
     raise_all(
         f"{what}: no leaf, or more than one, for these torch parameters:",
-        finder.failures[:SHOWN]
-        + ([f"and {len(finder.failures) - SHOWN} more"] if len(finder.failures) > SHOWN else []),
+        finder.failures,
         f"say which leaf it is: {TABLE}",
     )

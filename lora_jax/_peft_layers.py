@@ -11,13 +11,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
 
 from lora_jax._errors import raise_all
 from lora_jax._peft_config import PeftConfig
+from lora_jax._peft_experts import is_inside, read_experts
 from lora_jax._peft_file import AdapterFile
+from lora_jax._peft_parts import NewRows, Parsed, Update, Value, plain_name
 
 PREFIX = "base_model.model."
 # The last part of a key, and what it is. Anything else is a parameter in full (modules_to_save).
@@ -36,102 +35,6 @@ TAILS = {
 }
 COPY = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")
 SEPARATE = re.compile(r"(.+)\.base_layer\.out_proj")  # torch's MultiheadAttention: its out_proj
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """A low-rank update of one torch parameter.
-
-    Attributes:
-      name: the parameter, such as "model.layers.0.self_attn.q_proj.weight".
-      kind: "linear", "embedding", "conv" or "experts".
-      rank, n_in, n_out, batch: sizes; batch is the number of experts, else 1.
-      scale: the constant before B·A.
-      a, b, e: the keys of its tensors; e is AdaLoRA's diagonal.
-      magnitude: the key of DoRA's.
-    """
-
-    name: str
-    kind: str
-    rank: int
-    n_in: int
-    n_out: int
-    batch: int
-    scale: float
-    a: str
-    b: str
-    e: str | None = None
-    window: tuple[int, ...] = ()  # of a convolution
-    swapped: bool = False  # A runs along the outputs of the leaf, B along its inputs
-    magnitude: str | None = None
-
-    def arrays(self, file: AdapterFile) -> tuple[np.ndarray, np.ndarray]:
-        """A (batch, rank, in) and B (batch, out, rank), in the type in which they are stored."""
-        a, b = file.read(self.a), file.read(self.b)
-        if self.kind == "experts":  # A is expert-major, B rank-major
-            a = a.reshape(self.batch, self.rank, -1)
-            b = b.reshape(-1, self.rank, self.batch).transpose(2, 0, 1)
-        else:
-            a, b = a.reshape(1, self.rank, -1), b.reshape(1, -1, self.rank)
-        if self.e is not None:
-            a = a.astype(np.float32) * file.read(self.e).astype(np.float32)[None]
-        return (b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if self.swapped else (a, b)
-
-    def turned(self) -> Update:
-        """The update of the transposed weight."""
-        return dataclasses.replace(self, n_in=self.n_out, n_out=self.n_in, swapped=not self.swapped)
-
-
-@dataclasses.dataclass(frozen=True)
-class Experts:
-    """The adapted parameters of one module of experts; which is which only the leaves can say.
-
-    Attributes:
-      module: the module's name.
-      pairs: for each pair of tensors, outermost first: {parameter that `target_parameters` may mean
-        by it: the update that it is then}.
-    """
-
-    module: str
-    pairs: tuple[Mapping[str, Update], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """A parameter in full: `key`, if given, replaces it; scale · `add` is added to it."""
-
-    name: str
-    shape: tuple[int, ...]
-    key: str | None
-    add: str | None = None
-    scale: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class NewRows:
-    """Rows `index` of a table, replaced by the rows of `key`."""
-
-    name: str
-    shape: tuple[int, ...]
-    key: str
-    index: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Parsed:
-    """All that a file holds.
-
-    `tables` are frozen base tables, which PEFT stores beside an adapted embedding; `copies` are
-    pairs of keys that must hold the same, maybe transposed (with bias="all", it stores a saved
-    module's bias twice, with ensure_weight_tying the factors of embedding and head).
-    """
-
-    updates: tuple[Update, ...]
-    experts: tuple[Experts, ...]
-    values: tuple[Value, ...]
-    rows: tuple[NewRows, ...]
-    tables: tuple[Value, ...]
-    copies: tuple[tuple[str, str, bool], ...] = ()
 
 
 def parse(file: AdapterFile, config: PeftConfig, *, doubled_out_proj: bool = True) -> Parsed:
@@ -166,8 +69,8 @@ class _Parser:
             if "rows" in parts:
                 rows += self._rows(module, parts.pop("rows"))
             pair = self._pair(module, parts)
-            if pair is not None and not parts.keys() & {"table_a", "e"} and self._inside(module):
-                experts.append((module, pair))
+            if pair is not None and is_inside(plain_name(module), parts, self.config):
+                experts.append((module, *pair[:2]))
             elif pair is not None:
                 updates += self._update(module, parts, pair)
         copies = self._copied()
@@ -175,11 +78,10 @@ class _Parser:
             self._whole(name, key, values, tables)
         for update in updates:
             self._bias(update, values)
-        found = tuple(self._experts(experts))
+        found = tuple(read_experts(experts, self.file, self.config, self._wrong))
         raise_all(
             f"{self.file.folder}: tensors that cannot be used:",
-            self.failures[:20],
-            f"and {len(self.failures) - 20} more" if len(self.failures) > 20 else "",
+            self.failures,
         )
         return Parsed(
             tuple(updates),
@@ -250,24 +152,6 @@ class _Parser:
             return None
         return parts[names[0]], parts[names[1]], table
 
-    def _inside(self, module: str) -> bool:
-        """Whether it is a module of which single parameters are adapted."""
-        explicit = self.config.targets not in (None, "all-linear")
-        return bool(self._parameters(module)) and not (
-            explicit and self.config.targeted(_plain(module))
-        )
-
-    def _parameters(self, module: str) -> tuple[str, ...]:
-        """The parameters that `target_parameters` may mean in this module."""
-        module = _plain(module)
-        return tuple(
-            dict.fromkeys(
-                t.rpartition(".")[2]
-                for t in self.config.parameters
-                if f".{module}.{t.rpartition('.')[2]}".endswith("." + t)
-            )
-        )
-
     def _update(self, module: str, parts, pair) -> list[Update]:
         key_a, key_b, table = pair
         a, b = self.file.shape(key_a), self.file.shape(key_b)
@@ -308,12 +192,12 @@ class _Parser:
             return
         if self.file.shape(key) != (update.n_out,):
             return self._wrong(key, f"expected shape ({update.n_out},)")
-        name = _plain(module) + ".bias"
+        name = plain_name(module) + ".bias"
         value = values.get(name, Value(name, (update.n_out,), None))
         values[name] = dataclasses.replace(value, add=key, scale=update.scale)
 
     def _whole(self, name: str, key: str, values, tables) -> None:
-        plain, shape = _plain(name), self.file.shape(key)
+        plain, shape = plain_name(name), self.file.shape(key)
         if name.endswith(".base_layer.weight"):
             tables.append(Value(plain, shape, key))
         elif plain in values:
@@ -325,47 +209,13 @@ class _Parser:
         shape, tokens = self.file.shape(key), self.config.tokens or {}
         found = [v for k, v in tokens.items() if module.endswith(k)]
         if len(shape) != 2 or len(found) != 1 or len(found[0]) != shape[0]:
-            self._wrong(key, f"trainable_token_indices gives {[len(f) for f in found]} rows for it")
+            self._wrong(
+                key, f"trainable_token_indices gives {[len(f) for f in found[:5]]} rows for it"
+            )
             return []
         if len(set(found[0])) != len(found[0]):
             self._wrong(key, "trainable_token_indices names a row twice")
-        return [NewRows(_plain(module) + ".weight", shape, key, found[0])]
-
-    def _experts(self, found: list[tuple[str, Any]]):
-        """Groups the pairs of one module; the outermost has the fewest `base_layer`."""
-        modules: dict[str, list] = {}
-        for module, pair in sorted(found, key=lambda f: f[0].count(".base_layer")):
-            modules.setdefault(_plain(module), []).append(pair)
-        for module, pairs in modules.items():
-            names = self._parameters(module)
-            if len(names) < len(pairs):
-                self._wrong(
-                    pairs[0][0],
-                    f"{len(pairs)} adapted parameters, but target_parameters names "
-                    f"{', '.join(names)}",
-                )
-                continue
-            yield Experts(module, tuple(self._expert(module, *pair[:2]) for pair in pairs))
-
-    def _expert(self, module: str, key_a: str, key_b: str) -> dict[str, Update]:
-        """One pair, of which only the module is known, as each parameter that it may be."""
-        a, b = self.file.shape(key_a), self.file.shape(key_b)
-        found = {}
-        for parameter in self._parameters(module):
-            name = f"{module}.{parameter}"
-            rank = self.config.rank_of(name)
-            if len(a) == len(b) == 2 and a[0] == b[1] and a[0] % rank == 0:
-                sizes = (rank, a[1], b[0], a[0] // rank)
-                scale = self.config.scale(name, rank)
-                found[parameter] = Update(name, "experts", *sizes, scale, key_a, key_b)
-        if not found:
-            rank = self.config.rank_of(f"{module}.{self._parameters(module)[0]}")
-            self._wrong(key_a, f"with B {b}: expected (experts * {rank}, in) and (out, the same)")
-        return found
-
-
-def _plain(name: str) -> str:
-    return name.replace(".base_layer", "")
+        return [NewRows(plain_name(module) + ".weight", shape, key, found[0])]
 
 
 def _misfit(a, b, e=None, magnitude=None) -> str | None:

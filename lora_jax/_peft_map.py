@@ -16,6 +16,8 @@ from lora_jax._table import table
 from lora_jax._targets import Targets
 from lora_jax._weight import Geometry
 
+BIASES = ("bias", "b")
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -81,7 +83,8 @@ def leaf_infos(params: Any, survey: Survey | Targets | None) -> dict[str, LeafIn
     infos = {}
     for path, x in leaves.items():
         shape = tuple(x.shape)
-        matrix = len(shape) == 2 and not isinstance(survey, Survey)
+        vector = path.rpartition("/")[2].lower() in BIASES  # of heads, too
+        matrix = len(shape) == 2 and not vector and not isinstance(survey, Survey)
         geometry = Geometry((0,), (1,)) if matrix else None
         kind, tied, dilated = "?", False, False
         if isinstance(survey, Survey):

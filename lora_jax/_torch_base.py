@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_jax._errors import raise_all
 from lora_jax._paths import nearest
-from lora_jax._peft_layers import Experts, NewRows, Update, Value
 from lora_jax._peft_map import Entry
+from lora_jax._peft_parts import Experts, NewRows, Update, Value
 from lora_jax._torch_tree import EXPERTS_OUT_IN, IN_OUT, OUT_IN, TorchAdapter, entry, torch_shape
 from lora_jax._weight import Geometry
 

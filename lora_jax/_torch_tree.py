@@ -19,8 +19,9 @@ from lora_jax._peft import _Build
 from lora_jax._peft_blocks import Block, LeafInfo
 from lora_jax._peft_config import PeftConfig, peft_config
 from lora_jax._peft_file import CONFIG, AdapterFile, open_adapter
-from lora_jax._peft_layers import Experts, NewRows, Parsed, Update, Value, parse
+from lora_jax._peft_layers import parse
 from lora_jax._peft_map import Entry
+from lora_jax._peft_parts import Experts, NewRows, Parsed, Update, Value
 from lora_jax._weight import Geometry
 
 OUT_IN, IN_OUT = Geometry((1,), (0,)), Geometry((0,), (1,))
@@ -102,7 +103,7 @@ def open_torch(folder: str | os.PathLike, ignore: Sequence[str] = ()) -> TorchAd
       LoRAError: as `load_peft`, for what is wrong with the folder itself.
     """
     file = open_adapter(folder)
-    config = peft_config(file.config, file.folder / CONFIG, tuple(ignore))
+    config = peft_config(file.config, file.folder / CONFIG, tuple(ignore), len(file.tensors))
     parsed = parse(file, config)
     parts: dict[str, tuple[Entry, Any]] = {}
     for u in parsed.updates:

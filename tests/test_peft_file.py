@@ -247,8 +247,9 @@ def test_abstract_parameters_are_enough(folder):
 
 def test_the_time_of_a_pattern_is_bounded():
     """Each step costs as much as the positions that it starts from."""
-    with fails("takes too long"):
+    with fails("take too long"):
         pattern = SafePattern("(" + ".*" * 1500 + ")*b")
+        pattern.budget.left = 200_000
         for _ in range(1000):
             pattern.fullmatch("a" * 300)
-    assert pattern.steps < 1.1 * 20_000_000
+    assert -1000 < pattern.budget.left < 0

@@ -368,7 +368,9 @@ WRITTEN = [
 @needs_peft
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "kind, config", WRITTEN, ids=[f"{k}-{'-'.join(c.keys() - TWO.keys())}" for k, c in WRITTEN]
+    "kind, config",
+    WRITTEN,
+    ids=[f"{k}-{'-'.join(n for n in c if n not in TWO)}" for k, c in WRITTEN],
 )
 def test_kinds_that_peft_writes(kind, config, tmp_path):
     import torch_models
