@@ -20,7 +20,7 @@ from lora_jax._peft_export import Export
 from lora_jax._peft_layers import PREFIX
 from lora_jax._peft_map import Entry, TorchMapping
 from lora_jax._peft_parts import Experts, Update
-from lora_jax._peft_save import _write
+from lora_jax._peft_save import write_folder
 from lora_jax._torch_tree import TorchAdapter, expert_names, norm, open_torch
 
 
@@ -75,7 +75,7 @@ def combine_folders(
     low = lambda x: x if dtype is None else x.astype(dtype)
     tensors = {k: np.ascontiguousarray(low(v)) for k, v in tensors.items()}
     with replacing(Path(out)) as new:
-        _write(new, tensors, settings)
+        write_folder(new, tensors, settings)
     return {name: node.rank for name, node in nodes.items()}
 
 

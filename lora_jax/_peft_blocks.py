@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
+from lora_jax._adapters import DoRA, LowRank
 from lora_jax._errors import LoRAError
 from lora_jax._weight import RANK, Geometry
 
@@ -218,3 +220,63 @@ def from_leaf(pieces: Sequence[np.ndarray], layout: str, blocks, shape) -> np.nd
         flat.append(piece.transpose(labels).reshape(b.n_batch, b.n_out, b.n_in))
     array = np.concatenate(flat, axis=1)
     return (array.swapaxes(1, 2) if layout == "in_out" else array).reshape(shape)
+
+
+def own_factors(node: LowRank, block: Block, blocks: Iterable[Block]):
+    """(A, B) of one block of a leaf, without the ranks that are another block's alone."""
+    a, b = np.asarray(node.a), np.asarray(node.b)
+    own_a, own_b = torch_a(a, block), torch_b(b, block)
+    if len(set(blocks)) == 1:
+        return own_a, own_b
+    out_axes = node.geometry.out_axes
+    regions = {tuple(x.index[d] for d in out_axes): x for x in blocks}
+    mine = own_b.any(axis=(0, 1))
+    keep = own_a.any(axis=(0, 2)) | mine
+    if len(regions) > 1:
+        used = np.array([torch_b(b, x).any(axis=(0, 1)) for x in _whole(regions.values())])
+        if (used.sum(axis=0) <= 1).all():  # block-diagonal: each rank is one region's
+            keep = mine
+    if not keep.any():
+        keep = np.arange(len(keep)) < 1 if len(regions) > 1 else np.ones_like(keep)
+    return own_a[:, keep], own_b[:, :, keep]
+
+
+def changes_outside(node: LowRank, blocks: Iterable[Block], magnitude: Any = None) -> bool:
+    """Whether it changes the leaf where no torch parameter is: B is not zero there, or a DoRA's
+    magnitude is not `magnitude`, the base's norms."""
+    g = node.geometry
+    changed = np.asarray(node.b != 0).any(axis=g.b_dims.index(RANK))
+    if isinstance(node, DoRA):
+        changed = changed | (True if magnitude is None else np.asarray(node.magnitude) != magnitude)
+    for block in blocks:
+        changed[block.region((*g.batch_axes, *g.out_axes))] = False
+    return bool(changed.any())
+
+
+def _whole(regions: Iterable[Block]) -> list[Block]:
+    """The same out axes for all of the stack."""
+    return [
+        Block(b.leaf, tuple(None if d in b.leaf.geometry.batch_axes else i
+                            for d, i in enumerate(b.index)))
+        for b in regions
+    ]  # fmt: skip
+
+
+def together(parts) -> tuple[np.ndarray, np.ndarray]:
+    """One A and B for several blocks in a row: A shared where it is the same, else B block-diagonal
+    over the ranks of all."""
+    known = [a for a, _ in parts if a is not None]
+    if all(a.dtype == known[0].dtype and np.array_equal(a, known[0]) for a in known):
+        rank = known[0].shape[1]
+        rows = [
+            b if a is not None else np.zeros((*b.shape[:2], rank), known[0].dtype) for a, b in parts
+        ]
+        return known[0], np.concatenate(rows, axis=1)
+    total, at, rows = sum(a.shape[1] for a in known), 0, []
+    for a, b in parts:
+        row = np.zeros((*b.shape[:2], total), b.dtype)
+        n = 0 if a is None else a.shape[1]
+        row[:, :, at : at + n] = b
+        at += n
+        rows.append(row)
+    return np.concatenate(known, axis=1), np.concatenate(rows, axis=1)

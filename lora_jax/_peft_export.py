@@ -5,16 +5,15 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lora_jax._adapters import DoRA, Full, LoRA, LowRank, Rows, is_node
 from lora_jax._errors import raise_all
-from lora_jax._peft_blocks import Block, from_leaf, torch_a, torch_b
+from lora_jax._peft_blocks import Block, changes_outside, from_leaf, own_factors, together, torch_b
 from lora_jax._peft_map import Entry, TorchMapping
-from lora_jax._weight import RANK
 
 VERSION = "0.21.2"
 PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "default")  # PEFT's, in its layers
@@ -85,10 +84,16 @@ class Export:
                     f"'{path}' is the embedding and the head, and the mapping has one of the two; "
                     "name both in torch_mapping, such as embed_tokens.weight and lm_head.weight"
                 )
+            elif blocks[0].leaf.tied and isinstance(node, DoRA):
+                self.failures.append(
+                    f"'{path}' is the embedding and the head, and a DoRA: PEFT scales the one "
+                    "by its columns and the other by its rows; untie them in the model"
+                )
             elif blocks[0].leaf.shape != shape:
                 self.failures.append(f"'{path}' {shape}, but {blocks[0].leaf.shape} in the mapping")
             elif (n := sum(math.prod(b.shape) for b in set(blocks))) != math.prod(shape) and (
-                not isinstance(node, LoRA) or _changes_outside(node, blocks)
+                not isinstance(node, LowRank)
+                or changes_outside(node, blocks, self.mapping.untouched.get(path))
             ):
                 self.failures.append(
                     f"'{path}' {shape}: the mapping has {n:,} of {math.prod(shape):,} elements"
@@ -108,7 +113,7 @@ class Export:
                     "mapping; make the mapping with the targets that the adapters were made with"
                 )
                 return
-            a, b = _own(node, block, self.blocks[block.leaf.path])
+            a, b = own_factors(node, block, self.blocks[block.leaf.path])
             if entry.swapped:
                 a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
             if node.scale != scale:
@@ -117,25 +122,32 @@ class Export:
         if entry.swapped and len(parts) > 1:
             self.failures.append(f"'{entry.name}': A runs along the outputs of several leaves")
             return
-        a, b = _together(parts)
+        a, b = together(parts)
         magnitude = (
             self._magnitude(entry, nodes) if any(isinstance(n, DoRA) for n in nodes) else None
         )
         self.low[entry.name] = _Low(entry, a, b, scale, dropout, magnitude)
 
     def _magnitude(self, entry: Entry, nodes: Sequence[DoRA | None]) -> np.ndarray | None:
-        if None in nodes or entry.kind == "experts" or entry.name.endswith("in_proj_weight"):
-            what = (
-                "others of its leaves are not adapted"
-                if None in nodes
-                else "PEFT has no DoRA of it"
+        """The magnitudes of a torch parameter, (out,)."""
+        if None in nodes:
+            lacking = [b.leaf.path for b, n in zip(entry.blocks, nodes) if n is None]
+            self.failures.append(
+                f"'{entry.name}' is a DoRA, but {', '.join(lacking)}, which belongs to it in "
+                "torch, is not adapted; adapt it too: lora.dora(params, adapters)"
             )
-            self.failures.append(f"'{entry.name}' is a DoRA, but {what}")
             return None
-        return np.concatenate([
-            torch_b(np.expand_dims(n.magnitude, len(n.geometry.batch_axes)), b)[0, :, 0]
+        if entry.kind == "experts" or entry.name.endswith("in_proj_weight"):
+            what = "single parameters" if entry.kind == "experts" else "a MultiheadAttention"
+            self.failures.append(
+                f"'{entry.name}' is a DoRA, and PEFT has none of {what}; merge it: lora.merge"
+            )
+            return None
+        parts = [
+            torch_b(np.expand_dims(np.asarray(n.magnitude), len(n.geometry.batch_axes)), b)
             for b, n in zip(entry.blocks, nodes)
-        ])  # fmt: skip
+        ]
+        return np.concatenate([p[0, :, 0] for p in parts])
 
     def _full(self, entry: Entry, nodes: Sequence[Full | None]) -> None:
         if entry.layout is None or None in nodes:
@@ -299,63 +311,6 @@ class Export:
                         f"'{name}' is trained in full, which PEFT takes to mean '{module}' as "
                         "well, which is adapted; train or adapt both in the same way"
                     )
-
-
-def _own(node: LowRank, block: Block, blocks: Iterable[Block]) -> tuple[np.ndarray, np.ndarray]:
-    """The A and B of one block of a leaf, without the ranks that are another block's alone."""
-    a, b = np.asarray(node.a), np.asarray(node.b)
-    own_a, own_b = torch_a(a, block), torch_b(b, block)
-    if len(set(blocks)) == 1:
-        return own_a, own_b
-    out_axes = node.geometry.out_axes
-    regions = {tuple(x.index[d] for d in out_axes): x for x in blocks}
-    mine = own_b.any(axis=(0, 1))
-    keep = own_a.any(axis=(0, 2)) | mine
-    if len(regions) > 1:
-        used = np.array([torch_b(b, x).any(axis=(0, 1)) for x in _whole(regions.values())])
-        if (used.sum(axis=0) <= 1).all():  # block-diagonal: each rank is one region's
-            keep = mine
-    if not keep.any():
-        keep = np.arange(len(keep)) < 1 if len(regions) > 1 else np.ones_like(keep)
-    return own_a[:, keep], own_b[:, :, keep]
-
-
-def _changes_outside(node: LoRA, blocks: Iterable[Block]) -> bool:
-    """Whether B is other than zero where no torch parameter is."""
-    g = node.geometry
-    changed = np.asarray(node.b != 0).any(axis=g.b_dims.index(RANK))
-    for block in blocks:
-        changed[block.region((*g.batch_axes, *g.out_axes))] = False
-    return bool(changed.any())
-
-
-def _whole(regions: Iterable[Block]) -> list[Block]:
-    """The same out axes for all of the stack."""
-    return [
-        Block(b.leaf, tuple(None if d in b.leaf.geometry.batch_axes else i
-                            for d, i in enumerate(b.index)))
-        for b in regions
-    ]  # fmt: skip
-
-
-def _together(parts) -> tuple[np.ndarray, np.ndarray]:
-    """One A and B for several blocks in a row: A shared where it is the same, else B block-diagonal
-    over the ranks of all."""
-    known = [a for a, _ in parts if a is not None]
-    if all(a.dtype == known[0].dtype and np.array_equal(a, known[0]) for a in known):
-        rank = known[0].shape[1]
-        rows = [
-            b if a is not None else np.zeros((*b.shape[:2], rank), known[0].dtype) for a, b in parts
-        ]
-        return known[0], np.concatenate(rows, axis=1)
-    total, at, rows = sum(a.shape[1] for a in known), 0, []
-    for a, b in parts:
-        row = np.zeros((*b.shape[:2], total), b.dtype)
-        n = 0 if a is None else a.shape[1]
-        row[:, :, at : at + n] = b
-        at += n
-        rows.append(row)
-    return np.concatenate(known, axis=1), np.concatenate(rows, axis=1)
 
 
 def _alpha(rank: int, scale: float) -> int | float:

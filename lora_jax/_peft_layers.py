@@ -170,6 +170,8 @@ class _Parser:
         name = module.replace(".base_layer.out_proj", ".out_proj") + ".weight"
         if f"{module}.base_layer.out_proj" in self.adapted:
             name = module + ".in_proj_weight"
+        if "magnitude" in parts and (owner or name.endswith("in_proj_weight")):
+            self._wrong(key_a, "a DoRA of a MultiheadAttention, which PEFT does not have")
         kind = "embedding" if table else ("conv" if len(a) > 2 else "linear")
         n_in, window = math.prod(a[1:]), a[2:]
         sizes = (a[0], n_in, b[0], 1)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lora_jax._errors import LoRAError
 from lora_jax._flow import LOOK_UP
 from lora_jax._nnx import state_of
@@ -47,9 +49,14 @@ class TorchMapping:
 
     Attributes:
       entries: {torch name: `Entry`}.
+      untouched: {leaf: magnitudes (*batch, *out)} of `DoRA`s of which the file had a part: the rest
+        are the base's norms, which `save_peft` leaves out as long as they are as they were.
     """
 
     entries: Mapping[str, Entry]
+    untouched: Mapping[str, np.ndarray] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def __len__(self):
         return len(self.entries)

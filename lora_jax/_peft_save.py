@@ -187,10 +187,11 @@ def save_peft(
         PREFIX + k: np.ascontiguousarray(v if dtype is None else v.astype(dtype))
         for k, v in out.tensors.items()
     }
-    _write(Path(folder), tensors, settings)
+    write_folder(Path(folder), tensors, settings)
 
 
-def _write(folder: Path, tensors, settings) -> None:
+def write_folder(folder: Path, tensors: Mapping[str, np.ndarray], settings: Mapping) -> None:
+    """Writes both files of an adapter; they take their place once both are complete."""
     folder.mkdir(parents=True, exist_ok=True)
     new = [folder / f".{name}.{os.getpid()}" for name in (TENSORS, CONFIG)]
     try:

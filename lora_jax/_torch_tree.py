@@ -15,8 +15,8 @@ import numpy as np
 
 from lora_jax._adapters import LoRA
 from lora_jax._errors import raise_all
-from lora_jax._peft import _Build
 from lora_jax._peft_blocks import Block, LeafInfo
+from lora_jax._peft_build import Build
 from lora_jax._peft_config import PeftConfig, peft_config
 from lora_jax._peft_file import CONFIG, AdapterFile, open_adapter
 from lora_jax._peft_layers import parse
@@ -53,7 +53,7 @@ class TorchAdapter:
         place, what = self.parts[name]
         path, shape = place.blocks[0].leaf.path, place.shape
         base = jax.ShapeDtypeStruct(shape, np.float32) if base is None else base
-        build = _Build(self.file, self.config, _OneLeaf(path, base), dtype)
+        build = Build(self.file, self.config, _OneLeaf(path, base), dtype)
         build.add(place, what)
         nodes = build.nodes()
         raise_all(f"{self.file.folder}: cannot be used:", build.failures)

@@ -48,7 +48,8 @@ def weights(name, folder):
         if tail in ("A.weight", "embedding_A"):
             b = found[f"{module}.lora_{tail.replace('A', 'B')}"]
             e = found.get(f"{module}.lora_E")
-            low_rank(out, config, module, value if e is None else value * e, b, tail)
+            m = found.get(f"{module}.lora_magnitude_vector")
+            low_rank(out, config, module, value if e is None else value * e, b, tail, m)
         elif key.endswith(".token_adapter.trainable_tokens_delta"):
             tokens = config["trainable_token_indices"]
             module = key.removesuffix(".token_adapter.trainable_tokens_delta")
@@ -74,7 +75,7 @@ def in_full(value, shape):
     raise ValueError(f"a value of shape {value.shape} for one of {shape}")
 
 
-def low_rank(out, config, module, a, b, tail):
+def low_rank(out, config, module, a, b, tail, magnitude=None):
     if config.get("target_parameters") and module.startswith("experts"):
         return experts(out, config, module, a, b)
     owner, name, twice = module, f"{module}.weight", 1
@@ -87,9 +88,20 @@ def low_rank(out, config, module, a, b, tail):
         return None  # AdaLoRA, pruned
     rank = a.shape[0]
     delta = b.reshape(-1, rank) @ a.reshape(rank, -1)
-    if tail == "embedding_A" or TRANSPOSED.fullmatch(module):
-        delta = delta.T
-    out[name] += twice * scale(config, owner, rank) * delta.reshape(out[name].shape)
+    turned = tail == "embedding_A" or TRANSPOSED.fullmatch(module)
+    delta = (delta.T if turned else delta).reshape(out[name].shape)
+    out[name] += twice * scale(config, owner, rank) * delta
+    if magnitude is not None:
+        if twice == 2 or name.endswith("in_proj_weight"):
+            raise ValueError("PEFT has no DoRA of a MultiheadAttention")
+        out[name] = scaled(out[name], magnitude.reshape(-1), (0,) if turned else None)
+
+
+def scaled(weight, magnitude, in_axes=None):
+    """m · V / ‖V‖ for each output unit; one that is zero stays so."""
+    in_axes = tuple(range(1, weight.ndim)) if in_axes is None else in_axes
+    norm = np.sqrt((weight**2).sum(in_axes, keepdims=True))
+    return np.expand_dims(magnitude, in_axes) * weight / np.where(norm > 0, norm, 1)
 
 
 def experts(out, config, module, a, b):
@@ -109,11 +121,13 @@ def merged(params, adapters):
     out = {}
     for path, leaf in flatten(params).items():
         leaf, node = np.array(leaf, np.float64), nodes.pop(path, None)
-        if isinstance(node, lora.LoRA):
+        if isinstance(node, lora.LoRA | lora.DoRA):
             a, b = np.asarray(node.a, np.float64), np.asarray(node.b, np.float64)
             stacked = bool(node.geometry.batch_axes)
             delta = [np.tensordot(x, y, 1) for x, y in (zip(a, b) if stacked else [(a, b)])]
             leaf += node.scale * np.stack(delta).reshape(leaf.shape)
+            if isinstance(node, lora.DoRA):
+                leaf = scaled(leaf, np.asarray(node.magnitude, np.float64), node.geometry.in_axes)
         elif isinstance(node, lora.Full):
             leaf = np.asarray(node.value, np.float64)
         elif isinstance(node, lora.Rows):

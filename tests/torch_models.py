@@ -3,6 +3,7 @@
 import golden_models as g
 import numpy as np
 import torch
+from make_golden import GOLDEN
 from torch import nn
 
 
@@ -81,7 +82,8 @@ MODELS = {"llama": llama, "gpt2": gpt2, "net": Net, "conv": ConvNet, "moe": Moe,
 def based(name):
     """The torch model with its base weights, in their type."""
     weights = {k: as_torch(v) for k, v in g.base(name).items()}
-    model = MODELS[name.partition("_")[0]]().to(next(iter(weights.values())).dtype)
+    make = KINDS[GOLDEN[name][0]] if name in GOLDEN else MODELS[name.partition("_")[0]]
+    model = make().to(next(iter(weights.values())).dtype)
     model.load_state_dict(weights)
     return model
 
@@ -185,12 +187,28 @@ class Classifier(nn.Module):
         return self.classifier(torch.relu(self.lin(self.emb(x))))
 
 
-def small_llama(tied):
+def small_llama(tied, layers=1):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes = {
+        "vocab_size": 24,
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": layers,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8 if p.ndim > 1 else 1)
+    return model
+
+
+def small_gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    model = GPT2LMHeadModel(config)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(8 if p.ndim > 1 else 1)
@@ -207,6 +225,8 @@ KINDS = {
     "net": Net,
     "tied": lambda: small_llama(True),
     "untied": lambda: small_llama(False),
+    "two_layers": lambda: small_llama(False, layers=2),
+    "gpt2": small_gpt2,
 }
 INPUTS = {"convs": (2, 3, 8, 8), "gated": (4, 5), "mha": (2, 3, 8)}
 
