@@ -62,8 +62,8 @@ GOLDEN = {
         "two_layers",
         {
             **DORA,
-            "rank_pattern": {"layers.1.self_attn.q_proj": 3},
-            "alpha_pattern": {"v_proj": 2},
+            "rank_pattern": {"layers.1.self_attn.q_proj": 4},  # the scale is that of the others
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 10},
             "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"],
         },
         False,
