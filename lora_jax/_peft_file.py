@@ -26,6 +26,7 @@ from lora_jax._errors import LoRAError, raise_all
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 MAX_CONFIG = 4 << 20  # bytes
+MAX_KEYS = 60_000  # in it: a pattern for each of so many modules
 MAX_HEADER = 32 << 20
 MAX_AXES = 8
 MAX_LISTS = (
@@ -169,6 +170,8 @@ def _config(path: Path) -> dict:
         data = file.read(MAX_CONFIG + 1)
     if len(data) > MAX_CONFIG:
         raise LoRAError(f"{path}: larger than {MAX_CONFIG:,} bytes; no configuration is")
+    if (n := data.count(b":")) > MAX_KEYS:
+        raise LoRAError(f"{path}: {n:,} keys, expected at most {MAX_KEYS:,}")
     return parse_json(data, path)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import damage
 import peft_by_hand
 from hypothesis import HealthCheck, Phase, given, settings
-from test_peft import MODELS, loaded, survey
+from test_peft import LOAD, MODELS, loaded, survey
 
 import lora_jax as lora
 
@@ -128,7 +128,7 @@ def loaded_by(name, folder):
     if name not in CACHE:
         CACHE[name] = (params := make(name)), survey(name, params, fn)
         loaded(name)  # what is only done once is not this folder's
-    return lora.load_peft(folder, *CACHE[name], mapping=mapping)
+    return lora.load_peft(folder, *CACHE[name], mapping=mapping, **LOAD.get(name, {}))
 
 
 def tried(w) -> Outcome:
