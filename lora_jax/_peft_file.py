@@ -26,7 +26,7 @@ from lora_jax._errors import LoRAError, raise_all
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 MAX_CONFIG = 4 << 20  # bytes
-MAX_KEYS = 60_000  # in it: a pattern for each of so many modules
+MAX_KEYS = 40_000  # in it: a pattern for each of so many modules
 MAX_HEADER = 32 << 20
 MAX_AXES = 8
 MAX_LISTS = (

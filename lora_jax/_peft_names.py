@@ -40,8 +40,8 @@ class Patterns:
 
     def __init__(self, values: Mapping[str, Any], where: str, budget: Budget):
         self.values, self.keys, self.budget = values, list(values), budget
-        # (whether it is the whole name, length): {places of dots that mean any: {text: place}}
-        self.plain: dict[tuple[bool, int], dict[tuple[int, ...], dict[str, int]]] = {}
+        # (whether it is the whole name, length): (places of dots that mean any, {text: place})
+        self.plain: dict[tuple[bool, int], tuple[set[tuple[int, ...]], dict[str, int]]] = {}
         self.expressions: list[tuple[int, SafePattern]] = []
         self.failures: list[str] = []
         for place, key in enumerate(self.keys):
@@ -64,7 +64,9 @@ class Patterns:
         else:
             text = text.replace(".", "\0")
         dots = tuple(i for i, c in enumerate(text) if c == "\0") if "\0" in text else ()
-        self.plain.setdefault((whole, len(text)), {}).setdefault(dots, {}).setdefault(text, place)
+        masks, texts = self.plain.setdefault((whole, len(text)), (set(), {}))
+        masks.add(dots)
+        texts.setdefault(text, place)
 
     def _expression(self, place: int, key: str, where: str) -> None:
         try:
@@ -89,7 +91,8 @@ class Patterns:
     def _places(self, name: str) -> Iterator[int]:
         for ending in endings(name):
             for whole in (False, True) if ending is name else (False,):
-                for dots, texts in self.plain.get((whole, len(ending)), {}).items():
+                masks, texts = self.plain.get((whole, len(ending)), ((), {}))
+                for dots in masks:
                     self.budget.spend(len(dots))
                     text = ending
                     for i in dots:

@@ -162,17 +162,22 @@ def test_expressions_that_take_long(tmp_path, config):
     tried(tmp_path / "a", config, pairs(["a" * 450]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, modules",
     [
-        ({"alpha_pattern": {f"m{i}": 1 for i in range(200_000)}}, 1),  # compiles each, each time
-        ({"alpha_pattern": {f"m{i}-": 1 for i in range(200_000)}}, 1),
+        ({"alpha_pattern": {f"m{i}": 1 for i in range(200_000)}}, 1),
+        ({"alpha_pattern": {f"m{i}": 1 for i in range(35_000)}}, 100),
+        ({"alpha_pattern": {f"m{i}.x": 1 for i in range(35_000)}}, 100),
+        ({"alpha_pattern": {"." + bin(i)[2:].replace("0", "."): 1 for i in range(35_000)}}, 100),
+        ({"alpha_pattern": {f"m{i}*": 1 for i in range(35_000)}}, 1),
         ({"alpha_pattern": {"a" * 3_000_000: 1}}, 1),
-        ({"target_modules": [f"m{i}" for i in range(100_000)]}, 2_000),
+        ({"target_modules": [f"m{i}" for i in range(100_000)]}, 200),
+        ({"target_parameters": [f"x{i % 100}.m{i}" for i in range(35_000)]}, 100),
+        ({"trainable_token_indices": {f"m{i}": [i] for i in range(35_000)}}, 1),
     ],
-    ids=["names", "expressions", "a long name", "targets"],
-)
+    ids=["too many", "names", "dots", "places of dots", "expressions", "a long name", "targets",
+         "parameters", "tokens"],
+)  # fmt: skip
 def test_many_settings(tmp_path, config, modules):
     tried(tmp_path / "a", EVERY | config, pairs([f"x{i}" for i in range(modules)]))
 
