@@ -47,6 +47,10 @@ Ignore = Annotated[
         "--ignore", metavar="SETTING", help="A setting of adapter_config.json to pass over."
     ),
 ]
+Experts = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="The order of the parameters in a module of experts: a,b."),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON, for machines.")]
 
 
@@ -130,6 +134,11 @@ def convert(
     to: Annotated[
         str | None, typer.Option(help="peft or orbax; what SRC is not.", metavar="FORM")
     ] = None,
+    experts: Experts = None,
+    experts_a: Annotated[
+        str | None,
+        typer.Option(metavar="SIDE", help="What PEFT's lora_A of experts runs along: in or out."),
+    ] = None,
     ignore: Ignore = None,
 ) -> None:
     """Convert a PEFT folder to a checkpoint directory of lora_jax, or back; prints the mapping."""
@@ -137,7 +146,8 @@ def convert(
         raise typer.BadParameter("expected peft or orbax", param_hint="--to")
     from lora_jax._cli_convert import convert
 
-    typer.echo(str(convert(src, dst, params, mapping, torch, to, ignore or ())))
+    along = (_names(experts), experts_a)
+    typer.echo(str(convert(src, dst, params, mapping, torch, to, ignore or (), *along)))
 
 
 @app.command()
@@ -151,13 +161,13 @@ def merge(
             metavar="NAMES", help="Modules with a square weight stored (in, out); none for none."
         ),
     ] = None,
-    experts: Annotated[
+    experts: Experts = None,
+    experts_a: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="The order of the parameters of a module of experts."),
-    ] = None,
-    experts_in_out: Annotated[
-        bool | None,
-        typer.Option("--experts-in-out/--experts-out-in", help="How the experts' weights lie."),
+        typer.Option(
+            metavar="AXIS",
+            help="What lora_A of experts runs along: the first or the last axis of their weights.",
+        ),
     ] = None,
     keep_base: Annotated[
         bool,
@@ -166,6 +176,8 @@ def merge(
     ignore: Ignore = None,
 ) -> None:
     """Merge a PEFT adapter into a base model, one tensor at a time."""
+    if experts_a not in (None, "first", "last"):
+        raise typer.BadParameter("expected first or last", param_hint="--experts-a")
     from lora_jax._cli_merge import merge_files
 
     with _progress("merging") as progress:
@@ -175,7 +187,7 @@ def merge(
             out,
             conv1d=_names(conv1d),
             experts=_names(experts),
-            experts_in_out=experts_in_out,
+            experts_a=experts_a,
             keep_base=keep_base,
             ignore=ignore or (),
             progress=progress,

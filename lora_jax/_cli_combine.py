@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax._adapters import DoRA, LoRA
 from lora_jax._algebra import combine, resize
 from lora_jax._cli_merge import replacing
 from lora_jax._compare import Comparison, compare
@@ -83,6 +84,12 @@ def _unfit(adapters: Sequence[TorchAdapter]) -> list[str]:
     """What cannot be combined without the base, or at all."""
     lines = []
     for a in adapters:
+        lines += [f"{a.file.folder}: {line}" for line in a.unclear]
+        if a.config.dora:
+            lines.append(
+                f"{a.file.folder}: is a DoRA, whose change is no sum of updates and depends on the "
+                "base; merge it (lora-jax merge), and take lora.extract of what was merged"
+            )
         for name, (entry, what) in a.parts.items():
             if not isinstance(what, Update):
                 how = "is saved in full" if entry.kind == "value" else "has new rows"
@@ -227,7 +234,8 @@ def diff_folders(
     trees = [a.low_rank() for a in (one, two)]
     both = [n for n in one.parts if n in two.parts]
     common = [{n: t[n] for n in both if n in trees[0] and n in trees[1]} for t in trees]
-    likeness = compare(*common) if common[0] else Comparison({}, (), ())
+    plain = [{n: x for n, x in t.items() if isinstance(x, LoRA)} for t in common]
+    likeness = compare(*plain) if plain[0] and plain[1] else Comparison({}, (), ())
     distances = {n: _distance(one, two, n, common) for n in both}
     settings = [_settings(a) for a in (one, two)]
     keys = sorted((settings[0].keys() | settings[1].keys()) - {*ignore})
@@ -254,7 +262,7 @@ def _settings(adapter: TorchAdapter) -> dict[str, Any]:
 
 def _distance(one: TorchAdapter, two: TorchAdapter, name: str, common) -> float:
     if name in common[0]:
-        return _between(*(tree[name] for tree in common))
+        return _apart(name, *(tree[name] for tree in common))
     (entry, a), (other, b) = one.parts[name], two.parts[name]
     if entry.kind != other.kind or getattr(a, "index", ()) != getattr(b, "index", ()):
         return float("inf")
@@ -263,6 +271,20 @@ def _distance(one: TorchAdapter, two: TorchAdapter, name: str, common) -> float:
     if [x.shape for x in arrays[0]] != [x.shape for x in arrays[1]]:
         raise LoRAError(f"'{name}' has another shape in each; compare adapters of one base")
     return max(float(np.abs(x - y).max(initial=0)) for x, y in zip(*arrays))
+
+
+def _apart(name: str, one: LoRA | DoRA, two: LoRA | DoRA) -> float:
+    """What two updates differ by; of a DoRA also its magnitudes, ‖m₁ − m₂‖ / max(‖m₁‖, ‖m₂‖)."""
+    if type(one) is not type(two):
+        return float("inf")
+    if (one.shape, one.geometry) != (two.shape, two.geometry):
+        raise LoRAError(f"'{name}' has another shape in each; compare adapters of one base")
+    if isinstance(one, LoRA):
+        return _between(one, two)
+    m, n = (np.asarray(x.magnitude, np.float64) for x in (one, two))
+    size = max(np.linalg.norm(m), np.linalg.norm(n))
+    plain = (LoRA(x.a, x.b, x.scale, x.geometry) for x in (one, two))
+    return max(_between(*plain), float(np.linalg.norm(m - n) / size) if size else 0.0)
 
 
 def _between(one: Any, two: Any) -> float:

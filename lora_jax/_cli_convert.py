@@ -14,18 +14,18 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lora_jax._adapters import LoRA, is_node
+from lora_jax._adapters import LowRank, is_node
 from lora_jax._checkpoint import save
 from lora_jax._cli_inspect import kind_of, restored
 from lora_jax._cli_merge import replacing
-from lora_jax._errors import LoRAError
+from lora_jax._errors import LoRAError, raise_all
 from lora_jax._paths import flatten, nest
 from lora_jax._peft import load_peft
 from lora_jax._peft_blocks import LeafInfo, block
 from lora_jax._peft_file import DTYPES
 from lora_jax._peft_find import Finder
 from lora_jax._peft_map import Entry, TorchMapping, leaf_infos
-from lora_jax._peft_save import save_peft
+from lora_jax._peft_save import of_kind, ordered, save_peft, unordered
 from lora_jax._safetensors import open_base
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
@@ -44,19 +44,22 @@ def to_orbax(
     survey: Survey | Targets | None = None,
     mapping: Mapping[str, Any] | None = None,
     ignore: Sequence[str] = (),
+    experts: Sequence[str] | None = None,
+    experts_a: str | None = None,
 ) -> TorchMapping:
     """Writes the adapter of a PEFT folder as step 0 of a new checkpoint directory.
 
     Its `data` holds the configuration and the mapping, so that `to_peft` needs neither.
 
     Args:
-      folder, params, survey, mapping, ignore: as in `load_peft`.
+      folder, params, survey, mapping, ignore, experts, experts_a: as in `load_peft`.
       out: a new directory.
 
     Returns:
       The mapping that was found.
     """
-    found = load_peft(folder, params, survey, mapping=mapping, ignore=ignore)
+    order = {"experts": experts, "experts_a": experts_a}
+    found = load_peft(folder, params, survey, mapping=mapping, ignore=ignore, **order)
     data = {"peft": {"config": dict(found.config), "mapping": mapping_to_json(found.mapping)}}
     with replacing(Path(out)) as new, ocp.CheckpointManager(new.absolute()) as manager:
         save(manager, 0, found.adapters, base=params, data=data)
@@ -71,6 +74,8 @@ def to_peft(
     survey: Survey | Targets | None = None,
     mapping: Mapping[str, Any] | None = None,
     torch: Mapping[str, Sequence[int]] | None = None,
+    experts: Sequence[str] | None = None,
+    experts_a: str | None = None,
 ) -> TorchMapping:
     """Writes a checkpoint's adapters as a new PEFT folder.
 
@@ -81,6 +86,7 @@ def to_peft(
       mapping: as in `torch_mapping`.
       torch: {torch name: shape}, of which those are taken that the adapters change. None: what
         `to_orbax` wrote into the checkpoint.
+      experts, experts_a: as in `torch_mapping`; () for the order of `torch`.
 
     Returns:
       The mapping that was used.
@@ -95,7 +101,10 @@ def to_peft(
     if torch is None:
         chosen = mapping_from_json(stored["mapping"])
     else:
-        chosen = _mapping(found.adapters, params, survey, mapping, torch)
+        chosen = _mapping(found.adapters, params, survey, mapping, torch, experts_a or "in")
+        if experts is None:
+            raise_all(f"{directory}: cannot be written for PEFT:", unordered(chosen.entries))
+        chosen = TorchMapping(ordered(chosen.entries, list(experts or ())))
     config = stored["config"] if stored else {}
     kept = {k: config.get(k) for k in ("task_type", "base_model_name_or_path")}
     with replacing(Path(out)) as new:
@@ -109,13 +118,13 @@ def to_peft(
     return chosen
 
 
-def _mapping(adapters, params, survey, table, torch) -> TorchMapping:
+def _mapping(adapters, params, survey, table, torch, experts_a) -> TorchMapping:
     """The torch parameters that lie on adapted leaves."""
     nodes = flatten(adapters, is_leaf=is_node)
     infos = leaf_infos(params, survey) if params is not None else {}
     for path, node in nodes.items():
         info = infos.get(path, LeafInfo(path, tuple(node.shape), None))
-        if isinstance(node, LoRA):
+        if isinstance(node, LowRank):
             kind = "embedding" if node.embedding else info.kind.replace("?", "linear")
             info = dataclasses.replace(info, geometry=node.geometry, kind=kind)
         infos[path] = info
@@ -127,11 +136,8 @@ def _mapping(adapters, params, survey, table, torch) -> TorchMapping:
             continue
         if finder.failures:
             raise LoRAError(finder.failures[0])
-        leaf = entry.blocks[0].leaf
-        low = isinstance(nodes.get(leaf.path), LoRA)
-        kind = leaf.kind if low else "value"
-        kind = "experts" if low and not name.endswith("weight") else kind
-        found[name] = dataclasses.replace(entry, kind=kind)
+        low = isinstance(nodes.get(entry.blocks[0].leaf.path), LowRank)
+        found[name] = of_kind(entry, experts_a) if low else entry
     return TorchMapping(found)
 
 
@@ -153,12 +159,14 @@ def mapping_from_json(x: Mapping[str, Any]) -> TorchMapping:
     for path, leaf in x["leaves"].items():
         g = leaf["geometry"]
         geometry = g and Geometry(**{k: tuple(v) for k, v in g.items()})
-        leaves[path] = LeafInfo(path, tuple(leaf["shape"]), geometry, leaf["kind"], leaf["tied"])
+        rest = (leaf["kind"], leaf["tied"], leaf["dilated"])
+        leaves[path] = LeafInfo(path, tuple(leaf["shape"]), geometry, *rest)
     found = {}
     for e in x["entries"]:
         blocks = tuple(block(text, leaves) for text in e["blocks"])
         shape = e["shape"] and tuple(e["shape"])
-        found[e["name"]] = Entry(e["name"], blocks, e["kind"], e["layout"], shape)
+        rest = (e["kind"], e["layout"], shape, e["swapped"])
+        found[e["name"]] = Entry(e["name"], blocks, *rest)
     return TorchMapping(found)
 
 
@@ -237,7 +245,9 @@ def read_torch(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     return dict(read_table(path)[1]) if Path(path).suffix == ".json" else open_base(path).shapes
 
 
-def convert(src, dst, params, mapping=None, torch=None, to=None, ignore=()) -> TorchMapping:
+def convert(
+    src, dst, params, mapping=None, torch=None, to=None, ignore=(), experts=None, experts_a=None
+) -> TorchMapping:
     """Converts in the direction that `src` asks for; paths and texts as on the command line."""
     kind = kind_of(src)
     if kind == "base" or to == kind:
@@ -251,5 +261,7 @@ def convert(src, dst, params, mapping=None, torch=None, to=None, ignore=()) -> T
         raise LoRAError(f"--params is needed: {PARAMS}")
     tree, survey = (None, None) if params is None else read_params(params)
     if kind == "peft":
-        return to_orbax(src, dst, tree, survey, table or None, ignore)
-    return to_peft(src, dst, tree, survey, table or None, shapes or None)
+        return to_orbax(src, dst, tree, survey, table or None, ignore, experts, experts_a)
+    known = torch is None or Path(torch).suffix == ".json"  # the order of the experts
+    experts = () if known and experts is None else experts
+    return to_peft(src, dst, tree, survey, table or None, shapes or None, experts, experts_a)

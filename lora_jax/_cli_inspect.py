@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-from lora_jax._adapters import Full, LoRA, Rows, is_node
+from lora_jax._adapters import LowRank, Rows, is_node
 from lora_jax._checkpoint import restore
 from lora_jax._describe import config_to_json
 from lora_jax._errors import LoRAError
@@ -136,7 +136,7 @@ def inspect(path: str | os.PathLike, ignore: Sequence[str] = ()) -> Inspection:
         ]
         rows.sort(key=_natural)
         settings = {k: v for k, v in adapter.file.config.items() if v not in EMPTY}
-        return Inspection("peft", rows, {"config": settings})
+        return Inspection("peft", rows, {"config": settings, "unclear": list(adapter.unclear)})
     if kind == "orbax":
         return _of_checkpoint(path)
     base = open_base(path)
@@ -163,6 +163,8 @@ def _of_peft(adapter: TorchAdapter, name: str) -> dict[str, Any]:
         return row | {"kind": "added to" if what.key is None else "full"}
     module = what.a.removeprefix("base_model.model.").partition(".lora_")[0]
     alpha = adapter.config.alpha_of(module.replace(".base_layer.out_proj", ""))
+    if what.magnitude is not None:
+        row["kind"] += ", dora"
     size = norm(adapter.node(name, dtype="float32"))
     return row | {"rank": what.rank, "alpha": alpha, "scale": what.scale, "norm": size}
 
@@ -186,13 +188,13 @@ def _of_checkpoint(path: str | os.PathLike) -> Inspection:
         arrays = jax.tree.leaves(node)
         row = {
             "name": name,
-            "kind": {LoRA: "lora", Full: "full", Rows: "rows"}.get(type(node), type(node).__name__),
+            "kind": type(node).__name__.lower(),
             "shape": list(node.shape),
             "dtype": "/".join(dict.fromkeys(str(x.dtype) for x in arrays)),
             "parameters": sum(x.size for x in arrays),
             "bytes": sum(x.nbytes for x in arrays),
         }
-        if isinstance(node, LoRA):
+        if isinstance(node, LowRank):
             row |= {"rank": node.rank, "scale": node.scale, "norm": norm(node)}
         if isinstance(node, Rows):
             row["kind"] = f"{len(node.index)} rows"

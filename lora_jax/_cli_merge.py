@@ -26,7 +26,7 @@ def merge_files(
     *,
     conv1d: Sequence[str] | None = None,
     experts: Sequence[str] | None = None,
-    experts_in_out: bool | None = None,
+    experts_a: str | None = None,
     keep_base: bool = False,
     ignore: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -41,7 +41,7 @@ def merge_files(
         weights in other forms are not.
       adapter: a PEFT folder.
       out: a new file or folder, like `base`.
-      conv1d, experts, experts_in_out: see `on_base`.
+      conv1d, experts, experts_a: see `on_base`.
       keep_base: use the base's table although the adapter holds another one for an adapted
         embedding.
       ignore: settings of the configuration to pass over.
@@ -61,7 +61,7 @@ def merge_files(
         tied=tied_tables(base),
         conv1d=conv1d,
         experts=experts,
-        experts_in_out=experts_in_out,
+        experts_a=experts_a,
     )
     _check(placed, base, keep_base)
     total = sum(file.stat().st_size for file in base.files)

@@ -66,14 +66,19 @@ def torch_mapping(
     for name, shape in shapes.items():
         entry = finder.value(name, tuple(shape), conv1d, needed=False)
         if entry is not None:
-            kind = _kind(entry)
-            head = kind == "linear" and entry.blocks[0].leaf.tied
-            swapped = head or (kind == "experts" and experts_a == "out")
-            found[name] = dataclasses.replace(entry, kind=kind, swapped=swapped)
+            found[name] = of_kind(entry, experts_a)
     if experts is None and not isinstance(names, Mapping):
-        finder.failures += _unordered(found)
+        finder.failures += unordered(found)
     finish(finder, "torch_mapping")
-    return TorchMapping(_ordered(found, list(experts or ())))
+    return TorchMapping(ordered(found, list(experts or ())))
+
+
+def of_kind(entry: Entry, experts_a: str = "in") -> Entry:
+    """The entry of a parameter, found by its name and shape, as one that is adapted."""
+    kind = _kind(entry)
+    head = kind == "linear" and entry.blocks[0].leaf.tied
+    swapped = head or (kind == "experts" and experts_a == "out")
+    return dataclasses.replace(entry, kind=kind, swapped=swapped)
 
 
 def _kind(entry: Entry) -> str:
@@ -98,7 +103,8 @@ def _by_module(found: Mapping[str, Entry]) -> dict[str, list[str]]:
     return modules
 
 
-def _unordered(found: Mapping[str, Entry]):
+def unordered(found: Mapping[str, Entry]):
+    """What is to be said where `found` has experts in no order that means something."""
     for module, names in _by_module(found).items():
         if len(names) > 1:
             last = [n.rpartition(".")[2] for n in names]
@@ -108,7 +114,7 @@ def _unordered(found: Mapping[str, Entry]):
             )
 
 
-def _ordered(found: Mapping[str, Entry], order: list[str]) -> dict[str, Entry]:
+def ordered(found: Mapping[str, Entry], order: list[str]) -> dict[str, Entry]:
     """With the parameters of each module of experts in the order given."""
     place = {}
     for names in _by_module(found).values():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax._errors import raise_all
+from lora_jax._errors import LoRAError, raise_all
 from lora_jax._paths import nearest
+from lora_jax._peft_experts import ways
 from lora_jax._peft_map import Entry
 from lora_jax._peft_parts import Experts, NewRows, Update, Value
 from lora_jax._torch_tree import EXPERTS_OUT_IN, IN_OUT, OUT_IN, TorchAdapter, entry, torch_shape
@@ -24,7 +25,7 @@ def on_base(
     tied: Sequence[str] = (),
     conv1d: Sequence[str] | None = None,
     experts: Sequence[str] | None = None,
-    experts_in_out: bool | None = None,
+    experts_a: str | None = None,
 ) -> TorchAdapter:
     """The adapter with every parameter found in the base: its name there, its shape, its axes.
 
@@ -35,7 +36,11 @@ def on_base(
       tied: tables of the base that are its output head as well.
       conv1d: modules with a square weight that is stored (in, out), as GPT-2's Conv1D; all others
         are (out, in). None: as the base's other weights and their biases say.
-      experts, experts_in_out: as in `load_peft`.
+      experts: the order of the adapted parameters in a module of experts, where shapes do not say
+        which tensor is whose.
+      experts_a: which axis of their weights (experts, first, last) lora_A runs along, where shapes
+        do not say it: "last" since PEFT 0.19.1, but "first" where the module `is_transposed`; up
+        to 0.19.0 it is "first".
 
     Raises:
       LoRAError: parameters that the base does not have, or that do not fit; all of them are listed.
@@ -44,7 +49,7 @@ def on_base(
     for u in adapter.parsed.updates:
         place.update(u)
     for group in adapter.parsed.experts:
-        place.experts(group, experts, experts_in_out)
+        place.experts(group, experts, experts_a)
     for v in adapter.parsed.values:
         place.value(v)
     for r in adapter.parsed.rows:
@@ -134,40 +139,36 @@ class _Placing:
             f"--conv1d {module.rpartition('.')[2]}, or --conv1d none"
         )
 
-    def experts(self, group: Experts, order, in_out) -> None:
+    def experts(self, group: Experts, order, along) -> None:
         """The one assignment of pairs to parameters that the shapes allow."""
+        axes = {None: ("last", "first"), "first": ("first",), "last": ("last",)}
+        if along not in axes:
+            raise LoRAError(f"experts_a={along!r}: expected 'first' or 'last'")
         found = {p: self.find(f"{group.module}.{p}", "experts") for p in group.parameters}
         if None in found.values():
             return
-        names = None if order is None else [[p for p in reversed(order) if p in found]]
         version = self.adapter.config.version
-        if in_out is None and version is not None and version < (0, 19):
-            in_out = True  # A runs along the first axis behind the experts'
-        ways = []
-        for axes in (True, False) if in_out is None else (in_out,):
-            for way in names or itertools.permutations(found):
-                geometries = [
-                    _expert_axes(u, found[p][1], axes) for u, p in zip(group.updates, way)
-                ]
-                if len(way) == len(group.updates) and None not in geometries:
-                    ways.append((way, geometries))
-        if len({(tuple(way), *gs) for way, gs in ways}) != 1:
-            sizes = ", ".join(f"{u.batch} of {u.n_in} by {u.n_out}" for u in group.updates)
+        if along is None and version is not None and version < (0, 19, 1):
+            along = "first"
+        fits = [
+            way
+            for axis in axes[along]
+            for way in ways(group, functools.partial(_expert, found, axis), order)
+        ]
+        if len({tuple((p, place[1]) for p, place in way) for way in fits}) != 1:
             shapes = ", ".join(f"{p} {f[1]}" for p, f in found.items())
             return self.failures.append(
-                f"'{group.module}' ({sizes}; in the base {shapes}): "
+                f"'{group.module}' ({group.sizes}; in the base {shapes}): "
                 + (
                     "several ways to assign its tensors fit, and the file does not say which: "
                     "--experts gate_up_proj,down_proj in the order of the torch module's "
-                    "parameters, and --experts-in-out or --experts-out-in"
-                    if ways
+                    "parameters, and --experts-a last, or first where the module is_transposed"
+                    if fits
                     else "the sizes do not fit"
                 )
             )
-        way, geometries = ways[0]
-        for u, p, geometry in zip(group.updates, way, geometries):
+        for p, (u, geometry) in fits[0]:
             own, shape = found[p]
-            u = dataclasses.replace(u, name=f"{group.module}.{p}")
             self.add(u.name, own, shape, geometry, "experts", u)
 
     def value(self, v: Value) -> None:
@@ -192,13 +193,16 @@ class _Placing:
         self.add(r.name, own, shape, None, "rows", r)
 
 
-def _expert_axes(u: Update, shape, in_out: bool) -> Geometry | None:
+def _expert(found, axis: str, parameter: str, u: Update) -> tuple[Update, Geometry] | None:
+    """The update and its axes, where lora_A runs along the first or the last axis behind the
+    experts', if these sizes fit."""
+    shape = found[parameter][1]
     if len(shape) == 2:
-        return OUT_IN if shape == (u.n_out, u.n_in) and u.batch == 1 else None
-    sizes = (u.n_in, u.n_out) if in_out else (u.n_out, u.n_in)
+        return (u, OUT_IN) if shape == (u.n_out, u.n_in) and u.batch == 1 else None
+    sizes = (u.n_in, u.n_out) if axis == "first" else (u.n_out, u.n_in)
     if shape != (u.batch, *sizes):
         return None
-    return EXPERTS_IN_OUT if in_out else EXPERTS_OUT_IN
+    return u, EXPERTS_IN_OUT if axis == "first" else EXPERTS_OUT_IN
 
 
 def _rename(names: Sequence[str], shapes: Mapping[str, Any]):

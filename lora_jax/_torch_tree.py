@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax._adapters import LoRA
+from lora_jax._adapters import DoRA, LoRA
 from lora_jax._errors import raise_all
 from lora_jax._peft_blocks import Block, LeafInfo
 from lora_jax._peft_build import Build
 from lora_jax._peft_config import PeftConfig, peft_config
+from lora_jax._peft_experts import ways
 from lora_jax._peft_file import CONFIG, AdapterFile, open_adapter
 from lora_jax._peft_layers import parse
 from lora_jax._peft_map import Entry
@@ -34,12 +35,14 @@ class TorchAdapter:
 
     Attributes:
       parts: {torch parameter: (its place, what the file holds for it)}.
+      unclear: modules of experts of which the ranks and scales in `parts` may be others.
     """
 
     file: AdapterFile
     config: PeftConfig
     parsed: Parsed
     parts: Mapping[str, tuple[Entry, Update | Value | NewRows]]
+    unclear: tuple[str, ...] = ()
 
     def node(self, name: str, base: Any = None, dtype: Any = None) -> Any:
         """The adapter of one parameter, its tensors read.
@@ -62,10 +65,11 @@ class TorchAdapter:
     def keys(self, name: str) -> tuple[str, ...]:
         """The names of the tensors of one parameter."""
         what = self.parts[name][1]
-        names = (what.a, what.b, what.e) if isinstance(what, Update) else (what.key,)
+        low = isinstance(what, Update)
+        names = (what.a, what.b, what.e, what.magnitude) if low else (what.key,)
         return tuple(k for k in (*names, getattr(what, "add", None)) if k is not None)
 
-    def low_rank(self, dtype: Any = np.float32) -> dict[str, LoRA]:
+    def low_rank(self, dtype: Any = np.float32) -> dict[str, LoRA | DoRA]:
         """{name: node} of all low-rank updates."""
         updates = (n for n, (_, what) in self.parts.items() if isinstance(what, Update))
         return {n: self.node(n, dtype=dtype) for n in updates}
@@ -108,8 +112,9 @@ def open_torch(folder: str | os.PathLike, ignore: Sequence[str] = ()) -> TorchAd
     parts: dict[str, tuple[Entry, Any]] = {}
     for u in parsed.updates:
         parts[u.name] = entry(u.name, u.name, *torch_shape(file, u), u.kind), u
+    unclear: list[str] = []
     for group in parsed.experts:
-        for name, u in zip(expert_names(group), group.updates):
+        for name, u in zip(expert_names(group), _experts(group, unclear)):
             shape = (u.batch, u.n_out, u.n_in)
             parts[name] = entry(name, name, shape, EXPERTS_OUT_IN, "experts"), u
     for v in parsed.values:
@@ -117,15 +122,32 @@ def open_torch(folder: str | os.PathLike, ignore: Sequence[str] = ()) -> TorchAd
     for r in parsed.rows:
         shape = (max(r.index, default=-1) + 1, r.shape[1])  # at least so long
         parts[r.name] = entry(r.name, r.name, shape, None, "rows"), r
-    return TorchAdapter(file, config, parsed, parts)
+    return TorchAdapter(file, config, parsed, parts, tuple(unclear))
 
 
 def expert_names(group: Experts) -> tuple[str, ...]:
     """A name for each update, outermost first."""
-    if len(group.updates) == 1:
-        return (f"{group.module}.{group.parameters[0]}",)
-    of = "|".join(sorted(group.parameters))
-    return tuple(f"{group.module}.({of})[{i}]" for i in reversed(range(len(group.updates))))
+    names = sorted(group.parameters)
+    if len(group.pairs) == len(names) == 1:
+        return (f"{group.module}.{names[0]}",)
+    of = "|".join(names)
+    return tuple(f"{group.module}.({of})[{i}]" for i in reversed(range(len(group.pairs))))
+
+
+def _experts(group: Experts, unclear: list[str]) -> list[Update]:
+    """The updates of a module's pairs, whose rank and scale may depend on which is which."""
+    numbers = {u.batch for pair in group.pairs for u in pair.values()}
+    found = [
+        [u for _, u in way]
+        for n in sorted(numbers)  # of experts: one for all pairs
+        for way in ways(group, lambda _, u, n=n: u if u.batch == n else None)
+    ]
+    if len({tuple((u.rank, u.scale) for u in way) for way in found}) != 1:
+        unclear.append(
+            f"'{group.module}': which of its tensors are {' and '.join(group.parameters)} the base "
+            "says alone, and their ranks or alphas differ"
+        )
+    return found[0] if found else [next(iter(pair.values())) for pair in group.pairs]
 
 
 def torch_shape(file: AdapterFile, u: Update) -> tuple[tuple[int, ...], Geometry]:
@@ -150,7 +172,7 @@ def norm(node: Any) -> float | None:
     >>> norm(lora.LoRA(jnp.ones((2, 2)), jnp.ones((2, 8)), 0.5, OUT_IN))  # of 16 ones
     4.0
     """
-    if not isinstance(node, LoRA):
+    if not isinstance(node, LoRA):  # of a DoRA the change depends on the base
         return None
     n, i, o = node.geometry.sizes(node.shape)
     a = np.asarray(node.a).astype(np.float64).reshape(n, i, node.rank)

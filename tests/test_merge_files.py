@@ -308,7 +308,7 @@ def test_experts_that_may_be_either_are_asked_for(tmp_path):
     with fails("(?s)several ways .* --experts gate_up_proj,down_proj"):
         merged(tmp_path, "moe_plain", experts=None)
     with fails("the sizes do not fit"):
-        merged(tmp_path, "moe_plain", experts=EXPERTS[::-1], experts_in_out=False)
+        merged(tmp_path, "moe_plain", experts=EXPERTS[::-1], experts_a="last")
 
 
 # Names, and tables that are the head as well
