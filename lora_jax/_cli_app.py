@@ -208,23 +208,36 @@ def combine(
     energy: Annotated[
         float | None, typer.Option(help="Or the smallest ranks that keep this share of ‖Δ‖².")
     ] = None,
+    method: Annotated[
+        str, typer.Option(metavar="METHOD", help="sum, ties, dare or knots, of updates.")
+    ] = "sum",
+    density: Annotated[
+        float | None, typer.Option(help="The share of elements that these keep.", min=0, max=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="One rank and alpha for all, as vLLM needs.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="Of the tensors: fp32, bf16 or fp16.")] = "fp32",
     ignore: Ignore = None,
 ) -> None:
-    """Write the weighted sum of adapters' updates, exactly or of a smaller rank."""
+    """Write the weighted sum of adapters' updates, or a soup, exactly or of a smaller rank."""
     if dtype not in DTYPES:
         raise typer.BadParameter(f"expected {', '.join(DTYPES)}", param_hint="--dtype")
     if rank is not None and energy is not None:
         raise typer.BadParameter("expected one of --rank and --energy", param_hint="--energy")
+    if method not in ("sum", "ties", "dare", "knots"):
+        raise typer.BadParameter("expected sum, ties, dare or knots", param_hint="--method")
+    if method in ("ties", "dare") and rank is None and energy is None:
+        message = f"{method} is of full rank; give --rank or --energy"
+        raise typer.BadParameter(message, param_hint="--method")
     import jax.numpy as jnp
 
     from lora_jax._cli_combine import combine_folders
 
     folders, weights = zip(*map(_weighted, adapters))
     kept = {"rank": rank, "energy": energy, "uniform": uniform, "ignore": ignore or ()}
+    kept |= {"method": method, "density": density, "seed": seed}
     ranks = combine_folders(out, folders, weights, dtype=jnp.dtype(DTYPES[dtype]), **kept)
     span = "–".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))
     typer.echo(f"{out}: {len(ranks)} updates of rank {span}")

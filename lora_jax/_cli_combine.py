@@ -22,6 +22,7 @@ from lora_jax._peft_layers import PREFIX
 from lora_jax._peft_map import Entry, TorchMapping
 from lora_jax._peft_parts import Experts, Update
 from lora_jax._peft_save import write_folder
+from lora_jax._soups import dare, knots, ties
 from lora_jax._torch_tree import TorchAdapter, expert_names, norm, open_torch
 
 
@@ -32,17 +33,23 @@ def combine_folders(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    method: str = "sum",
+    density: float | None = None,
+    seed: int = 0,
     uniform: bool = False,
     dtype: Any = None,
     ignore: Sequence[str] = (),
 ) -> dict[str, int]:
-    """Writes Σ wₖ·Δₖ of PEFT folders as one, without the base model.
+    """Writes Σ wₖ·Δₖ of PEFT folders, or a soup of them, as one, without the base model.
 
     Args:
       out: a new folder.
       folders: of adapters of one base; what one of them does not adapt is zero in it.
       weights: one for each.
       rank, energy: as in `lora.resize`; None for the exact sum, whose ranks are the sums.
+      method: "sum", "ties", "dare" or "knots"; see `lora.ties` and the others.
+      density: the share of elements that stays; None for the method's default.
+      seed: of what "dare" drops.
       uniform: one rank and alpha for all, as vLLM reads no patterns.
       dtype: of the tensors; None for fp32.
       ignore: settings of the configurations to pass over.
@@ -56,9 +63,7 @@ def combine_folders(
     adapters = [open_torch(folder, ignore) for folder in folders]
     raise_all("these adapters cannot be combined:", _unfit(adapters))
     trees = [a.low_rank() for a in adapters]
-    mixed = combine(trees, weights)
-    if rank is not None or energy is not None:
-        mixed = resize(mixed, rank, energy=energy)
+    mixed = _mixed(trees, weights, method, density, seed, {"rank": rank, "energy": energy})
     entries = {n: entry for a in reversed(adapters) for n, (entry, _) in a.parts.items()}
     nodes, mapping = _named_as_peft(mixed, entries, adapters)
     export = Export(nodes, mapping, True)
@@ -78,6 +83,17 @@ def combine_folders(
     with replacing(Path(out)) as new:
         write_folder(new, tensors, settings)
     return {name: node.rank for name, node in nodes.items()}
+
+
+def _mixed(trees, weights, method, density, seed, kept) -> dict[str, Any]:
+    share = {} if density is None else {"density": density}
+    if method == "ties":
+        return ties(trees, weights, **share, **kept)[0]
+    if method == "dare":
+        rate = {} if density is None else {"rate": 1 - density}
+        return dare(jax.random.key(seed), trees, weights, **rate, **kept)[0]
+    mixed = knots(trees, weights, **share) if method == "knots" else combine(trees, weights)
+    return mixed if set(kept.values()) == {None} else resize(mixed, **kept)
 
 
 def _unfit(adapters: Sequence[TorchAdapter]) -> list[str]:

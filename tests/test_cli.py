@@ -163,7 +163,6 @@ def test_inspect_a_base(tmp_path):
 
 def test_errors_are_the_librarys_text(tmp_path):
     assert "error: " in run("inspect", tmp_path / "no", code=1)
-    assert "use_dora is set" in run("inspect", g.folder("net_dora"), code=1)
     folder = changed(tmp_path, "mha", {"later": 1})
     assert "'later' is not a setting of PEFT" in run("inspect", folder, code=1)
     assert "2 in all" in run("inspect", folder, "--ignore", "later")
@@ -421,6 +420,119 @@ def test_the_bases_table_is_kept(tmp_path):
         stored(tmp_path / "out")["base_model.model.emb.base_layer.weight"], np.ones((8, 4))
     )
     assert "the base's table, is another elsewhere" in run("combine", tmp_path / "no", a, c, code=1)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "knots"])
+def test_soups(method, tmp_path):
+    a, b = (written(tmp_path / n, pair("q", 6, 4, seed=i)) for i, n in enumerate("ab"))
+    run("combine", tmp_path / "out", f"{a}:0.5", b, "--method", method, "--rank", 4,
+        "--density", "0.5", "--seed", 3)  # fmt: skip
+    trees = [open_torch(f).low_rank() for f in (a, b)]
+    want = {
+        "ties": lambda: lora.ties(trees, [0.5, 1], density=0.5, rank=4)[0],
+        "dare": lambda: lora.dare(jax.random.key(3), trees, [0.5, 1], rate=0.5, rank=4)[0],
+        "knots": lambda: lora.resize(lora.knots(trees, [0.5, 1], density=0.5), 4),
+    }[method]()
+    zeros = {"q.weight": jnp.zeros((4, 6))}
+    got = lora.merge(zeros, open_torch(tmp_path / "out").low_rank())["q.weight"]
+    np.testing.assert_allclose(got, lora.merge(zeros, want)["q.weight"], atol=1e-5)
+    assert (
+        np.abs(
+            got - (0.5 * delta(pair("q", 6, 4), "q") + delta(pair("q", 6, 4, seed=1), "q"))
+        ).max()
+        > 0.1
+    )
+
+
+# DoRA
+
+
+def test_dora_on_the_command_line(tmp_path):
+    folder = g.folder("net_dora")
+    leaves, found = rows(folder)
+    assert leaves["lin.weight"]["kind"] == "linear, dora" and leaves["lin.weight"]["rank"] == 3
+    assert leaves["lin.weight"]["norm"] is None  # the base's weight would be needed
+    assert found["bytes"] == sum(x.nbytes for x in stored(folder).values())
+    run("merge", base_file("net_dora"), folder, tmp_path / "merged")
+    text = run("combine", tmp_path / "sum", folder, folder, code=1)
+    assert "is a DoRA, whose change is no sum of updates" in text
+    assert run("diff", folder, folder).startswith("equal: 3 parameters")
+    key = "base_model.model.lin.lora_magnitude_vector"
+    one = stored(folder)[key]
+    other = changed(tmp_path, "net_dora", {}, {key: one + np.eye(1, 12, dtype="f4")[0]})
+    found = diff_folders(folder, other)
+    size = np.linalg.norm(one + np.eye(1, 12)[0])
+    want = {"c1d.weight": 0, "emb.weight": 0, "lin.weight": 1 / max(size, np.linalg.norm(one))}
+    assert found.distances == pytest.approx(want, rel=1e-6) and not found.equal
+    plain = dict.fromkeys(k for k in stored(folder) if "magnitude" in k)
+    plain = changed(tmp_path / "b", "net_dora", {"use_dora": False}, plain)
+    assert math.isinf(diff_folders(folder, plain).distances["lin.weight"])
+
+
+def test_convert_a_dora(tmp_path):
+    name = "net_dora"
+    path = params_file(tmp_path / "params", name)
+    run("convert", g.folder(name), tmp_path / "run", "--params", path)
+    leaves, _ = rows(tmp_path / "run")
+    assert leaves["lin/kernel"]["kind"] == "dora" and leaves["lin/kernel"]["rank"] == 3
+    run("convert", tmp_path / "run", tmp_path / "back")
+    run(
+        "convert",
+        tmp_path / "run",
+        tmp_path / "named",
+        "--params",
+        path,
+        "--torch",
+        base_file(name),
+    )
+    for out in ("back", "named"):
+        assert_same_tensors(stored(tmp_path / out), stored(g.folder(name)))
+
+
+# Experts
+
+
+def test_convert_experts(tmp_path, monkeypatch):
+    """The order of the parameters is asked for where neither shapes nor the file say it."""
+    name, source = "moe_plain", EXPERTS_FUNCTION
+    (tmp_path / "user_moe.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    args = ["--params", "user_moe:both"]
+    assert "experts=" in run("convert", g.folder(name), "run", *args, code=1)
+    order = ["--experts", "gate_up_proj,down_proj"]
+    run("convert", g.folder(name), "run", *args, *order)
+    run("convert", "run", "back")
+    text = run("convert", "run", "named", *args, "--torch", base_file(name), code=1)
+    assert "depend on their order in the torch module" in text
+    run("convert", "run", "named", *args, "--torch", base_file(name), *order)
+    for out in ("back", "named"):
+        assert_same_tensors(stored(tmp_path / out), stored(g.folder(name)))
+
+
+EXPERTS_FUNCTION = """
+import golden_models as g, lora_jax as lora
+from test_peft import MODELS, survey
+
+def both():
+    params = g.moe_params("moe_plain")
+    return params, survey("moe_plain", params, g.moe)
+"""
+
+
+def test_experts_whose_ranks_differ():
+    """Which pair is whose follows from what the ranks divide, or is said to be unclear."""
+    leaves, found = rows(g.folder("kind_gated_plain"))
+    assert {r["rank"] for n, r in leaves.items() if "experts" in n} == {2, 4}
+    assert found["unclear"] == []
+
+
+def test_experts_that_are_unclear(tmp_path):
+    tensors = pair("m", 4, 5, r=12) | pair("m.base_layer", 5, 4, r=12)
+    settings = {"target_modules": [], "target_parameters": ["m.up", "m.down"]}
+    folder = written(tmp_path / "a", tensors, alpha_pattern={"m.up": 3}, **settings)
+    assert "which of its tensors are up and down the base says" in rows(folder)[1]["unclear"][0]
+    text = run("combine", tmp_path / "out", folder, code=1)
+    assert "the base says alone, and their ranks or alphas differ" in text
 
 
 # diff

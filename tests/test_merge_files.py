@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import fails, tolerance
+from make_golden import GOLDEN
 from safetensors.numpy import save_file
 from test_peft import MODELS, changed, delta, pair, stored, written
 
@@ -437,14 +438,13 @@ needs_peft = pytest.mark.skipif(
 
 @needs_peft
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *GOLDEN])
 def test_peft_merges_to_the_same(name, tmp_path):
     import peft
     import torch
     import torch_models
 
-    model = torch_models.MODELS[name.partition("_")[0]]()
-    model.load_state_dict({k: torch.from_numpy(np.array(v, "f4")) for k, v in g.base(name).items()})
+    model = torch_models.based(name).to(torch.float32)
     want = peft.PeftModel.from_pretrained(model, g.folder(name)).merge_and_unload().state_dict()
     got = merged(tmp_path, name)
     eps = float(jnp.finfo(got[next(iter(got))].dtype).eps)
