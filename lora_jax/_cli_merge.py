@@ -14,6 +14,7 @@ import numpy as np
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._merge import merge
 from lora_jax._peft_file import DTYPES
+from lora_jax._peft_parts import NewRows
 from lora_jax._safetensors import Base, open_base, write_changed
 from lora_jax._torch_base import on_base
 from lora_jax._torch_tree import TorchAdapter, open_torch
@@ -129,9 +130,9 @@ def _check(placed: TorchAdapter, base: Base, keep_base: bool) -> None:
         if base.tensors[n].dtype not in DTYPES
     ]
     read = placed.file.read
-    for copy, key in placed.parsed.copies:
-        if not np.array_equal(read(copy), read(key)):
-            failures.append(f"'{copy}' and '{key}' should be the same, and are not")
+    failures += placed.parsed.unequal(placed.file)
+    for name, (_, what) in placed.parts.items():
+        failures += _copies(base, name) if isinstance(what, NewRows) else []
     names = {entry.name: n for n, (entry, _) in placed.parts.items()}
     for table in () if keep_base or failures else placed.parsed.tables:
         name = names.get(table.name)
@@ -146,6 +147,19 @@ def _check(placed: TorchAdapter, base: Base, keep_base: bool) -> None:
                 "base that the adapter was trained on, or --keep-base"
             )
     raise_all(f"{placed.file.folder}: cannot be merged into {base.path}:", failures)
+
+
+def _copies(base: Base, table: str) -> list[str]:
+    """Other tensors that hold the values of a table of which rows change."""
+    own, found = base.tensors[table], []
+    for name, t in base.tensors.items():
+        alike = name != table and (t.dtype, t.shape) == (own.dtype, own.shape)
+        if alike and np.array_equal(t.read(), own.read()):
+            found.append(
+                f"'{name}' holds the values of '{table}', of which the adapter has new rows: if "
+                "they are tied, PEFT changes both; leave it out of the base"
+            )
+    return found
 
 
 def _merged(placed: TorchAdapter, name: str, value: np.ndarray) -> np.ndarray:

@@ -8,8 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from lora_jax._errors import raise_all
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, nest
@@ -121,10 +119,7 @@ def load_peft(
     for entry, what in found:
         build.add(entry, what)
     nodes = build.nodes()
-    for copy, key, turned in parsed.copies:
-        value = file.read(key)
-        if not np.array_equal(file.read(copy), value.T if turned else value):
-            build.failures.append(f"'{copy}' and '{key}' should be the same, and are not")
+    build.failures += parsed.unequal(file)
     for table in parsed.tables:
         if not keep_base:
             build.compare(finder.value(table.name, table.shape, ()), table)

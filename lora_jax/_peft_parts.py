@@ -115,6 +115,15 @@ class Parsed:
     tables: tuple[Value, ...]
     copies: tuple[tuple[str, str, bool], ...] = ()
 
+    def unequal(self, file: AdapterFile) -> list[str]:
+        """What is wrong with `copies`."""
+        failures = []
+        for copy, key, turned in self.copies:
+            value = file.read(key)
+            if not np.array_equal(file.read(copy), value.T if turned else value):
+                failures.append(f"'{copy}' and '{key}' should be the same, and are not")
+        return failures
+
 
 def plain_name(name: str) -> str:
     """A name without what PEFT puts into it around an adapted module."""
