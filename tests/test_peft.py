@@ -55,15 +55,24 @@ def loaded(name, folder=None, **kwargs):
     )
 
 
+def outputs(fn, params, adapters, x):
+    """Of the merged and of the adapted function, compiled together."""
+
+    @jax.jit
+    def both(params, adapters, x):
+        adapted = lora.adapt(fn)(lora.bind(params, adapters), x)
+        return fn(lora.merge(params, adapters), x), adapted
+
+    return jax.tree.map(np.asarray, both(params, adapters, x))
+
+
 def assert_output(fn, params, adapters, name, tolerance=None):
     """The adapted and the merged function give what PEFT gave."""
     x, base, want = g.inputs(name)
     tolerance = tolerance or MODELS[name][3]
     assert np.abs(base - want).max() > 2 * tolerance, "the adapter changes nothing"
-    merged = jax.jit(fn)(lora.merge(params, adapters), x)
-    adapted = jax.jit(lora.adapt(fn))(lora.bind(params, adapters), x)
-    np.testing.assert_allclose(merged, want, atol=tolerance, rtol=0)
-    np.testing.assert_allclose(adapted, want, atol=tolerance, rtol=0)
+    for got in outputs(fn, params, adapters, x):
+        np.testing.assert_allclose(got, want, atol=tolerance, rtol=0)
 
 
 def stored(folder):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import fails
-from test_peft import assert_same_tensors, pair, stored, written
+from test_peft import assert_same_tensors, outputs, pair, stored, written
 
 import lora_jax as lora
 
@@ -137,9 +137,7 @@ def opened(folder, kind, make=None, **kwargs):
 
 
 def assert_same(fn, params, adapters, x, want):
-    merged = jax.jit(fn)(lora.merge(params, adapters), x)
-    adapted = jax.jit(lora.adapt(fn))(lora.bind(params, adapters), x)
-    for got in (merged, adapted):
+    for got in outputs(fn, params, adapters, x):
         np.testing.assert_allclose(got, want, atol=4e-6 * np.abs(want).max(), rtol=0)
 
 
