@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import os
-import pickle
 import shutil
 import struct
 
 import golden_models as g
 import numpy as np
+from damage_values import (
+    EDGES,
+    EXPRESSIONS,
+    JSON,
+    LARGE,
+    MODULES,
+    NAMES,
+    PREFIX,
+    TAILS,
+)  # fmt: skip
+from damage_work import Work
 from hypothesis import strategies as st
 from test_peft import MODELS
 
 from lora_jax._peft_file import CONFIG, TENSORS
 
-PREFIX = "base_model.model."
 STAGES: list[dict] = [{}, {}, {}, {}]  # tensors and settings, header, bytes, files
 
 
@@ -29,86 +36,7 @@ def damage(stage):
     return register
 
 
-@dataclasses.dataclass(repr=False)
-class Work:
-    """An adapter on its way to the disk."""
-
-    name: str
-    config: dict
-    tensors: list  # [name, dtype, shape, bytes]
-    header: list = dataclasses.field(default_factory=list)  # [name, entry]
-    files: dict = dataclasses.field(default_factory=dict)
-    then: dict = dataclasses.field(default_factory=dict)  # {file: what happens to it}
-
-    @classmethod
-    def golden(cls, name):
-        config = json.loads((g.folder(name) / CONFIG).read_text())
-        types = {"float32": "F32", "bfloat16": "BF16"}
-        arrays = g.tensors(g.folder(name) / TENSORS).items()
-        return cls(
-            name, config, [[k, types[str(v.dtype)], list(v.shape), v.tobytes()] for k, v in arrays]
-        )
-
-    def __repr__(self):
-        """What is not as it was."""
-        was = Work.golden(self.name)
-        config = {k: v for k, v in self.config.items() if was.config.get(k, self) != v}
-        lost = sorted(was.config.keys() - self.config.keys())
-        tensors = [t[:3] for t in self.tensors if t not in was.tensors]
-        header = [h for h in self.header if h[0] not in {t[0] for t in self.tensors}]
-        return ascii((self.name, config, lost, tensors, header, sorted(self.then)))[:2000]
-
-    def laid_out(self):
-        at = 0
-        for name, dtype, shape, data in self.tensors:
-            offsets = [at, at + len(data)]
-            self.header.append([name, {"dtype": dtype, "shape": shape, "data_offsets": offsets}])
-            at = offsets[1]
-
-    def packed(self):
-        text = as_json(self.header).encode("utf-8", "surrogatepass")
-        body = b"".join(t[3] for t in self.tensors)
-        self.files = {
-            CONFIG: bytearray(as_json(list(self.config.items())).encode()),
-            TENSORS: bytearray(struct.pack("<Q", len(text)) + text + body),
-        }
-
-
-def as_json(items):
-    """As json.dumps, of pairs, in which a key may be there twice."""
-    return "{" + ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in items) + "}"
-
-
-# What is drawn
-
-EDGES = [0, 1, 2, 3, -1, 2**31, 2**40, 2**48, 2**63, 2**64, 10**30, True, None, 1.5, 1e308, "1", []]
-NASTY = [*EDGES, -0.0, "", {}, [[]], [None]]
-NASTY += ["all-linear", "none", False, [1, 2], {"a": "b"}, "/etc"]
-EXPRESSIONS = [
-    "(a+)+$", "(a|a)*b", "((a*)*)*b", "(", "(?i)lin", "a{99999}", "(?<=a)b", r"(.)\1", "[z-a]",
-    ".*(lin|q_proj)", "lin|c1d", "^lin", r"layers\.\d+.*", "(?!x).*", "lin$", ".*", "(?:.*\\.)?head",
-    "((a{300}){300}){300}",
-]  # fmt: skip
-NAMES = [
-    "", ".", "..", "a..b", "/etc/passwd", "../../x", "C:\\x", "a\0b", "\ud800", "q\n", "\x1b[31m",
-    "é", "x" * 513, "x" * 1_000_000, "__metadata__", PREFIX, PREFIX + ".", "lora_A.weight", " ",
-]  # fmt: skip
-MODULES = ["lin", "c1d", "emb", "head", "lin.base_layer", "attn", "out", "nothing", "lin.lin"]
-MODULES += ["model.layers.0.self_attn.q_proj", "model.layers.7.self_attn.q_proj", "experts"]
-TAILS = ["lora_A.weight", "lora_B.weight", "lora_A", "lora_B", "lora_E", "lora_embedding_A", "bias"]
-TAILS += ["lora_embedding_B", "lora_B.bias", "lora_magnitude_vector", "weight", "lora_X.weight"]
-TAILS += ["token_adapter.trainable_tokens_delta", "modules_to_save.weight", "original_module.bias"]
-JSON = st.recursive(
-    st.sampled_from(NASTY) | st.text(max_size=8) | st.integers() | st.floats(allow_nan=False),
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3),
-    max_leaves=6,
-)
 SETTINGS = sorted({k for n in MODELS for k in Work.golden(n).config} | {"init_r", "unknown"})
-LARGE = [b"[" * 200_000, b'{"a":' * 200_000, b"[" + b"9" * 5000 + b"]", b'{"r": NaN}', b"\xff\xfe"]
-LARGE += [b"", b"{}", b"[]", b"null"]
-LARGE += [b" " * 70_000, b'{"a": 1, "a": 1}', b'{"r": 1e999}', b"\0" * 99]
-LARGE += [pickle.dumps({"r": 1}), b"PK\3\4" + bytes(99)]
-LARGE += [b"GGUF\3\0\0\0" + bytes(64), b'{"\\ud800": 1}']
 
 
 def some(draw, items):
@@ -397,10 +325,3 @@ def cases(draw):
             if s == stage and (w.tensors if stage == 0 else w.header if stage == 1 else True):
                 STAGES[s][n](w, draw)
     return w.name, tuple(n for _, n in sorted(chosen)), w
-
-
-def write(w, folder):
-    for name, data in w.files.items():
-        (folder / name).write_bytes(data)
-    for happens in w.then.values():
-        happens(folder)

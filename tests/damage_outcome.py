@@ -18,6 +18,7 @@ import tracemalloc
 from pathlib import Path
 
 import damage
+import damage_work
 import peft_by_hand
 from hypothesis import HealthCheck, Phase, given, settings
 from test_peft import LOAD, MODELS, loaded, survey
@@ -69,11 +70,11 @@ def size_of(folder):
     return sum(p.stat().st_blocks * 512 for p in folder.iterdir() if p.is_file())
 
 
-def outcome(name, folder, load=None) -> Outcome:
+def outcome(name, folder, load=None, seconds=2.0) -> Outcome:
     """Loads once for the time and once for the memory, and checks what came."""
     load = load or (lambda: loaded_by(name, folder))
     size = size_of(folder)
-    most = 2 + size / 2e6
+    most = seconds + size / 2e6
     start = time.perf_counter()
     try:
         with limited(most):
@@ -134,7 +135,7 @@ def loaded_by(name, folder):
 def tried(w) -> Outcome:
     folder = Path(tempfile.mkdtemp())
     try:
-        damage.write(w, folder)
+        damage_work.write(w, folder)
         return outcome(w.name, folder)
     finally:
         shutil.rmtree(folder)

@@ -5,8 +5,8 @@ import os
 import shutil
 import struct
 
-import damage
 import damage_outcome
+import damage_work
 import golden_models as g
 import pytest
 
@@ -27,7 +27,7 @@ def test_the_goldens_are_loaded_as_by_hand():
 
 
 def test_damaged_folders():
-    damage_outcome.many(400, assert_good)
+    damage_outcome.many(250, assert_good)
 
 
 @pytest.mark.slow
@@ -54,9 +54,8 @@ def test_what_the_check_finds(tmp_path):
         "too slow": lambda: [None for _ in iter(int, 1)],
         "loaded": None,
     }
-    assert {k: damage_outcome.outcome(NAME, folder, load).kind for k, load in ways.items()} == {
-        k: k for k in ways
-    }
+    got = {k: damage_outcome.outcome(NAME, folder, load, 0.5).kind for k, load in ways.items()}
+    assert got == {k: k for k in ways}
 
 
 # Large ones, each once
@@ -98,7 +97,7 @@ EVERY = {"target_modules": None, "modules_to_save": None}
 
 
 def test_many_tensors(tmp_path):
-    tried(tmp_path / "a", EVERY, singles(8_000, "base_model.model.m%d.lin.bias"))
+    tried(tmp_path / "a", EVERY, singles(4_000, "base_model.model.m%d.lin.bias"))
 
 
 @pytest.mark.slow
@@ -166,14 +165,14 @@ def test_expressions_that_take_long(tmp_path, config):
     "config, modules",
     [
         ({"alpha_pattern": {f"m{i}": 1 for i in range(200_000)}}, 1),
-        ({"alpha_pattern": {f"m{i}": 1 for i in range(35_000)}}, 100),
-        ({"alpha_pattern": {f"m{i}.x": 1 for i in range(35_000)}}, 100),
-        ({"alpha_pattern": {"." + bin(i)[2:].replace("0", "."): 1 for i in range(35_000)}}, 100),
-        ({"alpha_pattern": {f"m{i}*": 1 for i in range(35_000)}}, 1),
+        ({"alpha_pattern": {f"m{i}": 1 for i in range(20_000)}}, 100),
+        ({"alpha_pattern": {f"m{i}.x": 1 for i in range(20_000)}}, 100),
+        ({"alpha_pattern": {"." + bin(i)[2:].replace("0", "."): 1 for i in range(20_000)}}, 100),
+        ({"alpha_pattern": {f"m{i}*": 1 for i in range(20_000)}}, 1),
         ({"alpha_pattern": {"a" * 3_000_000: 1}}, 1),
         ({"target_modules": [f"m{i}" for i in range(100_000)]}, 200),
-        ({"target_parameters": [f"x{i % 100}.m{i}" for i in range(35_000)]}, 100),
-        ({"trainable_token_indices": {f"m{i}": [i] for i in range(35_000)}}, 1),
+        ({"target_parameters": [f"x{i % 100}.m{i}" for i in range(20_000)]}, 100),
+        ({"trainable_token_indices": {f"m{i}": [i] for i in range(20_000)}}, 1),
     ],
     ids=["too many", "names", "dots", "places of dots", "expressions", "a long name", "targets",
          "parameters", "tokens"],
@@ -184,7 +183,7 @@ def test_many_settings(tmp_path, config, modules):
 
 def test_a_matrix_as_a_vector(tmp_path):
     """As a shard of ZeRO-3 has it: the numbers would fall on other places."""
-    w = damage.Work.golden(NAME)
+    w = damage_work.Work.golden(NAME)
     next(t for t in w.tensors if t[0].endswith("head.weight"))[2] = [60]
     w.laid_out()
     w.packed()
