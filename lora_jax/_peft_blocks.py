@@ -167,7 +167,7 @@ def layouts(shape: tuple[int, ...], blocks: Sequence[Block]) -> list[str]:
     size = sum(math.prod(b.shape) for b in blocks)
     if math.prod(shape) != size:
         return []
-    if len(blocks) == 1 and _squeezed(blocks[0].shape) == _squeezed(shape):
+    if len(blocks) == 1 and _is_same(shape, blocks[0]):
         found.append("same")
     if len(shape) == 1:  # such as a bias; the order of a matrix nobody knows any more
         return [] if any(b.leaf.geometry and b.leaf.in_axes for b in blocks) else ["vector"]
@@ -185,6 +185,14 @@ def layouts(shape: tuple[int, ...], blocks: Sequence[Block]) -> list[str]:
         if set(found) > {"same"}:
             found.remove("same") if "same" in found else None
     return found
+
+
+def _is_same(shape: tuple[int, ...], b: Block) -> bool:
+    """Whether a tensor lies as the block does: of a product's weight to the letter."""
+    if b.leaf.geometry is None:
+        return _squeezed(b.shape) == _squeezed(shape)
+    own = tuple(n for n, i in zip(b.shape, b.index) if not isinstance(i, int))
+    return own == shape and b.leaf.kind != "conv"
 
 
 def _squeezed(shape) -> tuple[int, ...]:
