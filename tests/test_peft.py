@@ -1,5 +1,6 @@
 """What PEFT wrote does in JAX what it does in torch; what we write is what PEFT wrote, to the bit."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -58,7 +59,7 @@ def loaded(name, folder=None, **kwargs):
 def outputs(fn, params, adapters, x):
     """Of the merged and of the adapted function, compiled together."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # quicker
     def both(params, adapters, x):
         adapted = lora.adapt(fn)(lora.bind(params, adapters), x)
         return fn(lora.merge(params, adapters), x), adapted
