@@ -23,6 +23,7 @@ from lora_jax._init import init
 from lora_jax._initialisers import lora_ga, lora_one, olora, on_original, orthogonal, pissa
 from lora_jax._interpret import Use
 from lora_jax._learned import Change, Learned, learned
+from lora_jax._loftq import loftq
 from lora_jax._merge import merge, unmerge
 from lora_jax._moments import second_moments
 from lora_jax._optim import labels, lora_plus, trained_only
@@ -97,6 +98,7 @@ __all__ = [
     "quantize",
     "dequantize",
     "quantization_errors",
+    "loftq",
     "Quantized",
     # one device or a pod
     "shardings",

@@ -18,6 +18,7 @@ from lora_jax._quantized import Quantized, is_quantized, quantized
 from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
+from lora_jax._weight import Geometry
 
 
 def quantize(
@@ -57,6 +58,17 @@ def quantize(
     >>> lora.quantize(params, "kernel", double=True)["q"]["kernel"]
     Quantized((64, 64), float32, 'nf4', 4.516 bits)
     """
+    chosen = chosen_leaves(params, targets, format, survey)
+
+    def leaf(path, w):
+        w = w if load is None else load(path)
+        return quantize_leaf(w, chosen[path].geometry, format, double) if path in chosen else w
+
+    return map_state(lambda tree: map_with_path(leaf, tree), params)
+
+
+def chosen_leaves(params: Any, targets: Any, format: str, survey: Survey | None) -> Targets:
+    """The leaves to be quantised, checked."""
     if format not in FORMATS:
         raise LoRAError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
     chosen = targets
@@ -64,16 +76,16 @@ def quantize(
         chosen = select(params, LoRAConfig(rank=1, targets=targets), survey)
     done = [p for p, x in flatten(state_of(params)).items() if p in chosen and is_quantized(x)]
     raise_all("these leaves are quantised already:", (f"'{p}'" for p in done))
+    return chosen
 
-    def leaf(path, w):
-        w = w if load is None else load(path)
-        if path not in chosen:
-            return w
-        g = chosen[path].geometry
-        stack = len(g.batch_axes) if g.batch_axes == tuple(range(len(g.batch_axes))) else 0
-        return _quantized(jnp.asarray(w), format, g.in_axes, stack, double)
 
-    return map_state(lambda tree: map_with_path(leaf, tree), params)
+def stacked(g: Geometry) -> int:
+    """How many leading axes are a stack of weights."""
+    return len(g.batch_axes) if g.batch_axes == tuple(range(len(g.batch_axes))) else 0
+
+
+def quantize_leaf(w: Any, g: Geometry, format: str, double: bool) -> Quantized:
+    return _quantized(jnp.asarray(w), format, g.in_axes, stacked(g), double)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
