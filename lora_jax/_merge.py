@@ -14,12 +14,12 @@ from lora_jax._adapters import DoRA, Full, LoRA, Rows
 from lora_jax._bind import adapter_nodes
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._factors import without_frozen
-from lora_jax._nnx import map_state
-from lora_jax._paths import map_with_path
-from lora_jax._quantized import is_quantized, value
+from lora_jax._nnx import map_state, state_of
+from lora_jax._paths import flatten, map_with_path
+from lora_jax._quantized import Quantized, is_quantized, value
 
 
-def merge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
+def merge(params: Any, adapters: Any, *, donate: bool = False, requantize: bool = False) -> Any:
     """W + scale·A·B (arXiv:2106.09685, section 4.1), and what other nodes make of W, as plain
     parameters for the plain model.
 
@@ -32,14 +32,20 @@ def merge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
       adapters: the adapters.
       donate: let each adapted leaf of `params` give its memory to the merged one. `params` cannot
         be used afterwards.
+      requantize: store each leaf that was quantised in its format again, and leave those without
+        an adapter in their codes. It rounds a second time, and an update smaller than the codes'
+        distance is lost: `quantization_errors(lora.merge(params, adapters), requantised)` says how
+        much, leaf by leaf.
 
     Returns:
       A tree of the same structure, types, shapes, dtypes, boxes and shardings. Leaves without an
-      adapter are the same arrays; those that are quantised become arrays, adapted or not.
+      adapter are the same arrays; those that are quantised become arrays, adapted or not, unless
+      `requantize` is set.
 
     Raises:
       LoRAError: as `bind`; or a merged leaf is not finite (all of them are listed). Under jit the
-        values are not known, and only the first is checked.
+        values are not known, and only the first is checked. With `requantize`, a leaf in a
+        format that is only read, as those of GGUF files.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.zeros((2, 2))}
@@ -48,7 +54,7 @@ def merge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
     Array([[0.5, 0.5],
            [0.5, 0.5]], dtype=float32)
     """
-    return _each(params, adapters, "merge", 1.0, donate)
+    return _each(params, adapters, "merge", 1.0, donate, requantize)
 
 
 def unmerge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
@@ -75,7 +81,7 @@ def unmerge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
     return _each(params, adapters, "unmerge", -1.0, donate)
 
 
-def _each(params, adapters, verb, sign, donate):
+def _each(params, adapters, verb, sign, donate, requantize=False):
     nodes = without_frozen(adapter_nodes(params, adapters, verb), verb)
     lost = [
         f"'{p}' was {'scaled' if isinstance(n, DoRA) else 'trained in full'}"
@@ -88,15 +94,17 @@ def _each(params, adapters, verb, sign, donate):
             lost,
             "keep the base parameters, or take these leaves from them",
         )
+    if requantize:
+        _check_storable(params, nodes)
     bad: list[str] = []
 
     def leaf(path, base):
         if path not in nodes:
-            return _value(base) if is_quantized(base) else base
+            return _value(base) if is_quantized(base) and not requantize else base
         merged, finite = _merged(base, nodes[path], sign, donate)
         if not isinstance(finite, jax.core.Tracer) and not finite:
             bad.append(f"'{path}' {tuple(base.shape)} holds NaN or infinity after merging")
-        return merged
+        return _stored(base, merged) if requantize and is_quantized(base) else merged
 
     out = map_state(lambda tree: map_with_path(leaf, tree), params)
     raise_all(
@@ -124,6 +132,20 @@ def _merged(base, node, sign, donate):
 
 
 _value = jax.jit(value)
+_stored = jax.jit(Quantized.of)
+
+
+def _check_storable(params, nodes):
+    leaves = flatten(state_of(params))
+    raise_all(
+        "these leaves cannot be stored as they were:",
+        (
+            f"'{p}' is a {leaves[p]}, which is only read"
+            for p in nodes
+            if is_quantized(leaves[p]) and not leaves[p].storable
+        ),
+        "lora.quantize(lora.merge(params, adapters), targets, format)",
+    )
 
 
 @functools.lru_cache(maxsize=4)

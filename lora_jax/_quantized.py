@@ -101,6 +101,18 @@ class Quantized:
         return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
 
     @property
+    def storable(self) -> bool:
+        """Whether other numbers can be stored in the same way, see `of`."""
+        return not self.moves
+
+    def of(self, w: jax.Array) -> Quantized:
+        """Other numbers of the same shape, stored in the same way."""
+        fmt, shape = FORMATS[self.format], self.constants.shape
+        in_axes = [d for d, n in enumerate(shape) if n == 1] if fmt.block is None else (-2,)
+        double = self.second is not None
+        return quantized(w, self.format, in_axes=in_axes, stack=self.stack, double=double)
+
+    @property
     def sliceable(self) -> bool:
         """Whether the parts of axis 0 are those of each array."""
         return not self.moves and self.codes.ndim > 1 and (self.stack > 0 or self.second is None)

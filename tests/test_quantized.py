@@ -330,3 +330,20 @@ def test_other_nodes_on_a_quantised_base():
 def test_errors(call, match):
     with fails(match):
         call()
+
+
+@pytest.mark.parametrize("format, double", [("nf4", True), ("int8", False), ("mxfp4", False)])
+def test_merging_into_codes_again(format, double):
+    """As quantising what was merged; leaves without an adapter are the same arrays."""
+    params = {"w": jax.random.normal(KEY, (3, 64, 64)), "v": jnp.eye(64), "norm": jnp.ones(4)}
+    rule = lora.Rule("w", batch_axes=(0,), in_axes=(1,), out_axes=(2,))
+    config = lora.LoRAConfig(rank=2, targets=["w"], rules=[rule])
+    both = lora.select(params, lora.LoRAConfig(targets=["w", "v"], rules=[rule]))
+    q = lora.quantize(params, both, format, double=double)
+    adapters = noisy(lora.init(KEY, q, config))
+    merged, again = lora.merge(q, adapters), lora.merge(q, adapters, requantize=True)
+    assert again["v"] is q["v"] and again["norm"] is params["norm"]
+    want = lora.quantize(merged, lora.select(merged, config), format, double=double)["w"]
+    jax.tree.map(np.testing.assert_array_equal, again["w"], want)
+    error = lora.quantization_errors(merged, again)["w"]
+    assert 0.1 < error / lora.quantization_errors(params, q)["w"] < 2
