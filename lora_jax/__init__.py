@@ -24,6 +24,7 @@ from lora_jax._initialisers import lora_ga, lora_one, olora, on_original, orthog
 from lora_jax._interpret import Use
 from lora_jax._learned import Change, Learned, learned
 from lora_jax._loftq import loftq
+from lora_jax._memory import Memory, memory
 from lora_jax._merge import merge, unmerge
 from lora_jax._moments import second_moments
 from lora_jax._optim import labels, lora_plus, trained_only
@@ -104,6 +105,8 @@ __all__ = [
     "shardings",
     "state_shardings",
     "topology_mesh",
+    "memory",
+    "Memory",
     "forecast",
     "Forecast",
     # checkpoints
