@@ -6,6 +6,7 @@ from lora_jax._adapt import adapt, coverage
 from lora_jax._adapters import DoRA, Full, LoRA, Rows, choose
 from lora_jax._algebra import combine, extract, resize, scaled
 from lora_jax._bind import bind
+from lora_jax._bitsandbytes import bitsandbytes_weight
 from lora_jax._checkpoint import Restored, restore, save
 from lora_jax._compare import Comparison, Likeness, compare
 from lora_jax._config import LoRAConfig, Rule
@@ -102,6 +103,7 @@ __all__ = [
     "quantization_errors",
     "loftq",
     "gguf_weight",
+    "bitsandbytes_weight",
     "Quantized",
     # one device or a pod
     "shardings",

@@ -149,15 +149,20 @@ def unpack(packed: jax.Array) -> jax.Array:
 
 def dynamic_map() -> np.ndarray:
     """The 256 values of the 8-bit dynamic data type (Dettmers 2016, arXiv:1511.04561), ascending:
-    ±10^(i-6) times the centres of 2^i equal parts of [0.1, 1], i = 0 … 6, and 0 and 1.
+    ±10^(i-6) times the centres of 2^i equal parts of [0.1, 1], i = 0 … 6, and 0 and 1; to the bit
+    those of bitsandbytes, where the edges are torch's `linspace`.
 
     >>> dynamic_map().shape, float(dynamic_map()[-1])
     ((256,), 1.0)
     """
-    values = [0.0, 1.0]
+    f32, values = np.float32, [0.0, 1.0]
     for i in range(7):
-        edges = np.linspace(0.1, 1, 2**i + 1, dtype=np.float32)
-        centres = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)
+        n = 2**i
+        step, k = float((f32(1) - f32(0.1)) / f32(n)), np.arange(n + 1)
+        # from the nearer end, rounded once
+        edges = np.where(k < (n + 1) // 2, float(f32(0.1)) + step * k, 1 - step * (n - k))
+        edges = edges.astype(f32)
+        centres = (edges[1:] + edges[:-1]) / f32(2) * f32(10.0 ** (i - 6))
         values += [*centres, *-centres]
     return np.sort(np.asarray(values, np.float32))
 

@@ -72,7 +72,7 @@ def test_equal_to_bitsandbytes():
     np.testing.assert_array_equal(np.asarray(q.codes).reshape(-1), golden["codes"].reshape(-1))
     np.testing.assert_array_equal(np.asarray(q.constants).reshape(-1), golden["absmax"])
     np.testing.assert_array_equal(q.value(), golden["read"])
-    np.testing.assert_allclose(dynamic_map(), golden["map"], atol=1e-7)
+    np.testing.assert_array_equal(dynamic_map(), golden["map"])
     double = quantized(jnp.asarray(golden["w"]), "nf4", double=True)
     # Its search for the nearest of 256 values is off by one now and then, ours is not.
     codes = np.asarray(double.constants).reshape(-1)[: golden["codes8"].size]
