@@ -11,7 +11,9 @@ Expected (two cores, fp32, seed 0, 400 held-out snippets; standard error 0.02):
     of the two words    before 0.82   after 0.85
 
 Most of the first line is learning how to answer; the second is what it learned about reviews.
-Two minutes and about 2 GB of memory; 460,800 parameters are trained, 0.34 %.
+Two minutes and about 2 GB of memory; 460,800 parameters are trained, 0.34 %. With `--base q4_1`
+the weights stay in the file's own blocks, and the arguments of the compiled step are 102 MB instead
+of 544; with `--base nf4` all linear layers are quantised anew, and they are 174 MB.
 """
 
 import argparse
