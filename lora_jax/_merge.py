@@ -16,7 +16,7 @@ from lora_jax._errors import LoRAError, raise_all
 from lora_jax._factors import without_frozen
 from lora_jax._nnx import map_state, state_of
 from lora_jax._paths import flatten, map_with_path
-from lora_jax._quantized import Quantized, is_quantized, value
+from lora_jax._quantized import is_quantized, value
 
 
 def merge(params: Any, adapters: Any, *, donate: bool = False, requantize: bool = False) -> Any:
@@ -104,7 +104,7 @@ def _each(params, adapters, verb, sign, donate, requantize=False):
         merged, finite = _merged(base, nodes[path], sign, donate)
         if not isinstance(finite, jax.core.Tracer) and not finite:
             bad.append(f"'{path}' {tuple(base.shape)} holds NaN or infinity after merging")
-        return _stored(base, merged) if requantize and is_quantized(base) else merged
+        return base.of(merged) if requantize and is_quantized(base) else merged
 
     out = map_state(lambda tree: map_with_path(leaf, tree), params)
     raise_all(
@@ -123,6 +123,7 @@ def _merged(base, node, sign, donate):
         )
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((base, node))):
         return _merge_leaf(sign, base, node)
+    donate = donate and not is_quantized(base)  # codes are too small to hold what is merged
     merged, finite = _jitted(sign, donate)(base, node)
     if isinstance(base, np.ndarray):
         return np.asarray(merged), finite
@@ -132,7 +133,6 @@ def _merged(base, node, sign, donate):
 
 
 _value = jax.jit(value)
-_stored = jax.jit(Quantized.of)
 
 
 def _check_storable(params, nodes):

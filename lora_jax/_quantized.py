@@ -118,9 +118,10 @@ class Quantized:
     def of(self, w: jax.Array) -> Quantized:
         """Other numbers of the same shape, stored in the same way."""
         fmt, shape = STORED[self.format], self.constants.shape
-        in_axes = [d for d, n in enumerate(shape) if n == 1] if fmt.block is None else (-2,)
+        per_channel = fmt.block is None
+        in_axes = tuple(d for d, n in enumerate(shape) if n == 1) if per_channel else (-2,)
         double = self.second is not None
-        return quantized(w, self.format, in_axes=in_axes, stack=self.stack, double=double)
+        return _jitted(w, self.format, in_axes=in_axes, stack=self.stack, double=double)
 
     @property
     def sliceable(self) -> bool:
@@ -257,6 +258,9 @@ def quantized(
     codes = pack(codes) if fmt.bits == 4 else codes
     constants, second = _doubled(constants, stack) if double else (constants, None)
     return Quantized(codes, constants, second, format, dtype, n * block - shape[-1], stack)
+
+
+_jitted = jax.jit(quantized, static_argnames=("format", "in_axes", "stack", "double"))
 
 
 def _doubled(constants: jax.Array, stack: int):

@@ -347,3 +347,5 @@ def test_merging_into_codes_again(format, double):
     jax.tree.map(np.testing.assert_array_equal, again["w"], want)
     error = lora.quantization_errors(merged, again)["w"]
     assert 0.1 < error / lora.quantization_errors(params, q)["w"] < 2
+    given = lora.merge(jax.tree.map(jnp.copy, q), adapters, donate=True, requantize=True)
+    jax.tree.map(np.testing.assert_array_equal, given["w"], again["w"])
