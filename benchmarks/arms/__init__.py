@@ -24,6 +24,7 @@ ARMS = {
     "ours_auto": "",
     "ours_factored": "",
     "ours_merged": "",
+    "ours_dora": "",
     "qwix": "qwix==0.1.8",
     "quax": "quax==0.4.6",
     "nnx_lora": "",

@@ -11,7 +11,7 @@ import lora_jax as lora
 from arms import JaxArm
 
 
-def build(setup, plan):
+def build(setup, plan, method=None):
     model, params, case = setup.model, setup.params, setup.case
     survey = lora.survey(model.apply, {"params": params}, setup.ids)
     alpha = setup.config.scale * case.rank
@@ -23,9 +23,18 @@ def build(setup, plan):
             for path, node in adapters.items()
         }
     )
+    if method is not None:
+        adapters = method(params, adapters)
     apply = lora.adapt(model.apply, plan=plan)
 
     def logits(adapters, params, ids):
         return apply({"params": lora.bind(params, adapters)}, ids)
 
-    return JaxArm(setup, logits, adapters, params, merged=lora.merge(params, adapters))
+    return JaxArm(
+        setup,
+        logits,
+        adapters,
+        params,
+        merged=lora.merge(params, adapters),
+        comparable=method is None,
+    )
