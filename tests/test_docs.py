@@ -5,18 +5,32 @@ import subprocess
 import sys
 from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "docs" / "your_own_method.md"
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def snippets(page):
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
+
+
+def run(code):
+    """What it prints, in a process of its own, as a reader would run it."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True, text=True, cwd=DOCS.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def test_a_method_of_your_own():
-    """In a process of its own, as a reader would; `init` and `factors` in at most 40 lines."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", snippet],
-        capture_output=True, text=True, cwd=PAGE.parent.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    losses, same = done.stdout.splitlines()
+    """`init` and `factors` in at most 40 lines."""
+    (snippet,) = snippets("your_own_method.md")
+    losses, same = run(snippet).splitlines()
     before, after = map(float, losses.split(" -> "))
     assert after < before / 2 and same == "True"
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 40
+
+
+def test_methods():
+    """Every snippet, one after another; each asserts that its loss falls."""
+    assert "targets: all linear layers" in run("\n".join(snippets("methods.md")))
