@@ -5,11 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 import pytest
 from common import adapted, assert_close, assert_equals_dense, fails, noisy
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_adapt import USES, W, X
 from zoo import IDS, Transformer
@@ -133,41 +130,6 @@ def test_a_small_gain_is_not_rounded_away():
     y = lora.adapt(fn)(lora.bind({"w": w}, {"w": n}), x).astype(jnp.float32)
     base = fn({"w": w}, x).astype(jnp.float32)
     assert abs(jnp.vdot(y, base) / jnp.vdot(base, base) - 1.003) < 5e-4
-
-
-def test_eight_devices_and_a_checkpoint(tmp_path):
-    model = Transformer(True)
-    params = model.init(jax.random.key(0), IDS)["params"]
-    apply = lambda params, ids: model.apply({"params": params}, ids)
-    f, adapters = adapted(apply, params, IDS, method=lora.dora)
-    tx = optax.adam(1e-2)
-
-    @jax.jit
-    @jax.numpy_dtype_promotion("standard")  # Adam's
-    def step(params, adapters, state, ids):
-        loss = lambda ad: jnp.mean(jnp.sin(f(lora.bind(params, ad), ids)))
-        value, grads = jax.value_and_grad(loss)(adapters)
-        updates, state = tx.update(grads, state)
-        return optax.apply_updates(adapters, updates), state, value
-
-    want, _, loss = step(params, adapters, tx.init(adapters), IDS)
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    split = lambda x: P(*[None] * (x.ndim - 1), "model" if x.shape[-1] % 4 == 0 else None)
-    on = jax.tree.map(lambda x: NamedSharding(mesh, split(x)), params)
-    placed = jax.device_put(params, on)
-    where = lora.shardings(placed, adapters)
-    spread = jax.device_put(adapters, where)
-    assert "model" in spread["layers"]["up"]["kernel"].magnitude.sharding.spec
-    got, state, sharded_loss = step(placed, spread, tx.init(spread), IDS)
-    assert_close(got, want, factor=2048)  # Adam divides by small numbers
-    assert_close(sharded_loss, loss)
-
-    with ocp.CheckpointManager(tmp_path) as manager:
-        config = lora.LoRAConfig(rank=2, alpha=6)
-        lora.save(manager, 1, got, base=params, config=config, state=state)
-        manager.wait_until_finished()
-    back = lora.restore(tmp_path, base=params)
-    jax.tree.map(np.testing.assert_array_equal, back.adapters, got)
 
 
 def test_inside_shard_map():
