@@ -115,7 +115,8 @@ class Trainer:
     def __init__(self, task, arm, steps):
         self.task, self.arm, self.steps = task, arm, steps
         base, trained, frozen = arm.start(task, 0)
-        self.count = sum(x.size for x in jax.tree.leaves(trained))
+        both = zip(jax.tree.leaves(trained), jax.tree.leaves(lora.labels(trained)))
+        self.count = sum(x.size for x, label in both if label not in arm.fixed)
         self.start0 = trained, self.init(trained), jnp.float32(0), base, frozen
         batch = [x[:BATCH] for x in task.data[0]]
         self.compiled = jax.jit(self._step).lower(*self.start0, *batch).compile()

@@ -24,12 +24,14 @@ class Arm(NamedTuple):
       tx: (learning rate, number of steps, task) -> an optimiser.
       rate: the middle of the sweep.
       penalty: of the trained tree, added to the loss.
+      fixed: labels of arrays in the trained tree that the optimiser leaves as they are.
     """
 
     start: Callable[[SimpleNamespace, int], tuple[Any, Any, Any]]
     tx: Callable[[Any, int, SimpleNamespace], optax.GradientTransformation]
     rate: float
     penalty: Callable[[Any], Any] | None = None
+    fixed: tuple[str, ...] = ()
 
 
 def config(rank=RANK, targets=QV) -> lora.LoRAConfig:
@@ -118,7 +120,7 @@ ARMS = {
     "BitFit": Arm(only(full="classifier/kernel", bias="all"), adam, 3e-3),
     "LoRA": Arm(plain(), adam, 3e-3),
     "LoRA+": Arm(plain(), lambda rate, *_: lora.lora_plus(optax.adam, rate, ratio=4), 2e-3),
-    "LoRA-FA": Arm(plain(2 * RANK), lambda rate, *_: lora.lora_fa(optax.adam(rate)), 3e-3),
+    "LoRA-FA": Arm(plain(2 * RANK), lambda rate, *_: lora.lora_fa(optax.adam(rate)), 3e-3, fixed=("a",)),
     "DoRA": Arm(dora, adam, 3e-3),
     "VeRA": Arm(
         with_frozen(functools.partial(lora.init_vera, rank=256), targets="all-linear"), adam, 1e-2
