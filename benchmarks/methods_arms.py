@@ -120,7 +120,9 @@ ARMS = {
     "BitFit": Arm(only(full="classifier/kernel", bias="all"), adam, 3e-3),
     "LoRA": Arm(plain(), adam, 3e-3),
     "LoRA+": Arm(plain(), lambda rate, *_: lora.lora_plus(optax.adam, rate, ratio=4), 2e-3),
-    "LoRA-FA": Arm(plain(2 * RANK), lambda rate, *_: lora.lora_fa(optax.adam(rate)), 3e-3, fixed=("a",)),
+    "LoRA-FA": Arm(
+        plain(2 * RANK), lambda rate, *_: lora.lora_fa(optax.adam(rate)), 3e-3, fixed=("a",)
+    ),
     "DoRA": Arm(dora, adam, 3e-3),
     "VeRA": Arm(
         with_frozen(functools.partial(lora.init_vera, rank=256), targets="all-linear"), adam, 1e-2
