@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -310,7 +310,3 @@ Quantized.__repr__ = _repr
 
 def is_quantized(x: Any) -> bool:
     return isinstance(x, Quantized)
-
-
-def formats() -> Mapping[str, Format]:
-    return FORMATS
