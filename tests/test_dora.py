@@ -19,9 +19,8 @@ JOINED = {"concatenated rows", "concatenated in a jit"}
 
 # Those in which a gain goes a way of its own; the others are slow only as there are many.
 OWN_WAYS = {
-    "matmul", "transposed", "einsum to heads", "einsum from heads", "experts", "ragged experts",
-    "look-up", "look-up and head", "conv 2d dilated", "conv grouped", "concatenated columns",
-    "concatenated rows", "scan", "cond", "split and transposed", "picked experts", "reshaped",
+    "matmul", "transposed", "einsum from heads", "ragged experts", "look-up and head",
+    "conv grouped", "concatenated columns", "concatenated rows", "scan", "picked experts",
 }  # fmt: skip
 
 

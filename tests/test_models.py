@@ -104,7 +104,22 @@ def from_config(name):
 
 
 @hugging_face
-@pytest.mark.parametrize("name", zoo.HUGGING_FACE)
+# One with a fused projection, one with rotary positions, a decoder with an encoder, images.
+FIRST = {
+    "FlaxGPT2LMHeadModel",
+    "FlaxLlamaForCausalLM",
+    "FlaxBartForConditionalGeneration",
+    "FlaxViTForImageClassification",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in FIRST else pytest.mark.slow)
+        for n in zoo.HUGGING_FACE
+    ],
+)
 def test_hugging_face(name):
     model, params = from_config(name)
     inputs = normal(0, 2, 3, 8, 8) if "ViT" in name else IDS

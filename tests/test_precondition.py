@@ -176,6 +176,7 @@ def test_invariance(name):
         assert one > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rite", "muon"])
 def test_invariance_in_double(name):
     with jax.enable_x64():
@@ -487,6 +488,7 @@ def test_jit_is_eager(name):
     assert_close(jax.jit(tx.update)(g, state, adapters), tx.update(g, state, adapters), factor=256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_stack_is_its_layers(name):
     tx = METHODS[name]

@@ -115,7 +115,7 @@ def check_kills(tmp_path, kills, steps):
 
 
 def test_kill(tmp_path):
-    check_kills(tmp_path, kills=3, steps=100)
+    check_kills(tmp_path, kills=2, steps=60)
 
 
 @pytest.mark.slow
