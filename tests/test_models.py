@@ -103,7 +103,6 @@ def from_config(name):
     return model, jax.jit(init)(K)
 
 
-@hugging_face
 # One with a fused projection, one with rotary positions, a decoder with an encoder, images.
 FIRST = {
     "FlaxGPT2LMHeadModel",
@@ -113,12 +112,10 @@ FIRST = {
 }
 
 
+@hugging_face
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=() if n in FIRST else pytest.mark.slow)
-        for n in zoo.HUGGING_FACE
-    ],
+    [pytest.param(n, marks=() if n in FIRST else pytest.mark.slow) for n in zoo.HUGGING_FACE],
 )
 def test_hugging_face(name):
     model, params = from_config(name)
