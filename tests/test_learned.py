@@ -390,6 +390,7 @@ def test_without_matplotlib(monkeypatch):
     assert learned._repr_html_() == f"<pre>{learned}</pre>"
 
 
+@pytest.mark.filterwarnings("ignore:The chararray class")  # treescope looks at numpy.char
 def test_through_treescope():
     treescope = pytest.importorskip("treescope", reason="an extra of the documentation")
     ad = others()
