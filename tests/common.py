@@ -9,6 +9,18 @@ import pytest
 
 import lora_jax as lora
 
+# name -> (shape of a leaf, what its axes are)
+GEOMETRIES = {
+    "matrix": ((6, 5), lora.Geometry((0,), (1,))),
+    "torch's": ((5, 6), lora.Geometry((1,), (0,))),
+    "to heads": ((6, 2, 3), lora.Geometry((0,), (1, 2))),
+    "from heads": ((2, 3, 6), lora.Geometry((0, 1), (2,))),
+    "experts": ((3, 6, 5), lora.Geometry((1,), (2,), (0,))),
+    "stacked last": ((6, 5, 3), lora.Geometry((0,), (1,), (2,))),
+    "convolution": ((3, 3, 4, 5), lora.Geometry((0, 1, 2), (3,))),
+    "two stacks": ((2, 6, 3, 5), lora.Geometry((1,), (3,), (0, 2))),
+}
+
 
 def fails(match):
     return pytest.raises(lora.LoRAError, match=match)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import adapted, assert_close, assert_equals_dense, fails, noisy
+from common import GEOMETRIES, adapted, assert_close, assert_equals_dense, fails, noisy
 from jax.sharding import PartitionSpec as P
 from test_adapt import USES, W, X
 from zoo import IDS, Transformer
@@ -50,17 +50,6 @@ def formula(n, w):
     m = np.asarray(n.magnitude, np.float64).reshape(size[0], 1, size[2])
     out = m * v / np.linalg.norm(v, axis=1, keepdims=True)
     return out.reshape([w.shape[d] for d in order]).transpose(np.argsort(order))
-
-
-GEOMETRIES = {
-    "matrix": ((6, 5), lora.Geometry((0,), (1,))),
-    "torch's": ((5, 6), lora.Geometry((1,), (0,))),
-    "to heads": ((6, 2, 3), lora.Geometry((0,), (1, 2))),
-    "from heads": ((2, 3, 6), lora.Geometry((0, 1), (2,))),
-    "experts": ((3, 6, 5), lora.Geometry((1,), (2,), (0,))),
-    "stacked last": ((6, 5, 3), lora.Geometry((0,), (1,), (2,))),
-    "convolution": ((3, 3, 4, 5), lora.Geometry((0, 1, 2), (3,))),
-}
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)

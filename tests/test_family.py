@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from common import assert_close, fails, value_and_grad
+from common import GEOMETRIES, assert_close, fails, value_and_grad
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
@@ -69,18 +69,6 @@ def densely(params, adapters, frozen):
         return dense(jnp, w, nodes[path], of) if path in nodes else w
 
     return lora._paths.map_with_path(leaf, params)
-
-
-GEOMETRIES = {
-    "matrix": ((6, 5), lora.Geometry((0,), (1,))),
-    "torch's": ((5, 6), lora.Geometry((1,), (0,))),
-    "to heads": ((6, 2, 3), lora.Geometry((0,), (1, 2))),
-    "from heads": ((2, 3, 6), lora.Geometry((0, 1), (2,))),
-    "experts": ((3, 6, 5), lora.Geometry((1,), (2,), (0,))),
-    "stacked last": ((6, 5, 3), lora.Geometry((0,), (1,), (2,))),
-    "convolution": ((3, 3, 4, 5), lora.Geometry((0, 1, 2), (3,))),
-    "two stacks": ((2, 6, 3, 5), lora.Geometry((1,), (3,), (0, 2))),
-}
 
 
 def one_leaf(method, name):
