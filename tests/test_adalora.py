@@ -306,6 +306,7 @@ def test_orthogonality():
 
 
 # ---------------------------------------------------------------- a model
+@pytest.mark.slow
 def test_trains_a_scanned_model_on_eight_devices(tmp_path):
     """From the base to real ranks, in one compiled step; saved and restored on the way."""
     model = Transformer(True)

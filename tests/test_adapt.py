@@ -183,9 +183,8 @@ USES = {
 
 # A plan is of dot_general alone; these differ in what comes before it.
 PLANNED = {
-    "matmul", "transposed", "vector", "einsum to heads", "einsum from heads", "weight on the left",
-    "per head", "experts", "every expert", "picked experts", "used twice", "concatenated columns",
-    "scaled", "scan", "remat", "vmap", "vmap over weights", "inner gradient", "jit called twice",
+    "matmul", "transposed", "einsum to heads", "einsum from heads", "weight on the left", "experts",
+    "picked experts", "used twice", "concatenated columns", "scan", "remat", "vmap over weights",
 }  # fmt: skip
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -31,6 +33,7 @@ def test_a_method_of_your_own():
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 40
 
 
+@pytest.mark.slow
 def test_methods():
     """Every snippet, one after another; each asserts that its loss falls."""
     assert "targets: all linear layers" in run("\n".join(snippets("methods.md")))

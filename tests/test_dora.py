@@ -82,7 +82,7 @@ def test_the_norm_has_no_gradient():
     assert_close(jax.grad(ours)(n), jax.grad(paper)(n), factor=256)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_initially_the_base(scanned):
     model = Transformer(scanned)
     params = model.init(jax.random.key(0), IDS)["params"]
@@ -99,7 +99,7 @@ def test_initially_the_base(scanned):
     assert_close(*(lora.merge(params, ad) for ad in (adapters, lora.dora(params, adapters))))
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model(scanned):
     model = Transformer(scanned)
     params = model.init(jax.random.key(0), IDS)["params"]

@@ -80,6 +80,7 @@ def llama_params(config=SMALL):
     return Llama(config).init(jax.random.key(0), ids)["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("promotes")
 @pytest.mark.filterwarnings("ignore")
 def test_llama_is_that_of_transformers():

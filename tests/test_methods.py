@@ -159,7 +159,13 @@ def test_the_table_is_whole():
     assert offered <= set(METHODS)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# One of each kind; the others are many, and each has tests of its own.
+FIRST = {"lora", "dora", "galore", "vera", "adalora", "pissa"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FIRST else pytest.mark.slow) for n in METHODS]
+)
 def test_method(name, tmp_path):
     m = model()
     start, tx = METHODS[name]

@@ -137,6 +137,7 @@ def test_gpt2_conv1d_is_stored_out_by_in():
     check(fn, params, IDS, targets=["wte", "1/attn/c_attn"], expect=expect)
 
 
+@pytest.mark.slow
 @hugging_face
 def test_hugging_face_module_and_generate():
     """The Linen module below the class, and the whole loop of `generate`."""

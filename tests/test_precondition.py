@@ -480,6 +480,7 @@ def test_training(name):
 PLAIN = ["riemannian sgd", "lora_pro sgd", "rite", "muon", "fa corrected"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_jit_is_eager(name):
     tx, adapters = METHODS[name], {"heads": random_adapters()["heads"]}
@@ -509,6 +510,7 @@ def test_a_stack_is_its_layers(name):
             assert_close(layer(updates, i), alone, factor=256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_bf16(name):
     """Products in fp32, whatever the adapters are; updates in the gradients' type."""

@@ -153,7 +153,9 @@ def model(scanned):
     return params, lambda params, ids: net.apply({"params": params}, ids)
 
 
-@pytest.mark.parametrize("scanned, method", [(False, None), (True, lora.dora)])
+@pytest.mark.parametrize(
+    "scanned, method", [pytest.param(False, None, marks=pytest.mark.slow), (True, lora.dora)]
+)
 def test_a_model(scanned, method):
     """All linear leaves and the table quantised, some adapted; scanned layers one by one."""
     params, apply = model(scanned)

@@ -369,6 +369,7 @@ def test_knots_drops():
     assert 0.2 < np.mean(np.asarray(elected.a) == 0) < 0.35  # a quarter is dropped of both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ties", "prune", "dare", "knots"])
 def test_jit(name):
     """Under jit as without; traced weights and keys."""

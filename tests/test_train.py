@@ -59,6 +59,7 @@ def adapters(directory):
     return found.step, found.data, found.adapters
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again_it_is_the_run_that_was_not(tmp_path):
     flags = ["--steps", "200", "--save-every", "64", "--log-every", "50", "--eval-every", "100"]
     whole = run(tmp_path / "whole", *flags)
