@@ -189,7 +189,7 @@ class Rows:
         index = jnp.asarray(self.index)
         one_hot = jnp.zeros((self.length, len(self.index)), self.value.dtype)
         one_hot = one_hot.at[index, jnp.arange(len(self.index))].set(1)
-        rows = base.take(index) if is_quantized(base) else base[index]
+        rows = base.at_rows(index) if is_quantized(base) else base[index]
         change = self.value - jax.lax.stop_gradient(rows).astype(self.value.dtype)
         return AdaptedWeight(
             base,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 SHOWN = 20  # failures in one message
 
@@ -25,6 +25,22 @@ def raise_all(title: str, failures: Iterable[str], fix: str = "") -> None:
     lines += [f"  and {more:,} more"] * (more > 0)
     if lines:
         raise LoRAError("\n".join([title, *lines] + ([fix] if fix else [])))
+
+
+# What a model would do to an array. `shape` and `dtype` are kept: Flax reads them before any use.
+_DUNDERS = """
+    jax_array array getitem iter len float bool matmul rmatmul mul rmul add radd sub rsub truediv
+    rtruediv neg pow
+""".split()
+_METHODS = "astype reshape transpose sum mean dot ravel take flatten squeeze swapaxes".split()
+
+
+def refuse_use(cls: type, refuse: Callable) -> None:
+    """Makes any use of a `cls` as the array that it stands for a call of `refuse`, which raises."""
+    for name in [*(f"__{name}__" for name in _DUNDERS), *_METHODS]:
+        setattr(cls, name, refuse)
+    for name in ("T", "mT", "at"):
+        setattr(cls, name, property(refuse))
 
 
 def quoted(text: str, most: int = 80) -> str:

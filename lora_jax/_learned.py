@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import Full, LoRA, Rows, is_node
-from lora_jax._algebra import checked, svd
+from lora_jax._algebra import linear, svd
 from lora_jax._bind import adapter_nodes
 from lora_jax._einsum import wide
 from lora_jax._errors import LoRAError
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten
+from lora_jax._quantized import is_quantized, value
 from lora_jax._table import table
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ def learned(params: Any, adapters: Any) -> Learned:
       adapters: the adapters, with values: not under jit.
 
     Raises:
-      LoRAError: adapters of another model, or without values.
+      LoRAError: adapters of another model, without values, or that add no update of their own
+        (DoRA; those for `factors`).
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> b = jnp.array([[3.0, 0, 0], [0, 1, 0]])
@@ -198,9 +200,10 @@ def learned(params: Any, adapters: Any) -> Learned:
     >>> figure = found.plot()  # or found.plot("learned.png")
     """
     if params is None:
-        nodes, leaves = flatten(checked(adapters), is_leaf=is_node), {}
+        nodes, leaves = flatten(linear(adapters), is_leaf=is_node), {}
     else:
         nodes = adapter_nodes(params, adapters, "learned")
+        linear(adapters)
         leaves = flatten(state_of(params))
     arrays = jax.tree.leaves((adapters, [leaves[p] for p in nodes if p in leaves]))
     traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
@@ -217,7 +220,7 @@ def learned(params: Any, adapters: Any) -> Learned:
 
 
 def _has_values(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
+    return all(isinstance(y, jax.Array | np.ndarray) for y in jax.tree.leaves(x))
 
 
 def _change(node: Any, base: Any) -> Change | None:
@@ -244,21 +247,23 @@ def _singular_values(node: LoRA) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _norms(x, batch: tuple[int, ...]) -> jax.Array:
     """Frobenius norms of the weights that are stacked along `batch`, in that order, (n,)."""
-    rest = tuple(d for d in range(x.ndim) if d not in batch)
+    x, rest = value(x), tuple(d for d in range(x.ndim) if d not in batch)
     squares = jnp.sum(jnp.square(x.astype(wide(x.dtype))), rest)
     return jnp.sqrt(squares.transpose([sorted(batch).index(d) for d in batch]).reshape(-1))
 
 
 @jax.jit
-def _difference(value, base) -> jax.Array:
-    dtype = max(wide(value.dtype), wide(base.dtype), key=lambda d: jnp.finfo(d).bits)
-    return value.astype(dtype) - base.astype(dtype)
+def _difference(tuned, base) -> jax.Array:
+    base = value(base)
+    dtype = max(wide(tuned.dtype), wide(base.dtype), key=lambda d: jnp.finfo(d).bits)
+    return tuned.astype(dtype) - base.astype(dtype)
 
 
 @jax.jit
 def _rows(node: Rows, base) -> tuple[jax.Array, jax.Array]:
     """Singular values of the rows' change, (1, k), and the norm of what they were, (1,)."""
-    before = jnp.asarray(base)[jnp.asarray(node.index)]
+    index = jnp.asarray(node.index)
+    before = base.at_rows(index) if is_quantized(base) else jnp.asarray(base)[index]
     s = jnp.linalg.svd(_difference(node.value, before), compute_uv=False)
     return s[None], _norms(before, ())
 

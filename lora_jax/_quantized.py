@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax import _compat
-from lora_jax._errors import LoRAError
+from lora_jax._errors import LoRAError, refuse_use
 from lora_jax._formats import (
     FORMATS,
     STORED,
@@ -178,7 +178,7 @@ class Quantized:
         pick = lambda x: lax.gather(x, indices, dn, sizes(x), **same)
         return self._picked(pick)
 
-    def take(self, index) -> jax.Array:
+    def at_rows(self, index) -> jax.Array:
         """Rows of a table."""
         if STORED[self.format].block is None or self.moves:
             return self.value()[index]
@@ -188,6 +188,11 @@ class Quantized:
         codes, constants = pick(self.codes), pick(_constants(self))
         picked = dataclasses.replace(self, codes=codes, constants=constants, second=None, stack=0)
         return picked.value()
+
+    def __repr__(self) -> str:
+        arrays = all(hasattr(x, "size") for x in jax.tree.leaves(self))
+        bits = f", {self.bits:.4g} bits" if arrays else ""
+        return f"Quantized({self.shape}, {self.dtype}, {self.format!r}{bits})"
 
     def value(self, after: jax.Array | None = None) -> jax.Array:
         """The weight as an array. `after`: not before that is there, and not the one of another."""
@@ -299,13 +304,15 @@ def _read(fmt: Format, codes, constants, shape, dtype) -> jax.Array:
     return w.reshape(*shape[:-1], n * block)[..., : shape[-1]]
 
 
-def _repr(self) -> str:
-    arrays = all(hasattr(x, "size") for x in jax.tree.leaves(self))
-    bits = f", {self.bits:.4g} bits" if arrays else ""
-    return f"Quantized({self.shape}, {self.dtype}, {self.format!r}{bits})"
+def _unread(self, *_, **__):
+    raise LoRAError(
+        f"a quantised weight, {self!r}, was used as an array. Bind the parameters and adapt the "
+        "function: lora.adapt(model.apply)({'params': lora.bind(params, adapters)}, x), with "
+        "adapters None where there are none; or, for plain arrays, lora.dequantize(params)"
+    )
 
 
-Quantized.__repr__ = _repr
+refuse_use(Quantized, _unread)
 
 
 def is_quantized(x: Any) -> bool:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lora_jax._einsum import cast, contract, plus, times, wide
-from lora_jax._errors import LoRAError
+from lora_jax._errors import LoRAError, refuse_use
 from lora_jax._quantized import is_quantized, value
 
 static = functools.partial(dataclasses.field, metadata=dict(static=True))
@@ -297,16 +297,7 @@ class AdaptedWeight:
         )
 
 
-# What a model would do to an array. `shape` and `dtype` are kept: Flax reads them before any use.
-_DUNDERS = """
-    jax_array array getitem iter len float bool matmul rmatmul mul rmul add radd sub rsub truediv
-    rtruediv neg pow
-""".split()
-_METHODS = "astype reshape transpose sum mean dot ravel take flatten squeeze swapaxes".split()
-for _name in [*(f"__{name}__" for name in _DUNDERS), *_METHODS]:
-    setattr(AdaptedWeight, _name, _unadapted)
-for _name in ("T", "mT", "at"):
-    setattr(AdaptedWeight, _name, property(_unadapted))
+refuse_use(AdaptedWeight, _unadapted)
 
 
 def is_weight(x: Any) -> bool:

@@ -399,3 +399,27 @@ def test_through_treescope():
     assert "Change(" in treescope.render_to_text(learned)
     html = treescope.render_to_html(learned, compressed=False)
     assert "data:image/png;base64" in html  # it shows the figure beside the value
+
+
+def test_a_quantised_base():
+    """Beside what is read of it."""
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 64)), "t": jnp.ones((8, 64)) / 3}
+    q = lora.quantize(params, ["w", "t"], double=True)
+    node = lora.LoRA(jnp.ones((8, 1)), jnp.ones((1, 64)), 1.0, lora.Geometry((0,), (1,)))
+    adapters = {"w": node, "t": lora.Rows(jnp.ones((2, 64)), (1, 3), 8)}
+    got, want = lora.learned(q, adapters), lora.learned(lora.dequantize(q), adapters)
+    for path in adapters:
+        np.testing.assert_allclose(got.leaves[path].ratio, want.leaves[path].ratio, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dora", "vera"])
+def test_what_adds_no_update_of_its_own(method):
+    params = {"w": jnp.ones((8, 6))}
+    config = lora.LoRAConfig(rank=2, targets="w")
+    if method == "dora":
+        adapters = lora.dora(params, lora.init(jax.random.key(0), params, config))
+    else:
+        adapters, _ = lora.init_vera(jax.random.key(0), params, config)
+    for base in (params, None):
+        with fails("'w' is a (DoRA|VeRA)"):
+            lora.learned(base, adapters)

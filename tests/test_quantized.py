@@ -350,3 +350,22 @@ def test_merging_into_codes_again(format, double):
     assert 0.1 < error / lora.quantization_errors(params, q)["w"] < 2
     given = lora.merge(jax.tree.map(jnp.copy, q), adapters, donate=True, requantize=True)
     jax.tree.map(np.testing.assert_array_equal, given["w"], again["w"])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda q: X @ q,
+        lambda q: q @ X.mT,
+        lambda q: jnp.sum(q),
+        lambda q: q.T,
+        lambda q: q[0],
+        lambda q: q.astype(jnp.bfloat16),
+        lambda q: lora.adapt(lambda p, x: x @ p["w"])({"w": q}, X),  # not bound
+    ],
+)
+def test_a_quantised_weight_is_no_array(use):
+    with fails(
+        r"(?s)Quantized\(\(6, 6\).*lora.bind\(params, adapters\).*lora.dequantize\(params\)"
+    ):
+        use(quantized(W, "nf4"))
