@@ -145,7 +145,7 @@ ARMS = {
         new_base(lambda p, ad, task: lora.lora_ga(p, ad, task.gradients(p))), adam, 1e-3
     ),
     "LoRA-One": Arm(
-        same_base(lambda p, ad, task, _: lora.lora_one(ad, task.gradients(p), normalized=True)),
+        same_base(lambda p, ad, task, _: lora.lora_one(ad, task.gradients(p))),
         adam,
         3e-3,
     ),

@@ -21,7 +21,8 @@ from lora_jax._start import as_node, lora_nodes, off_the_base, plain_svd, positi
 def eva(adapters: Any, moments: Mapping[str, jax.Array], *, rho: float = 2.0) -> dict:
     """A has the leading right singular vectors of the leaf's inputs X, and B is zero (EVA, Paischer
     2024, arXiv:2410.07170, section 3). The ranks are redistributed: of all leaves' directions those
-    are kept that explain the largest shares σ²/Σσ² of their leaf's second moment.
+    are kept that explain the largest shares σ²/Σσ² of their leaf's second moment (eq. 6 has Σσ;
+    the authors' code and PEFT have this).
 
     The eigenvectors of C = XᵀX, summed over batches, are the singular vectors of all rows: what the
     paper's incremental SVD comes to where it is not truncated. They are of X itself; PEFT's port
@@ -31,9 +32,10 @@ def eva(adapters: Any, moments: Mapping[str, jax.Array], *, rho: float = 2.0) ->
       adapters: as from `init`, of which shapes, types and scales are read, not values. Leaves
         trained in full or by rows stay as they are.
       moments: C of each leaf, from `second_moments`.
-      rho: a rank grows to at most rho times itself; 1 keeps them all. The sum of the ranks (of a
-        stack, of all its weights, which have one rank) is at most what it was; a leaf of which
-        nothing is kept has no adapter. Above 1 it depends on values, so not under jit.
+      rho: a rank grows to at most rho times itself, twice in the authors' code; 1 keeps them all.
+        The sum of the ranks (of a stack, of all its weights, which have one rank) is at most what
+        it was; a leaf of which nothing is kept has no adapter. Above 1 it depends on values, so not
+        under jit.
 
     Returns:
       The adapters; scales stay, whatever becomes of the rank.
@@ -83,7 +85,7 @@ def corda(
 ) -> tuple[Any, dict]:
     """The components of W by what they do to given inputs (CorDA, Yang 2024, arXiv:2406.05223,
     section 3): C·W = U·Σ·Vᵀ, hence W = C⁻¹·U·Σ·Vᵀ, of which r components are trained, base' = W −
-    s·A·B.
+    s·A·B. The paper's W is (out, in), and its C on the right.
 
     Args:
       params, adapters: as of `pissa`.
@@ -92,7 +94,9 @@ def corda(
       mode: "instruction" trains the r largest components, with C of the task: of all updates of
         rank r, A·B leaves the least of ‖C·(W − s·A·B)‖. "knowledge" trains the r smallest, with
         C of what is not to be forgotten.
-      damping: this much of the identity is added to C, which is often singular.
+      damping: so much of the mean of C's diagonal is added to the diagonal, as C is often
+        singular. The paper begins with this, 0.01 in its code, and doubles it until C·C⁻¹ is near
+        the identity; here it is what you say.
 
     Returns:
       As `pissa`.

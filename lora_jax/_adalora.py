@@ -63,7 +63,7 @@ def adalora(
     triplet S(λ) + mean S(P's column) + mean S(Q's row) (eq. 7). At an allocation the `budget(t)`
     triplets of the highest importance, of all matrices, keep their λ, and all others get zero:
     exactly as many, also among equals, the first ones then. Between two allocations all λ train
-    freely, by which a pruned triplet can come back (section 3.3); after the last one the mask is
+    freely, by which a pruned triplet can come back (section 4); after the last one the mask is
     fixed and holds at each step.
 
     The sensitivity is that of the parameters at which the gradient was taken, as in the paper (the
@@ -165,6 +165,8 @@ def adalora(
 def budget(t: int, *, start: int, target: int, tinit: int, end: int) -> int:
     """b(t) = b_T + (b₀ − b_T)·(1 − (t − t_i)/(T − t_f − t_i))³ (eq. 12), rounded down, exactly.
 
+    Eq. 12 is printed with t − t_i − t_f in the numerator; this is what the authors' code has.
+
     The authors' README: 72 matrices from rank 12 to 8, t_i = 500, T = 3000, t_f = 1500.
 
     >>> of = dict(start=72 * 12, target=72 * 8, tinit=500, end=3000 - 1500)
@@ -178,8 +180,8 @@ def budget(t: int, *, start: int, target: int, tinit: int, end: int) -> int:
 def orthogonality(adapters: Any) -> jax.Array:
     """R = Σ ‖PᵀP − I‖² + ‖QQᵀ − I‖² (arXiv:2303.10512, eq. 4), to be added to the loss.
 
-    The sum goes over all matrices, as in eq. 5; the authors' coefficients are 0.1 to 0.5, of the
-    mean of the norms without squares, as in PEFT.
+    The sum goes over all matrices, as in section 3.2. The authors' code, with a coefficient of 0.1,
+    and PEFT's, with 0.5, have the mean of the norms without squares.
 
     Raises:
       LoRAError: there is no `AdaLoRA` in the tree.

@@ -80,8 +80,8 @@ class VeRA(Indirect):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoRAXS(Indirect):
-    """A square matrix between the leaf's largest singular vectors (arXiv:2405.17604, eq. 3). Of a
-    kernel (in, out): scale · A · R · B, A = U·Σ and B = Vᵀ; see `init_lora_xs`.
+    """A square matrix between the leaf's largest singular vectors (arXiv:2405.17604). Of a kernel
+    (in, out): scale · A · R · B, A = U·Σ and B = Vᵀ; see `init_lora_xs`.
 
     Attributes:
       r: R, (*batch, rank, rank).

@@ -39,7 +39,7 @@ def init_vera(
 
     A and B are as large as the largest leaf needs; a smaller one takes their first rows and
     columns, as in PEFT. They are drawn from He's uniform distribution (Kaiming, fan-in, gain √2),
-    b is zero and d is constant (section 3.2). The paper has no alpha, and the configuration's is
+    b is zero and d is constant (section 3.3). The paper has no alpha, and the configuration's is
     not used; leaves with batch axes (experts, layers) have vectors of their own for each weight.
 
     Args:
@@ -101,7 +101,7 @@ def init_lora_xs(
     *,
     std: float = 1e-5,
 ) -> tuple[dict, dict]:
-    """LoRA-XS (arXiv:2405.17604, eq. 3 and 4): a trained matrix R (rank, rank) for each leaf,
+    """LoRA-XS (arXiv:2405.17604): a trained matrix R (rank, rank) for each leaf,
     between its largest singular vectors. Of a kernel (in, out): ΔW = scale · A · R · B, with
     A = U·Σ and B = Vᵀ from the truncated SVD of W.
 
@@ -112,7 +112,7 @@ def init_lora_xs(
     Args:
       key, params, config, survey: as in `init`. Alpha / rank is the scale, as in the authors' code,
         which the paper's equations leave out; they train query, value, attention output and output.
-      std: of R.
+      std: of R; 1e-5 in the authors' code.
 
     Returns:
       (adapters, frozen): a tree with a `LoRAXS` for each leaf, and one with a `LoRA` that holds A

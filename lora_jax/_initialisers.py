@@ -33,7 +33,7 @@ from lora_jax._start import (
 
 def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any, dict]:
     """The principal singular values and vectors are trained, the rest is the base (PiSSA, Meng
-    2024, arXiv:2404.02948, section 3): W = U·Σ·Vᵀ, A = U_r·√(Σ_r / s), B = √(Σ_r / s)·V_rᵀ and
+    2024, arXiv:2404.02948): W = U·Σ·Vᵀ, A = U_r·√(Σ_r / s), B = √(Σ_r / s)·V_rᵀ and
     base' = W − s·A·B, the spectral norm of which is σ_{r+1}.
 
     Args:
@@ -68,8 +68,8 @@ def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any,
 
 
 def olora(params: Any, adapters: Any) -> tuple[Any, dict]:
-    """An orthonormal B from the QR decomposition of W (OLoRA, Büyükakyüz 2024, arXiv:2406.01775,
-    section 3): Wᵀ = Q·R, B = Q_rᵀ, A = R_rᵀ, base' = W − s·A·B.
+    """An orthonormal B from the QR decomposition of W (OLoRA, Büyükakyüz 2024,
+    arXiv:2406.01775): Wᵀ = Q·R, B = Q_rᵀ, A = R_rᵀ, base' = W − s·A·B.
 
     Arguments, result and errors as of `pissa`.
 
@@ -90,18 +90,19 @@ def olora(params: Any, adapters: Any) -> tuple[Any, dict]:
 
 def lora_ga(params: Any, adapters: Any, gradients: Any, *, gamma: float = 16.0) -> tuple[Any, dict]:
     """The first step of gradient descent is along the best rank-2r part of the full gradient
-    (LoRA-GA, Wang 2024, arXiv:2407.05000, theorem 3.1 and algorithm 1).
+    (LoRA-GA, Wang 2024, arXiv:2407.05000).
 
     With G = ∂loss/∂W = U·S·Vᵀ, A = c·U[:, 1…r] and B = c·V[:, r+1…2r]ᵀ, orthonormal but for the
-    scale c = ⁴√out / √γ that keeps outputs stable (theorem 3.2); base' = W − s·A·B. PEFT's port is
-    another method: there B is also multiplied by the singular values, and c is on B alone.
+    scale c = ⁴√out / √γ that keeps outputs stable; base' = W − s·A·B. So does the authors'
+    code by default ("ArB2r", "stable"), with a randomised SVD. PEFT's port is another method: there
+    B is also multiplied by the singular values, and c is on B alone.
 
     Args:
       params, adapters: as of `pissa`. The paper's scale is alpha / √rank, `rank_stabilized=True`.
       gradients: the gradient of each adapted leaf: either as `jax.grad(loss)(params)` gives it,
         which takes the memory of all of them, or low-rank, from `low_rank_gradients`, with the
         memory of a few adapters.
-      gamma: the smaller, the larger A and B.
+      gamma: γ, 16 in the authors' code; the smaller, the larger A and B.
 
     Returns:
       As `pissa`.
@@ -131,19 +132,18 @@ def lora_ga(params: Any, adapters: Any, gradients: Any, *, gamma: float = 16.0) 
 
 
 def lora_one(
-    adapters: Any, gradients: Any, *, gamma: float = 128.0, normalized: bool = False
+    adapters: Any, gradients: Any, *, gamma: float = 128.0, normalized: bool = True
 ) -> dict:
     """One step of gradient descent, at rank r, before the first (LoRA-One, Zhang 2025,
-    arXiv:2502.01235, algorithm 1): A·B = −G_r / γ with √S on either side; the base stays.
-
-    The paper goes on with preconditioned steps, which are an optimiser's affair.
+    arXiv:2502.01235, algorithm 1): A·B = −G_r / (γ·S₁) with √S on either side; the base stays. The
+    authors' code also multiplies A and B by ⁴√out, as LoRA-GA's does, which here is part of γ.
 
     Args:
       adapters: as of `pissa`.
       gradients: as of `lora_ga`.
-      gamma: the step is scale / γ.
-      normalized: divide G by its largest singular value, as the authors' code does: γ then means
-        the same whatever the size of the loss.
+      gamma: the step is scale / γ; 128 in the authors' code, with scale = alpha / √rank.
+      normalized: divide G by its largest singular value S₁, as algorithm 1 does: γ then means the
+        same whatever the size of the loss. False: the step of gradient descent as it is.
 
     Returns:
       The adapters.
@@ -155,7 +155,7 @@ def lora_one(
     >>> params, g = {"w": jnp.zeros((2, 2))}, {"w": jnp.diag(jnp.array([4.0, 1.0]))}
     >>> config = lora.LoRAConfig(rank=1, alpha=1, targets="w")
     >>> start = lora.init(jax.random.key(0), params, config)
-    >>> moved = lora.merge(params, lora.lora_one(start, g, gamma=2.0))["w"]
+    >>> moved = lora.merge(params, lora.lora_one(start, g, gamma=0.5))["w"]
     >>> bool(jnp.allclose(moved, jnp.diag(jnp.array([-2.0, 0.0]))))
     True
     """

@@ -47,7 +47,7 @@ def loftq(
       adapters: as from `init`, of which shapes, types and scales are read, not values.
       targets, format, double, survey: which leaves are quantised, and how, as in `quantize`. Those
         without a `LoRA` are merely quantised; an adapter of one that is not stays as it is.
-      iterations: T; 1 is the SVD of the error of q(W).
+      iterations: T, 5 in the authors' code; 1 is the SVD of the error of q(W).
 
     Returns:
       (quantised parameters, adapters): both at the end of the last iteration.

@@ -39,9 +39,9 @@ def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
     Costs 4·(in + out)·r² FLOPs and two r × r eigendecompositions for each weight; no state.
 
     Args:
-      delta: δ; 1e-6 in the paper's code. It damps directions in which the other factor is small, as
-        B is after its start at zero. 0: the pseudo-inverse, in which such directions are zero only
-        where fp32 has lost them.
+      delta: δ; 1e-6 in the authors' code for Mistral. It damps directions in which the
+        other factor is small, as B is after its start at zero. 0: the pseudo-inverse, in which such
+        directions are zero only where fp32 has lost them.
 
     Returns:
       A transformation of adapters' gradients; magnitudes and leaves trained in full or by rows pass
@@ -71,9 +71,9 @@ def lora_pro(
 
         dA = s⁻²·g_A·(B·Bᵀ)⁻¹ + A·X        dB = s⁻²·(AᵀA)⁻¹·g_B·(I − P_B) − X·B
 
-    (theorem 2.1, transposed to A·B). Chain it before `optax.adamw` or `optax.sgd`: the paper's
-    "efficient" mode, in which the moments are of dA and dB. Its other mode keeps Adam's moments of
-    the whole weight, in·out numbers each, and is not here.
+    (the paper's, transposed to A·B). Chain it before `optax.adamw` or `optax.sgd`: the "efficient"
+    mode of the authors' code, in which the moments are of dA and dB. Its other mode keeps Adam's
+    moments of the whole weight, in·out numbers each, and is not here.
 
     Good for: a step of W' that full fine-tuning would take, as far as the factors allow. With SGD
     the change of the product does not depend on how it is split (with the Sylvester equation's X,
@@ -82,9 +82,9 @@ def lora_pro(
     Costs about 8·(in + out)·r² FLOPs and two r × r eigendecompositions for each weight; no state.
 
     Args:
-      delta: added to the diagonals of B·Bᵀ and AᵀA before they are inverted; 1e-8 in the paper's
+      delta: added to the diagonals of B·Bᵀ and AᵀA before they are inverted; 1e-8 in the authors'
         code. 0: the pseudo-inverse; then the identity above is exact.
-      x: "sylvester", the X of theorem 2.3, AᵀA·X + X·BBᵀ = −s⁻²·Aᵀg_A·(BBᵀ)⁻¹, with which dA and
+      x: "sylvester", the paper's, AᵀA·X + X·BBᵀ = −s⁻²·Aᵀg_A·(BBᵀ)⁻¹, with which dA and
         dB are nearest to g_A and g_B; "zero"; or "symmetry", X = −½·s⁻²·(AᵀA)⁻¹·g_B·Bᵀ·(BBᵀ)⁻¹,
         with which A and B play equal parts.
 
@@ -151,11 +151,11 @@ def lora_fa(
 
     Args:
       tx: any optimiser.
-      corrected: whether g_B becomes (AᵀA + δI)⁻¹·g_B / s², so that the equivalent gradient is
-        P_A·G, which is nearest to G among those with this A (arXiv:2407.18242, theorem 2.1, with A
-        fixed). 2·in·r² FLOPs and an eigendecomposition of r × r for each weight. A random A has
-        columns that are almost orthogonal, so for Adam it changes little.
-      delta: δ.
+      corrected: whether g_B becomes (AᵀA + δI)⁻¹·g_B / s², as in PEFT's optimiser of this name, so
+        that the equivalent gradient is P_A·G, nearest to G among those with this A. 2·in·r² FLOPs
+        and an eigendecomposition of r × r for each weight. A random A has columns that are almost
+        orthogonal, so for Adam it changes little.
+      delta: δ; 0 is the pseudo-inverse, PEFT has 1e-8.
 
     Returns:
       An optimiser for adapters, or for a tree that holds them beside frozen leaves, which get no

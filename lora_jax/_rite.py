@@ -74,8 +74,11 @@ def lora_rite(
     Good for: training in which A and B should both move without learning rates of their own. Each
     gradient is freed of the other factor's magnitude; second moments are r × r matrices, so the
     preconditioner is a full one on the side of the rank; both moments are carried over to the new
-    basis in each step, and what the old basis loses of the second is added to its diagonal
-    (algorithm 1).
+    basis in each step, and what the old basis loses of the second is added to its diagonal.
+
+    This is the paper's algorithm. The authors' code also clips the gradients that are free of
+    magnitude to a global norm of 1 and skips those with a root mean square above 1, and does not
+    use the lost mass unless told to; here nothing is clipped or skipped.
 
     State: mu and basis, 2·(in + out)·r numbers as Adam has, and 2·r². FLOPs of a step: about
     16·(in + out)·r², and ten r × r eigendecompositions, for each weight.
@@ -83,8 +86,8 @@ def lora_rite(
     Args:
       learning_rate: a number or a schedule; as Adam's. W' moves by matrices S·U in which S has
         entries of about 1, independent of alpha.
-      b1, b2: decay rates of the moments, as in the authors' code. Both are corrected for their
-        start at zero.
+      b1, b2: decay rates of the moments; 0.9 and 0.999 are those of the authors' README. Both are
+        corrected for their start at zero, by decays that grow with the step.
       eps: added to the root of the second moment; 1e-6 in the authors' code.
       weight_decay: decoupled, as in AdamW, of A and of B.
       other: an optimiser of all leaves that are no factors (magnitudes, leaves trained in full or
@@ -164,7 +167,7 @@ class Out(NamedTuple):
 
 
 def _rite(g, y, m, u_old, v, escaped, scale, d1, d2, eps):
-    """One side of algorithm 1: gradient g and moment m (n, p, r) of a factor, the other factor y
+    """One side of the algorithm: gradient g and moment m (n, p, r) of a factor, the other factor y
     and its old basis (n, q, r), second moment v (n, r, r), escaped mass (n,)."""
     d1, d2 = d1.astype(g.dtype), d2.astype(g.dtype)
     root = power(gram(y), -0.5)  # R⁻¹
@@ -195,8 +198,8 @@ def lora_muon(
     weight_decay: float = 0.0,
     other: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """LoRA-Muon (Cesista et al., arXiv:2606.12921): steepest descent in the spectral norm of the
-    change of W', as Muon, on the product of two factors.
+    """LoRA-Muon (Cesista et al., arXiv:2606.12921, algorithm 1): steepest descent in
+    the spectral norm of the change of W', as Muon, on the product of two factors.
 
         dA = ½·msign(m_A·R_B)·R_B / s,    R_B = (B·Bᵀ)^−½,    msign(U·Σ·Vᵀ) = U·Vᵀ,
 
@@ -207,15 +210,15 @@ def lora_muon(
 
     The paper has s = 1; the division by s, which makes the step independent of alpha, is ours. So
     is the way to compute: inverse roots of r × r matrices by eigendecompositions, exact to fp32
-    (the paper iterates polynomials), with directions that a factor lacks left out, so that at
-    B = 0 only B moves. The paper's optional rebalancing of the factors' norms is left out.
+    (the paper's appendix B iterates polynomials), with directions that a factor lacks left out, so
+    that at B = 0 only B moves. The paper's optional rebalancing of the factors' norms is left out.
 
     State: (in + out)·r numbers. FLOPs of a step: about 12·(in + out)·r² and four r × r
     eigendecompositions for each weight.
 
     Args:
       learning_rate: a number or a schedule.
-      b1: decay rate of the momentum.
+      b1: decay rate of the momentum, a moving average; 0.95 is usual for Muon.
       weight_decay: λ of the paper's split rule: with ρ = √(1 − λη), A becomes ρ·A − (η/ρ)·dA, and B
         likewise, so that the product decays by 1 − λη.
       other: an optimiser of all leaves that are no factors; None: `optax.adamw(learning_rate)`.

@@ -51,7 +51,7 @@ def ties(
     passes: int | None = None,
     base: Any = None,
 ) -> tuple[dict, dict[str, jax.Array]]:
-    """TIES (arXiv:2306.01708, section 4.2): trim, elect signs, and the mean of what agrees.
+    """TIES (arXiv:2306.01708): trim, elect signs, and the mean of what agrees.
 
     Of each task vector τₖ = wₖ·Δₖ the share `density` of elements stays, the largest by magnitude.
     The elected sign of an element is that of Σ τₖ. Its value is the mean of the τₖ that have this
@@ -106,8 +106,8 @@ def prune(
 ) -> tuple[dict, dict[str, jax.Array]]:
     """Magnitude pruning: Σ wₖ·Δₖ of the largest elements of each, all else being zero.
 
-    The first step of TIES alone (arXiv:2306.01708, section 4.2); of one adapter, `[adapters]`, it
-    says how much of its update may be missing.
+    The first step of TIES alone (arXiv:2306.01708); of one adapter, `[adapters]`, it says how
+    much of its update may be missing.
 
     Args:
       adapters, weights, density, per_weight, rank, energy, passes, base: as for `ties`.
@@ -140,7 +140,7 @@ def dare(
     passes: int | None = None,
     base: Any = None,
 ) -> tuple[dict, dict[str, jax.Array]]:
-    """DARE (arXiv:2311.03099, section 3.2): drop elements of each Δₖ at random, and rescale.
+    """DARE (arXiv:2311.03099): drop elements of each Δₖ at random, and rescale.
 
     An element is zero with probability `rate`, and else divided by 1 − rate, so that the mean over
     keys is Δₖ. What is drawn depends on `key`, the leaf's path and the place in `adapters` alone:
@@ -183,7 +183,7 @@ def knots(
     rate: float = 0.9,
     base: Any = None,
 ) -> dict:
-    """KnOTS (arXiv:2410.19735, section 4): merge in the directions that the adapters share.
+    """KnOTS (arXiv:2410.19735): merge in the directions that the adapters share.
 
     The paper's updates are (out, in), side by side [Δ₁ … Δₙ] = U·Σ·[V₁ … Vₙ]ᵀ; so U, what the
     updates write to, is common to all, and each Vₖ says where in the inputs it is read. The merge

@@ -185,7 +185,7 @@ def test_the_budget_is_kept(interval):
 
 
 def test_a_pruned_triplet_can_come_back():
-    """Between allocations all λ train (section 3.3), so that the one that matters now wins."""
+    """Between allocations all λ train (section 4), so that the one that matters now wins."""
     node = lora.AdaLoRA(
         jnp.ones((3, 2)), jnp.ones(2), jnp.ones((2, 4)), geometry=lora.Geometry((0,), (1,))
     )

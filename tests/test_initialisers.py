@@ -199,7 +199,7 @@ def test_orthogonal():
 
 
 def test_the_first_step_of_lora_ga():
-    """Theorem 3.1: gradient descent on A and B moves W along the best rank-2r part of G."""
+    """Gradient descent on A and B moves W along the best rank-2r part of G."""
     base, start = begun("lora-ga")
 
     @jax.jit

@@ -242,7 +242,7 @@ def test_lora_pro_identity(x):
 
 
 def test_lora_pro_stays_near_the_gradients():
-    """The Sylvester equation's X is a minimum of ‖dA − g_A‖² + ‖dB − g_B‖² (theorem 2.3)."""
+    """The Sylvester equation's X is a minimum of ‖dA − g_A‖² + ‖dB − g_B‖²."""
     with jax.enable_x64():
         adapters = random_adapters(0, jnp.float64)
         g = gradients(adapters, some_weights(adapters))
@@ -315,7 +315,7 @@ def test_lora_fa_costs(scan):
 
 
 def reference_rite(a, bt, ga, gbt, scale, state, t, b1=0.9, b2=0.999, eps=1e-6):
-    """Algorithm 1 in numpy by QR, as the authors' code; one weight; both sides."""
+    """The paper's algorithm in numpy by QR, as the authors' code; one weight; both sides."""
     out = []
     for i, (g, y) in enumerate([(ga, bt), (gbt, a)]):
         m, old, v, rho = state[i]
@@ -335,7 +335,7 @@ def reference_rite(a, bt, ga, gbt, scale, state, t, b1=0.9, b2=0.999, eps=1e-6):
     return out
 
 
-def test_rite_is_algorithm_1():
+def test_rite_is_the_paper_s():
     """In another basis, QR for the polar one, and in fp64, the same steps, over five of them."""
     adapters = {"heads": random_adapters()["heads"]}
     tx = lora.scale_by_lora_rite()
