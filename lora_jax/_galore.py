@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,20 +12,22 @@ import optax
 from lora_jax._einsum import wide
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._paths import flatten, map_with_path
-from lora_jax._precondition import product, unzip
+from lora_jax._precondition import unzip
 from lora_jax._targets import Targets
 from lora_jax._weight import Geometry
 
 MATRIX = Geometry((0,), (1,))
+einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 class ScaleByGaloreState(NamedTuple):
-    """State of `scale_by_galore`; of a matrix m × k, m ≤ k, in a stack of n:
+    """State of `scale_by_galore`. The arrays of a leaf have its axes, so that they are sharded like
+    it; where a group of axes became the rank, the first of them is r, the others 1.
 
     Attributes:
       count: how many updates there were.
-      projector: orthonormal columns (n, m, r).
-      mu, nu: Adam's moments of the projected gradient, (n, r, k).
+      projector: orthonormal vectors, of a leaf m × k, m ≤ k, (m, r); of one k × m, (r, m).
+      mu, nu: Adam's moments of the projected gradient, (r, k) or (k, r).
 
     Where r ≥ m there is no projector, and the moments have the leaf's shape.
     """
@@ -50,14 +53,20 @@ def galore(
     of the gradient's projection on its largest singular directions.
 
     For a leaf m × k, m ≤ k: P (m, r) holds the left singular vectors of the gradient of every
-    `update_proj_gap`-th step; Adam sees PᵀG (r, k), and the leaf moves by α·P·N.
+    `update_proj_gap`-th step; Adam sees PᵀG (r, k), and the leaf moves by α·P·N. The moments are
+    kept where P changes, as in the paper; a vector's sign, which an SVD leaves open, is that of the
+    one whose place it takes.
 
     Good for: full-parameter training where Adam's moments do not fit. It is no adapter: all of W
     moves, nothing is merged, and a gradient as large as W is formed.
 
     Memory: W and mr + 2rk numbers of state in fp32, where Adam has 2mk: less for r < 2mk / (m+2k).
-    FLOPs: 4mkr in each step, and an SVD of the gradient, O(m²k), in every `update_proj_gap`-th
-    (under `jax.lax.cond`), which stops the step for seconds where m is some thousands.
+    FLOPs: 4mkr in each step; in every `update_proj_gap`-th, the first included, 6m²k and two
+    eigendecompositions of m × m (under `jax.lax.cond`), with which P is found down to singular
+    values of about 10⁻⁴ of the largest; below, P is orthonormal and as good as any. That step may
+    take seconds where m is some thousands, and two more copies of a gradient.
+
+    On a mesh `state_shardings` splits P and the moments as their leaf: r is replicated.
 
     Args:
       learning_rate: a number or a schedule; 0.01 in the paper's pre-training.
@@ -127,26 +136,28 @@ def scale_by_galore(
         treedef = jax.tree.structure(updates)
         flat, geometry = flatten(updates), _geometries(updates, targets)
         old, mus, nus = (treedef.flatten_up_to(part) for part in state[1:])
-        rows = [
-            g if _masked(p) else _rows(g, geometry[path]) for (path, g), p in zip(flat.items(), old)
+        sides = [
+            None if _masked(p) else _Sides(g.shape, geometry[path])
+            for (path, g), p in zip(flat.items(), old)
         ]
-        sources = [p if _masked(p) else g for g, p in zip(rows, old)]
+        sources = [p if _masked(p) else g for g, p in zip(flat.values(), old)]
         new = state.count % update_proj_gap == 0
-        ps = jax.lax.cond(new, _projectors, lambda sources, old: old, sources, old)
+        projectors = functools.partial(_projectors, sides)
+        ps = jax.lax.cond(new, projectors, lambda sources, old: old, sources, old)
         count = optax.safe_increment(state.count)
 
-        def leaf(path, g, rows, p, mu, nu):
+        def leaf(g, side, p, mu, nu):
             if _masked(mu):
                 return _Leaf(g, p, mu, nu)
-            low = rows.astype(mu.dtype) if _masked(p) else product(p.mT, rows)
+            low = g.astype(mu.dtype)
+            low = low if side is None else side.project(low, p)
             mu, nu = b1 * mu + (1 - b1) * low, b2 * nu + (1 - b2) * low**2
             t = count.astype(mu.dtype)
             step = scale * (mu / (1 - b1**t)) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
-            if not _masked(p):
-                step = _unrows(product(p, step), geometry[path], g.shape)
+            step = step if side is None else side.back(step, p)
             return _Leaf(step.astype(g.dtype), p, mu, nu)
 
-        out = [leaf(*row) for row in zip(flat, flat.values(), rows, ps, mus, nus)]
+        out = [leaf(*row) for row in zip(flat.values(), sides, ps, mus, nus)]
         updates, *parts = unzip(treedef.unflatten(out), _Leaf)
         return updates, ScaleByGaloreState(count, *parts)
 
@@ -162,20 +173,110 @@ class _Leaf(NamedTuple):
     nu: Any
 
 
+class _Sides:
+    """The axes of a leaf in three groups: a stack of n, rows and columns, m of the one and k of the
+    other, m ≤ k. Products are over the leaf's own axes: nothing as large as it is reshaped."""
+
+    def __init__(self, shape: tuple[int, ...], g: Geometry):
+        self.shape, self.batch = tuple(shape), g.batch_axes
+        self.n, i, o = g.sizes(self.shape)
+        self.m = min(i, o)
+        self.rows, self.cols = (g.in_axes, g.out_axes) if i <= o else (g.out_axes, g.in_axes)
+        self.all = tuple(range(len(shape)))
+        self.rank = len(shape)  # a label; the numbers after it are spare ones for the rows
+
+    def shape_with(self, r: int, gone: tuple[int, ...]) -> tuple[int, ...]:
+        """The leaf's shape with these axes as one of size r, and ones."""
+        size = dict(enumerate(self.shape)) | dict.fromkeys(gone, 1) | {gone[0]: r}
+        return tuple(size.values())
+
+    def labels(self, gone: tuple[int, ...]) -> tuple[int, ...]:
+        """Of such an array, the axes of size 1 aside."""
+        return tuple(self.rank if d == gone[0] else d for d in self.all if d not in gone[1:])
+
+    def squeezed(self, x, gone: tuple[int, ...]) -> tuple:
+        return jnp.squeeze(x, gone[1:]), self.labels(gone)
+
+    def project(self, g, p) -> jax.Array:
+        """Pᵀ·G of a gradient, in the shape of the moments."""
+        low = einsum(g, self.all, *self.squeezed(p, self.cols), self.labels(self.rows))
+        return low.reshape(self.shape_with(p.shape[self.cols[0]], self.rows))
+
+    def back(self, low, p) -> jax.Array:
+        """P·N, in the shape of the leaf."""
+        low, p = self.squeezed(low, self.rows), self.squeezed(p, self.cols)
+        return einsum(*low, *p, self.all)
+
+    def gram(self, x, labels: tuple[int, ...], rows: tuple[int, ...]) -> jax.Array:
+        """x·xᵀ (n, m, m) over the columns, of an array with these labels and these as its rows."""
+        spare = {d: self.rank + 1 + i for i, d in enumerate(rows)}
+        other = [spare.get(d, d) for d in labels]
+        out = (*self.batch, *rows, *spare.values())
+        return einsum(x, labels, x, other, out).reshape(self.n, self.m, self.m)
+
+    def vectors(self, g, r: int) -> jax.Array:
+        """The left singular vectors of the r largest values, in the shape of the projector.
+
+        They are eigenvectors of G·Gᵀ, which are cheaper than an SVD. But G·Gᵀ squares the singular
+        values σ, and its rounding hides those below √ε·σ₁. So those above ε^⅕·σ₁ are taken out of
+        G, and the others are found in what is left.
+        """
+        peak = jnp.max(jnp.abs(g), (*self.rows, *self.cols), keepdims=True)
+        g, eps = g / jnp.where(peak > 0, peak, 1), float(jnp.finfo(g.dtype).eps)
+        w, v = _eigh(self.gram(g, self.all, self.rows))
+        known = w > eps**0.4 * w[:, :1]
+        others = jnp.where(known[:, None, :], 0, v)  # (n, m, m)
+        size = [self.shape[d] for d in (*self.batch, *self.rows)]
+        across = (*self.batch, self.rank, *self.cols)
+        y = einsum(
+            g, self.all, others.reshape(*size, self.m), (*self.batch, *self.rows, self.rank), across
+        )
+        left = self.gram(y, across, (self.rank,))
+        top = jnp.max(left, (1, 2))[:, None] + eps
+        # Where G is of low rank, what is known is to come after the null space.
+        _, q = _eigh(left - jnp.where(known, top, 0)[:, None, :] * jnp.eye(self.m, dtype=g.dtype))
+        # Of the columns of V first those that are known, then as Q says.
+        index, c = jnp.arange(r), jnp.sum(known, -1)[:, None, None]
+        later = jnp.take_along_axis(q, jnp.maximum(index - c, 0), -1)
+        u = jnp.where(index < c, v[:, :, :r], einsum("nij,njk->nik", v, later))
+        order = (*self.batch, *self.rows, self.rank)
+        u = einsum(u.reshape(*size, r), order, self.labels(self.cols))
+        return u.reshape(self.shape_with(r, self.cols))
+
+
+def _eigh(x) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, falling, and vectors of symmetric matrices (n, m, m)."""
+    w, v = jnp.linalg.eigh(x)
+    return w[:, ::-1], v[:, :, ::-1]
+
+
 def _start(x, g: Geometry | None, rank: int) -> _Leaf:
     """The state of a leaf."""
     if g is None:
         return _Leaf(*[optax.MaskedNode()] * 4)
-    zeros = lambda *shape: jnp.zeros(shape, wide(x.dtype))
-    n, i, o = g.sizes(x.shape)
-    m, k = min(i, o), max(i, o)
-    if rank >= m:
-        return _Leaf(None, optax.MaskedNode(), zeros(*x.shape), zeros(*x.shape))
-    return _Leaf(None, zeros(n, m, rank), zeros(n, rank, k), zeros(n, rank, k))
+    zeros = functools.partial(jnp.zeros, dtype=wide(x.dtype))
+    side = _Sides(x.shape, g)
+    if rank >= side.m:
+        return _Leaf(None, optax.MaskedNode(), zeros(x.shape), zeros(x.shape))
+    p, low = (zeros(side.shape_with(rank, gone)) for gone in (side.cols, side.rows))
+    return _Leaf(None, p, low, jnp.zeros_like(low))
 
 
 def _masked(x) -> bool:
     return isinstance(x, optax.MaskedNode)
+
+
+def _projectors(sides: list, gradients: list, old: list) -> list:
+    """The left singular vectors of each gradient, as many as of old. The moments are kept, and mean
+    something only if a vector's sign, which is open, is that of the one before it."""
+
+    def one(side, g, p):
+        if _masked(p):
+            return p
+        u = side.vectors(g.astype(p.dtype), p.shape[side.cols[0]])
+        return u * jnp.where(jnp.sum(u * p, side.rows, keepdims=True) < 0, -1, 1).astype(u.dtype)
+
+    return [one(*row) for row in zip(sides, gradients, old)]
 
 
 def _geometries(params: Any, targets: Targets | None) -> dict[str, Geometry]:
@@ -194,31 +295,3 @@ def _geometries(params: Any, targets: Targets | None) -> dict[str, Geometry]:
         "lora.galore(0.01, targets=lora.select(params, config, survey))",
     )
     return {path: t.geometry for path, t in targets.lora.items()}
-
-
-def _rows(x, g: Geometry) -> jax.Array:
-    """A leaf as (n, m, k), in fp32 or wider."""
-    n, i, o = g.sizes(x.shape)
-    x = x.transpose(*g.batch_axes, *g.in_axes, *g.out_axes).reshape(n, i, o)
-    return (x if i <= o else x.mT).astype(wide(x.dtype))
-
-
-def _unrows(x, g: Geometry, shape) -> jax.Array:
-    """The leaf of `shape` of which x is the `_rows`."""
-    _, i, o = g.sizes(shape)
-    order = (*g.batch_axes, *g.in_axes, *g.out_axes)
-    x = (x if i <= o else x.mT).reshape([shape[d] for d in order])
-    return x.transpose([order.index(d) for d in range(len(order))])
-
-
-def _projectors(gradients: list, old: list) -> list:
-    """The left singular vectors of each gradient, as many as of old. The moments are kept, and mean
-    something only if a vector's sign, which an SVD leaves open, is that of the one before it."""
-
-    def one(g, p):
-        if _masked(p):
-            return p
-        u = jnp.linalg.svd(g, full_matrices=False)[0][..., : p.shape[-1]]
-        return u * jnp.where(jnp.sum(u * p, -2, keepdims=True) < 0, -1, 1).astype(u.dtype)
-
-    return [one(g, p) for g, p in zip(gradients, old)]

@@ -29,22 +29,16 @@ from lora_jax._precondition import (
 )
 
 
-class Pair(NamedTuple):
-    """Something for the side of A and for that of B."""
-
-    a: jax.Array
-    b: jax.Array
-
-
 class ScaleByLoraRiteState(NamedTuple):
-    """State of `scale_by_lora_rite`; other leaves have a `MaskedNode` in each part.
+    """State of `scale_by_lora_rite`; other leaves have a `MaskedNode` in each part. All arrays have
+    the axes of their factor, by which they are sharded like it, in fp32.
 
     Attributes:
       count: how many updates there were.
-      mu: first moments, adapters in fp32.
-      basis: the orthonormal factors U of the last step, adapters in fp32.
-      nu: second moments, `Pair`s of (n, r, r).
-      escaped: mass that left the bases, `Pair`s of (n,).
+      mu: first moments, adapters.
+      basis: the orthonormal factors U of the last step, adapters.
+      nu: second moments, nodes of (*batch, r, r) each, with axes of 1 in between.
+      escaped: mass that left the bases, nodes of (*batch, 1, 1).
     """
 
     count: jax.Array
@@ -119,13 +113,10 @@ def scale_by_lora_rite(
     """
 
     def init(params):
-        def squares(node):
-            shape = (node.geometry.sizes(node.shape)[0], node.rank, node.rank)
-            return Pair(*(jnp.zeros(shape, wide(node.a.dtype)) for _ in range(2)))
-
-        mu, basis = (on_factors(_zeros, params, other=_masked) for _ in range(2))
-        nu = on_factors(squares, params, other=_masked)
-        escaped = jax.tree.map(lambda v: jnp.zeros(v.shape[:1], v.dtype), nu)
+        squares = lambda node: _zeros(node, node.rank)
+        numbers = lambda node: _zeros(node, 1)
+        kinds = (_zeros, _zeros, squares, numbers)
+        mu, basis, nu, escaped = (on_factors(fn, params, other=_masked) for fn in kinds)
         return ScaleByLoraRiteState(jnp.zeros((), jnp.int32), mu, basis, nu, escaped)
 
     def update(updates, state, params=None):
@@ -133,9 +124,10 @@ def scale_by_lora_rite(
         decay = [_decay(beta, count) for beta in (b1, b2)]
 
         def leaf(g, node, mu, basis, nu, escaped):
-            of = zip(
-                columns(g), columns(node)[::-1], columns(mu), columns(basis)[::-1], nu, escaped
-            )
+            squares = [x.reshape(-1, node.rank, node.rank) for x in (nu.a, nu.b)]
+            numbers = [x.ravel() for x in (escaped.a, escaped.b)]
+            y, u = columns(node)[::-1], columns(basis)[::-1]
+            of = zip(columns(g), y, columns(mu), u, squares, numbers)
             sides = [_rite(*side, node.scale, *decay, eps) for side in of]
             step, m, u, v, e = zip(*sides)
             fp32 = m[0].dtype
@@ -143,8 +135,8 @@ def scale_by_lora_rite(
                 with_columns(g, *step),
                 with_columns(mu, *m, dtype=fp32),
                 with_columns(basis, *u[::-1], dtype=fp32),
-                Pair(*v),
-                Pair(*e),
+                _with(nu, *v),
+                _with(escaped, *e),
             )
 
         trees = (required(params, "lora_rite"), *state[1:])
@@ -299,12 +291,20 @@ def _partition(tx, other) -> optax.GradientTransformation:
     )
 
 
-def _zeros(node):
-    """Zeros for A and B; nothing for a magnitude."""
-    zeros = {name: jnp.zeros(x.shape, wide(x.dtype)) for name, x in (("a", node.a), ("b", node.b))}
+def _zeros(node, size: int | None = None):
+    """Zeros for A and B, or of each of their weights (size, size); nothing for a magnitude."""
+    n = len(node.geometry.batch_axes)
+    square = lambda x: (*x.shape[:n], size, *(1,) * (x.ndim - n - 2), size)
+    shape = lambda x: x.shape if size is None else square(x)
+    zeros = {k: jnp.zeros(shape(x), wide(x.dtype)) for k, x in (("a", node.a), ("b", node.b))}
     if isinstance(node, DoRA):
         zeros["magnitude"] = optax.MaskedNode()
     return dataclasses.replace(node, **zeros)
+
+
+def _with(like, a, b):
+    """`like` with these values in its shapes."""
+    return dataclasses.replace(like, a=a.reshape(like.a.shape), b=b.reshape(like.b.shape))
 
 
 def _masked(x, *_):

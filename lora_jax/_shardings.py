@@ -117,8 +117,10 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
     """The sharding of each leaf of an optimiser's state: that of the leaf which it belongs to.
 
     Every part of `state` that has the structure of `tree` (moments, accumulated gradients; also
-    with `optax.MaskedNode`s, as under `optax.partition`) is sharded like it, and all else (counts,
-    factored moments of another shape) is replicated.
+    with `optax.MaskedNode`s, as under `optax.partition`) is sharded like it. An array with as many
+    axes as its leaf, but with other sizes (GaLore's projector and moments), is sharded along the
+    axes that have the leaf's size. All else (counts, factored moments with less axes) is
+    replicated.
 
     Args:
       state: `tx.init(adapters)`, arrays or, by `jax.eval_shape(tx.init, adapters)`, shapes; or any
@@ -165,11 +167,7 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
             return everywhere
         leaves, treedef = jax.tree.flatten(x, is_leaf=_masked)
         return treedef.unflatten(
-            leaf
-            if _masked(leaf)
-            else pair.sharding
-            if jnp.shape(leaf) == pair.like.shape
-            else everywhere
+            leaf if _masked(leaf) else _along(jnp.shape(leaf), pair, everywhere)
             for leaf, pair in zip(leaves, pairs)
         )
 
@@ -188,6 +186,18 @@ class _Pair:
 
     def __init__(self, like, sharding):
         self.like, self.sharding = like, sharding
+
+
+def _along(shape, pair: _Pair, everywhere) -> Any:
+    """The sharding of an array of this shape that belongs to the leaf of the pair."""
+    like, found = pair.like.shape, pair.sharding
+    spec = getattr(found, "spec", found)
+    if shape == like:
+        return found
+    if len(shape) != len(like) or not isinstance(spec, PartitionSpec):
+        return everywhere
+    spec = P(*(entry if n == size else None for entry, n, size in zip(spec, shape, like)))
+    return NamedSharding(found.mesh, spec) if isinstance(found, NamedSharding) else spec
 
 
 def _bare(tree):
