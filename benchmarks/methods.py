@@ -161,7 +161,7 @@ class Trainer:
 
     @functools.cached_property
     def later(self):
-        """What the second step is given: GaLore's first has an SVD, and no other for a while."""
+        """What the second step is given: GaLore's first finds subspaces, and none after for a while."""
         trained, state, _ = self.compiled(*self.start0, *self.batch)
         return trained, state, *self.start0[2:], *self.batch
 

@@ -196,7 +196,8 @@ def _along(shape, pair: _Pair, everywhere) -> Any:
         return found
     if len(shape) != len(like) or not isinstance(spec, PartitionSpec):
         return everywhere
-    spec = P(*(entry if n == size else None for entry, n, size in zip(spec, shape, like)))
+    entries = (*spec, *(None,) * (len(like) - len(spec)))
+    spec = P(*(entry if n == size else None for entry, n, size in zip(entries, shape, like)))
     return NamedSharding(found.mesh, spec) if isinstance(found, NamedSharding) else spec
 
 

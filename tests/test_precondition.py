@@ -619,3 +619,9 @@ def test_states_are_sharded_like_the_adapters():
         for part in parts:
             assert getattr(state, part)["heads"].a == P("fsdp", None)
             assert getattr(state, part)["experts"].b == P("fsdp", None, None)
+    rite = lora.state_shardings(
+        jax.eval_shape(lora.scale_by_lora_rite().init, adapters), adapters, specs
+    )
+    for part in (rite.nu, rite.escaped):  # a weight of the stack has its own
+        assert part["experts"].a == P("fsdp", None, None, None)
+        assert part["experts"].b == P("fsdp", None, None)

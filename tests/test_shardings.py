@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import flax.linen as nn
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import fails, noisy
+from common import assert_close, fails, noisy
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -311,6 +313,48 @@ def test_factored_moments_are_replicated():
         state = jax.eval_shape(optax.adafactor(1e-3).init, adapters)
     got = lora.state_shardings(state, adapters, shardings)
     assert {s.spec for s in leaves(got)} == {P()}
+
+
+GALORE = {  # the leaf's axes but for those that became the rank
+    "dense": {"kernel": (P("fsdp", None), P(None, "tp"))},
+    "heads": {"kernel": (P("fsdp", None, None), P(None, "tp", None))},
+    "out": {"kernel": (P(None, None, "fsdp"), P("tp", None, None))},  # 32 × 16: taller than wide
+    "experts": (P("tp", "fsdp", None), P("tp", None, None)),
+    "layers": {"kernel": (P(None, ("fsdp", "tp"), None), P(None, None, None))},
+}
+
+
+def test_the_state_of_galore():
+    """Projector and moments are split as their leaf is, and what plain Adam trains as well; three
+    steps, with a new subspace in the third, are those of one device."""
+    tx = lora.galore(1e-2, rank=3, update_proj_gap=2, targets=TARGETS)
+    where = on(MESH, SPECS)
+    states = lora.state_shardings(jax.eval_shape(tx.init, ABSTRACT), ABSTRACT, where)
+    own = states[0].inner_states["galore"].inner_state
+    for path, (projector, moments) in lora._paths.flatten(GALORE, is_leaf=is_shape).items():
+        found = [lora._paths.flatten(part)[path].spec for part in (own.projector, own.mu, own.nu)]
+        assert found == [projector, moments, moments], path
+    adam = states[0].inner_states["adam"].inner_state
+    assert adam.mu["table"] == where["table"] and adam.count.spec == P()
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), ABSTRACT)
+    grads = [noisy(zeros, i, scale=1.0) for i in range(3)]
+    spread = [jax.device_put(g, where) for g in grads]
+    with jax.numpy_dtype_promotion("standard"):
+        update, one = jax.jit(tx.update), tx.init(zeros)
+        many = jax.jit(tx.init, out_shardings=states)(zeros)
+        shard = jax.jit(tx.update, out_shardings=(where, states)).lower(spread[0], many).compile()
+        for alone, g in zip(grads, spread):
+            want, one = update(alone, one)
+            got, many = shard(g, many)
+            assert_close(got, want, factor=1024)
+    assert [x.sharding for x in leaves(many)] == leaves(states)
+    # But for the branch with new subspaces, what travels are projections alone: n·r·k at most.
+    text = shard.as_text()
+    sent = re.findall(r"= (.*) (all-\w+|collective-\w+)\(", text[text.index("ENTRY") :])
+    assert {kind for _, kind in sent} == {"all-reduce"}
+    sizes = [math.prod(map(int, x.split(","))) for x in re.findall(r"\[([\d,]+)\]", str(sent))]
+    assert max(sizes) == 3 * 3 * 32
 
 
 def test_a_tree_that_also_holds_the_base():
