@@ -16,12 +16,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads and XLA's: one too many
 
 import fetch
 import flax.linen as nn
@@ -161,7 +163,7 @@ class Trainer:
 
     @functools.cached_property
     def later(self):
-        """What the second step is given: GaLore's first finds subspaces, and none after for a while."""
+        """What the second step is given: GaLore finds subspaces in the first, then long none."""
         trained, state, _ = self.compiled(*self.start0, *self.batch)
         return trained, state, *self.start0[2:], *self.batch
 
