@@ -63,10 +63,10 @@ def galore(
     Memory: W and mr + 2rk numbers of state in fp32, where Adam has 2mk: less for r < 2mk / (m+2k).
     FLOPs: 4mkr in each step; in every `update_proj_gap`-th, the first included, 6m²k and two
     eigendecompositions of m × m (under `jax.lax.cond`), which find P to an angle of about
-    16·ε·σ₁ / (σ_r − σ_{r+1}), ε that of fp32, where σ_r is at least 10⁻⁴·σ₁; below, P is orthonormal,
-    if not that of an SVD. That step may take seconds where m is some thousands, and two more copies
-    of a gradient. On CPUs with other work set OPENBLAS_NUM_THREADS=1: LAPACK's threads beside XLA's
-    made it four times as slow.
+    16·ε·σ₁ / (σ_r − σ_{r+1}), ε that of fp32, where σ_r is at least 10⁻⁴·σ₁; below, P is not an
+    SVD's, but orthonormal as well. That step may take seconds where m is some thousands, and two
+    more copies of a gradient. On CPUs with other work set OPENBLAS_NUM_THREADS=1: LAPACK's threads
+    beside XLA's made it four times as slow.
 
     On a mesh `state_shardings` splits P and the moments as their leaf: r is replicated.
 
