@@ -71,7 +71,7 @@ def galore(
     On a mesh `state_shardings` splits P and the moments as their leaf: r is replicated.
 
     Args:
-      learning_rate: a number or a schedule; 0.01 in the paper's pre-training.
+      learning_rate: a number or a schedule; 0.01 to 0.005 in the authors' pre-training.
       rank: r; 128 to 1024 in the paper (a quarter to a half of the model's width).
       update_proj_gap: T; 200 in the paper.
       scale: α; 0.25 in the paper.
