@@ -6,9 +6,10 @@
 
 The task is examples/reviews_minilm.py's, which fetches model and snippets from PyPI. The last
 `--layers` of the encoder are trained; what lies below is frozen in all arms, and computed once.
-Each arm: a sweep of learning rates on the validation split with seed 0, then all seeds at the best
-one, on the test split. A result is appended to `--out` as soon as it is there, and a run that is
-started again goes on. Seeds change the head, the adapters and the order of the data.
+Each arm: a sweep of learning rates on the validation split with seed 0, which goes on for as long
+as the best lies at its end; then all seeds at the best one, on the test split. A result is appended
+to `--out` as soon as it is there, and a run that is started again goes on. Seeds change the head,
+the adapters and the order of the data.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ WHEEL = (
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
 LENGTH, BATCH, EVALUATED = 32, 16, 50
-FACTORS = (1 / 3, 1.0, 3.0)  # of an arm's learning rate
+SWEEP = range(-1, 2)  # of an arm's learning rate: thirds and threes
+FARTHEST = 4
 
 
 class Top(nn.Module):
@@ -198,6 +200,23 @@ class Results:
         return self.found[key]
 
 
+def rate_of(name: str, power: int) -> float:
+    return ARMS[name].rate * 3.0**power
+
+
+def sweep(score, quick: bool) -> int:
+    """The best power, with a worse one on either side; of equals the smallest."""
+    if quick:
+        return 0
+    scores = {power: score(power) for power in SWEEP}
+    while True:
+        best = max(scores, key=lambda power: (scores[power], -power))
+        ends = [p for p in (best - 1, best + 1) if p not in scores and abs(p) <= FARTHEST]
+        if not ends:
+            return best
+        scores |= {p: score(p) for p in ends}
+
+
 def measure(task, names, args, results):
     """All runs that are not there yet: all sweeps first, then seed after seed."""
     trainers = {}
@@ -207,17 +226,16 @@ def measure(task, names, args, results):
             trainers[name] = Trainer(task, ARMS[name], args.steps)
         return trainers[name]
 
-    def run(name, factor, seed):
-        rate = ARMS[name].rate * factor
+    def run(name, power, seed):
+        rate = rate_of(name, power)
         return results.get(f"{name} | {rate:.3g} | {seed}", lambda: trainer(name).run(rate, seed))
 
     best = {}
     for name in names:
-        scores = {factor: run(name, factor, 0)[0] for factor in args.factors}
-        best[name] = max(scores, key=scores.get)
+        best[name] = sweep(lambda power, name=name: run(name, power, 0)[0], args.quick)
         size = lambda name=name: (trainer(name).count, *trainer(name).megabytes)
         results.get(f"{name} | size", size)
-    for seed in range(1, args.seeds):
+    for seed in range(args.seeds):
         for name in names:
             run(name, best[name], seed)
     if any(f"{name} | time" not in results.found for name in names):
@@ -231,14 +249,12 @@ def measure(task, names, args, results):
 
 def rows_of(names, best, args, found):
     for name in names:
-        rate = ARMS[name].rate * best[name]
+        rate = rate_of(name, best[name])
         test = np.array([found[f"{name} | {rate:.3g} | {s}"][1] for s in range(args.seeds)])
         count, step, state = found[f"{name} | size"]
         time_ratio = found[f"{name} | time"][0]
         sd = test.std(ddof=1) if len(test) > 1 else float("nan")
-        edge = "" if len(args.factors) > 1 and best[name] not in (
-            min(args.factors), max(args.factors)) else "*"  # fmt: skip
-        yield name, test.mean(), sd, count, f"{rate:.2g}{edge}", time_ratio, step, state
+        yield name, test.mean(), sd, count, f"{rate:.2g}", time_ratio, step, state
 
 
 def draw(rows, path):
@@ -272,9 +288,8 @@ def main():
     parser.add_argument("--cache", type=Path, default=fetch.CACHE, help="downloads are kept here")
     parser.add_argument("--out", type=Path, default=Path("methods.jsonl"))
     args = parser.parse_args()
-    args.factors = FACTORS
     if args.quick:
-        args.layers, args.steps, args.seeds, args.rounds, args.factors = 1, 6, 2, 2, (1.0,)
+        args.layers, args.steps, args.seeds, args.rounds = 1, 6, 2, 2
         args.validation = args.test = 100
     unknown = [name for name in args.arms if name not in ARMS]
     if unknown:
@@ -289,7 +304,6 @@ def main():
         (name, f"{mean:.3f} ± {sd:.3f}", f"{count:,}", rate, time, f"{step:.1f}", f"{state:.2f}")
         for name, mean, sd, count, rate, time, step, state in rows
     ]))  # fmt: skip
-    print("\n*: at an end of the sweep")
     draw(rows, args.out.with_suffix(".png"))
 
 

@@ -125,7 +125,7 @@ ARMS = {
     ),
     "DoRA": Arm(dora, adam, 3e-3),
     "VeRA": Arm(
-        with_frozen(functools.partial(lora.init_vera, rank=256), targets="all-linear"), adam, 1e-2
+        with_frozen(functools.partial(lora.init_vera, rank=1472), targets="all-linear"), adam, 1e-2
     ),
     "LoRA-XS": Arm(with_frozen(lora.init_lora_xs, rank=78), adam, 1e-3),
     "AdaLoRA": Arm(
