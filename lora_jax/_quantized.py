@@ -247,6 +247,8 @@ def quantized(
         raise LoRAError(f"cannot quantise {w.shape} {w.dtype}: expected floats of two axes or more")
     if double and fmt.block is None:
         raise LoRAError(f"double quantisation is for blocks; {format!r} has a constant per channel")
+    if double and fmt.power:
+        raise LoRAError(f"double=True: the constants of {format!r} are of 8 bits without it")
     shape, dtype = tuple(w.shape), np.dtype(w.dtype)
     if fmt.block is None:
         axes = tuple(d % w.ndim for d in in_axes)

@@ -322,6 +322,7 @@ def test_other_nodes_on_a_quantised_base():
         (lambda: lora.quantize({"w": W}, "v"), "'v' matches no leaf"),
         (lambda: lora.quantize({"w": W[0]}, "w"), r"cannot quantise|ambiguous|axes"),
         (lambda: lora.quantize({"w": W}, "w", "int8", double=True), "a constant per channel"),
+        (lambda: lora.quantize({"w": W}, "w", "mxfp4", double=True), "are of 8 bits without it"),
         (
             lambda: lora.quantize(lora.quantize({"w": W}, "w"), "w"),
             "quantised already:\n  - 'w'",
