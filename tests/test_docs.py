@@ -1,5 +1,6 @@
 """Pages of the docs that are to be pasted: they run, and do what they say."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -31,6 +32,14 @@ def test_a_method_of_your_own():
     before, after = map(float, losses.split(" -> "))
     assert after < before / 2 and same == "True"
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 40
+
+
+def test_a_quantised_base():
+    """Every snippet, one after another: the table of bytes, and the errors of merging."""
+    *_, bits, errors = run("\n".join(snippets("quantized.md"))).splitlines()
+    assert bits == "base: 262,144 parameters, 4.127 bits each"
+    merged = ast.literal_eval(errors)
+    assert merged.keys() == {"up/kernel", "down/kernel"} and 0.05 < merged["up/kernel"] < 0.11
 
 
 @pytest.mark.slow
