@@ -119,8 +119,8 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
     Every part of `state` that has the structure of `tree` (moments, accumulated gradients; also
     with `optax.MaskedNode`s, as under `optax.partition`) is sharded like it. An array with as many
     axes as its leaf, but with other sizes (GaLore's projector and moments), is sharded along the
-    axes that have the leaf's size. All else (counts, factored moments with less axes) is
-    replicated.
+    axes that have the leaf's size. All else (counts, factored moments with less axes, the constants
+    of moments in 8 bits) is replicated.
 
     Args:
       state: `tx.init(adapters)`, arrays or, by `jax.eval_shape(tx.init, adapters)`, shapes; or any
@@ -218,14 +218,25 @@ def _masked(x) -> bool:
 
 
 def _matched(x, paired) -> list | None:
-    """For each leaf of x its partner, if x has the structure of `paired`, or less of it."""
+    """For each leaf of x its partner, if x has the structure of `paired`, or less of it; or more,
+    where it has several arrays for each of a leaf's (codes and constants of moments in 8 bits)."""
+    bare = _bare(x)
+    leaves = jax.tree.leaves(bare, is_leaf=_masked)
     try:
-        partners = jax.tree.structure(_bare(x), is_leaf=_masked).flatten_up_to(paired)
+        partners = jax.tree.structure(bare, is_leaf=_masked).flatten_up_to(paired)
     except ValueError:
-        return None
-    leaves = jax.tree.leaves(x, is_leaf=_masked)
+        return _several(bare, paired)
     fits = all(_masked(leaf) or isinstance(p, _Pair) for leaf, p in zip(leaves, partners))
     return partners if fits else None
+
+
+def _several(bare, paired) -> list | None:
+    try:
+        parts = jax.tree.structure(paired).flatten_up_to(bare)
+    except ValueError:
+        return None
+    pairs = zip(jax.tree.leaves(paired), parts)
+    return [pair for pair, part in pairs for _ in jax.tree.leaves(part, is_leaf=_masked)]
 
 
 def _abstract(targets: Targets) -> Any:
