@@ -11,6 +11,7 @@ import optax
 
 from lora_jax._einsum import wide
 from lora_jax._errors import LoRAError, raise_all
+from lora_jax._optim import decays
 from lora_jax._paths import flatten, map_with_path
 from lora_jax._precondition import unzip
 from lora_jax._targets import Targets
@@ -102,7 +103,7 @@ def galore(
 
     return optax.chain(
         optax.partition({"galore": tx, "adam": optax.scale_by_adam(b1, b2, eps)}, kinds),
-        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.add_decayed_weights(weight_decay) if decays(weight_decay) else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -121,10 +122,11 @@ def scale_by_galore(
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.scale_by_galore(rank=8), optax.scale_by_learning_rate(0.01))
     """
-    if rank < 1 or update_proj_gap < 1:
+    if not isinstance(rank, int) or rank < 1 or update_proj_gap < 1:
         raise LoRAError(
-            f"expected rank and update_proj_gap >= 1, found {rank} and {update_proj_gap}: "
-            "lora.galore(0.01, rank=128, update_proj_gap=200)"
+            f"expected integers rank and update_proj_gap >= 1, found {rank} and {update_proj_gap}: "
+            "lora.galore(0.01, rank=128, update_proj_gap=200); rank is a shape: "
+            'optax.inject_hyperparams(lora.galore, static_args=("rank", "update_proj_gap"))'
         )
 
     def init(params):

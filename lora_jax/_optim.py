@@ -95,3 +95,9 @@ def lora_plus(
         | dict.fromkeys(LABELS, slow),
         labels,
     )
+
+
+def decays(weight_decay: Any) -> bool:
+    """Whether there is any; of an array, as `optax.inject_hyperparams` passes, the value is not
+    looked at: the state may not depend on it."""
+    return not isinstance(weight_decay, int | float) or weight_decay != 0

@@ -143,6 +143,7 @@ def lora_fa(
     tx: optax.GradientTransformation, *, corrected: bool = False, delta: float = 0.0
 ) -> optax.GradientTransformation:
     """LoRA-FA (arXiv:2308.03303): A stays as it was drawn; B, and all else, is trained by `tx`.
+    Of an embedding B is what was drawn, and A is zero: there B stays and A is trained.
 
     A gets an update of exactly zero and no state. Inside of one `jax.jit` with the gradient, XLA
     drops what nobody reads: the gradient of A is not computed, and an input that only it needs
@@ -173,7 +174,7 @@ def lora_fa(
     """
 
     def trained(tree):
-        frozen = (FROZEN, "a", "embedding_a")
+        frozen = (FROZEN, "a", "embedding_b")
         return jax.tree.map(lambda x: FROZEN if x in frozen else "trained", labels(tree))
 
     alone = optax.partition({"trained": tx, FROZEN: optax.set_to_zero()}, trained)
@@ -181,9 +182,9 @@ def lora_fa(
         return alone
 
     def leaf(g, node):
-        (x, _), (_, gy) = columns(node), columns(g)
-        gy = product(gy, power(gram(x), -1, delta)) / node.scale**2
-        return dataclasses.replace(g, b=with_columns(g, None, gy).b)
+        (x, y), (gx, gy) = columns(node), columns(g)
+        fix = lambda g, other: product(g, power(gram(other), -1, delta)) / node.scale**2
+        return with_columns(g, fix(gx, y)) if node.embedding else with_columns(g, None, fix(gy, x))
 
     return optax.chain(_stateless(leaf, "lora_fa"), alone)
 

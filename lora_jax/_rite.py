@@ -16,7 +16,7 @@ import optax
 
 from lora_jax._adapters import DoRA
 from lora_jax._einsum import wide
-from lora_jax._optim import FROZEN, labels
+from lora_jax._optim import FROZEN, decays, labels
 from lora_jax._precondition import (
     columns,
     gram,
@@ -96,7 +96,7 @@ def lora_rite(
     """
     tx = optax.chain(
         scale_by_lora_rite(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.add_decayed_weights(weight_decay) if decays(weight_decay) else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
     adam = optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay)
@@ -221,7 +221,7 @@ def lora_muon(
     >>> import lora_jax as lora
     >>> tx = lora.lora_muon(1e-2, weight_decay=0.1)
     """
-    if weight_decay:
+    if decays(weight_decay):
         scaled = _split_decay(learning_rate, weight_decay)
     else:
         scaled = optax.scale_by_learning_rate(learning_rate)

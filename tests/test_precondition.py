@@ -272,6 +272,23 @@ def test_lora_fa_identity():
     assert_close([d["heads"].b, d["heads"].a], [adapters["heads"].b, jnp.zeros((16, 4))])
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+def test_lora_fa_of_an_embedding(corrected):
+    """There A starts at zero, and B is what was drawn: with A fixed nothing would ever be learnt.
+    Corrected, the equivalent gradient is G·P_B."""
+    node = random_adapters()["heads"]
+    adapters = {"table": dataclasses.replace(node, embedding=True)}
+    g = some_weights(adapters)
+    tx = lora.lora_fa(optax.identity(), corrected=corrected)
+    d, _ = tx.update(gradients(adapters, g), tx.init(adapters), adapters)
+    assert not np.any(d["table"].b)
+    if corrected:
+        want = {"table": product(g["table"], projections(node)[1])}
+        assert_close(equivalent(adapters, d), want, factor=512)
+    else:
+        assert_close(d["table"].a, gradients(adapters, g)["table"].a)
+
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_lora_fa_costs(scan):
     """Under jit the gradient of A is not computed and no input is kept for it: the compiled step is
@@ -475,6 +492,22 @@ def test_training(name):
     if frozen:
         sizes = sum(x.size for x, of in zip(jax.tree.leaves(start), labels) if of != "a")
         assert sum(x.size for x in jax.tree.leaves(last)) == 2 * sizes + 1
+
+
+@pytest.mark.parametrize("make", [lora.lora_rite, lora.lora_muon])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_inject_hyperparams(make, weight_decay):
+    """Numbers may be arrays of the state, as `optax.inject_hyperparams` makes them."""
+    adapters = {"heads": random_adapters()["heads"]}
+    g = gradients(adapters, some_weights(adapters))
+    found = []
+    for of in (make, optax.inject_hyperparams(make)):
+        tx = of(learning_rate=0.1, weight_decay=weight_decay)
+        update, state = jax.jit(tx.update), tx.init(adapters)
+        for _ in range(2):
+            updates, state = update(g, state, adapters)
+        found.append(updates)
+    assert_close(*found)
 
 
 PLAIN = ["riemannian sgd", "lora_pro sgd", "rite", "muon", "fa corrected"]
