@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax._adapters import DoRA, Full, LoRA, LowRank, choose, is_node
 from lora_jax._errors import LoRAError, raise_all
-from lora_jax._factors import without_frozen
+from lora_jax._factors import check_factors, without_frozen
 from lora_jax._family import Indirect
 from lora_jax._init import _typed, path_key
 from lora_jax._nnx import map_state, state_of
@@ -55,9 +55,10 @@ def bind(
     nodes = {}
     if adapters is not None:
         one = adapters if slot is None else jax.eval_shape(chosen, adapters)
-        nodes = without_frozen(adapter_nodes(params, one, "bind"), "bind")
+        nodes = adapter_nodes(params, one, "bind")
+        nodes = without_frozen(nodes, "bind") if slot is None else nodes
     if slot is not None:
-        nodes = flatten(adapters, is_leaf=is_node)
+        check_factors(nodes := flatten(adapters, is_leaf=is_node))
     key = None if dropout_key is None else _typed(dropout_key)
 
     def leaf(path, base):

@@ -19,6 +19,7 @@ from lora_jax._family import AdaLoRA, LoRAXS, VeRA
 from lora_jax._init import _typed, init, path_key
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, nest
+from lora_jax._quantized import value
 from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
@@ -150,7 +151,7 @@ def init_lora_xs(
 
     frozen = {
         path: LoRA(
-            *_principal(jnp.asarray(leaves[path]), t.geometry, t.rank, jnp.dtype(dtype)),
+            *_principal(jnp.asarray(value(leaves[path])), t.geometry, t.rank, jnp.dtype(dtype)),
             t.scale,
             t.geometry,
             t.dropout,

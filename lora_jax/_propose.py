@@ -17,6 +17,7 @@ from lora_jax._errors import raise_all
 from lora_jax._moments import checked_moments
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten
+from lora_jax._quantized import value
 from lora_jax._select import select
 from lora_jax._start import as_matrices
 from lora_jax._survey import Survey
@@ -167,7 +168,7 @@ def _feature_norms(params, targets: Mapping[str, Target], moments) -> dict[str, 
     moments, leaves = checked_moments(moments, targets), flatten(state_of(params))
     out = {}
     for path, t in targets.items():
-        w, c = as_matrices(t, leaves[path]), moments[path]
+        w, c = as_matrices(t, value(leaves[path])), moments[path]
         aligned = jnp.sum(w * jnp.matmul(c, w, precision="highest"), (1, 2))
         random = jnp.trace(c, axis1=1, axis2=2) * jnp.sum(w**2, (1, 2)) / w.shape[1]
         ratio = aligned / jnp.where(random > 0, random, 1)

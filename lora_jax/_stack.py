@@ -18,6 +18,7 @@ from lora_jax._algebra import checked
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, map_with_path, nest
+from lora_jax._quantized import is_quantized, value
 
 
 def stack(
@@ -136,12 +137,12 @@ def _slot(nodes: list, rank: int | None, base: Any) -> Any:
         a, b = (jnp.zeros(s, dtype) for s in first.geometry.factor_shapes(first.shape, rank))
         like = dataclasses.replace(first, a=a, b=b, scale=1.0, dropout=0.0)
         if isinstance(first, DoRA):
-            m = norms(like, jnp.asarray(base)).astype(dtype)
+            m = norms(like, base if is_quantized(base) else jnp.asarray(base)).astype(dtype)
             like = dataclasses.replace(like, magnitude=m)
     elif isinstance(first, Full):
-        like = Full(jnp.asarray(base).astype(first.value.dtype))
+        like = Full(jnp.asarray(value(base)).astype(first.value.dtype))
     else:
-        rows = jnp.asarray(base)[jnp.asarray(first.index)].astype(first.value.dtype)
+        rows = jnp.asarray(value(base))[jnp.asarray(first.index)].astype(first.value.dtype)
         like = Rows(rows, first.index, first.length)
     problems = [p for n in nodes if (p := _misfit(n, like)) is not None]
     return problems[0] if problems else like

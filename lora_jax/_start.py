@@ -17,6 +17,7 @@ from lora_jax._errors import raise_all
 from lora_jax._merge import unmerge
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, nest
+from lora_jax._quantized import is_quantized
 
 
 def lora_nodes(adapters: Any) -> dict[str, LoRA]:
@@ -43,6 +44,11 @@ def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]
     adapter_nodes(params, adapters, "init")
     nodes = lora_nodes(adapters)
     leaves = flatten(state_of(params))
+    raise_all(
+        "these leaves are quantised, and their codes cannot give up a part:",
+        (f"'{p}'" for p in nodes if is_quantized(leaves[p])),
+        "first the initialiser, of the plain parameters, then lora.quantize(base, ...); or loftq",
+    )
     new = each(adapters, lambda path, node: make(path, node, as_matrices(node, leaves[path])))
     flat = flatten(new, is_leaf=is_node)
     return unmerge(params, nest({p: flat[p] for p in nodes})), new

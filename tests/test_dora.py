@@ -120,6 +120,22 @@ def test_a_small_gain_is_not_rounded_away():
     assert abs(jnp.vdot(y, base) / jnp.vdot(base, base) - 1.003) < 5e-4
 
 
+@pytest.mark.parametrize(
+    "shape, axes",
+    [((3, 6, 5), ((1,), (0, 2))), ((3, 8, 16), ((2,), (1,), (0,))), ((6, 4, 5), ((0, 2), (1,)))],
+)
+@pytest.mark.parametrize("jit", [True, False])
+def test_norms_in_bf16(shape, axes, jit):
+    """Of some of these layouts XLA's CPU backend has no product of bf16 with a result in fp32."""
+    w = jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16)
+    g = lora.Geometry(*axes)
+    a, b = (jnp.ones(s, jnp.bfloat16) for s in g.factor_shapes(shape, 2))
+    make = jax.jit(lora.dora) if jit else lora.dora
+    m = make({"w": w}, {"w": lora.LoRA(a, b, 0.5, g)})["w"].magnitude
+    v = np.asarray(w, np.float64) + 1.0  # 0.5 · 2
+    assert_close(m, np.linalg.norm(v, axis=axes[0] if len(axes[0]) > 1 else axes[0][0]), m.dtype, 2)
+
+
 def test_inside_shard_map():
     """Of a part of a leaf there is no norm; the whole leaf may be bound outside."""
     fn = lambda p, x: x @ p["w"]

@@ -303,6 +303,27 @@ def test_leaf_by_leaf():
     assert read == ["a/w", "b", "norm"]
 
 
+def test_what_reads_a_quantised_base():
+    """The singular vectors of LoRA-XS, the empty slot of a stack, PLoP's norms: those of its
+    values. An initialiser cannot take anything out of codes."""
+    params = {"w": jax.random.normal(jax.random.key(0), (32, 16)), "v": jnp.ones((16, 2))}
+    small = lora.quantize(params, "w", "int8")
+    values = lora.dequantize(small)
+    config = lora.LoRAConfig(rank=2, targets="w")
+    adapters = lora.init(jax.random.key(1), params, config)
+    xs = lambda p: lora.init_lora_xs(jax.random.key(1), p, config)
+    assert_close(xs(small), xs(values))
+    full = lora.init(jax.random.key(1), params, lora.LoRAConfig(rank=2, targets="v", full="w"))
+    for one in (lora.dora(small, adapters), full):
+        assert_close(lora.stack([one], base=small), lora.stack([one], base=values))
+    fn, x = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], jnp.ones((3, 32))
+    survey, moments = (lora.survey(fn, params, x), lora.second_moments(fn, values, adapters, x))
+    scores = [lora.propose(p, survey, moments=moments).scores for p in (small, values)]
+    assert scores[0] == scores[1]
+    with fails("(?s)quantised.*'w'.*first the initialiser"):
+        lora.pissa(small, adapters)
+
+
 def test_other_nodes_on_a_quantised_base():
     """Rows of a table and leaves trained in full start from what is read."""
     table = jax.random.normal(KEY, (10, 64))

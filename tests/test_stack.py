@@ -244,6 +244,15 @@ def test_errors(call, match):
         call()
 
 
+def test_a_slot_of_what_is_no_factor_yet():
+    adalora = lora.init_adalora(
+        jax.random.key(0), {"w": jnp.ones((4, 4))}, lora.LoRAConfig(rank=2, targets="w")
+    )
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), adalora)
+    with fails("'w' is a AdaLoRA"):
+        lora.bind({"w": jnp.ones((4, 4))}, stacked, slot=0)
+
+
 def test_a_stack_is_not_changed():
     stacked = lora.stack(ZOO)
     before = jax.tree.map(np.array, stacked)
