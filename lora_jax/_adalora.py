@@ -249,6 +249,14 @@ def _kept(node: LoRA, lam: jax.Array, rank: int) -> LoRA:
 
 def _check(target_rank, steps, tinit, tfinal, interval, beta1, beta2) -> None:
     failures = []
+    numbers = dict(target_rank=target_rank, steps=steps, tinit=tinit, tfinal=tfinal)
+    numbers |= dict(interval=interval, beta1=beta1, beta2=beta2)
+    raise_all(
+        "the schedule is fixed, and cannot be made of arrays:",
+        (f"{k}={v}" for k, v in numbers.items() if isinstance(v, jax.Array)),
+        "inject hyperparameters of what it wraps: "
+        "lora.adalora(optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), ...)",
+    )
     if not target_rank > 0:
         failures.append(f"target_rank={target_rank}: expected a number > 0")
     if min(tinit, tfinal) < 0 or tinit >= steps - tfinal:

@@ -38,7 +38,8 @@ def second_moments(
 
     Returns:
       {path: (n, in, in)} in fp32 or wider, n the number of weights that the leaf stacks. It is zero
-      where no output depends on the product by a differentiable way: `eva` and `corda` refuse that.
+      where no output depends on the product by a differentiable way, or the product is in a
+      function with a `jax.custom_vjp` of its own: `eva` and `corda` refuse that.
 
     Raises:
       LoRAError: look-up tables, the inputs of which are no vectors; leaves that do not exist.

@@ -377,6 +377,8 @@ def test_trains_a_scanned_model_on_eight_devices(tmp_path):
          r"expected adapters of AdaLoRA, found none: adapters = lora.init_adalora"),
         (lambda: (tx := lora.adalora(optax.sgd(1), target_rank=1, steps=10)).update(
             start(), tx.init(start())), r"needs the parameters: tx.update\(grads, state, adapters\)"),
+        (lambda: optax.inject_hyperparams(lora.adalora)(optax.sgd(1), target_rank=1, steps=10).init(
+            start()), r"made of arrays(.|\n)*steps=10(.|\n)*inject hyperparameters of what it wraps"),
         (lambda: lora.orthogonality({"w": jnp.ones(3)}), "expected adapters of AdaLoRA"),
         (lambda: lora.pruned({}), "expected adapters of AdaLoRA"),
         (lambda: jax.jit(lora.pruned)(start()), r"not under jit: lora.pruned\(adapters\) outside"),

@@ -406,6 +406,11 @@ def test_what_no_output_depends_on_is_refused():
     flipped = lora.second_moments(lambda p, x: x @ p["w"].T, params, zero, normal(1, 4, 5))
     with fails("'w' has a moment that is zero"):  # the geometry says that it is used otherwise
         lora.eva(zero, flipped)
+    own = jax.custom_vjp(lambda w, x: x @ w)
+    own.defvjp(lambda w, x: (x @ w, (w, x)), lambda wx, g: (wx[1].T @ g, g @ wx[0].T))
+    hidden = lora.second_moments(lambda p, x: own(p["w"], x), params, zero, normal(1, 4, 6))
+    with fails("'w' has a moment that is zero"):  # the rule says nothing of what met the weight
+        lora.eva(zero, hidden)
     table = {"w": dataclasses.replace(zero["w"], embedding=True)}
     with fails("'w' is a look-up table"):
         lora.second_moments(lambda p, i: p["w"][i], params, table, jnp.arange(3))
