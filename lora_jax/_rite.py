@@ -257,7 +257,8 @@ def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
 def _muon(m, y, scale):
     """½·msign(m·R)·R / s of a factor's momentum m (n, p, r) and the other factor y (n, q, r)."""
     root = power(gram(y), -0.5)
-    m = product(m, root)
+    peak = jnp.max(jnp.abs(m), (-2, -1), keepdims=True)  # of no other effect than to keep squares
+    m = product(m / jnp.where(peak > 0, peak, 1), root)
     return product(product(m, power(gram(m), -0.5)), root) / (2 * scale)
 
 

@@ -404,6 +404,15 @@ def test_muon_is_steepest_descent_in_the_spectral_norm():
         assert_close([*got], want)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_muon_does_not_see_the_size_of_a_gradient(size):
+    adapters = random_adapters()
+    g = gradients(adapters, some_weights(adapters))
+    tx = lora.scale_by_lora_muon(0.0)
+    step = jax.jit(lambda g: tx.update(g, tx.init(adapters), adapters)[0])
+    assert_close(step(jax.tree.map(lambda x: x * np.float32(size), g)), step(g), factor=64)
+
+
 def test_muon_decays_the_product():
     adapters = random_adapters()
     schedule = optax.linear_schedule(0.5, 0.25, 1)
