@@ -51,6 +51,12 @@ class Case:
     def loss(self) -> Callable:
         return self.make_loss(None)
 
+    def quantized(self, **how) -> Case:
+        """The same, with the base's linear leaves in codes."""
+        survey = lora.survey(self.loss, self.params, self.batches[0])
+        params = lora.quantize(self.params, list(self.config.targets), survey=survey, **how)
+        return dataclasses.replace(self, params=params)
+
     @functools.cached_property
     def adapters(self):
         """Adapters with no zero in them: B as well has a gradient that is not rounding alone."""
@@ -61,12 +67,23 @@ class Case:
         noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
         return treedef.unflatten([x + n for x, n in zip(leaves, noise)])
 
-    def base_specs(self, **axes: str | None):
+    def weight_specs(self, **axes: str | None):
         """PartitionSpecs, the axes d (data and FSDP) and t (tensor) as named, or replicated."""
         rename = lambda e: None if e is None else axes.get(e)
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: P(*map(rename, self.specs(jax.tree_util.keystr(path)))), self.params
+            lambda path, _: P(*map(rename, self.specs(jax.tree_util.keystr(path)))),
+            self.params,
+            is_leaf=quantized,
         )
+
+    def base_specs(self, mesh, **axes: str | None):
+        """The same, of the arrays: of a quantised weight those of its codes and constants."""
+        specs = lambda x, spec: x.specs(spec, mesh) if quantized(x) else spec
+        return jax.tree.map(specs, self.params, self.weight_specs(**axes), is_leaf=quantized)
+
+
+def quantized(x) -> bool:
+    return isinstance(x, lora.Quantized)
 
 
 TX = optax.adam(1e-2, eps=1e-4)
@@ -120,8 +137,8 @@ def named(case, shape, names, batch, full=False, kind=AxisType.Auto, **axes):
     loss, trained = trained_of(case, full, case.make_loss(batch))
     on = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
     with jax.set_mesh(mesh):
-        params = jax.device_put(case.params, on(case.base_specs(**axes)))
-        where = on(case.base_specs(**axes)) if full else lora.shardings(params, trained)
+        params = jax.device_put(case.params, on(case.base_specs(mesh, **axes)))
+        where = on(case.base_specs(mesh, **axes)) if full else lora.shardings(params, trained)
         state = TX.init(trained)
         states = lora.state_shardings(state, trained, where)
         trained, state = jax.device_put((trained, state), (where, states))
@@ -145,10 +162,11 @@ def mapped(case, full=False, gather=False):
     """
     mesh = mesh_of((8,), ("d",))
     loss, trained = trained_of(case, full)
-    specs = case.base_specs(d="d" if gather else None)
-    own = specs if full else lora.shardings(specs, trained)
+    weights = case.weight_specs(d="d" if gather else None)
+    specs = case.base_specs(mesh, d="d" if gather else None)
+    own = specs if full else lora.shardings(weights, trained)
     if gather:
-        gathered = lambda p: jax.tree.map(functools.partial(_whole, axis="d"), p, specs)
+        gathered = lambda p: jax.tree.map(functools.partial(_whole, axis="d"), p, weights)
         loss, _ = trained_of(case, full, lambda p, batch: case.loss(gathered(p), batch))
     states = lora.state_shardings(TX.init(trained), trained, own)
     step = jax.shard_map(
@@ -192,11 +210,9 @@ def pmapped(case, full=False, base_axis=0):
     return losses[:, 0], flax.jax_utils.unreplicate(trained), compiled
 
 
-def transformer() -> Case:
+def transformer(width=48, hidden=80) -> Case:
     """Scanned and rematerialised, all linears. No axis of an activation is one of a weight's."""
-    c = llama.Config(
-        vocab=100, width=48, hidden=80, heads=4, layers=2, scan=True, dtype=jnp.float32
-    )
+    c = llama.Config(100, width, hidden, heads=4, layers=2, scan=True)
     batches = list(jax.random.randint(KEY, (STEPS, 8, 21), 0, c.vocab))
 
     def specs(path):
@@ -218,10 +234,10 @@ def transformer() -> Case:
     )
 
 
-def experts() -> Case:
+def experts(width=48, hidden=80) -> Case:
     """A soft mixture of eight experts, of which each device holds its own."""
     keys = jax.random.split(KEY, 4)
-    shapes = {"gate": (48, 8), "up": (8, 48, 80), "down": (8, 80, 48)}
+    shapes = {"gate": (width, 8), "up": (8, width, hidden), "down": (8, hidden, width)}
     params = {n: jax.random.normal(k, s) / 7 for k, (n, s) in zip(keys, shapes.items())}
 
     def make_loss(spec):
@@ -235,16 +251,16 @@ def experts() -> Case:
         return jnp.mean((y - jnp.sin(x)) ** 2)
 
     config = lora.LoRAConfig(rank=7, alpha=14, targets=["up", "down"])
-    batches = list(jax.random.normal(keys[3], (STEPS, 8, 21, 48)))
+    batches = list(jax.random.normal(keys[3], (STEPS, 8, 21, width)))
     return Case(
         make_loss, params, config, batches, lambda path: P() if "gate" in path else P("t", "d")
     )
 
 
-def explicit() -> Case:
+def explicit(width=48, hidden=80) -> Case:
     """Shardings in types: a function that says how each product is sharded, if that is unclear."""
     keys = jax.random.split(KEY, 3)
-    shapes = {"up": (48, 80), "down": (80, 48)}
+    shapes = {"up": (width, hidden), "down": (hidden, width)}
     params = {n: jax.random.normal(k, s) / 7 for k, (n, s) in zip(keys, shapes.items())}
 
     def loss(p, x):
@@ -257,9 +273,8 @@ def explicit() -> Case:
 
     specs = lambda path: P("d", "t") if "up" in path else P("t", "d")
     config = lora.LoRAConfig(rank=7, alpha=14, targets=["up", "down"])
-    return Case(
-        lambda _: loss, params, config, list(jax.random.normal(keys[2], (STEPS, 8, 21, 48))), specs
-    )
+    batches = list(jax.random.normal(keys[2], (STEPS, 8, 21, width)))
+    return Case(lambda _: loss, params, config, batches, specs)
 
 
 def _gathered(w, axis):

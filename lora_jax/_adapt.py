@@ -132,7 +132,7 @@ class Traceable:
     def jaxpr(self, constants, arrays):
         """The jaxpr of `call`, with plain arrays for adapted weights, and its output shapes."""
         bases = [x.base if is_weight(x) else x for x in arrays]
-        bases = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x for x in bases]
+        bases = [x.abstract if is_quantized(x) else x for x in bases]
         return jax.make_jaxpr(self._trace, static_argnums=0, return_shape=True)(constants, *bases)
 
 

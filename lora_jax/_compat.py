@@ -14,6 +14,7 @@ __all__ = [
     "CALLS",
     "INLINED",
     "Literal",
+    "abstract",
     "eqn_context",
     "explicit_sharding",
     "is_unspecified",
@@ -108,6 +109,18 @@ def vary(x: Any, axes: Any) -> Any:
     """x, varying over `axes` as well."""
     missing = tuple(sorted(set(axes) - varying(x)))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def abstract(shape, dtype, sharding, arrays) -> jax.ShapeDtypeStruct:
+    """The type of what is made of arrays: with a sharding, if that is part of theirs, and varying
+    over the manual mesh axes that any of them varies over."""
+    if not all(isinstance(x, jax.core.Tracer | jax.Array) for x in arrays):
+        return jax.ShapeDtypeStruct(shape, dtype)
+    axes = frozenset().union(*map(varying, arrays))
+    typed = axes or explicit_sharding(arrays[0]) is not None
+    manual = jax.sharding.ManualAxisType(varying=axes) if axes else None
+    where = sharding if typed else None
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where, manual_axis_type=manual)
 
 
 def out_avals(fn: Any, avals: tuple) -> list:

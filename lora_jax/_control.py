@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from lora_jax import _compat
 from lora_jax._quantized import is_quantized, value
 from lora_jax._rules import rule
+from lora_jax._spread import cut
 from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight, spec_along
 
 
@@ -260,18 +261,24 @@ def _cond(ctx, eqn, args):
     return lax.switch(index, [branch(b) for b in eqn.params["branches"]], arrays)
 
 
+def _cuttable(arg, spec, mesh):
+    """The argument, read first where it is quantised and the parts would not be."""
+    if not is_weight(arg) or not is_quantized(arg.base) or cut(arg.base, spec, mesh) is not None:
+        return arg
+    return arg.materialise() if arg.is_frozen else arg.with_base(value(arg.base))
+
+
 @rule("shard_map")
 def _shard_map(ctx, eqn, args):
     p = eqn.params
     jaxpr, consts = _compat.opened(p["jaxpr"])
-    args = [dataclasses.replace(a, base=value(a.base)) if is_weight(a) else a for a in args]
+    args = [_cuttable(a, s, p["mesh"]) for a, s in zip(args, p["in_specs"])]
 
     def spec(arg, s):
-        return (
-            arg.moved(s, lambda f: Factor(spec_along(f.dims, s), f.dims), arg.axes, arg.stacked)
-            if is_weight(arg)
-            else s
-        )
+        if not is_weight(arg):
+            return s
+        base = cut(arg.base, s, p["mesh"]) if is_quantized(arg.base) else s
+        return arg.moved(base, lambda f: Factor(spec_along(f.dims, s), f.dims), arg.axes)
 
     fn = jax.shard_map(
         lambda *xs: tuple(_plain(ctx, eqn, ctx.run(jaxpr, consts, xs), "shard_map output")),

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import _compat
+
 # NF4 (arXiv:2305.14314, appendix E): quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -107,11 +109,17 @@ def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> j
     (..., n, block), computed in fp32."""
     constants, offset = _scales(fmt, constants)
     if fmt.levels is not None:
-        unit = jnp.asarray(fmt.levels + (0.0,) * (16 - len(fmt.levels)), jnp.float32)[codes]
+        unit = looked_up(fmt.levels + (0.0,) * (16 - len(fmt.levels)), codes)
     else:
         unit = codes.astype(jnp.float32) * (1 / fmt.top)
     w = unit * constants[..., None]
     return (w if offset is None else w + offset[..., None]).astype(dtype)
+
+
+def looked_up(table, codes: jax.Array) -> jax.Array:
+    """The entries of a table of fp32, lying as the codes do."""
+    table, where = jnp.asarray(table, jnp.float32), _compat.explicit_sharding(codes)
+    return table[codes] if where is None else table.at[codes].get(out_sharding=where)
 
 
 def _scales(fmt: Format, constants: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -14,6 +14,7 @@ from lora_jax import _compat, _control, _products  # noqa: F401  (they register 
 from lora_jax._quantized import is_quantized, value
 from lora_jax._repeats import Block, segments
 from lora_jax._rules import RULES
+from lora_jax._spread import sent
 from lora_jax._weight import AdaptedWeight, is_weight, origins
 
 LOW_RANK, MATERIALISED = "low-rank", "materialised"
@@ -62,7 +63,9 @@ STACKED = MOVES - {"mul", "div", "neg"} | {"dot_general", "jit", "pjit"}
 
 
 # What takes a quantised weight without an adapter; for all else it is read first.
-KEPT = STACKED | {"gather", "scan", "while", "cond", *_compat.CALLS}
+KEPT = STACKED | {
+    "gather", "scan", "while", "cond", "all_gather", "reshard", "shard_map", *_compat.CALLS
+}  # fmt: skip
 
 
 class _Body:
@@ -230,8 +233,11 @@ class Interpreter:
     def bind(self, eqn, values) -> list:
         """The equation itself, on arrays; what only moves a quantised weight waits."""
         if any(map(is_quantized, values)):
-            alone = len(values) == 1 and eqn.primitive.name in MOVES
-            moved = values[0].moved(eqn) if alone else None
+            alone = len(values) == 1
+            elsewhere = sent(values[0], eqn) if alone else None
+            if elsewhere is not None:
+                return [elsewhere]
+            moved = values[0].moved(eqn) if alone and eqn.primitive.name in MOVES else None
             if moved is not None:
                 return [moved]
             if eqn.primitive.name == "gather" and is_quantized(values[0]):

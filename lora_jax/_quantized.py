@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _compat
 from lora_jax._errors import LoRAError, refuse_use
@@ -28,6 +29,7 @@ from lora_jax._formats import (
     decode,
     dynamic_map,
     encode,
+    looked_up,
     pack,
     unpack,
 )
@@ -75,11 +77,29 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.moved_to[0] if self.moves else self.stored
+        order = self.order  # `moved_to` is of the whole, where the arrays are of a part
+        return self.moved_to[0] if order is None else tuple(self.stored[d] for d in order)
+
+    @property
+    def sharding(self) -> Any:
+        """That of the codes, in the order of the weight's axes; None where it is not known."""
+        traced = isinstance(self.codes, jax.core.Tracer)  # its type's
+        found = getattr(jax.typeof(self.codes) if traced else self.codes, "sharding", None)
+        if not isinstance(found, NamedSharding) or not self.moves:
+            return found
+        if self.order is None:
+            return None
+        spec = dict(enumerate(found.spec))
+        return NamedSharding(found.mesh, PartitionSpec(*(spec.get(d) for d in self.order)))
 
     @property
     def dtype(self):
         return self.moved_to[1] if self.moves else self.stored_dtype
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """What a function is traced with: what is in types (shardings, manual axes) is there too."""
+        return _compat.abstract(self.shape, self.dtype, self.sharding, jax.tree.leaves(self))
 
     @property
     def ndim(self) -> int:
@@ -141,6 +161,38 @@ class Quantized:
                 return None
         return order
 
+    def specs(self, spec: Iterable, mesh: Any = None) -> Quantized:
+        """The PartitionSpecs of the arrays, where `spec` is the weight's.
+
+        Constants lie as the codes do; those quantised twice, which have no other axis, along the
+        first axis after the stack. With a mesh, what its devices do not divide is replicated.
+
+        >>> import jax, lora_jax as lora
+        >>> from jax.sharding import PartitionSpec as P
+        >>> params = {"w": jax.ShapeDtypeStruct((512, 1024), "float32")}
+        >>> q = jax.eval_shape(lambda p: lora.quantize(p, "w", double=True), params)["w"]
+        >>> of = q.specs(P("fsdp", "tp"))
+        >>> of.codes, of.constants, of.second
+        (P('fsdp', 'tp'), P('fsdp', None), (P('fsdp',), P()))
+        """
+        if self.order is None:
+            raise LoRAError(f"{self!r} is not spread over devices once it is moved: bind it after")
+        of = dict(zip(self.order, spec))
+        own = [of.get(d) for d in range(self.codes.ndim)]
+        stack, first = own[: self.stack], own[self.stack]
+
+        def fit(x, entries):
+            parts = [math.prod(mesh.shape[n] for n in names(e)) if mesh else 1 for e in entries]
+            even = [n > 1 and n % p == 0 for n, p in zip(x.shape, parts)]
+            return PartitionSpec(*(e if fits else None for e, fits in zip(entries, even)))
+
+        arrays = dict(codes=fit(self.codes, own), constants=fit(self.constants, own))
+        if self.second is not None:
+            top, mean = self.second
+            arrays["constants"] = fit(self.constants, [*stack, first, None])
+            arrays["second"] = fit(top, [*stack, first]), fit(mean, stack)
+        return dataclasses.replace(self, **arrays)
+
     def part(self) -> Quantized:
         """One of axis 0, of arrays that were sliced already."""
         part = dataclasses.replace(self, stack=max(self.stack - 1, 0), moves=(), moved_to=None)
@@ -189,6 +241,27 @@ class Quantized:
         picked = dataclasses.replace(self, codes=codes, constants=constants, second=None, stack=0)
         return picked.value()
 
+    def _check(self) -> None:
+        """That codes and constants are of one part of the weight, where they were cut by hand."""
+        fmt, (*lead, last) = STORED[self.format], self.stored
+        n, block = blocks_of(last, fmt.block)
+        found = tuple(self.constants.shape)
+        if fmt.block is None:
+            good = all(c in (1, d) for c, d in zip(found, self.stored))
+        elif self.second is not None:
+            groups = math.ceil(math.prod(lead[self.stack :]) * n / SECOND)
+            good = found == (*lead[: self.stack], groups, SECOND) and n * block == last + self.pad
+        else:
+            each = {1: n, 2: 2 * n, 16: 2 * n}[fmt.parts]
+            good = found == (*lead, each) and n * block == last + self.pad
+        if not good:
+            raise LoRAError(
+                f"codes {self.codes.shape} and constants {found} of {self.format!r} are not of one "
+                "part of a weight. By hand (shard_map, all_gather) cut the last axis between "
+                f"blocks of {fmt.block}, and, with double quantisation, the first axis after the "
+                f"stack alone, in groups of {SECOND} constants; `jax.jit` needs no such care"
+            )
+
     def __repr__(self) -> str:
         arrays = all(hasattr(x, "size") for x in jax.tree.leaves(self))
         bits = f", {self.bits:.4g} bits" if arrays else ""
@@ -199,10 +272,18 @@ class Quantized:
         codes, fmt = self.codes, STORED[self.format]
         if after is not None:
             codes = tied(after, codes)
+        self._check()
         w = _read(fmt, codes, _constants(self), self.stored, self.stored_dtype)
         for primitive, params in self.moves:
             w = primitive.bind(w, **primitive.get_bind_params(dict(params)))
         return w
+
+
+def names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def value(base: Any, after: jax.Array | None = None) -> jax.Array:
@@ -292,7 +373,7 @@ def _constants(q: Quantized) -> jax.Array:
     fmt = STORED[q.format]
     lead, rest = q.stored[: q.stack], q.stored[q.stack : -1]
     n, _ = blocks_of(q.stored[-1], fmt.block)
-    flat = jnp.asarray(dynamic_map())[q.constants] * top[..., None]
+    flat = looked_up(dynamic_map(), q.constants) * top[..., None]
     flat = flat.reshape(*lead, -1)[..., : math.prod(rest) * n] + mean[..., None]
     return flat.reshape(*lead, *rest, n)
 

@@ -25,7 +25,6 @@ from lora_jax._errors import LoRAError, raise_all
 from lora_jax._init import init
 from lora_jax._nnx import state_of
 from lora_jax._paths import flatten, map_with_path, nearest, path_of
-from lora_jax._quantized import is_quantized
 from lora_jax._targets import Targets
 
 P = PartitionSpec
@@ -291,12 +290,6 @@ def _base_sharding(base, path, mesh, rules) -> tuple[Any, str | None]:
 
 def _own(x) -> Any:
     """An array's sharding; of a tracer, that of its type."""
-    if is_quantized(x):  # the axes of its codes are those of the weight, but for their order
-        where = _own(x.codes)
-        if not x.moves or x.order is None or not isinstance(where, NamedSharding):
-            return where
-        spec = dict(enumerate(where.spec))
-        return NamedSharding(where.mesh, P(*(spec.get(d) for d in x.order)))
     if isinstance(x, jax.core.Tracer):
         return jax.typeof(x).sharding
     return getattr(x, "sharding", None)
