@@ -138,6 +138,8 @@ def named(case, shape, names, batch, full=False, kind=AxisType.Auto, **axes):
     on = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
     with jax.set_mesh(mesh):
         params = jax.device_put(case.params, on(case.base_specs(mesh, **axes)))
+        if "d" in axes and any(map(quantized, jax.tree.leaves(params, is_leaf=quantized))):
+            params = lora.gathered(params, "d")  # in its codes
         where = on(case.base_specs(mesh, **axes)) if full else lora.shardings(params, trained)
         state = TX.init(trained)
         states = lora.state_shardings(state, trained, where)

@@ -41,6 +41,7 @@ from lora_jax._rite import lora_muon, lora_rite, scale_by_lora_muon, scale_by_lo
 from lora_jax._select import select
 from lora_jax._shardings import shardings, state_shardings
 from lora_jax._soups import dare, knots, prune, ties
+from lora_jax._spread import gathered
 from lora_jax._stack import put, stack
 from lora_jax._survey import Survey, survey
 from lora_jax._targets import Target, Targets
@@ -108,6 +109,7 @@ __all__ = [
     # one device or a pod
     "shardings",
     "state_shardings",
+    "gathered",
     "topology_mesh",
     "memory",
     "Memory",

@@ -20,6 +20,7 @@ __all__ = [
     "is_unspecified",
     "jaxpr_as_fun",
     "live",
+    "manual",
     "one_device",
     "opened",
     "out_avals",
@@ -103,6 +104,12 @@ def same_vma(*arrays: Any) -> list:
 def varying(x: Any) -> frozenset:
     """The manual mesh axes over which x may differ, under shard_map."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def manual(x: Any) -> bool:
+    """Whether x is inside a shard_map."""
+    manual = jax.sharding.AxisType.Manual
+    return manual in jax.typeof(x).sharding.mesh.axis_types
 
 
 def vary(x: Any, axes: Any) -> Any:

@@ -53,6 +53,8 @@ class Quantized:
       stored_dtype: of the weight that it stands for.
       pad: how much the last axis was padded.
       stack: how many leading axes are a stack of weights (layers, experts).
+      read_at: the sharding, of the weight as it lies there, that its arrays are given before it is read;
+        see `gathered`.
       moves: what is done to the weight when it is read, as (primitive, parameters), and moved_to,
         its shape and type then.
     """
@@ -66,6 +68,7 @@ class Quantized:
     stored_dtype: Any = dataclasses.field(**static)
     pad: int = dataclasses.field(default=0, **static)
     stack: int = dataclasses.field(default=0, **static)
+    read_at: NamedSharding | None = dataclasses.field(default=None, **static)
     moves: tuple = dataclasses.field(default=(), **static)
     moved_to: Any = dataclasses.field(default=None, **static)
 
@@ -195,7 +198,9 @@ class Quantized:
 
     def part(self) -> Quantized:
         """One of axis 0, of arrays that were sliced already."""
-        part = dataclasses.replace(self, stack=max(self.stack - 1, 0), moves=(), moved_to=None)
+        at = self.read_at and NamedSharding(self.read_at.mesh, PartitionSpec(*self.read_at.spec[1:]))
+        stack = max(self.stack - 1, 0)
+        part = dataclasses.replace(self, stack=stack, read_at=at, moves=(), moved_to=None)
         for primitive, params in self.moves:
             if primitive.name == "transpose":
                 part = part.transposed([d - 1 for d in dict(params)["permutation"][1:]])
@@ -269,14 +274,24 @@ class Quantized:
 
     def value(self, after: jax.Array | None = None) -> jax.Array:
         """The weight as an array. `after`: not before that is there, and not the one of another."""
-        codes, fmt = self.codes, STORED[self.format]
+        fmt, q = STORED[self.format], self
         if after is not None:
-            codes = tied(after, codes)
+            q = dataclasses.replace(q, codes=tied(after, self.codes))
+        if self.read_at is not None and not _compat.manual(self.codes):
+            q = lie(dataclasses.replace(q, moves=()), self.read_at)
         self._check()
-        w = _read(fmt, codes, _constants(self), self.stored, self.stored_dtype)
+        w = _read(fmt, q.codes, _constants(q), self.stored, self.stored_dtype)
         for primitive, params in self.moves:
             w = primitive.bind(w, **primitive.get_bind_params(dict(params)))
         return w
+
+
+def lie(q: Quantized, sharding: NamedSharding) -> Quantized:
+    """The weight with its arrays where a sharding of it says."""
+    specs = q.specs(sharding.spec, sharding.mesh)
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    place = jax.sharding.reshard if explicit else lax.with_sharding_constraint
+    return jax.tree.map(lambda x, s: place(x, NamedSharding(sharding.mesh, s)), q, specs)
 
 
 def names(entry: Any) -> tuple[str, ...]:
