@@ -73,7 +73,7 @@ def step(arm: str, mesh: Mesh, tokens, shape: dict, rank=RANK, moments=jnp.float
     where = lora.shardings(params, trained)
     apply = lora.adapt(model.apply)
     if arm == "nf4":
-        params = _in_nf4(params, survey, mesh)
+        params = _in_nf4(params, survey)
 
     def loss(trained, base, ids):
         return llama.loss(apply({"params": lora.bind(base, trained)}, ids), ids)
@@ -103,19 +103,20 @@ def _update(loss, trained, where, base, ids, moments):
     return update, (trained, place(state, state_where), base, ids), options
 
 
-def _in_nf4(params, survey, mesh):
-    """The linears' codes lie as the weights do; groups of constants run along the in axis."""
+def _in_nf4(params, survey):
+    """The linears' codes and constants lie as the weights do, and are gathered as codes."""
     make = lambda p: lora.quantize(p, list(llama.ALL), survey=survey, double=True)
-    where = lambda x: NamedSharding(mesh, P(None, "fsdp") if x.ndim > 1 else P())
 
     def leaf(q, w):
         if not isinstance(q, lora.Quantized):
             return w
-        small = jax.tree.map(where, q)
-        return place(q, dataclasses.replace(small, codes=w.sharding))
+        mesh = w.sharding.mesh
+        specs = q.specs(w.sharding.spec, mesh)
+        return place(q, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
 
     is_leaf = lambda x: isinstance(x, lora.Quantized)
-    return jax.tree.map(leaf, jax.eval_shape(make, params), params, is_leaf=is_leaf)
+    placed = jax.tree.map(leaf, jax.eval_shape(make, params), params, is_leaf=is_leaf)
+    return lora.gathered(placed, "fsdp")
 
 
 def _as_modules(tree):

@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from lora_jax import _compat
+from jax import lax
 
 # NF4 (arXiv:2305.14314, appendix E): quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
 NF4 = (
@@ -109,17 +108,21 @@ def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> j
     (..., n, block), computed in fp32."""
     constants, offset = _scales(fmt, constants)
     if fmt.levels is not None:
-        unit = looked_up(fmt.levels + (0.0,) * (16 - len(fmt.levels)), codes)
+        unit = level(fmt.levels, codes)
     else:
         unit = codes.astype(jnp.float32) * (1 / fmt.top)
     w = unit * constants[..., None]
     return (w if offset is None else w + offset[..., None]).astype(dtype)
 
 
-def looked_up(table, codes: jax.Array) -> jax.Array:
-    """The entries of a table of fp32, lying as the codes do."""
-    table, where = jnp.asarray(table, jnp.float32), _compat.explicit_sharding(codes)
-    return table[codes] if where is None else table.at[codes].get(out_sharding=where)
+def level(levels: tuple[float, ...], codes: jax.Array) -> jax.Array:
+    """The levels of codes of four bits, in fp32, by halving: a compiler fuses that, and not always
+    a look-up."""
+    values: list = [np.float32(x) for x in levels + (0.0,) * (16 - len(levels))]
+    for bit in range(4):
+        odd = (codes >> bit & 1) == 1
+        values = [jnp.where(odd, values[i + 1], values[i]) for i in range(0, len(values), 2)]
+    return values[0]
 
 
 def _scales(fmt: Format, constants: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -131,7 +134,7 @@ def _scales(fmt: Format, constants: jax.Array) -> tuple[jax.Array, jax.Array | N
         return each[..., 0].astype(jnp.float32), each[..., 1].astype(jnp.float32)
     # Two fp16, of scales and of minima, and 6 bits for either of each block: 4 of them in whole
     # bytes, whose upper 2 bits are those of the other 4.
-    halves = jax.lax.bitcast_convert_type(each[..., :4].reshape(*each.shape[:-1], 2, 2), "float16")
+    halves = lax.bitcast_convert_type(each[..., :4].reshape(*each.shape[:-1], 2, 2), "float16")
     low, high, both = each[..., 4:8], each[..., 8:12], each[..., 12:]
     scales = jnp.concatenate([low & 63, (both & 15) | (low >> 6 << 4)], -1)
     minima = jnp.concatenate([high & 63, (both >> 4) | (high >> 6 << 4)], -1)

@@ -29,7 +29,6 @@ from lora_jax._formats import (
     decode,
     dynamic_map,
     encode,
-    looked_up,
     pack,
     unpack,
 )
@@ -53,8 +52,8 @@ class Quantized:
       stored_dtype: of the weight that it stands for.
       pad: how much the last axis was padded.
       stack: how many leading axes are a stack of weights (layers, experts).
-      read_at: the sharding, of the weight as it lies there, that its arrays are given before it is read;
-        see `gathered`.
+      read_at: the sharding, of the weight as it lies there, that its arrays get before it is read,
+        or None; see `gathered`.
       moves: what is done to the weight when it is read, as (primitive, parameters), and moved_to,
         its shape and type then.
     """
@@ -101,7 +100,7 @@ class Quantized:
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct:
-        """What a function is traced with: what is in types (shardings, manual axes) is there too."""
+        """What a function is traced with; shardings and manual axes that are in types are kept."""
         return _compat.abstract(self.shape, self.dtype, self.sharding, jax.tree.leaves(self))
 
     @property
@@ -198,7 +197,9 @@ class Quantized:
 
     def part(self) -> Quantized:
         """One of axis 0, of arrays that were sliced already."""
-        at = self.read_at and NamedSharding(self.read_at.mesh, PartitionSpec(*self.read_at.spec[1:]))
+        at = self.read_at and NamedSharding(
+            self.read_at.mesh, PartitionSpec(*self.read_at.spec[1:])
+        )
         stack = max(self.stack - 1, 0)
         part = dataclasses.replace(self, stack=stack, read_at=at, moves=(), moved_to=None)
         for primitive, params in self.moves:
@@ -388,7 +389,8 @@ def _constants(q: Quantized) -> jax.Array:
     fmt = STORED[q.format]
     lead, rest = q.stored[: q.stack], q.stored[q.stack : -1]
     n, _ = blocks_of(q.stored[-1], fmt.block)
-    flat = looked_up(dynamic_map(), q.constants) * top[..., None]
+    levels, where = jnp.asarray(dynamic_map()), _compat.explicit_sharding(q.constants)
+    flat = levels.at[q.constants].get(out_sharding=where) * top[..., None]
     flat = flat.reshape(*lead, -1)[..., : math.prod(rest) * n] + mean[..., None]
     return flat.reshape(*lead, *rest, n)
 

@@ -1,4 +1,4 @@
-"""Quantised weights between devices: what is sent is codes and constants, never what they stand for."""
+"""Quantised weights between devices: codes and constants are sent, never what they stand for."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def sent(q: Quantized, eqn) -> Quantized | None:
 
 
 def _gathered(q: Quantized, p) -> Quantized | None:
-    """Each array gathered along an axis of the weight, from devices that hold a part as of `cut`."""
+    """Each array gathered along an axis of the weight, from devices with a part as of `cut`."""
     axis = q.order[p["all_gather_dimension"]]
     if not p["tiled"] or p["axis_index_groups"] is not None or not _splits(q, axis):
         return None
