@@ -15,8 +15,8 @@ from jax.interpreters import ad, batching
 
 from lora_jax import _compat
 from lora_jax._einsum import Labels, cast, contract
+from lora_jax._halves import dot
 from lora_jax._linear import primitive
-from lora_jax._quantized import value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Frozen:
     def params(self):
         return dict(precision=self.precision, preferred_element_type=self.preferred)
 
-    def weight(self, arrays, after):
-        return value(jax.tree.unflatten(self.base, arrays), after)
+    def weight(self, arrays):
+        return jax.tree.unflatten(self.base, arrays)
 
 
 def product(x, w, how: Frozen):
@@ -45,10 +45,13 @@ def product(x, w, how: Frozen):
 
 
 def _product(x, *arrays, how: Frozen):
-    w = how.weight(arrays, x)
-    if how.numbers is None:
-        return [contract(x, how.xl, w, how.wl, how.out, **how.params)]
-    return [lax.dot_general(*((w, x) if how.weight_first else (x, w)), how.numbers, **how.params)]
+    def whole(x, w):
+        if how.numbers is None:
+            return contract(x, how.xl, w, how.wl, how.out, **how.params)
+        operands = (w, x) if how.weight_first else (x, w)
+        return lax.dot_general(*operands, how.numbers, **how.params)
+
+    return [dot(whole, x, how.xl, how.weight(arrays), how.wl, how.out, x, **how.params)]
 
 
 frozen_p = primitive("frozen_product", _product)
@@ -69,8 +72,10 @@ def _transpose(cts, x, *arrays, how: Frozen):
     (g,) = cts
     if type(g) is ad.Zero:
         return [ad.Zero(x.aval)] + [None] * len(arrays)
-    w = how.weight(arrays, g)
-    dx = contract(cast(g, w.dtype), how.out, w, how.wl, how.xl, precision=how.precision)
+    w = how.weight(arrays)
+    labels = how.wl, how.xl
+    whole = lambda g, w: contract(g, how.out, w, *labels, precision=how.precision)
+    dx = dot(whole, cast(g, w.dtype), how.out, w, *labels, g, precision=how.precision)
     return [cast(dx, x.aval.dtype)] + [None] * len(arrays)
 
 

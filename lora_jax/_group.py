@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _compat
 from lora_jax._einsum import cast, contract, spread, times
+from lora_jax._halves import dot
 from lora_jax._plan import Plan
 from lora_jax._quantized import value
 from lora_jax._weight import RANK, AdaptedWeight, Factor
@@ -55,11 +56,15 @@ class Member:
 
     def base(self, x, xl, w):
         """(x·W, its labels), to the bit what the model computes."""
-        w = value(w, x)
-        if self.numbers is None:
-            return self.dot(x, xl, w, self.wl)
-        operands = (w, x) if self.weight_first else (x, w)
-        return lax.dot_general(*operands, self.numbers, **self.params), self.out
+        have = tuple(d for d in self.out if d in xl or d in self.wl)
+
+        def whole(x, w):
+            if self.numbers is None:
+                return self.dot(x, xl, w, self.wl)[0]
+            operands = (w, x) if self.weight_first else (x, w)
+            return lax.dot_general(*operands, self.numbers, **self.params)
+
+        return dot(whole, x, xl, w, self.wl, have, x, **self.params), have
 
     def dot(self, x, xl, y, yl):
         """(x·y, its labels), summed over what y_i does not have."""

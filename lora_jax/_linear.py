@@ -37,6 +37,7 @@ from lora_jax._group import (
     to_outputs,
     up,
 )
+from lora_jax._halves import dot
 from lora_jax._plan import Plan
 from lora_jax._quantized import is_quantized, value
 
@@ -173,7 +174,7 @@ def _gradients(group: Group, moves, g, x, h, a, b, w):
         da = [gradient(x, xl, d, hl, al, a[0], group.precision) for d in dh]
         da = [cast(d, v.dtype) for d, v in zip(group.apart(da, al, group.ranks(a)), a)]
     if to_x:
-        toward_x = lambda m, g_, w_: gradient(g_, m.out, value(w_, g_), m.wl, xl, x, m.precision)
+        toward_x = functools.partial(_toward_x, x, xl)
         terms = []
         if merge:
             terms = through_merged(group, g, a, b, w, toward_x)
@@ -184,6 +185,13 @@ def _gradients(group: Group, moves, g, x, h, a, b, w):
             terms += [gradient(d, hl, v, al, xl, x, group.precision) for d, v in zip(dh, a)]
         dx = functools.reduce(lax.add, terms)
     return dx, da, db
+
+
+def _toward_x(x, xl, m, g, w):
+    """A term of the cotangent of x, by W or by the merged weight."""
+    whole = lambda g, w: gradient(g, m.out, w, m.wl, xl, x, m.precision)
+    how = dict(precision=m.precision, preferred_element_type=x.dtype)
+    return dot(whole, g, m.out, w, m.wl, xl, g, **how)
 
 
 def _adapted_batch(args, dims, *, group: Group):

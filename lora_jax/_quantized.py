@@ -275,13 +275,27 @@ class Quantized:
 
     def value(self, after: jax.Array | None = None) -> jax.Array:
         """The weight as an array. `after`: not before that is there, and not the one of another."""
-        fmt, q = STORED[self.format], self
-        if after is not None:
-            q = dataclasses.replace(q, codes=tied(after, self.codes))
-        if self.read_at is not None and not _compat.manual(self.codes):
-            q = lie(dataclasses.replace(q, moves=()), self.read_at)
+        q = self._there(after)
+        return self._moved(_read(STORED[self.format], q.codes, _constants(q), q.stored, q.dtype))
+
+    def each_half(self, after: jax.Array | None = None) -> list[jax.Array]:
+        """Of four bits, where blocks are whole: the numbers at even places of the stored weight's
+        last axis, and those at odd ones, each as an array."""
+        q, fmt = self._there(after), STORED[self.format]
+        shape = (*q.codes.shape[:-1], -1, fmt.block // 2)
+        parts = (x.reshape(shape) for x in (q.codes >> 4, q.codes & 15))
+        constants = _constants(q)
+        read = (decode(fmt, x, constants, q.dtype).reshape(q.codes.shape) for x in parts)
+        return [self._moved(w) for w in read]
+
+    def _there(self, after) -> Quantized:
+        """The weight as it lies there, about to be read."""
         self._check()
-        w = _read(fmt, q.codes, _constants(q), self.stored, self.stored_dtype)
+        codes = self.codes if after is None else tied(after, self.codes)
+        q = dataclasses.replace(self, codes=codes, moves=(), moved_to=None)
+        return q if self.read_at is None or _compat.manual(codes) else lie(q, self.read_at)
+
+    def _moved(self, w: jax.Array) -> jax.Array:
         for primitive, params in self.moves:
             w = primitive.bind(w, **primitive.get_bind_params(dict(params)))
         return w
