@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -115,11 +116,11 @@ def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> j
     return (w if offset is None else w + offset[..., None]).astype(dtype)
 
 
-def level(levels: tuple[float, ...], codes: jax.Array) -> jax.Array:
-    """The levels of codes of four bits, in fp32, by halving: a compiler fuses that, and not always
-    a look-up."""
-    values: list = [np.float32(x) for x in levels + (0.0,) * (16 - len(levels))]
-    for bit in range(4):
+def level(levels: Sequence[float], codes: jax.Array) -> jax.Array:
+    """The levels of codes, in fp32, by halving: compilers fuse that, and not always a look-up."""
+    bits = (len(levels) - 1).bit_length()
+    values: list = [np.float32(x) for x in (*levels, *[0.0] * (2**bits - len(levels)))]
+    for bit in range(bits):
         odd = (codes >> bit & 1) == 1
         values = [jnp.where(odd, values[i + 1], values[i]) for i in range(0, len(values), 2)]
     return values[0]
@@ -176,6 +177,13 @@ def dynamic_map() -> np.ndarray:
         centres = (edges[1:] + edges[:-1]) / f32(2) * f32(10.0 ** (i - 6))
         values += [*centres, *-centres]
     return np.sort(np.asarray(values, np.float32))
+
+
+def dynamic_level(codes: jax.Array) -> jax.Array:
+    """The entries of `dynamic_map`, without a look-up: it is odd about 127, but for the last, 1."""
+    far = jnp.where(codes < 127, 127 - codes, codes - 127)
+    of = jnp.where(far == 128, np.float32(1), level(dynamic_map()[127:255], far))
+    return jnp.where(codes < 127, -of, of)
 
 
 def blocks_of(size: int, block: int | None) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _compat
-from lora_jax._einsum import Labels, cast, contract
+from lora_jax._einsum import Labels, contract
 from lora_jax._formats import STORED
 from lora_jax._quantized import Quantized, is_quantized, value
 
@@ -40,7 +40,6 @@ def _apart(q: Quantized) -> bool:
 def halves(x, xl: Labels, q: Quantized, wl: Labels, out: Labels, after=None, **params):
     """The same from two products: with the even and with the odd numbers of the last axis."""
     last = wl[q.order.index(q.codes.ndim - 1)]
-    dtype = params.pop("preferred_element_type", None) or jnp.result_type(x, q.dtype)
     ys = []
     for i, w in enumerate(q.each_half(after)):
         part = x
@@ -48,11 +47,9 @@ def halves(x, xl: Labels, q: Quantized, wl: Labels, out: Labels, after=None, **p
             d = list(xl).index(last)
             pairs = x.reshape(*x.shape[:d], -1, 2, *x.shape[d + 1 :])
             part = lax.index_in_dim(pairs, i, d + 1, keepdims=False)
-        summed = dict(preferred_element_type=jnp.promote_types(dtype, jnp.float32))
-        how = params | (dict(preferred_element_type=dtype) if last in out else summed)
-        ys.append(contract(part, xl, w, wl, out, **how))
+        ys.append(contract(part, xl, w, wl, out, **params))
     if last not in out:
-        return cast(ys[0] + ys[1], dtype)
+        return ys[0] + ys[1]
     d = list(out).index(last)
     y = jnp.stack(ys, d + 1)
     return y.reshape(*y.shape[:d], -1, *y.shape[d + 2 :])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from lora_jax._formats import (
     Format,
     blocks_of,
     decode,
+    dynamic_level,
     dynamic_map,
     encode,
     pack,
@@ -284,7 +285,7 @@ class Quantized:
         q, fmt = self._there(after), STORED[self.format]
         shape = (*q.codes.shape[:-1], -1, fmt.block // 2)
         parts = (x.reshape(shape) for x in (q.codes >> 4, q.codes & 15))
-        constants = _constants(q)
+        constants = _constants(q, dynamic_level)
         read = (decode(fmt, x, constants, q.dtype).reshape(q.codes.shape) for x in parts)
         return [self._moved(w) for w in read]
 
@@ -396,15 +397,20 @@ def _doubled(constants: jax.Array, stack: int):
     return jnp.searchsorted(middle, unit).astype(jnp.uint8), (top, mean)
 
 
-def _constants(q: Quantized) -> jax.Array:
+def _looked_up(codes: jax.Array) -> jax.Array:
+    where = _compat.explicit_sharding(codes)
+    return jnp.asarray(dynamic_map()).at[codes].get(out_sharding=where)
+
+
+def _constants(q: Quantized, level: Callable = _looked_up) -> jax.Array:
+    """Of all blocks, those quantised twice read by `level`."""
     if q.second is None:
         return q.constants
     top, mean = q.second
     fmt = STORED[q.format]
     lead, rest = q.stored[: q.stack], q.stored[q.stack : -1]
     n, _ = blocks_of(q.stored[-1], fmt.block)
-    levels, where = jnp.asarray(dynamic_map()), _compat.explicit_sharding(q.constants)
-    flat = levels.at[q.constants].get(out_sharding=where) * top[..., None]
+    flat = level(q.constants) * top[..., None]
     flat = flat.reshape(*lead, -1)[..., : math.prod(rest) * n] + mean[..., None]
     return flat.reshape(*lead, *rest, n)
 
