@@ -289,6 +289,16 @@ def _gathered(w, axis):
 
 
 CASES = {f.__name__: functools.cache(f) for f in (transformer, experts, explicit)}
+# Widths of which eight devices get whole blocks of 64, where a mode cuts these.
+IN_CODES = {"transformer": (256, 512), "experts": (128, 256), "explicit": (512, 256)}
+DOUBLE = {"nf4": True, "int8": False}
+
+
+@functools.cache
+def in_codes(name: str, format: str) -> Case:
+    """A case on a quantised base."""
+    case = CASES[name].__wrapped__(*IN_CODES[name])
+    return case.quantized(format=format, double=DOUBLE[format])
 
 
 def spread(case: str, shape, names: str, batch, **kwargs):
@@ -314,18 +324,27 @@ MODES: dict[str, tuple[str, Callable]] = {
 }
 
 
-def reductions(compiled) -> list[tuple[int, ...]]:
-    """The shapes that all-reduces and reduce-scatters of a compiled program work on, without 1s."""
-    found = collectives(compiled.as_text())
-    arrays = [c.array for c in found if c.kind in ("all-reduce", "reduce-scatter")]
+def sent(compiled, *kinds: str, types: str = "") -> list[tuple[int, ...]]:
+    """The shapes that collectives of a compiled program work on, without 1s; of types that begin
+    so, as in "u8 s8"."""
+    begins = tuple(types.split()) or ""
+    found = [c.array for c in collectives(compiled.as_text()) if c.kind in kinds]
+    arrays = [array for array in found if array.startswith(begins)]
     dims = [re.findall(r"\d+", array.partition("[")[2]) for array in arrays]
     return [tuple(int(d) for d in of if d != "1") for of in dims]
 
 
-def weight_sized(case: Case, shapes) -> list[tuple[int, ...]]:
-    """Those that are an adapted weight, a layer or an expert of it, or a part of one."""
+def reductions(compiled) -> list[tuple[int, ...]]:
+    """Those of all-reduces and reduce-scatters."""
+    return sent(compiled, "all-reduce", "reduce-scatter")
+
+
+def weight_sized(case: Case, shapes, packed: int = 1) -> list[tuple[int, ...]]:
+    """Those that are an adapted weight, a layer or an expert of it, or a part of one, with so many
+    numbers of its last axis in one."""
     survey = lora.survey(case.loss, case.params, case.batches[0])
     weights = [t.shape for t in lora.select(case.params, case.config, survey).lora.values()]
+    weights = [(*w[:-1], w[-1] // packed) for w in weights]
     wholes = {w[i:] for w in weights for i in (0, 1) if len(w) - i >= 2}
 
     def part(shape, weight):
@@ -342,8 +361,8 @@ def difference(got, want) -> float:
 
 
 @functools.cache
-def reference(name: str):
-    return one_device(CASES[name]())
+def reference(name: str, format: str | None = None):
+    return one_device(CASES[name]() if format is None else in_codes(name, format))
 
 
 def main() -> None:
@@ -358,13 +377,39 @@ def main() -> None:
     )
     for name, (case_name, mode) in MODES.items():
         case = CASES[case_name]()
-        losses, adapters, compiled = mode(case)
-        want_losses, want, _ = reference(case_name)
-        found = reductions(compiled)
+        found, differ, _ = compared(mode, case, reference(case_name))
         full = weight_sized(case, reductions(mode(case, full=True)[2]))
         largest = " × ".join(map(str, max(found, key=math.prod)))
-        differ = [f"{difference(*pair):.0e}" for pair in ((losses, want_losses), (adapters, want))]
         print(line.format(name, *differ, largest, len(weight_sized(case, found)), len(full)))
+    for format in DOUBLE:
+        main_in_codes(format)
+
+
+def compared(mode, case, want):
+    """(reductions, differences of losses and of adapters, the compiled step)."""
+    losses, adapters, compiled = mode(case)
+    pairs = (losses, want[0]), (adapters, want[1])
+    return reductions(compiled), [f"{difference(*pair):.0e}" for pair in pairs], compiled
+
+
+def main_in_codes(format: str) -> None:
+    """On a quantised base, against one device on the same."""
+    print(f"\n{format}, the weights gathered in codes and in floats")
+    line = "{:22} {:>8} {:>8}  {:>8} {:>8}"
+    print(line.format("mode", "losses", "adapters", "codes", "floats"))
+    for name, (case_name, mode) in MODES.items():
+        case = in_codes(case_name, format)
+        try:
+            _, differ, compiled = compared(mode, case, reference(case_name, format))
+        except lora.LoRAError as e:
+            print(f"{name:22} {e}")
+            continue
+        codes, floats = (sent(compiled, "all-gather", types=t) for t in ("u8 s8", "f32"))
+        print(
+            line.format(
+                name, *differ, len(weight_sized(case, codes, 2)), len(weight_sized(case, floats))
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,49 @@ def test_equals_one_device(name):
         assert_the_base_is_an_argument(case, compiled)
 
 
+CUT_BLOCK = "shard_map, gathering", "nf4"  # by hand a device gets 32 of 64 columns
+IN_CI = {
+    ("jit, FSDP × TP", "nf4"), ("jit, experts × FSDP", "int8"), ("jit, explicit FSDP", "nf4"),
+    ("shard_map", "nf4"),
+}  # fmt: skip
+BOTH = [(name, f) for name in parallel.MODES for f in parallel.DOUBLE if (name, f) != CUT_BLOCK]
+
+
+@pytest.mark.parametrize(
+    "name, format",
+    [pytest.param(*of, marks=() if of in IN_CI else pytest.mark.slow) for of in BOTH],
+)
+def test_a_quantised_base_equals_one_device(name, format):
+    """On the same codes. What is gathered of a weight is its codes, and no float of its size."""
+    case_name, mode = parallel.MODES[name]
+    case = parallel.in_codes(case_name, format)
+    losses, adapters, compiled = mode(case)
+    want_losses, want, _ = parallel.reference(case_name, format)
+    assert parallel.difference(losses, want_losses) < tolerance(jnp.float32, 64)
+    assert parallel.difference(adapters, want) < tolerance(jnp.float32, 1024)
+    assert parallel.difference(adapters, jax.device_get(case.adapters)) > 1e-2
+    floats = parallel.sent(compiled, "all-gather", "all-to-all", types="f32")
+    assert parallel.weight_sized(case, floats) == []
+    assert parallel.weight_sized(case, parallel.reductions(compiled)) == []
+    gathers = any(word in name for word in ("FSDP", "slices", "gathering"))
+    codes = parallel.sent(compiled, "all-gather", types="u8 s8")
+    packed = 2 if format == "nf4" else 1
+    assert bool(parallel.weight_sized(case, codes, packed)) == gathers
+    if gathers or "TP" in name:  # of each weight a device has a part, and of its constants
+        _, _, base, _ = compiled.input_shardings[0]
+        weights = [
+            q for q in jax.tree.leaves(base, is_leaf=parallel.quantized) if parallel.quantized(q)
+        ]
+        assert weights and not any(q.codes.is_fully_replicated for q in weights)
+        assert format == "int8" or not all(q.constants.is_fully_replicated for q in weights)
+
+
+def test_a_block_is_not_cut_by_hand():
+    case_name, mode = parallel.MODES[CUT_BLOCK[0]]
+    with pytest.raises(lora.LoRAError, match=r"not of one part of a weight.*between blocks of 64"):
+        mode(parallel.in_codes(case_name, CUT_BLOCK[1]))
+
+
 def assert_the_base_is_an_argument(case, compiled):
     """It is neither returned nor copied; adapters and state give their memory to the new ones."""
     memory = compiled.memory_analysis()
