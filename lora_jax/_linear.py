@@ -207,9 +207,10 @@ def _adapted_batch(args, dims, *, group: Group):
     ]
     factors = any(d is not None for d in (*da, *db))
     weights = any(d is not None for d in jax.tree.leaves(dw))
-    if weights and group.bases is not None:
-        w = [jax.vmap(value, (d,))(v) if is_quantized(v) else v for v, d in zip(w, dw)]
-        dw = [0 if is_quantized(d) else d for d in dw]
+    if group.bases is not None:
+        if weights:
+            w = [jax.vmap(value, (d,))(v) if is_quantized(v) else v for v, d in zip(w, dw)]
+        dw = [0 if weights and is_quantized(d) else None if is_quantized(d) else d for d in dw]
     lead = lambda labels, has: (new, *labels) if has else labels
     members = tuple(
         dataclasses.replace(
