@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_adapt import TRANSFORMS
+from test_adapt import X as SIX
 from test_repeats import stack
 
 import lora_jax as lora
@@ -30,16 +31,13 @@ W = normal(1, 64, 128)
 def of_a_model():
     """(adapters, ours, dense) of two adapted weights and a frozen one in between, all quantised."""
     formats = {"w": ("nf4", True), "u": ("int8", False), "v": ("nf4", False)}
-    shapes = {"w": (64, 64), "u": (64, 64), "v": (64, 4)}
+    shapes = {"w": (6, 64), "u": (6, 64), "v": (64, 4)}
     q = {n: quantized(normal(i, *shapes[n]), f, double=d) for i, (n, (f, d)) in enumerate(formats.items())}  # fmt: skip
     fn = lambda p, x: (jnp.tanh(x @ p["w"]) * (x @ p["u"])) @ p["v"]
     plain = lora.dequantize(q)
-    f, adapters = adapted(fn, plain, X, targets=["w", "v"])
-    return (
-        adapters,
-        lambda ad, x=X: f(lora.bind(q, ad), x),
-        lambda ad, x=X: fn(lora.merge(plain, ad), x),
-    )
+    f, adapters = adapted(fn, plain, SIX, targets=["w", "v"])
+    ours = lambda ad, x=SIX: f(lora.bind(q, ad), x)
+    return adapters, ours, lambda ad, x=SIX: fn(lora.merge(plain, ad), x)
 
 
 IN_CI = {"eager", "jvp", "hessian-vector product", "vmap over adapters", "scan over steps", "export"}  # fmt: skip
@@ -153,6 +151,17 @@ def test_inside_a_shard_map(how):
     entering = [v.aval for e in jaxpr.eqns if e.primitive.name == "shard_map" for v in e.invars]
     types = {str(a.dtype) for a in entering if a.size >= W.size // 2}
     assert types == {"uint8", "int8"}, types
+
+
+def test_a_block_is_not_cut_by_hand():
+    """Where the codes come in as they were cut, to an adapted function inside of a shard_map."""
+    q = {"w": quantized(W[:, :64], "nf4")}
+    fn = jax.shard_map(
+        lambda q, x: lora.adapt(lambda p, x: x @ p["w"])(lora.bind(q, None), x), mesh=mesh(2),
+        in_specs=({"w": dataclasses.replace(q["w"], codes=P(None, "d"), constants=P())}, P()), out_specs=P(None, None, "d"),
+    )  # fmt: skip
+    with fails(r"codes \(64, 16\) and constants \(64, 1\) of 'nf4' are not.*between blocks of 64"):
+        fn(q, X)
 
 
 def test_a_block_that_is_cut_is_read_first():
