@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._codes import SECOND
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._formats import NF4, dynamic_map
 from lora_jax._paths import nearest
-from lora_jax._quantized import SECOND, Quantized
+from lora_jax._quantized import Quantized
 
 STATE = "quant_state.bitsandbytes__nf4"
 BLOCK = 64

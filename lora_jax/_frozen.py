@@ -15,8 +15,8 @@ from jax.interpreters import ad, batching
 
 from lora_jax import _compat
 from lora_jax._einsum import Labels, cast, contract
-from lora_jax._halves import dot
 from lora_jax._linear import primitive
+from lora_jax._quantized_dot import dot
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _compat
 from lora_jax._einsum import cast, contract, spread, times
-from lora_jax._halves import dot
 from lora_jax._plan import Plan
 from lora_jax._quantized import value
+from lora_jax._quantized_dot import dot
 from lora_jax._weight import RANK, AdaptedWeight, Factor
 
 Labels = tuple[Hashable, ...]

@@ -37,9 +37,9 @@ from lora_jax._group import (
     to_outputs,
     up,
 )
-from lora_jax._halves import dot
 from lora_jax._plan import Plan
 from lora_jax._quantized import is_quantized, value
+from lora_jax._quantized_dot import dot
 
 
 def adapted(group: Group, x, a: Sequence, b: Sequence, w: Sequence = ()) -> list[jax.Array]:

@@ -20,21 +20,18 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _compat
+from lora_jax._codes import SECOND, doubled, read, tied, undoubled
 from lora_jax._errors import LoRAError, refuse_use
 from lora_jax._formats import (
     FORMATS,
     STORED,
-    Format,
     blocks_of,
     decode,
     dynamic_level,
-    dynamic_map,
     encode,
     pack,
-    unpack,
 )
 
-SECOND = 256  # constants that share one of their own, with double quantisation
 static = dict(metadata=dict(static=True))
 
 
@@ -244,7 +241,7 @@ class Quantized:
         return self._picked(lambda x: x[index])
 
     def _picked(self, pick) -> jax.Array:
-        codes, constants = pick(self.codes), pick(_constants(self))
+        codes, constants = pick(self.codes), pick(self.block_constants())
         picked = dataclasses.replace(self, codes=codes, constants=constants, second=None, stack=0)
         return picked.value()
 
@@ -277,7 +274,8 @@ class Quantized:
     def value(self, after: jax.Array | None = None) -> jax.Array:
         """The weight as an array. `after`: not before that is there, and not the one of another."""
         q = self._there(after)
-        return self._moved(_read(STORED[self.format], q.codes, _constants(q), q.stored, q.dtype))
+        fmt = STORED[self.format]
+        return self._moved(read(fmt, q.codes, q.block_constants(), q.stored, q.dtype))
 
     def each_half(self, after: jax.Array | None = None) -> list[jax.Array]:
         """Of four bits, where blocks are whole: the numbers at even places of the stored weight's
@@ -285,9 +283,17 @@ class Quantized:
         q, fmt = self._there(after), STORED[self.format]
         shape = (*q.codes.shape[:-1], -1, fmt.block // 2)
         parts = (x.reshape(shape) for x in (q.codes >> 4, q.codes & 15))
-        constants = _constants(q, dynamic_level)
-        read = (decode(fmt, x, constants, q.dtype).reshape(q.codes.shape) for x in parts)
-        return [self._moved(w) for w in read]
+        constants = q.block_constants(dynamic_level)
+        halves = (decode(fmt, x, constants, q.dtype).reshape(q.codes.shape) for x in parts)
+        return [self._moved(w) for w in halves]
+
+    def block_constants(self, *level: Callable) -> jax.Array:
+        """Of each block, once they are read themselves; by `level`, see `undoubled`."""
+        if self.second is None:
+            return self.constants
+        *rest, last = self.stored
+        shape = (*rest, blocks_of(last, STORED[self.format].block)[0])
+        return undoubled(self.constants, self.second, shape, self.stack, *level)
 
     def _there(self, after) -> Quantized:
         """The weight as it lies there, about to be read."""
@@ -320,21 +326,6 @@ def names(entry: Any) -> tuple[str, ...]:
 def value(base: Any, after: jax.Array | None = None) -> jax.Array:
     """The array that a base is, or stands for."""
     return base.value(after) if isinstance(base, Quantized) else base
-
-
-def tied(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """`codes`, but not before `x` is there; see `_group._after`, which this is for integers."""
-    if not x.size or not _compat.one_device(x) or not _compat.one_device(codes):
-        return lax.optimization_barrier((x, codes))[1]
-    first = lax.squeeze(lax.slice(x, [0] * x.ndim, [1] * x.ndim), range(x.ndim))
-    bits = lax.bitcast_convert_type(first, np.dtype(f"int{8 * x.dtype.itemsize}"))
-    zero = np.zeros((), bits.dtype)
-    unseen = lax.clamp(zero, bits, zero)  # 0, which XLA does not foresee
-    raw = codes if jnp.issubdtype(codes.dtype, jnp.integer) else lax.bitcast_convert_type(
-        codes, jnp.uint8
-    )  # fmt: skip
-    raw = raw + lax.convert_element_type(unseen, raw.dtype)
-    return raw if raw.dtype == codes.dtype else lax.bitcast_convert_type(raw, codes.dtype)
 
 
 def quantized(
@@ -375,53 +366,11 @@ def quantized(
     codes, constants = encode(fmt, w.reshape(*shape[:-1], n, block))
     codes = codes.reshape(*shape[:-1], n * block)
     codes = pack(codes) if fmt.bits == 4 else codes
-    constants, second = _doubled(constants, stack) if double else (constants, None)
+    constants, second = doubled(constants, stack) if double else (constants, None)
     return Quantized(codes, constants, second, format, dtype, n * block - shape[-1], stack)
 
 
 _jitted = jax.jit(quantized, static_argnames=("format", "in_axes", "stack", "double"))
-
-
-def _doubled(constants: jax.Array, stack: int):
-    """8 bits for each constant less their mean (arXiv:2305.14314, section 3), in groups of 256."""
-    lead = constants.shape[:stack]
-    flat = constants.reshape(*lead, -1)
-    mean = jnp.mean(flat, -1)
-    flat = flat - mean[..., None]
-    more = -flat.shape[-1] % SECOND
-    groups = jnp.pad(flat, [(0, 0)] * stack + [(0, more)]).reshape(*lead, -1, SECOND)
-    top = jnp.max(jnp.abs(groups), -1)
-    levels = dynamic_map()
-    middle = jnp.asarray((levels[1:] + levels[:-1]) / 2)
-    unit = groups / jnp.maximum(top, 1e-38)[..., None]
-    return jnp.searchsorted(middle, unit).astype(jnp.uint8), (top, mean)
-
-
-def _looked_up(codes: jax.Array) -> jax.Array:
-    where = _compat.explicit_sharding(codes)
-    return jnp.asarray(dynamic_map()).at[codes].get(out_sharding=where)
-
-
-def _constants(q: Quantized, level: Callable = _looked_up) -> jax.Array:
-    """Of all blocks, those quantised twice read by `level`."""
-    if q.second is None:
-        return q.constants
-    top, mean = q.second
-    fmt = STORED[q.format]
-    lead, rest = q.stored[: q.stack], q.stored[q.stack : -1]
-    n, _ = blocks_of(q.stored[-1], fmt.block)
-    flat = level(q.constants) * top[..., None]
-    flat = flat.reshape(*lead, -1)[..., : math.prod(rest) * n] + mean[..., None]
-    return flat.reshape(*lead, *rest, n)
-
-
-def _read(fmt: Format, codes, constants, shape, dtype) -> jax.Array:
-    if fmt.block is None:
-        return (codes.astype(jnp.float32) * (constants * (1 / fmt.top))).astype(dtype)
-    codes = unpack(codes) if fmt.bits == 4 else codes
-    n, block = blocks_of(shape[-1], fmt.block)
-    w = decode(fmt, codes.reshape(*shape[:-1], n, block), constants, dtype)
-    return w.reshape(*shape[:-1], n * block)[..., : shape[-1]]
 
 
 def _unread(self, *_, **__):

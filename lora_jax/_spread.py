@@ -11,11 +11,12 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax._codes import SECOND
 from lora_jax._errors import LoRAError, raise_all
 from lora_jax._formats import STORED
 from lora_jax._nnx import map_state
 from lora_jax._paths import map_with_path
-from lora_jax._quantized import SECOND, Quantized, is_quantized, lie, names
+from lora_jax._quantized import Quantized, is_quantized, lie, names
 
 
 def gathered(params: Any, axes: str | Sequence[str]) -> Any:

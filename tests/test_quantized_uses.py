@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,10 @@ from test_adapt import X as SIX
 from test_repeats import stack
 
 import lora_jax as lora
+from lora_jax import _quantized_dot
 from lora_jax._einsum import contract
-from lora_jax._halves import halves
 from lora_jax._quantized import quantized
+from lora_jax._quantized_dot import halves
 
 KEY = jax.random.key(0)
 normal = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / 8
@@ -229,3 +231,24 @@ def test_products_in_halves(moved, xl, wl, out):
     x = normal(6, *({"t": 5, "e": 4, "i": 64, "o": 192}[d] for d in xl))
     got = jax.jit(lambda x, q: halves(x, xl, q, wl, out))(x, q)
     assert_close(got, contract(x, xl, q.value(), wl, out))
+
+
+@pytest.mark.parametrize("format, double", [("int8_block", False), ("nf4", True), ("int8", False)])
+def test_a_table_by_rows(format, double, monkeypatch):
+    """A head that is tied to its embedding: the product, the gradient of its input, and no array of
+    the table's size."""
+    monkeypatch.setattr(_quantized_dot, "LARGE", 2**15)
+    monkeypatch.setattr(_quantized_dot, "PART", 2**13)
+    q = {"w": quantized(normal(7, 512, 64), format, double=double)}
+    ids = jnp.array([[1, 5, 511], [0, 2, 3]])
+    fn = lambda p, x: jnp.tanh(p["w"][ids] + x) @ p["w"].T
+    x, plain = normal(8, 2, 3, 64), lora.dequantize(q)
+    ours = value_and_grad(lambda x: lora.adapt(fn)(lora.bind(q, None), x))
+    assert_close(ours(x), value_and_grad(lambda x: fn(plain, x))(x), factor=256)
+    lowered = jax.jit(lambda q, x: lora.adapt(fn)(lora.bind(q, None), x)).lower(q, x)
+    assert "f32[128,64]" in (text := lowered.compile().as_text())
+    assert format == "int8" or not re.search(r"f32\[512,64\]|f32\[64,512\]", text)
+    f, adapters = adapted(fn, plain, x, targets="w")
+    got, want = (value_and_grad(run)(adapters) for run in (
+        lambda ad: f(lora.bind(q, ad), x), lambda ad: fn(lora.merge(plain, ad), x)))  # fmt: skip
+    assert_close(got, want, factor=512)
