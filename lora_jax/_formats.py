@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lora_jax import _compat
+
 # NF4 (arXiv:2305.14314, appendix E): quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -155,9 +157,11 @@ def pack(codes: jax.Array) -> jax.Array:
 
 def unpack(packed: jax.Array) -> jax.Array:
     """(..., n / 2) as (..., n). Halves that are chosen fuse, and those that are stacked do not."""
-    twice = jnp.repeat(packed, 2, axis=-1)
-    upper = jnp.arange(twice.shape[-1]) % 2 == 0
-    return jnp.where(upper, twice >> 4, twice & 15)
+    twice = jnp.broadcast_to(packed[..., None], (*packed.shape, 2)).reshape(*packed.shape[:-1], -1)
+    upper = lax.broadcasted_iota(
+        jnp.int32, twice.shape, twice.ndim - 1, out_sharding=_compat.explicit_sharding(twice)
+    )
+    return jnp.where(upper % 2 == 0, twice >> 4, twice & 15)
 
 
 def dynamic_map() -> np.ndarray:

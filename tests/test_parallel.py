@@ -42,8 +42,9 @@ def test_equals_one_device(name):
 CUT_BLOCK = "shard_map, gathering", "nf4"  # by hand a device gets 32 of 64 columns
 IN_CI = {
     ("jit, FSDP × TP", "int8"),
+    ("jit, explicit", "nf4"),
     ("jit, explicit FSDP", "nf4"),
-}  # fmt: skip; shard_map and pmap: tests/test_quantized*.py
+}  # and shard_map and pmap in tests/test_quantized.py and tests/test_quantized_uses.py
 BOTH = [(name, f) for name in parallel.MODES for f in parallel.DOUBLE if (name, f) != CUT_BLOCK]
 
 
