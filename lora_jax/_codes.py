@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax import _compat
-from lora_jax._formats import Format, blocks_of, decode, dynamic_map, unpack
+from lora_jax._formats import Format, blocks_of, decode, dynamic_look_up, dynamic_map, unpack
 
 SECOND = 256  # constants that share one of their own, with double quantisation
 
@@ -31,12 +31,7 @@ def doubled(constants: jax.Array, stack: int):
     return jnp.searchsorted(middle, unit).astype(jnp.uint8), (top, mean)
 
 
-def _looked_up(codes: jax.Array) -> jax.Array:
-    where = _compat.explicit_sharding(codes)
-    return jnp.asarray(dynamic_map()).at[codes].get(out_sharding=where)
-
-
-def undoubled(codes, second, shape, stack: int, level: Callable = _looked_up) -> jax.Array:
+def undoubled(codes, second, shape, stack: int, level: Callable = dynamic_look_up) -> jax.Array:
     """The constants, of `shape`, from their codes, read by `level`."""
     top, mean = second
     lead, rest = shape[:stack], shape[stack:]

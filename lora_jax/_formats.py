@@ -7,6 +7,7 @@ bits lie two in a byte, the first one in the upper half, as in bitsandbytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -119,12 +120,26 @@ def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> j
 
 
 def level(levels: Sequence[float], codes: jax.Array) -> jax.Array:
-    """The levels of codes, in fp32, by halving: compilers fuse that, and not always a look-up."""
-    bits = (len(levels) - 1).bit_length()
-    values: list = [np.float32(x) for x in (*levels, *[0.0] * (2**bits - len(levels)))]
-    for bit in range(bits):
+    """The levels of codes of four bits, in fp32. GPUs look them up: by halving, what reads a 7B
+    model is not fused there. Elsewhere it is the look-up that is not fused."""
+    levels = (*levels, *(0.0,) * (16 - len(levels)))
+    look_up, halving = (functools.partial(f, levels) for f in (looked_up, _by_halving))
+    return lax.platform_dependent(codes, cuda=look_up, rocm=look_up, default=halving)
+
+
+def looked_up(levels: Sequence[float], codes: jax.Array) -> jax.Array:
+    """The levels of codes, of as many bits as there are levels for."""
+    table, where = jnp.asarray(np.asarray(levels, np.float32)), _compat.explicit_sharding(codes)
+    return table.at[codes].get(out_sharding=where, mode="promise_in_bounds")
+
+
+def _by_halving(levels: Sequence[float], codes: jax.Array) -> jax.Array:
+    values: list = [np.float32(x) for x in levels]
+    bit = 0
+    while len(values) > 1:
         odd = (codes >> bit & 1) == 1
-        values = [jnp.where(odd, values[i + 1], values[i]) for i in range(0, len(values), 2)]
+        values = [jnp.where(odd, *pair) for pair in zip(values[1::2], values[::2])]
+        bit += 1
     return values[0]
 
 
@@ -184,10 +199,15 @@ def dynamic_map() -> np.ndarray:
     return np.sort(np.asarray(values, np.float32))
 
 
+def dynamic_look_up(codes: jax.Array) -> jax.Array:
+    """The entries of `dynamic_map`."""
+    return looked_up(dynamic_map(), codes)
+
+
 def dynamic_level(codes: jax.Array) -> jax.Array:
-    """The entries of `dynamic_map`, without a look-up: it is odd about 127, but for the last, 1."""
+    """The same without a look-up: it is odd about 127, but for the last, 1."""
     far = jnp.where(codes < 127, 127 - codes, codes - 127)
-    of = jnp.where(far == 128, np.float32(1), level(dynamic_map()[127:255], far))
+    of = jnp.where(far == 128, np.float32(1), _by_halving(dynamic_map()[127:255], far))
     return jnp.where(codes < 127, -of, of)
 
 
