@@ -52,8 +52,6 @@ def _in_halves(q: Quantized) -> bool:
 def halves(x, xl: Labels, q: Quantized, wl: Labels, out: Labels, after=None, **params):
     """From two products: with the even and with the odd numbers of the last axis."""
     last = wl[q.order.index(q.codes.ndim - 1)]
-    dtype = params.pop("preferred_element_type", None) or jnp.result_type(x, q.dtype)
-    kept = dtype if last in out else jnp.promote_types(dtype, jnp.float32)  # rounded once
     ys = []
     for i, w in enumerate(q.each_half(after)):
         part = x
@@ -61,9 +59,9 @@ def halves(x, xl: Labels, q: Quantized, wl: Labels, out: Labels, after=None, **p
             d = list(xl).index(last)
             pairs = x.reshape(*x.shape[:d], -1, 2, *x.shape[d + 1 :])
             part = lax.index_in_dim(pairs, i, d + 1, keepdims=False)
-        ys.append(contract(part, xl, w, wl, out, preferred_element_type=kept, **params))
+        ys.append(contract(part, xl, w, wl, out, **params))
     if last not in out:
-        return cast(ys[0] + ys[1], dtype)
+        return ys[0] + ys[1]
     d = list(out).index(last)
     y = jnp.stack(ys, d + 1)
     return y.reshape(*y.shape[:d], -1, *y.shape[d + 2 :])
