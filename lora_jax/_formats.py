@@ -120,8 +120,8 @@ def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> j
 
 
 def level(levels: Sequence[float], codes: jax.Array) -> jax.Array:
-    """The levels of codes of four bits, in fp32. GPUs look them up: by halving, what reads a 7B
-    model is not fused there. Elsewhere it is the look-up that is not fused."""
+    """The levels of codes of four bits, in fp32: looked up on GPUs, where the compiler writes out
+    what halving has on the way, by halving elsewhere, where it writes out what a look-up has."""
     levels = (*levels, *(0.0,) * (16 - len(levels)))
     look_up, halving = (functools.partial(f, levels) for f in (looked_up, _by_halving))
     return lax.platform_dependent(codes, cuda=look_up, rocm=look_up, default=halving)

@@ -210,7 +210,7 @@ def _adapted_batch(args, dims, *, group: Group):
     if group.bases is not None:
         if weights:
             w = [jax.vmap(value, (d,))(v) if is_quantized(v) else v for v, d in zip(w, dw)]
-        dw = [0 if weights and is_quantized(d) else None if is_quantized(d) else d for d in dw]
+        dw = [(0 if weights else None) if is_quantized(d) else d for d in dw]
     lead = lambda labels, has: (new, *labels) if has else labels
     members = tuple(
         dataclasses.replace(
