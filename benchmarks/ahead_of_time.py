@@ -34,12 +34,12 @@ import lora_jax as lora
 GIB, MIB = 2**30, 2**20
 
 
-def largest(plan: lora.Forecast) -> dict[str, float]:
+def largest(plan: lora.parallel.Forecast) -> dict[str, float]:
     """{kind of collective: MiB of the largest}; they come with the most bytes first."""
     return {c.kind: round(c.bytes / MIB, 2) for c in reversed(plan.collectives)}
 
 
-def row(plan: lora.Forecast) -> dict:
+def row(plan: lora.parallel.Forecast) -> dict:
     """What the tables and the JSON file show of a forecast."""
     gib = lambda n: None if n is None else round(n / GIB, 3)
     return {
@@ -57,13 +57,13 @@ def report(name: str, model: str, arguments) -> list[dict]:
     shape = SHAPES[model] | ({"layers": arguments.layers} if arguments.layers else {})
     chips = math.prod(map(int, name.split(":")[1].split("x")))
     tp = arguments.tp or chips // arguments.fsdp
-    mesh = lora.topology_mesh(name, fsdp=arguments.fsdp, tp=tp)
+    mesh = lora.parallel.topology_mesh(name, fsdp=arguments.fsdp, tp=tp)
     tokens = tuple(arguments.tokens)
     print(f"\n{name}, {dict(mesh.shape)}, {model}, {shape['layers']} layers, tokens {tokens}")
     rows = []
     for arm in arguments.arms:
         f, args, options = step(arm, mesh, tokens, shape)
-        plan = lora.forecast(f, *args, **options)
+        plan = lora.parallel.forecast(f, *args, **options)
         rows.append(row(plan))
         print(arm, rows[-1], flush=True)
         if arguments.verbose:

@@ -31,7 +31,7 @@ def arms(batch: int, length: int):
     for i in range(COUNT):
         fresh = lora.init(jax.random.key(i), params, config, survey)
         zoo.append(jax.tree.map(lambda x: x + 0.01, fresh))
-    stacked = lora.stack(zoo)
+    stacked = lora.algebra.stack(zoo)
     index = jax.random.randint(jax.random.key(2), (batch,), 0, COUNT)
     apply = lora.adapt(model.apply)
 

@@ -99,13 +99,12 @@ def make_task(args) -> SimpleNamespace:
     loss = lambda p, x, mask, y: cross_entropy(apply(p, x, mask), y)
     gradients = jax.jit(jax.grad(loss))
     qv = lora.select(params(0), lora.LoRAConfig(rank=8, targets=["query", "value"]), survey)
+    moments = jax.jit(lambda p: lora.methods.second_moments(apply, p, qv, *first[:2]))
     return SimpleNamespace(
         apply=apply, adapted=lora.adapt(apply), params=params, survey=survey, data=data,
         linears=lora.select(params(0), lora.LoRAConfig(rank=8, targets="all-linear"), survey),
         gradients=lambda p: gradients(p, *first),
-        moments=functools.cache(
-            lambda: jax.jit(lambda p: lora.second_moments(apply, p, qv, *first[:2]))(params(0))
-        ),
+        moments=functools.cache(lambda: moments(params(0))),
     )  # fmt: skip
 
 
@@ -119,7 +118,7 @@ class Trainer:
     def __init__(self, task, arm, steps):
         self.task, self.arm, self.steps = task, arm, steps
         base, trained, frozen = arm.start(task, 0)
-        both = zip(jax.tree.leaves(trained), jax.tree.leaves(lora.labels(trained)))
+        both = zip(jax.tree.leaves(trained), jax.tree.leaves(lora.optim.labels(trained)))
         self.count = sum(x.size for x, label in both if label not in arm.fixed)
         self.start0 = trained, self.init(trained), jnp.float32(0), base, frozen
         batch = [x[:BATCH] for x in task.data[0]]
@@ -131,9 +130,9 @@ class Trainer:
         return self.arm.tx(1.0, self.steps, self.task).init(trained)
 
     def logits(self, trained, base, frozen, x, mask):
-        if set(jax.tree.leaves(lora.labels(trained))) == {"frozen"}:  # parameters
+        if set(jax.tree.leaves(lora.optim.labels(trained))) == {"frozen"}:  # parameters
             return self.task.apply(trained, x, mask)
-        return self.task.adapted(lora.bind(base, lora.factors(trained, frozen)), x, mask)
+        return self.task.adapted(lora.bind(base, lora.methods.factors(trained, frozen)), x, mask)
 
     def _step(self, trained, state, rate, base, frozen, x, mask, y):
         def loss(trained):

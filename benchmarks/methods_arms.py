@@ -65,7 +65,7 @@ def whole(task, seed):
 
 def dora(task, seed):
     params, adapters, _ = plain()(task, seed)
-    return params, lora.dora(params, adapters), {}
+    return params, lora.methods.dora(params, adapters), {}
 
 
 def with_frozen(init, **own):
@@ -102,7 +102,7 @@ def before_adam(tx):
 
 
 def adalora(rate, steps, task):
-    return lora.adalora(
+    return lora.optim.adalora(
         optax.adam(rate), target_rank=RANK, steps=steps, tinit=steps // 8, tfinal=steps // 2,
         interval=max(steps // 16, 1),
     )  # fmt: skip
@@ -113,48 +113,54 @@ ARMS = {
     "full fine-tuning": Arm(whole, adam, 3e-4),
     "GaLore": Arm(
         whole,
-        lambda rate, steps, task: lora.galore(rate, rank=64, targets=task.linears),
+        lambda rate, steps, task: lora.optim.galore(rate, rank=64, targets=task.linears),
         1e-3,
     ),
     "head only": Arm(only(full=["classifier/kernel", "classifier/bias"]), adam, 1e-2),
     "BitFit": Arm(only(full="classifier/kernel", bias="all"), adam, 3e-3),
     "LoRA": Arm(plain(), adam, 3e-3),
-    "LoRA+": Arm(plain(), lambda rate, *_: lora.lora_plus(optax.adam, rate, ratio=4), 2e-3),
+    "LoRA+": Arm(plain(), lambda rate, *_: lora.optim.lora_plus(optax.adam, rate, ratio=4), 2e-3),
     "LoRA-FA": Arm(
-        plain(2 * RANK), lambda rate, *_: lora.lora_fa(optax.adam(rate)), 3e-3, fixed=("a",)
+        plain(2 * RANK), lambda rate, *_: lora.optim.lora_fa(optax.adam(rate)), 3e-3, fixed=("a",)
     ),
     "DoRA": Arm(dora, adam, 3e-3),
     "VeRA": Arm(
-        with_frozen(functools.partial(lora.init_vera, rank=1472), targets="all-linear"), adam, 1e-2
+        with_frozen(functools.partial(lora.methods.init_vera, rank=1472), targets="all-linear"),
+        adam,
+        1e-2,
     ),
-    "LoRA-XS": Arm(with_frozen(lora.init_lora_xs, rank=78), adam, 1e-3),
+    "LoRA-XS": Arm(with_frozen(lora.methods.init_lora_xs, rank=78), adam, 1e-3),
     "AdaLoRA": Arm(
-        with_frozen(lambda *args: (lora.init_adalora(*args), {}), rank=RANK * 3 // 2),
+        with_frozen(lambda *args: (lora.methods.init_adalora(*args), {}), rank=RANK * 3 // 2),
         adalora,
         1e-2,
-        lambda trained: 1e-3 * lora.orthogonality(trained),
+        lambda trained: 1e-3 * lora.methods.orthogonality(trained),
     ),
-    "PiSSA": Arm(new_base(lambda p, ad, task: lora.pissa(p, ad)), adam, 1e-3),
-    "OLoRA": Arm(new_base(lambda p, ad, task: lora.olora(p, ad)), adam, 1e-3),
+    "PiSSA": Arm(new_base(lambda p, ad, task: lora.methods.pissa(p, ad)), adam, 1e-3),
+    "OLoRA": Arm(new_base(lambda p, ad, task: lora.methods.olora(p, ad)), adam, 1e-3),
     "CorDA": Arm(
-        new_base(lambda p, ad, task: lora.corda(p, ad, task.moments(), mode="instruction")),
+        new_base(lambda p, ad, task: lora.methods.corda(p, ad, task.moments(), mode="instruction")),
         adam,
         1e-3,
     ),
     "LoRA-GA": Arm(
-        new_base(lambda p, ad, task: lora.lora_ga(p, ad, task.gradients(p))), adam, 1e-3
+        new_base(lambda p, ad, task: lora.methods.lora_ga(p, ad, task.gradients(p))), adam, 1e-3
     ),
     "LoRA-One": Arm(
-        same_base(lambda p, ad, task, _: lora.lora_one(ad, task.gradients(p))),
+        same_base(lambda p, ad, task, _: lora.methods.lora_one(ad, task.gradients(p))),
         adam,
         3e-3,
     ),
-    "EVA": Arm(same_base(lambda p, ad, task, _: lora.eva(ad, task.moments(), rho=1)), adam, 3e-3),
-    "orthogonal": Arm(same_base(lambda p, ad, task, key: lora.orthogonal(key, ad)), adam, 3e-3),
-    "Riemannian": Arm(plain(), before_adam(lora.riemannian(1e-2)), 3e-3),
-    "LoRA-Pro": Arm(plain(), before_adam(lora.lora_pro()), 3e-3),
-    "LoRA-RITE": Arm(plain(), lambda rate, *_: lora.lora_rite(rate), 3e-3),
+    "EVA": Arm(
+        same_base(lambda p, ad, task, _: lora.methods.eva(ad, task.moments(), rho=1)), adam, 3e-3
+    ),
+    "orthogonal": Arm(
+        same_base(lambda p, ad, task, key: lora.methods.orthogonal(key, ad)), adam, 3e-3
+    ),
+    "Riemannian": Arm(plain(), before_adam(lora.optim.riemannian(1e-2)), 3e-3),
+    "LoRA-Pro": Arm(plain(), before_adam(lora.optim.lora_pro()), 3e-3),
+    "LoRA-RITE": Arm(plain(), lambda rate, *_: lora.optim.lora_rite(rate), 3e-3),
     "LoRA-Muon": Arm(
-        plain(), lambda rate, *_: lora.lora_muon(rate, other=optax.adam(3e-3)), 1e-1
+        plain(), lambda rate, *_: lora.optim.lora_muon(rate, other=optax.adam(3e-3)), 1e-1
     ),
 }  # fmt: skip

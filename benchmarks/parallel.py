@@ -28,7 +28,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax._hlo import collectives
+from lora_jax.parallel._hlo import collectives
 
 STEPS = 5
 KEY = jax.random.key(0)
@@ -54,7 +54,7 @@ class Case:
     def quantized(self, **how) -> Case:
         """The same, with the base's linear leaves in codes."""
         survey = lora.survey(self.loss, self.params, self.batches[0])
-        params = lora.quantize(self.params, list(self.config.targets), survey=survey, **how)
+        params = lora.quant.quantize(self.params, list(self.config.targets), survey=survey, **how)
         return dataclasses.replace(self, params=params)
 
     @functools.cached_property
@@ -83,7 +83,7 @@ class Case:
 
 
 def quantized(x) -> bool:
-    return isinstance(x, lora.Quantized)
+    return isinstance(x, lora.quant.Quantized)
 
 
 TX = optax.adam(1e-2, eps=1e-4)
@@ -139,10 +139,12 @@ def named(case, shape, names, batch, full=False, kind=AxisType.Auto, **axes):
     with jax.set_mesh(mesh):
         params = jax.device_put(case.params, on(case.base_specs(mesh, **axes)))
         if "d" in axes and any(map(quantized, jax.tree.leaves(params, is_leaf=quantized))):
-            params = lora.gathered(params, "d")  # in its codes
-        where = on(case.base_specs(mesh, **axes)) if full else lora.shardings(params, trained)
+            params = lora.quant.gathered(params, "d")  # in its codes
+        where = (
+            on(case.base_specs(mesh, **axes)) if full else lora.parallel.shardings(params, trained)
+        )
         state = TX.init(trained)
-        states = lora.state_shardings(state, trained, where)
+        states = lora.parallel.state_shardings(state, trained, where)
         trained, state = jax.device_put((trained, state), (where, states))
         trained, state = jax.tree.map(jnp.copy, (trained, state))  # the step donates them
         batches = [jax.device_put(b, NamedSharding(mesh, batch)) for b in case.batches]
@@ -166,11 +168,11 @@ def mapped(case, full=False, gather=False):
     loss, trained = trained_of(case, full)
     weights = case.weight_specs(d="d" if gather else None)
     specs = case.base_specs(mesh, d="d" if gather else None)
-    own = specs if full else lora.shardings(weights, trained)
+    own = specs if full else lora.parallel.shardings(weights, trained)
     if gather:
         gathered = lambda p: jax.tree.map(functools.partial(_whole, axis="d"), p, weights)
         loss, _ = trained_of(case, full, lambda p, batch: case.loss(gathered(p), batch))
-    states = lora.state_shardings(TX.init(trained), trained, own)
+    states = lora.parallel.state_shardings(TX.init(trained), trained, own)
     step = jax.shard_map(
         stepper(loss, reduce=lambda x: jax.lax.pmean(x, "d")),
         mesh=mesh,

@@ -44,7 +44,7 @@ def place(tree, shardings):
 
 
 def step(arm: str, mesh: Mesh, tokens, shape: dict, rank=RANK, moments=jnp.float32):
-    """(function, arguments, options) for `lora.forecast`: gradients, and Adam.
+    """(function, arguments, options) for `lora.parallel.forecast`: gradients, and Adam.
 
     `lora`: fp32 adapters on all linears; `by_hand`: the same, written into the modules; `nf4`: on a
     base of which the linears are in NF4, doubly quantised; `full`: every bf16 parameter, its
@@ -70,7 +70,7 @@ def step(arm: str, mesh: Mesh, tokens, shape: dict, rank=RANK, moments=jnp.float
     lora_config = lora.LoRAConfig(rank=rank, alpha=2.0 * rank, targets=llama.ALL)
     make = lambda: lora.init(jax.random.key(0), params, lora_config, survey)
     trained = jax.eval_shape(make)
-    where = lora.shardings(params, trained)
+    where = lora.parallel.shardings(params, trained)
     apply = lora.adapt(model.apply)
     if arm == "nf4":
         params = _in_nf4(params, survey)
@@ -92,7 +92,7 @@ def _update(loss, trained, where, base, ids, moments):
     opt = optax.adam(1e-4)
     wide = lambda tree: jax.tree.map(lambda x: x.astype(moments), tree)
     state = jax.eval_shape(lambda tree: opt.init(wide(tree)), trained)
-    state_where = lora.state_shardings(state, trained, where)
+    state_where = lora.parallel.state_shardings(state, trained, where)
 
     def update(trained, state, base, ids):
         value, grads = jax.value_and_grad(loss)(trained, base, ids)
@@ -105,18 +105,18 @@ def _update(loss, trained, where, base, ids, moments):
 
 def _in_nf4(params, survey):
     """The linears' codes and constants lie as the weights do, and are gathered as codes."""
-    make = lambda p: lora.quantize(p, list(llama.ALL), survey=survey, double=True)
+    make = lambda p: lora.quant.quantize(p, list(llama.ALL), survey=survey, double=True)
 
     def leaf(q, w):
-        if not isinstance(q, lora.Quantized):
+        if not isinstance(q, lora.quant.Quantized):
             return w
         mesh = w.sharding.mesh
         specs = q.specs(w.sharding.spec, mesh)
         return place(q, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
 
-    is_leaf = lambda x: isinstance(x, lora.Quantized)
+    is_leaf = lambda x: isinstance(x, lora.quant.Quantized)
     placed = jax.tree.map(leaf, jax.eval_shape(make, params), params, is_leaf=is_leaf)
-    return lora.gathered(placed, "fsdp")
+    return lora.quant.gathered(placed, "fsdp")
 
 
 def _as_modules(tree):

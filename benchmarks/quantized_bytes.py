@@ -68,7 +68,7 @@ def programs(make):
     for name, how in BASES.items():
         base = params
         if how is not None:
-            quantize = lambda p, how=how: lora.quantize(p, targets, survey=survey, **how)
+            quantize = lambda p, how=how: lora.quant.quantize(p, targets, survey=survey, **how)
             base = jax.eval_shape(quantize, params)
         for program, f in (("forward", forward), ("step", step)):
             yield name, program, f, (adapters, base, x)
@@ -88,7 +88,7 @@ def row(f, args, device) -> tuple[str, ...]:
 def device_of(name: str):
     if name == "cpu":
         return jax.devices()[0]
-    return lora.topology_mesh(
+    return lora.parallel.topology_mesh(
         name, d=math.prod(map(int, name.split(":")[1].split("x")))
     ).devices.flat[0]
 

@@ -44,10 +44,10 @@ def weak_scaling(layers: int | None = None) -> list[dict]:
     return rows
 
 
-def _plan(arm: str, chips: int, shape: dict) -> lora.Forecast:
-    mesh = lora.topology_mesh(f"v5e:{CHIPS[chips]}", fsdp=chips, tp=1)
+def _plan(arm: str, chips: int, shape: dict) -> lora.parallel.Forecast:
+    mesh = lora.parallel.topology_mesh(f"v5e:{CHIPS[chips]}", fsdp=chips, tp=1)
     f, args, options = step(arm, mesh, (chips, LENGTH), shape)
-    return lora.forecast(f, *args, **options)
+    return lora.parallel.forecast(f, *args, **options)
 
 
 def _other_layers(arm: str, shape: dict) -> tuple[float, float]:

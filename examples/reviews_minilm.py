@@ -67,7 +67,7 @@ def main():
     adapters = lora.init(jax.random.key(args.seed), params, lora_config, survey)
     adapted = lambda params, ad, *x: apply({"params": lora.bind(params, ad)}, *x)
     plain = lambda _, params, *x: model.apply({"params": params}, *x)
-    quantized = lora.quantize(params, targets="all-linear", survey=survey, double=True)  # NF4
+    quantized = lora.quant.quantize(params, targets="all-linear", survey=survey, double=True)  # NF4
     bases = {"LoRA, NF4 base": quantized}
     arms = {
         "LoRA": Arm(adapters, adapted, lora.merge),

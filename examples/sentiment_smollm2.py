@@ -69,7 +69,7 @@ def main():
     targets = lora.select(params, lora_config, survey)
     print(targets)
     if args.base == "nf4":
-        params = lora.quantize(params, "all-linear", survey=survey, double=True)
+        params = lora.quant.quantize(params, "all-linear", survey=survey, double=True)
     adapters = lora.init(jax.random.key(args.seed), params, targets)
     apply = lora.adapt(model.apply)
     tx = optax.adam(optax.linear_schedule(args.rate, 0, args.steps))
@@ -106,7 +106,7 @@ def main():
         return tokenizer.decode(out[0, start.shape[1] :].tolist())
 
     before, text_before = evaluate(adapters), sample(adapters)
-    print(lora.memory(params, adapters, tx))
+    print(lora.parallel.memory(params, adapters, tx))
     state = tx.init(adapters)
     first = ids[:BATCH], last[:BATCH], words[labels[:BATCH]]
     compiled = step.lower(adapters, state, params, *first).compile()

@@ -3,10 +3,11 @@
 A small transformer reads upright digits; adapters learn to read them turned. The step is compiled
 once for all of them, and each becomes what it would have become alone, at its own rank and scale:
 
-* ranks: `lora.stack` pads to the largest with zeros. Where A and B are both zero, so are their
-  gradients and Adam's updates: the padding stays zero. Gradients with noise would need a mask.
-* alphas: the scale alpha / rank is an argument of the loss, not of the tree (`lora.scaled`), so it
-  is out of every optimiser's reach. The learning rate is an argument of the step.
+* ranks: `lora.algebra.stack` pads to the largest with zeros. Where A and B are both zero, so are
+  their gradients and Adam's updates: the padding stays zero. Noisy gradients would need a mask.
+* alphas: the scale alpha / rank is an argument of the loss, not of the tree
+  (`lora.algebra.scaled`), so it is out of every optimiser's reach. The learning rate is an
+  argument of the step.
 
     python examples/sweep.py            # --help for the options
 
@@ -50,7 +51,7 @@ def step(adapters, state, params, batch, rate, scale=None):
     """One step of one adapter. `scale` is traced; None: the adapters' own, static."""
 
     def loss(adapters):
-        adapters = adapters if scale is None else lora.scaled(adapters, scale)
+        adapters = adapters if scale is None else lora.algebra.scaled(adapters, scale)
         return cross_entropy(adapted({"params": lora.bind(params, adapters)}, batch[0]), batch[1])
 
     value, grads = jax.value_and_grad(loss)(adapters)
@@ -91,7 +92,7 @@ def data(seed, steps, pretraining=200):
 
 def start(firsts):
     """All adapters, padded to one rank, (8, ...), and their state; rates and scales, (8,)."""
-    many = lora.choose(lora.stack(firsts), jnp.arange(len(firsts)))
+    many = lora.algebra.choose(lora.algebra.stack(firsts), jnp.arange(len(firsts)))
     rates, scales = zip(*((s.rate, s.alpha / s.rank) for s in SWEEP))
     return many, jax.vmap(init)(many), jnp.array(rates), jnp.array(scales)
 
@@ -119,7 +120,9 @@ def main():
     batches = [np.stack(part, 1) for part in zip(*streams)]  # (steps, 8, B, ...)
     trained, losses = run(together, many, state, params, batches, rates, scales)
 
-    read = lambda ad, scale, x: adapted({"params": lora.bind(params, lora.scaled(ad, scale))}, x)
+    read = lambda ad, scale, x: adapted(
+        {"params": lora.bind(params, lora.algebra.scaled(ad, scale))}, x
+    )
     logits = jax.jit(jax.vmap(read))(trained, scales, turned)
     rows, ones = [], []
     for i, (s, first) in enumerate(zip(SWEEP, firsts)):

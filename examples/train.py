@@ -131,7 +131,7 @@ def main():
     survey = lora.survey(task.model.apply, {"params": params}, ids)
     config = lora.LoRAConfig(args.rank, args.alpha, args.targets, dropout=args.dropout)
     targets = lora.select(params, config, survey)
-    adapters_at = lora.shardings(params, targets)
+    adapters_at = lora.parallel.shardings(params, targets)
     key = jax.jit(lambda: jax.random.key(args.seed), out_shardings=NamedSharding(mesh, P()))()
     adapters = jax.jit(lambda p: lora.init(key, p, targets), out_shardings=adapters_at)(params)
 
@@ -139,7 +139,9 @@ def main():
         0.0, args.learning_rate, warmup_steps=max(args.steps // 10, 1), decay_steps=args.steps
     )
     tx = optax.chain(optax.clip_by_global_norm(args.clip), optax.adamw(rate))
-    state_at = lora.state_shardings(jax.eval_shape(tx.init, adapters), adapters, adapters_at)
+    state_at = lora.parallel.state_shardings(
+        jax.eval_shape(tx.init, adapters), adapters, adapters_at
+    )
     state = jax.jit(tx.init, out_shardings=state_at)(adapters)
     update, sums = make_steps(task.model, tx, mesh, adapters_at, state_at, args.accumulate)
 
@@ -158,10 +160,10 @@ def main():
         # The position in the data is the number of examples used, by all processes. Unlike the
         # state of an iterator it stays right with another number of them, another mesh or batch.
         start, used, status = 0, 0, 0
-        base = lora.fingerprint(params, content=True)
+        base = lora.checkpoint.fingerprint(params, content=True)
         if manager.latest_step() is not None:
             like = {"optimiser": state, "key": key}
-            found = lora.restore(manager, adapters, base=base, config=config, state=like)
+            found = lora.checkpoint.restore(manager, adapters, base=base, config=config, state=like)
             start, used, adapters = found.step, found.data["examples"], found.adapters
             state, key = found.state["optimiser"], found.state["key"]
         train = grain.MapDataset.source(task.train).shuffle(seed=args.seed).repeat()
@@ -175,7 +177,7 @@ def main():
             used += args.batch
             status = stop.status()
             last = status > 0 or step == args.steps
-            lora.save(
+            lora.checkpoint.save(
                 manager, step, adapters, base=base, config=config, data={"examples": used},
                 state={"optimiser": state, "key": key}, force=last,
             )  # fmt: skip

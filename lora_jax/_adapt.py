@@ -9,15 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from lora_jax import _compat, _nnx
-from lora_jax._coverage import Coverage
-from lora_jax._errors import LoRAError, raise_all
-from lora_jax._interpret import Interpreter
-from lora_jax._plan import PLANS
-from lora_jax._quantized import is_quantized
-from lora_jax._weight import AdaptedWeight, is_weight
+from lora_jax._core import compat, nnx
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._interpret.coverage import Coverage
+from lora_jax._interpret.interpreter import Interpreter
+from lora_jax._interpret.trace import Traceable
+from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._products.plan import PLANS
 
 
 def adapt(
@@ -76,70 +75,6 @@ def adapt(
     return adapted
 
 
-@dataclasses.dataclass(frozen=True)
-class _Constants:
-    """What is not traced of a call: the structure and the leaves that are not arrays."""
-
-    treedef: Any
-    leaves: tuple  # one per leaf, _ARRAY where it is traced
-    types: tuple  # of the leaves: 1 and True are equal, but not alike
-    static: tuple  # (position or name, value) of the static arguments
-
-
-_ARRAY = object()
-
-
-class Traceable:
-    """A function, with its arguments split into arrays and constants of the trace."""
-
-    def __init__(self, fn, static_argnums=(), static_argnames=()):
-        self.fn = fn
-        self.static_argnums = (
-            (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-        )
-        self.static_argnames = (
-            (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
-        )
-        # One function object for the lifetime of the transform: JAX caches its traces.
-        self._trace = functools.partial(_rejoined, self)
-
-    def split(self, args, kwargs) -> tuple[_Constants, list]:
-        nums = {n % len(args) for n in self.static_argnums if -len(args) <= n < len(args)}
-        static = tuple((i, args[i]) for i in sorted(nums)) + tuple(
-            (k, kwargs[k]) for k in sorted(kwargs) if k in self.static_argnames
-        )
-        named = {k for k, _ in static}
-        rest = _nnx.pack(
-            (
-                [None if i in nums else a for i, a in enumerate(args)],
-                {k: v for k, v in kwargs.items() if k not in named},
-            )
-        )
-        leaves, treedef = jax.tree.flatten(rest, is_leaf=is_weight)
-        arrays = [x for x in leaves if _is_array(x)]
-        constants = tuple(_ARRAY if _is_array(x) else x for x in leaves)
-        return _Constants(treedef, constants, tuple(map(type, constants)), static), arrays
-
-    def call(self, constants: _Constants, arrays):
-        """(what the function returns, what it changed of the modules among its arguments)."""
-        arrays = iter(arrays)
-        leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
-        (args, kwargs), modules = _nnx.unpack(jax.tree.unflatten(constants.treedef, leaves))
-        for where, value in constants.static:
-            (args if isinstance(where, int) else kwargs)[where] = value
-        return self.fn(*args, **kwargs), _nnx.changes(modules)
-
-    def jaxpr(self, constants, arrays):
-        """The jaxpr of `call`, with plain arrays for adapted weights, and its output shapes."""
-        bases = [x.base if is_weight(x) else x for x in arrays]
-        bases = [x.abstract if is_quantized(x) else x for x in bases]
-        return jax.make_jaxpr(self._trace, static_argnums=0, return_shape=True)(constants, *bases)
-
-
-def _rejoined(traceable: Traceable, constants, *arrays):
-    return traceable.call(constants, arrays)
-
-
 class _Adapted(Traceable):
     def __init__(self, fn, strict, plan, static_argnums=(), static_argnames=()):
         super().__init__(fn, static_argnums, static_argnames)
@@ -159,15 +94,15 @@ class _Adapted(Traceable):
                 "an argument that is neither an array nor hashable cannot be a constant of the "
                 f"trace ({e}); pass it by closure: lora.adapt(lambda p, x: fn(p, x, thing))"
             ) from None
-        if _compat.staging():
+        if compat.staging():
             out, changed = _transformed(self, constants, *arrays)
         else:  # executed at once, from a cached jaxpr: inner loops are compiled once
             jaxpr, shapes = jax.make_jaxpr(self._transform, static_argnums=0, return_shape=True)(
                 constants, *arrays
             )
-            outs = _compat.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(arrays))
+            outs = compat.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(arrays))
             out, changed = jax.tree.unflatten(jax.tree.structure(shapes), outs)
-        _nnx.update((args, kwargs), changed)
+        nnx.update((args, kwargs), changed)
         return out
 
     def interpret(self, constants, arrays) -> tuple[Any, Coverage]:
@@ -181,7 +116,7 @@ class _Adapted(Traceable):
             'lora.bind(params, adapters) without a dropout_key, or lora.adapt(fn, plan="auto")',
         )
         interpreter = Interpreter(self.plan)
-        outs = interpreter.run(*_compat.live(jaxpr), frozen)
+        outs = interpreter.run(*compat.live(jaxpr), frozen)
         unmoved = {id(x) for x in frozen}
         outs = [
             interpreter.returned(o) if is_weight(o) and id(o) not in unmoved else o for o in outs
@@ -218,10 +153,6 @@ def _transformed(adapted: _Adapted, constants, *arrays):
     if adapted.strict:
         coverage.check(getattr(adapted.fn, "__name__", repr(adapted.fn)))
     return out
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, AdaptedWeight | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def coverage(

@@ -8,15 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapters import DoRA, Full, LoRA, LowRank, choose, is_node
-from lora_jax._errors import LoRAError, raise_all
-from lora_jax._factors import check_factors, without_frozen
-from lora_jax._family import Indirect
-from lora_jax._init import _typed, path_key
-from lora_jax._nnx import map_state, state_of
-from lora_jax._paths import flatten, map_with_path, nearest
-from lora_jax._quantized import is_quantized
-from lora_jax._weight import RANK, AdaptedWeight, Factor, is_weight
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.geometry import RANK, Factor
+from lora_jax._core.keys import as_key, path_key
+from lora_jax._core.nnx import map_state, state_of
+from lora_jax._core.paths import flatten, map_with_path, nearest
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, choose, is_node
+from lora_jax._nodes.factors import check_factors, without_frozen
+from lora_jax._nodes.indirect import Indirect
+from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._quantized.weight import is_quantized
 
 
 def bind(
@@ -59,7 +60,7 @@ def bind(
         nodes = without_frozen(nodes, "bind") if slot is None else nodes
     if slot is not None:
         check_factors(nodes := flatten(adapters, is_leaf=is_node))
-    key = None if dropout_key is None else _typed(dropout_key)
+    key = None if dropout_key is None else as_key(dropout_key)
 
     def leaf(path, base):
         node = nodes.get(path)

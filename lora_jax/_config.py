@@ -11,12 +11,16 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from lora_jax._errors import raise_all
-from lora_jax._paths import module_of
+from lora_jax._core.errors import raise_all
+from lora_jax._core.paths import module_of
 
 # A suffix ("q_proj"), a glob ("*/attn/*"), a compiled regex (full match) or predicate(path, leaf).
 Pattern = str | re.Pattern | Callable[[str, Any], bool]
+
+
 Patterns = Pattern | Sequence[Pattern]
+
+
 ALL_LINEAR = "all-linear"
 
 

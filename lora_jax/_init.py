@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapters import Full, LoRA, Rows
 from lora_jax._config import LoRAConfig
-from lora_jax._errors import LoRAError, raise_all
-from lora_jax._nnx import state_of
-from lora_jax._paths import flatten, nest
-from lora_jax._quantized import value
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.keys import as_key, path_key
+from lora_jax._core.nnx import state_of
+from lora_jax._core.paths import flatten, nest
+from lora_jax._nodes.adapters import Full, LoRA, Rows
+from lora_jax._quantized.weight import value
 from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
-
-
-def path_key(key: jax.Array, path: str) -> jax.Array:
-    """A key of the path's own: another leaf in the tree changes nothing (CRC-32, not `hash`)."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def init(
@@ -60,7 +55,7 @@ def init(
             f"expected a LoRAConfig or Targets, found {type(config).__name__}: "
             "lora.init(jax.random.key(0), params, lora.LoRAConfig(targets=['q_proj']))"
         )
-    key = _typed(key)
+    key = as_key(key)
     targets = config if isinstance(config, Targets) else select(params, config, survey)
     config, leaves = targets.config, flatten(state_of(params))
     flat: dict[str, Any] = {}
@@ -101,16 +96,3 @@ def _initialiser(init, fan_in: int, rank: int) -> Callable:
         return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) / rank
     bound = 1 / math.sqrt(fan_in)  # Kaiming-uniform with a = √5
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def _typed(key):
-    """A typed key, from either kind."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        return key
-    if dtype == jnp.uint32 and jnp.ndim(key) == 1:
-        return jax.random.wrap_key_data(key)
-    raise LoRAError(
-        f"expected a PRNG key, found {type(key).__name__}: "
-        "lora.init(jax.random.key(0), params, config)"
-    )

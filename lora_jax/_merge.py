@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapters import DoRA, Full, LoRA, Rows
 from lora_jax._bind import adapter_nodes
-from lora_jax._errors import LoRAError, raise_all
-from lora_jax._factors import without_frozen
-from lora_jax._nnx import map_state, state_of
-from lora_jax._paths import flatten, map_with_path
-from lora_jax._quantized import is_quantized, value
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.nnx import map_state, state_of
+from lora_jax._core.paths import flatten, map_with_path
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows
+from lora_jax._nodes.factors import without_frozen
+from lora_jax._quantized.weight import is_quantized, value
 
 
 def merge(params: Any, adapters: Any, *, donate: bool = False, requantize: bool = False) -> Any:
@@ -34,7 +34,7 @@ def merge(params: Any, adapters: Any, *, donate: bool = False, requantize: bool 
         be used afterwards.
       requantize: store each leaf that was quantised in its format again, and leave those without
         an adapter in their codes. It rounds a second time, and an update smaller than the codes'
-        distance is lost: `quantization_errors(lora.merge(params, adapters), requantised)` says how
+        distance is lost: `lora.quant.errors(lora.merge(params, adapters), requantised)` says how
         much, leaf by leaf.
 
     Returns:
@@ -144,7 +144,7 @@ def _check_storable(params, nodes):
             for p in nodes
             if is_quantized(leaves[p]) and not leaves[p].storable
         ),
-        "lora.quantize(lora.merge(params, adapters), targets, format)",
+        "lora.quant.quantize(lora.merge(params, adapters), targets, format)",
     )
 
 

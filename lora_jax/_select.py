@@ -8,12 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule, as_patterns, describe, matches
-from lora_jax._errors import LoRAError, raise_all
-from lora_jax._nnx import state_of
-from lora_jax._paths import flatten, module_of, nearest
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.geometry import Geometry
+from lora_jax._core.nnx import state_of
+from lora_jax._core.paths import flatten, module_of, nearest
 from lora_jax._survey import Leaf, Survey
 from lora_jax._targets import Target, Targets
-from lora_jax._weight import Geometry
 
 FIX = (
     "to see every leaf: `print(lora.survey(model.apply, {'params': params}, x))`; patterns are "

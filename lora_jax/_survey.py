@@ -9,16 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _compat
-from lora_jax._adapt import Traceable
-from lora_jax._errors import LoRAError
-from lora_jax._flow import LOOK_UP, Flow
-from lora_jax._interpret import LOW_RANK, Interpreter, Use, by_leaf
-from lora_jax._nnx import map_state, state_of
-from lora_jax._paths import flatten, map_with_path, nearest
-from lora_jax._quantized import is_quantized
-from lora_jax._table import table
-from lora_jax._weight import AdaptedWeight, Geometry, is_weight
+from lora_jax._core import compat
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.geometry import Geometry
+from lora_jax._core.nnx import map_state, state_of
+from lora_jax._core.paths import flatten, map_with_path, nearest
+from lora_jax._core.table import table
+from lora_jax._interpret.coverage import LOW_RANK, Use, by_leaf
+from lora_jax._interpret.interpreter import Interpreter
+from lora_jax._interpret.reach import LOOK_UP, Flow
+from lora_jax._interpret.trace import Traceable
+from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._quantized.weight import is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
 
     def trace(arrays):
         jaxpr, _ = call.jaxpr(constants, arrays)
-        jaxpr, consts = _compat.live(jaxpr)
+        jaxpr, consts = compat.live(jaxpr)
         interpreter = Interpreter()
         outs = interpreter.run(jaxpr, consts, arrays)
         origins = [x.origin if is_weight(x) else None for x in arrays]

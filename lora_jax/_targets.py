@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax._adapters import LowRank, is_node
 from lora_jax._config import LoRAConfig
-from lora_jax._errors import raise_all
-from lora_jax._paths import flatten
-from lora_jax._table import table
-from lora_jax._weight import Geometry
+from lora_jax._core.errors import raise_all
+from lora_jax._core.geometry import Geometry
+from lora_jax._core.paths import flatten
+from lora_jax._core.table import table
+from lora_jax._nodes.adapters import LowRank, is_node
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-collect_ignore = ["torch_models.py"]  # imported where torch is installed
+collect_ignore = ["support/torch_models.py"]  # imported where torch is installed
 
 
 def pytest_collection_modifyitems(config, items):

@@ -21,6 +21,8 @@ from models.convnet import ConvNet
 from models.llama import Llama, LlamaConfig, generate
 
 import lora_jax as lora
+from lora_jax._core.paths import nest
+from lora_jax._nodes.adapters import is_node
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if "argparse" in p.read_text())
@@ -58,7 +60,7 @@ def test_bert_is_that_of_transformers():
     _set_like(theirs, flat)
     ids = jax.random.randint(jax.random.key(0), (3, 12), 0, 64)
     mask = (jnp.arange(12) < jnp.array([12, 7, 3])[:, None]).astype(jnp.int32)
-    got = bert.Bert(config).apply({"params": lora._paths.nest(flat)}, ids, mask)
+    got = bert.Bert(config).apply({"params": nest(flat)}, ids, mask)
     want = theirs(ids, mask).last_hidden_state
     real = mask[..., None].astype(bool)
     assert_close(jnp.where(real, got, 0), jnp.where(real, want, 0))
@@ -157,7 +159,7 @@ def test_a_sweep_is_its_solo_runs(monkeypatch):
 
 
 def nodes(adapters):
-    return jax.tree.leaves(adapters, is_leaf=lora._adapters.is_node)
+    return jax.tree.leaves(adapters, is_leaf=is_node)
 
 
 def test_a_file_that_is_not_the_one_expected(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_jax as lora
-from lora_jax._paths import flatten, nest
-from lora_jax._rules import _blocks
+from lora_jax._core.paths import flatten, nest
+from lora_jax._interpret.moves import _blocks
 
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=5).map(tuple)
 few = settings(max_examples=16, deadline=None, derandomize=True)

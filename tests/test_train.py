@@ -55,7 +55,7 @@ def run(*args, **kwargs):
 
 
 def adapters(directory):
-    found = lora.restore(directory / "checkpoints", base=None)
+    found = lora.checkpoint.restore(directory / "checkpoints", base=None)
     return found.step, found.data, found.adapters
 
 

@@ -1,4 +1,4 @@
-"""`lora.dora`: the adapters of ours_auto with a magnitude for each output unit."""
+"""`lora.methods.dora`: the adapters of ours_auto with a magnitude for each output unit."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from arms import ours
 
 
 def build(setup):
-    return ours.build(setup, "auto", method=lora.dora)
+    return ours.build(setup, "auto", method=lora.methods.dora)

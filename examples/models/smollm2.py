@@ -36,8 +36,8 @@ def load(wheel, native=False):
     def take(names, **how):
         one = isinstance(names, str)
         found = [tensors.pop(name + ".weight") for name in ([names] if one else names)]
-        w = lora.gguf_weight(found[0] if one else found, **how)
-        return w if native or not isinstance(w, lora.Quantized) else w.value()
+        w = lora.quant.gguf_weight(found[0] if one else found, **how)
+        return w if native or not isinstance(w, lora.quant.Quantized) else w.value()
 
     def stack(name, heads=None):
         names = [f"blk.{i}.{name}" for i in range(config.num_layers)]

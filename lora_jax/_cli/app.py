@@ -1,0 +1,279 @@
+"""The commands of `lora-jax`: arguments in, text and exit codes out. The work is done elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from lora_jax._core.errors import LoRAError
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+class _Group(TyperGroup):
+    """What a person can do something about is a message on stderr and status 1; Ctrl-C is 130."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except LoRAError as e:
+            typer.echo(f"error: {e}", err=True)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise
+        except OSError as e:
+            typer.echo(f"error: {e}", err=True)
+        raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="LoRA adapters on disk: look at them, convert, merge, combine and compare them.",
+)
+
+
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore", metavar="SETTING", help="A setting of adapter_config.json to pass over."
+    ),
+]
+
+
+Experts = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="The order of the parameters in a module of experts: a,b."),
+]
+
+
+Json = Annotated[bool, typer.Option("--json", help="JSON, for machines.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        import lora_jax
+
+        typer.echo(lora_jax.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _names(text: str | None) -> list[str] | None:
+    """a,b as a list; "none" as an empty one."""
+    if text is None:
+        return None
+    return [] if text == "none" else [part.strip() for part in text.split(",") if part.strip()]
+
+
+@contextlib.contextmanager
+def _progress(what: str):
+    """A bar on stderr, if a person sees it; yields progress(done, total)."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(help="A PEFT folder, a checkpoint directory (or a step), or a base model."),
+    ],
+    as_json: Json = False,
+    ignore: Ignore = None,
+) -> None:
+    """Show what is in an adapter: leaves, ranks, alphas, norms, sizes. No base model is needed."""
+    from lora_jax._cli.inspect import inspect
+
+    found = inspect(path, ignore or ())
+    typer.echo(json.dumps(found.as_json()) if as_json else str(found))
+
+
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(help="A PEFT folder, or a checkpoint directory.")],
+    dst: Annotated[Path, typer.Argument(help="The new one; it must not exist.")],
+    params: Annotated[
+        str | None,
+        typer.Option(
+            help="The JAX parameters: safetensors whose names are the leaves' paths, an orbax "
+            "checkpoint, or module:function, which returns params or (params, survey). Only "
+            "shapes are read. Not needed for a checkpoint that `convert` wrote."
+        ),
+    ] = None,
+    mapping: Annotated[
+        Path | None,
+        typer.Option(help="JSON: {torch name or regular expression: leaf or leaves}."),
+    ] = None,
+    torch: Annotated[
+        Path | None,
+        typer.Option(
+            help="The torch model's names and shapes: safetensors, or JSON {name: shape}."
+        ),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(help="peft or orbax; what SRC is not.", metavar="FORM")
+    ] = None,
+    experts: Experts = None,
+    experts_a: Annotated[
+        str | None,
+        typer.Option(metavar="SIDE", help="What PEFT's lora_A of experts runs along: in or out."),
+    ] = None,
+    ignore: Ignore = None,
+) -> None:
+    """Convert a PEFT folder to a checkpoint directory of lora_jax, or back; prints the mapping."""
+    if to not in (None, "peft", "orbax"):
+        raise typer.BadParameter("expected peft or orbax", param_hint="--to")
+    from lora_jax._cli.convert import convert
+
+    along = (_names(experts), experts_a)
+    typer.echo(str(convert(src, dst, params, mapping, torch, to, ignore or (), *along)))
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="A safetensors file, or a folder of transformers.")],
+    adapter: Annotated[Path, typer.Argument(help="A PEFT folder.")],
+    out: Annotated[Path, typer.Argument(help="The new file or folder; it must not exist.")],
+    conv1d: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Modules with a square weight stored (in, out); none for none."
+        ),
+    ] = None,
+    experts: Experts = None,
+    experts_a: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXIS",
+            help="What lora_A of experts runs along: the first or the last axis of their weights.",
+        ),
+    ] = None,
+    keep_base: Annotated[
+        bool,
+        typer.Option("--keep-base", help="Keep the base's table where the adapter has another."),
+    ] = False,
+    ignore: Ignore = None,
+) -> None:
+    """Merge a PEFT adapter into a base model, one tensor at a time."""
+    if experts_a not in (None, "first", "last"):
+        raise typer.BadParameter("expected first or last", param_hint="--experts-a")
+    from lora_jax._cli.merge import merge_files
+
+    with _progress("merging") as progress:
+        placed, left = merge_files(
+            base,
+            adapter,
+            out,
+            conv1d=_names(conv1d),
+            experts=_names(experts),
+            experts_a=experts_a,
+            keep_base=keep_base,
+            ignore=ignore or (),
+            progress=progress,
+        )
+    if left:
+        typer.echo(f"left out: {', '.join(map(str, left))}", err=True)
+    typer.echo(f"{out}: {len(placed.parts)} tensors of {base} changed")
+
+
+@app.command()
+def combine(
+    out: Annotated[Path, typer.Argument(help="The new PEFT folder; it must not exist.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="PEFT folders of one base; weight 1."),
+    ],
+    rank: Annotated[int | None, typer.Option(help="The rank of the result, by SVD.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Or the smallest ranks that keep this share of ‖Δ‖².")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(metavar="METHOD", help="sum, ties, dare or knots, of updates.")
+    ] = "sum",
+    density: Annotated[
+        float | None, typer.Option(help="The share of elements that these keep.", min=0, max=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="One rank and alpha for all, as vLLM needs.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of the tensors: fp32, bf16 or fp16.")] = "fp32",
+    ignore: Ignore = None,
+) -> None:
+    """Write the weighted sum of adapters' updates, or a soup, exactly or of a smaller rank."""
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"expected {', '.join(DTYPES)}", param_hint="--dtype")
+    if rank is not None and energy is not None:
+        raise typer.BadParameter("expected one of --rank and --energy", param_hint="--energy")
+    if method not in ("sum", "ties", "dare", "knots"):
+        raise typer.BadParameter("expected sum, ties, dare or knots", param_hint="--method")
+    if method in ("ties", "dare") and rank is None and energy is None:
+        message = f"{method} is of full rank; give --rank or --energy"
+        raise typer.BadParameter(message, param_hint="--method")
+    import jax.numpy as jnp
+
+    from lora_jax._cli.combine import combine_folders
+
+    folders, weights = zip(*map(_weighted, adapters))
+    kept = {"rank": rank, "energy": energy, "uniform": uniform, "ignore": ignore or ()}
+    kept |= {"method": method, "density": density, "seed": seed}
+    ranks = combine_folders(out, folders, weights, dtype=jnp.dtype(DTYPES[dtype]), **kept)
+    span = "–".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))
+    typer.echo(f"{out}: {len(ranks)} updates of rank {span}")
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """ADAPTER:WEIGHT, unless a folder has that name."""
+    folder, colon, weight = text.rpartition(":")
+    if colon and not Path(text).exists():
+        with contextlib.suppress(ValueError):
+            return folder, float(weight)
+    return text, 1.0
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A PEFT folder.")],
+    second: Annotated[Path, typer.Argument(help="Another one of the same base.")],
+    tolerance: Annotated[
+        float, typer.Option(help="Up to which relative distance two updates are equal.", min=0)
+    ] = 0.0,
+    as_json: Json = False,
+    ignore: Ignore = None,
+) -> None:
+    """Compare two PEFT folders. Exits with 0 if they are equal, 1 if they differ, 2 on trouble."""
+    from lora_jax._cli.diff import diff_folders
+
+    try:
+        found = diff_folders(first, second, tolerance=tolerance, ignore=ignore or ())
+    except (LoRAError, OSError) as e:
+        typer.echo(f"error: {e}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(json.dumps(found.as_json()) if as_json else str(found))
+    raise typer.Exit(0 if found.equal else 1)

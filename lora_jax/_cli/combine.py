@@ -1,0 +1,161 @@
+"""Several PEFT folders of one base: their weighted sum as another one, and what two differ in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax._cli.files import replacing
+from lora_jax._cli.torch_adapter import TorchAdapter, expert_names, open_torch
+from lora_jax._core.errors import raise_all
+from lora_jax.algebra._combine import combine, resize
+from lora_jax.algebra._soups import dare, knots, ties
+from lora_jax.peft._export import Export
+from lora_jax.peft._mapping import Entry, TorchMapping
+from lora_jax.peft._parse import PREFIX
+from lora_jax.peft._parts import Experts, Update
+from lora_jax.peft._save import write_folder
+
+
+def combine_folders(
+    out: str | os.PathLike,
+    folders: Sequence[str | os.PathLike],
+    weights: Sequence[float],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    method: str = "sum",
+    density: float | None = None,
+    seed: int = 0,
+    uniform: bool = False,
+    dtype: Any = None,
+    ignore: Sequence[str] = (),
+) -> dict[str, int]:
+    """Writes Σ wₖ·Δₖ of PEFT folders, or a soup of them, as one, without the base model.
+
+    Args:
+      out: a new folder.
+      folders: of adapters of one base; what one of them does not adapt is zero in it.
+      weights: one for each.
+      rank, energy: as in `lora.algebra.resize`; None for the exact sum, whose ranks are the sums.
+      method: "sum", "ties", "dare" or "knots"; see `lora.algebra.ties` and the others.
+      density: the share of elements that stays; None for the method's default.
+      seed: of what "dare" drops.
+      uniform: one rank and alpha for all, as vLLM reads no patterns.
+      dtype: of the tensors; None for fp32.
+      ignore: settings of the configurations to pass over.
+
+    Returns:
+      {torch parameter: rank}.
+
+    Raises:
+      LoRAError: `out` exists, or something cannot be combined; all of that is listed.
+    """
+    adapters = [open_torch(folder, ignore) for folder in folders]
+    raise_all("these adapters cannot be combined:", _unfit(adapters))
+    trees = [a.low_rank() for a in adapters]
+    mixed = _mixed(trees, weights, method, density, seed, {"rank": rank, "energy": energy})
+    entries = {n: entry for a in reversed(adapters) for n, (entry, _) in a.parts.items()}
+    nodes, mapping = _named_as_peft(mixed, entries, adapters)
+    export = Export(nodes, mapping, True)
+    export.run(uniform)
+    settings = export.config(_shared(adapters, "base_model_name_or_path"), None)
+    settings |= {k: _shared(adapters, k) for k in ("task_type", "revision")}
+    settings["fan_in_fan_out"] = all(a.config.fan_in_fan_out for a in adapters)
+    settings["ensure_weight_tying"] = adapters[0].config.tying
+    modules = settings["target_modules"]
+    if isinstance(modules, list) and not all("." in m for m in modules):
+        settings["target_modules"] = "|".join(map(re.escape, modules))  # no other "….lin" is meant
+    raise_all("the sum cannot be written for PEFT:", export.failures)
+    tensors = {PREFIX + k: v for k, v in export.tensors.items()}
+    tensors |= {t.key: a.file.read(t.key) for a in adapters for t in a.parsed.tables}
+    low = lambda x: x if dtype is None else x.astype(dtype)
+    tensors = {k: np.ascontiguousarray(low(v)) for k, v in tensors.items()}
+    with replacing(Path(out)) as new:
+        write_folder(new, tensors, settings)
+    return {name: node.rank for name, node in nodes.items()}
+
+
+def _mixed(trees, weights, method, density, seed, kept) -> dict[str, Any]:
+    share = {} if density is None else {"density": density}
+    if method == "ties":
+        return ties(trees, weights, **share, **kept)[0]
+    if method == "dare":
+        rate = {} if density is None else {"rate": 1 - density}
+        return dare(jax.random.key(seed), trees, weights, **rate, **kept)[0]
+    mixed = knots(trees, weights, **share) if method == "knots" else combine(trees, weights)
+    return mixed if set(kept.values()) == {None} else resize(mixed, **kept)
+
+
+def _unfit(adapters: Sequence[TorchAdapter]) -> list[str]:
+    """What cannot be combined without the base, or at all."""
+    lines = []
+    for a in adapters:
+        lines += [f"{a.file.folder}: {line}" for line in a.unclear]
+        if a.config.dora:
+            lines.append(
+                f"{a.file.folder}: is a DoRA, whose change is no sum of updates and depends on the "
+                "base; merge it (lora-jax merge), and take lora.algebra.extract of what was merged"
+            )
+        for name, (entry, what) in a.parts.items():
+            if not isinstance(what, Update):
+                how = "is saved in full" if entry.kind == "value" else "has new rows"
+                lines.append(
+                    f"{a.file.folder}: '{name}' {how}; its change is known beside the base alone, "
+                    "lora.algebra.combine(adapters, weights, base=params)"
+                )
+        if a.parsed.experts and (a.config.version or (0,)) < (0, 19, 1):
+            lines.append(
+                f"{a.file.folder}: adapters of experts lie otherwise before PEFT 0.19.1; load and "
+                "save it in a newer PEFT"
+            )
+        if a.config.tying != adapters[0].config.tying:
+            lines.append(f"{a.file.folder}: another ensure_weight_tying than the first")
+    groups: dict[str, set] = {}
+    tables: dict[str, np.ndarray] = {}
+    for a in adapters:
+        for group in a.parsed.experts:
+            groups.setdefault(group.module, set()).add(frozenset(group.parameters))
+        for t in a.parsed.tables:
+            table = a.file.read(t.key)
+            if not np.array_equal(tables.setdefault(t.key, table), table):
+                lines.append(f"{a.file.folder}: '{t.key}', the base's table, is another elsewhere")
+    lines += [
+        f"'{m}': each adapts other parameters of it: {', '.join(sorted(set().union(*found)))}"
+        for m, found in groups.items()
+        if len(found) > 1
+    ]
+    return lines
+
+
+def _named_as_peft(mixed: Mapping[str, Any], entries: Mapping[str, Entry], adapters):
+    """The nodes and their mapping, with parameters of experts in their order, innermost first.
+
+    Which of them is which is not known, and need not be: the file holds them by their depth.
+    """
+    groups: dict[str, Experts] = {g.module: g for a in adapters for g in a.parsed.experts}
+    names = {n: n for n in mixed}
+    for g in groups.values():
+        inner_first = reversed(expert_names(g))
+        names |= {n: f"{g.module}.{p}" for n, p in zip(inner_first, sorted(g.parameters))}
+    order = sorted(mixed, key=lambda n: names[n])
+    found = {}
+    for n in order:
+        (block,) = entries[n].blocks
+        leaf = dataclasses.replace(block.leaf, path=names[n])
+        block = dataclasses.replace(block, leaf=leaf)
+        found[names[n]] = dataclasses.replace(entries[n], name=names[n], blocks=(block,))
+    return {names[n]: mixed[n] for n in order}, TorchMapping(found)
+
+
+def _shared(adapters: Sequence[TorchAdapter], name: str) -> Any:
+    """A setting that all have, or None."""
+    found = [a.file.config.get(name) for a in adapters]
+    return found[0] if all(x == found[0] for x in found) else None

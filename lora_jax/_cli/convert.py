@@ -1,0 +1,268 @@
+"""A PEFT folder as a checkpoint of ours, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lora_jax._cli.files import replacing
+from lora_jax._cli.inspect import kind_of, restored
+from lora_jax._cli.safetensors import open_base
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.geometry import Geometry
+from lora_jax._core.paths import flatten, nest
+from lora_jax._nodes.adapters import LowRank, is_node
+from lora_jax._survey import Survey
+from lora_jax._targets import Targets
+from lora_jax.checkpoint._checkpoint import save as save_checkpoint
+from lora_jax.peft._blocks import LeafInfo, block
+from lora_jax.peft._file import DTYPES
+from lora_jax.peft._find import Finder
+from lora_jax.peft._load import load
+from lora_jax.peft._mapping import Entry, TorchMapping, leaf_infos
+from lora_jax.peft._save import of_kind, ordered, unordered
+from lora_jax.peft._save import save as save_adapter
+
+PARAMS = (
+    "a safetensors file or folder whose names are the paths of the leaves, an orbax checkpoint of "
+    "the parameters, or module:function"
+)
+
+
+def to_orbax(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    params: Any,
+    survey: Survey | Targets | None = None,
+    mapping: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
+    experts: Sequence[str] | None = None,
+    experts_a: str | None = None,
+) -> TorchMapping:
+    """Writes the adapter of a PEFT folder as step 0 of a new checkpoint directory.
+
+    Its `data` holds the configuration and the mapping, so that `to_peft` needs neither.
+
+    Args:
+      folder, params, survey, mapping, ignore, experts, experts_a: as in `lora.peft.load`.
+      out: a new directory.
+
+    Returns:
+      The mapping that was found.
+    """
+    order = {"experts": experts, "experts_a": experts_a}
+    found = load(folder, params, survey, mapping=mapping, ignore=ignore, **order)
+    data = {"peft": {"config": dict(found.config), "mapping": mapping_to_json(found.mapping)}}
+    with replacing(Path(out)) as new, ocp.CheckpointManager(new.absolute()) as manager:
+        save_checkpoint(manager, 0, found.adapters, base=params, data=data)
+        manager.wait_until_finished()
+    return found.mapping
+
+
+def to_peft(
+    directory: str | os.PathLike,
+    out: str | os.PathLike,
+    params: Any = None,
+    survey: Survey | Targets | None = None,
+    mapping: Mapping[str, Any] | None = None,
+    torch: Mapping[str, Sequence[int]] | None = None,
+    experts: Sequence[str] | None = None,
+    experts_a: str | None = None,
+) -> TorchMapping:
+    """Writes a checkpoint's adapters as a new PEFT folder.
+
+    Args:
+      directory: the checkpoints, of which the latest is taken, or a step in it.
+      out: a new folder.
+      params, survey: the base, to be compared with the checkpoint's; None does not.
+      mapping: as in `lora.peft.mapping`.
+      torch: {torch name: shape}, of which those are taken that the adapters change. None: what
+        `to_orbax` wrote into the checkpoint.
+      experts, experts_a: as in `lora.peft.mapping`; () for the order of `torch`.
+
+    Returns:
+      The mapping that was used.
+    """
+    found = restored(directory, params)
+    stored = found.data.get("peft") if isinstance(found.data, dict) else None
+    if torch is None and stored is None:
+        raise LoRAError(
+            f"{directory}: the checkpoint does not say which torch parameters its leaves are; name "
+            "the torch model, --torch model.safetensors"
+        )
+    if torch is None:
+        chosen = mapping_from_json(stored["mapping"])
+    else:
+        chosen = _mapping(found.adapters, params, survey, mapping, torch, experts_a or "in")
+        if experts is None:
+            raise_all(f"{directory}: cannot be written for PEFT:", unordered(chosen.entries))
+        chosen = TorchMapping(ordered(chosen.entries, list(experts or ())))
+    config = stored["config"] if stored else {}
+    kept = {k: config.get(k) for k in ("task_type", "base_model_name_or_path")}
+    with replacing(Path(out)) as new:
+        save_adapter(
+            new,
+            found.adapters,
+            chosen,
+            task_type=kept["task_type"],
+            base_model_name=kept["base_model_name_or_path"],
+        )
+    return chosen
+
+
+def _mapping(adapters, params, survey, table, torch, experts_a) -> TorchMapping:
+    """The torch parameters that lie on adapted leaves."""
+    nodes = flatten(adapters, is_leaf=is_node)
+    infos = leaf_infos(params, survey) if params is not None else {}
+    for path, node in nodes.items():
+        info = infos.get(path, LeafInfo(path, tuple(node.shape), None))
+        if isinstance(node, LowRank):
+            kind = "embedding" if node.embedding else info.kind.replace("?", "linear")
+            info = dataclasses.replace(info, geometry=node.geometry, kind=kind)
+        infos[path] = info
+    finder, found = Finder(infos, table), {}
+    for name, shape in torch.items():
+        finder.failures.clear()
+        entry = finder.value(name, tuple(shape), False)
+        if entry is None or not {b.leaf.path for b in entry.blocks} & nodes.keys():
+            continue
+        if finder.failures:
+            raise LoRAError(finder.failures[0])
+        low = isinstance(nodes.get(entry.blocks[0].leaf.path), LowRank)
+        found[name] = of_kind(entry, experts_a) if low else entry
+    return TorchMapping(found)
+
+
+def mapping_to_json(mapping: TorchMapping) -> dict[str, Any]:
+    """A mapping without the parameters that it is of."""
+    leaves = {b.leaf.path: b.leaf for e in mapping.entries.values() for b in e.blocks}
+    return {
+        "leaves": {path: dataclasses.asdict(leaf) for path, leaf in leaves.items()},
+        "entries": [
+            dataclasses.asdict(e) | {"blocks": [str(b) for b in e.blocks]}
+            for e in mapping.entries.values()
+        ],
+    }
+
+
+def mapping_from_json(x: Mapping[str, Any]) -> TorchMapping:
+    """What `mapping_to_json` wrote, also after a pass through JSON."""
+    leaves = {}
+    for path, leaf in x["leaves"].items():
+        g = leaf["geometry"]
+        geometry = g and Geometry(**{k: tuple(v) for k, v in g.items()})
+        rest = (leaf["kind"], leaf["tied"], leaf["dilated"])
+        leaves[path] = LeafInfo(path, tuple(leaf["shape"]), geometry, *rest)
+    found = {}
+    for e in x["entries"]:
+        blocks = tuple(block(text, leaves) for text in e["blocks"])
+        shape = e["shape"] and tuple(e["shape"])
+        rest = (e["kind"], e["layout"], shape, e["swapped"])
+        found[e["name"]] = Entry(e["name"], blocks, *rest)
+    return TorchMapping(found)
+
+
+def read_params(text: str) -> tuple[Any, Survey | Targets | None]:
+    """The parameters that a person names on the command line, and their survey if there is one.
+
+    Args:
+      text: a safetensors file or folder, of which only names, shapes and types are read; an orbax
+        checkpoint of the parameters, likewise; or "module:function", imported from the working
+        directory, which returns parameters, abstract or not, or (parameters, survey).
+    """
+    path = Path(text)
+    if path.is_file() or (path.is_dir() and any(path.glob("*.safetensors"))):
+        tensors = open_base(path).tensors
+        separator = "/" if any("/" in n for n in tensors) else "."
+        odd = sorted({t.dtype for t in tensors.values()} - DTYPES.keys() - _OTHER.keys())
+        if odd:
+            raise LoRAError(f"{path}: parameters of type {', '.join(odd)} are not known")
+        return nest({n.replace(separator, "/"): _abstract(t) for n, t in tensors.items()}), None
+    if path.is_dir():
+        return _of_orbax(path), None
+    if ":" in text:
+        return _called(text)
+    raise LoRAError(f"--params {text}: there is no such file; expected {PARAMS}")
+
+
+_OTHER = {"F64": "float64", "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool"}
+
+
+def _abstract(t) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(t.shape, DTYPES.get(t.dtype, _OTHER.get(t.dtype)))
+
+
+def _of_orbax(path: Path) -> Any:
+    steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    for root in (path, *steps[-1:]):
+        for folder in (root, root / "default", root / "params"):
+            if (folder / "_METADATA").is_file():
+                found = ocp.StandardCheckpointer().metadata(folder.absolute()).item_metadata
+                is_leaf = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
+                shapes = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+                return jax.tree.map(shapes, found.tree, is_leaf=is_leaf)
+    raise LoRAError(f"--params {path}: holds no parameters; expected {PARAMS}")
+
+
+def _called(text: str):
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as e:
+        raise LoRAError(f"--params {text}: {e}; expected {PARAMS}") from e
+    finally:
+        sys.path.remove(os.getcwd())
+    found = function()
+    pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Survey | Targets)
+    return found if pair else (found, None)
+
+
+def read_table(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({torch name or expression: leaf or leaves}, {torch name: shape}) of a JSON file that may
+    hold both."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as e:
+        raise LoRAError(f"{path}: expected JSON: {e}") from e
+    if not isinstance(found, dict):
+        raise LoRAError(f"{path}: expected an object {{torch name: leaf}}")
+    is_shape = lambda x: isinstance(x, list) and all(type(n) is int for n in x)
+    shapes = {k: v for k, v in found.items() if is_shape(v)}
+    return {k: v for k, v in found.items() if k not in shapes}, shapes
+
+
+def read_torch(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a torch model: a safetensors file, a folder, or JSON."""
+    return dict(read_table(path)[1]) if Path(path).suffix == ".json" else open_base(path).shapes
+
+
+def convert(
+    src, dst, params, mapping=None, torch=None, to=None, ignore=(), experts=None, experts_a=None
+) -> TorchMapping:
+    """Converts in the direction that `src` asks for; paths and texts as on the command line."""
+    kind = kind_of(src)
+    if kind == "base" or to == kind:
+        raise LoRAError(
+            f"{src} is {'a base model' if kind == 'base' else 'in that form already'}; expected a "
+            "PEFT folder, or a checkpoint directory of lora.checkpoint.save"
+        )
+    table, shapes = ({}, {}) if mapping is None else read_table(mapping)
+    shapes |= {} if torch is None else read_torch(torch)
+    if params is None and kind == "peft":
+        raise LoRAError(f"--params is needed: {PARAMS}")
+    tree, survey = (None, None) if params is None else read_params(params)
+    if kind == "peft":
+        return to_orbax(src, dst, tree, survey, table or None, ignore, experts, experts_a)
+    known = torch is None or Path(torch).suffix == ".json"  # the order of the experts
+    experts = () if known and experts is None else experts
+    return to_peft(src, dst, tree, survey, table or None, shapes or None, experts, experts_a)

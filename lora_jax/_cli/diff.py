@@ -1,0 +1,175 @@
+"""What two PEFT folders of one base differ in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax._cli.torch_adapter import TorchAdapter, norm, open_torch
+from lora_jax._core.errors import LoRAError
+from lora_jax._nodes.adapters import DoRA, LoRA
+from lora_jax.algebra._compare import Comparison, compare
+
+# Settings that say how a file was written; that choose modules, as the tensors show; and what the
+# others are if they are absent.
+NOT_COMPARED = ("auto_mapping", "peft_version", "inference_mode", "fan_in_fan_out")
+
+
+CHOOSING = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save",
+            "layers_to_transform", "layers_pattern", "trainable_token_indices")  # fmt: skip
+
+
+DEFAULTS = {
+    "bias": "none",
+    "init_lora_weights": True,
+    "lora_dropout": 0.0,
+    "megatron_core": "megatron.core",
+    "peft_type": "LORA",
+    "qalora_group_size": 16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Two PEFT folders beside each other. Print it.
+
+    Attributes:
+      updates: the `Comparison` of the low-rank updates.
+      distances: {torch parameter: what the two differ by} of what both have: of updates
+        ‖Δ₁ − Δ₂‖ / max(‖Δ₁‖, ‖Δ₂‖), of the rest the largest difference of an element.
+      first, second: parameters that are in one alone.
+      config: {setting: (first, second)} of the settings that differ. Those that choose modules may
+        say the same in other words; `equal` looks at the parameters instead.
+      tolerance: what distance counts as none.
+    """
+
+    updates: Comparison
+    distances: Mapping[str, float]
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    config: Mapping[str, tuple[Any, Any]]
+    tolerance: float
+
+    @property
+    def equal(self) -> bool:
+        near = all(d <= self.tolerance for d in self.distances.values())
+        return near and not (self.first or self.second or self.config.keys() - {*CHOOSING})
+
+    def __str__(self):
+        bare = dataclasses.replace(self.updates, first=(), second=())
+        lines = [str(bare)] if self.updates.leaves else []
+        if self.equal:
+            lines = [f"equal: {len(self.distances)} parameters"]
+        rest = {n: d for n, d in self.distances.items() if n not in self.updates.leaves}
+        lines += [f"{n}: differs by up to {d:.4g}" for n, d in rest.items() if d > self.tolerance]
+        for name, paths in (("first", self.first), ("second", self.second)):
+            lines += [f"in the {name} alone: {', '.join(paths)}"] if paths else []
+        lines += [f"config: {k}: {a!r} and {b!r}" for k, (a, b) in self.config.items()]
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        likeness = {
+            n: jax.tree.map(lambda x: x.tolist(), dataclasses.asdict(leaf))
+            for n, leaf in self.updates.leaves.items()
+        }
+        finite = {n: d if np.isfinite(d) else None for n, d in self.distances.items()}
+        rest = {"first": self.first, "second": self.second, "config": self.config}
+        return {"equal": self.equal, "distances": finite, "updates": likeness, **rest}
+
+
+def diff_folders(
+    first: str | os.PathLike,
+    second: str | os.PathLike,
+    *,
+    tolerance: float = 0.0,
+    ignore: Sequence[str] = (),
+) -> Difference:
+    """What two PEFT folders of one base differ in; the base is not needed.
+
+    Settings that are absent, null, false, empty or PEFT's default are one, and lists of names are
+    sets; what PEFT notes about the writing is not compared.
+
+    Args:
+      first, second: the folders.
+      tolerance: up to which distance two parameters are equal; see `Difference`.
+      ignore: settings of the configurations to pass over.
+
+    Raises:
+      LoRAError: one of them cannot be read, or they are of different bases.
+    """
+    one, two = (open_torch(folder, ignore) for folder in (first, second))
+    trees = [a.low_rank() for a in (one, two)]
+    both = [n for n in one.parts if n in two.parts]
+    common = [{n: t[n] for n in both if n in trees[0] and n in trees[1]} for t in trees]
+    plain = [{n: x for n, x in t.items() if isinstance(x, LoRA)} for t in common]
+    likeness = compare(*plain) if plain[0] and plain[1] else Comparison({}, (), ())
+    distances = {n: _distance(one, two, n, common) for n in both}
+    settings = [_settings(a) for a in (one, two)]
+    keys = sorted((settings[0].keys() | settings[1].keys()) - {*ignore})
+    pairs = {k: tuple(s.get(k) for s in settings) for k in keys}
+    return Difference(
+        likeness,
+        distances,
+        tuple(n for n in one.parts if n not in two.parts),
+        tuple(n for n in two.parts if n not in one.parts),
+        {k: pair for k, pair in pairs.items() if pair[0] != pair[1]},
+        tolerance,
+    )
+
+
+def _settings(adapter: TorchAdapter) -> dict[str, Any]:
+    """The settings that say something, lists of names sorted."""
+    found = {k: v for k, v in adapter.file.config.items() if k not in NOT_COMPARED}
+    return {
+        k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v
+        for k, v in found.items()
+        if v is not False and v not in (None, [], {}, "") and v != DEFAULTS.get(k)
+    }
+
+
+def _distance(one: TorchAdapter, two: TorchAdapter, name: str, common) -> float:
+    if name in common[0]:
+        return _apart(name, *(tree[name] for tree in common))
+    (entry, a), (other, b) = one.parts[name], two.parts[name]
+    if entry.kind != other.kind or getattr(a, "index", ()) != getattr(b, "index", ()):
+        return float("inf")
+    keys = one.keys(name), two.keys(name)
+    arrays = [[f.file.read(k).astype(np.float64) for k in ks] for f, ks in zip((one, two), keys)]
+    if [x.shape for x in arrays[0]] != [x.shape for x in arrays[1]]:
+        raise LoRAError(f"'{name}' has another shape in each; compare adapters of one base")
+    return max(float(np.abs(x - y).max(initial=0)) for x, y in zip(*arrays))
+
+
+def _apart(name: str, one: LoRA | DoRA, two: LoRA | DoRA) -> float:
+    """What two updates differ by; of a DoRA also its magnitudes, ‖m₁ − m₂‖ / max(‖m₁‖, ‖m₂‖)."""
+    if type(one) is not type(two):
+        return float("inf")
+    if (one.shape, one.geometry) != (two.shape, two.geometry):
+        raise LoRAError(f"'{name}' has another shape in each; compare adapters of one base")
+    if isinstance(one, LoRA):
+        return _between(one, two)
+    m, n = (np.asarray(x.magnitude, np.float64) for x in (one, two))
+    size = max(np.linalg.norm(m), np.linalg.norm(n))
+    plain = (LoRA(x.a, x.b, x.scale, x.geometry) for x in (one, two))
+    return max(_between(*plain), float(np.linalg.norm(m - n) / size) if size else 0.0)
+
+
+def _between(one: Any, two: Any) -> float:
+    """‖Δ₁ − Δ₂‖ / max(‖Δ₁‖, ‖Δ₂‖) from the factors; 0 where these are equal."""
+    a, b = np.asarray(one.a), np.asarray(one.b)
+    if one.scale == two.scale and np.array_equal(a, two.a) and np.array_equal(b, two.b):
+        return 0.0
+    pair = [n.b * np.float32(sign * n.scale) for n, sign in ((one, 1), (two, -1))]
+    between = dataclasses.replace(
+        one,
+        a=np.concatenate([a, np.asarray(two.a)], -1),
+        b=np.concatenate(pair, len(one.geometry.batch_axes)),
+        scale=1.0,
+    )
+    size = max(norm(one), norm(two))
+    return norm(between) / size if size else 0.0

@@ -1,0 +1,215 @@
+"""What an adapter or a base model on disk is, as a table or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from lora_jax._cli.safetensors import open_base
+from lora_jax._cli.torch_adapter import TorchAdapter, norm, open_torch
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.paths import flatten
+from lora_jax._core.table import table
+from lora_jax._nodes.adapters import LowRank, Rows, is_node
+from lora_jax.checkpoint._checkpoint import restore
+from lora_jax.checkpoint._describe import config_to_json
+from lora_jax.peft._file import CONFIG, TENSORS
+from lora_jax.peft._parts import NewRows, Update
+
+SHOWN = 160  # characters of a setting
+
+
+EMPTY = (None, [], {}, "", False)
+
+
+HEADS = ("name", "kind", "shape", "rank", "alpha", "scale", "norm", "dtype", "parameters", "bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found. Print it for a table.
+
+    Attributes:
+      what: "peft", "orbax" or "base".
+      rows: a dict for each parameter or leaf, with the keys of `HEADS` that apply.
+      about: settings, step, metadata.
+    """
+
+    what: Literal["peft", "orbax", "base"]
+    rows: Sequence[Mapping[str, Any]]
+    about: Mapping[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        return sum(row["parameters"] for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        return sum(row["bytes"] for row in self.rows)
+
+    def as_json(self) -> dict[str, Any]:
+        totals = {"parameters": self.parameters, "bytes": self.bytes}
+        return {"what": self.what, **self.about, **totals, "leaves": list(self.rows)}
+
+    def __str__(self):
+        heads = [h for h in HEADS if any(h in row for row in self.rows)]
+        lines = [table(heads, [[_shown(row.get(h)) for h in heads] for row in self.rows])]
+        lines.append(
+            f"{len(self.rows)} in all: {self.parameters:,} parameters, {self.bytes:,} bytes"
+        )
+        lines += [f"{k}: {_said(v)}" for k, v in self.about.items() if v not in EMPTY]
+        return "\n".join(lines)
+
+
+def _said(value: Any) -> str:
+    """On one line, long values shortened."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}={_short(v)}" for k, v in value.items() if v not in EMPTY)
+    return _short(value)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _shown(cell: Any) -> Any:
+    if cell is None:
+        return ""
+    if isinstance(cell, float):
+        return float(f"{cell:.4g}")
+    return tuple(cell) if isinstance(cell, list) else cell
+
+
+def kind_of(path: str | os.PathLike) -> Literal["peft", "orbax", "base"]:
+    """Whether a path is a PEFT folder, a checkpoint directory of ours (or a step in it), or a base
+    model in safetensors."""
+    path = Path(path)
+    if path.is_file() and path.name not in (CONFIG, TENSORS):
+        return "base"
+    if any((path / name).exists() for name in (CONFIG, TENSORS, "adapter_model.bin")):
+        return "peft"
+    steps = [path] if _is_step(path) else path.glob("*")
+    if any(_is_step(p) for p in steps):
+        return "orbax"
+    if any(path.glob("*.safetensors")):
+        return "base"
+    found = "there is nothing" if not path.exists() else "it is a file" if path.is_file() else ""
+    found = found or ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
+    raise LoRAError(
+        f"{path}: expected a PEFT folder ({CONFIG}), a checkpoint directory of "
+        f"lora.checkpoint.save, or a "
+        f"base model in safetensors; found: {found}"
+    )
+
+
+def _is_step(path: Path) -> bool:
+    return path.name.isdigit() and (path / "lora").is_dir()
+
+
+def restored(path: str | os.PathLike, base: Any = None):
+    """A checkpoint directory's latest step, or the step that the path is."""
+    path = Path(path)
+    if _is_step(path):
+        return restore(path.absolute().parent, base=base, step=int(path.name))
+    return restore(path, base=base)
+
+
+def inspect(path: str | os.PathLike, ignore: Sequence[str] = ()) -> Inspection:
+    """What is in a PEFT folder, a checkpoint directory (or a step in it), or a base model.
+
+    Args:
+      path: see `kind_of`.
+      ignore: settings of a PEFT configuration to pass over.
+
+    Raises:
+      LoRAError: it is none of them, or damaged.
+    """
+    kind = kind_of(path)
+    if kind == "peft":
+        adapter = open_torch(path, ignore)
+        rows = [_of_peft(adapter, name) for name in adapter.parts]
+        rows += [
+            _stored(adapter, t.name, "base table", t.shape, [t.key]) for t in adapter.parsed.tables
+        ]
+        rows.sort(key=_natural)
+        settings = {k: v for k, v in adapter.file.config.items() if v not in EMPTY}
+        return Inspection("peft", rows, {"config": settings, "unclear": list(adapter.unclear)})
+    if kind == "orbax":
+        return _of_checkpoint(path)
+    base = open_base(path)
+    rows = [
+        {"name": n, "shape": list(t.shape), "dtype": t.dtype,
+         "parameters": math.prod(t.shape), "bytes": t.stop - t.start}
+        for n, t in base.tensors.items()
+    ]  # fmt: skip
+    return Inspection("base", rows, {"files": [f.name for f in base.files]})
+
+
+def _natural(row: Mapping[str, Any]) -> list:
+    """Layer 2 before layer 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part)
+            for part in re.split(r"(\d+)", row["name"])]  # fmt: skip
+
+
+def _of_peft(adapter: TorchAdapter, name: str) -> dict[str, Any]:
+    entry, what = adapter.parts[name]
+    row = _stored(adapter, name, entry.kind, entry.shape, adapter.keys(name))
+    if isinstance(what, NewRows):
+        return row | {"kind": f"{len(what.index)} rows", "shape": list(what.shape)}
+    if not isinstance(what, Update):
+        return row | {"kind": "added to" if what.key is None else "full"}
+    module = what.a.removeprefix("base_model.model.").partition(".lora_")[0]
+    alpha = adapter.config.alpha_of(module.replace(".base_layer.out_proj", ""))
+    if what.magnitude is not None:
+        row["kind"] += ", dora"
+    size = norm(adapter.node(name, dtype="float32"))
+    return row | {"rank": what.rank, "alpha": alpha, "scale": what.scale, "norm": size}
+
+
+def _stored(adapter: TorchAdapter, name, kind, shape, keys) -> dict[str, Any]:
+    tensors = [adapter.file.tensors[k] for k in keys]
+    return {
+        "name": name,
+        "kind": kind,
+        "shape": list(shape),
+        "dtype": "/".join(dict.fromkeys(str(t.dtype) for t in tensors)),
+        "parameters": sum(math.prod(t.shape) for t in tensors),
+        "bytes": sum(t.stop - t.start for t in tensors),
+    }
+
+
+def _of_checkpoint(path: str | os.PathLike) -> Inspection:
+    found = restored(path)
+    rows = []
+    for name, node in flatten(found.adapters, is_leaf=is_node).items():
+        arrays = jax.tree.leaves(node)
+        row = {
+            "name": name,
+            "kind": type(node).__name__.lower(),
+            "shape": list(node.shape),
+            "dtype": "/".join(dict.fromkeys(str(x.dtype) for x in arrays)),
+            "parameters": sum(x.size for x in arrays),
+            "bytes": sum(x.nbytes for x in arrays),
+        }
+        if isinstance(node, LowRank):
+            row |= {"rank": node.rank, "scale": node.scale, "norm": norm(node)}
+        if isinstance(node, Rows):
+            row["kind"] = f"{len(node.index)} rows"
+        rows.append(row)
+    base = found.base.leaves
+    about = {
+        "step": found.step,
+        "config": found.config and config_to_json(found.config),
+        "data": found.data,
+        "metrics": found.metrics,
+        "base": {"leaves": len(base), "parameters": sum(math.prod(s) for s, _ in base.values())},
+    }
+    return Inspection("orbax", rows, about)

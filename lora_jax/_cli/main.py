@@ -1,0 +1,25 @@
+"""The entry of the command line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+
+def main() -> None:
+    """`lora-jax`: runs the command that the arguments name, and exits with its status."""
+    try:
+        import typer  # noqa: F401
+    except ModuleNotFoundError:
+        print("the command line needs typer: pip install 'lora_jax[cli]'", file=sys.stderr)
+        raise SystemExit(1) from None
+    import jax
+
+    from lora_jax._cli.app import app
+
+    if "JAX_PLATFORMS" not in os.environ:  # the work is the disk's; leave the accelerator alone
+        jax.config.update("jax_platforms", "cpu")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax says that a reader cannot write
+
+    app(prog_name="lora-jax")

@@ -1,0 +1,147 @@
+"""A base model on disk and a PEFT adapter, merged tensor by tensor into a new base model."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lora_jax._cli.files import replacing
+from lora_jax._cli.safetensors import Base, open_base, write_changed
+from lora_jax._cli.torch_adapter import TorchAdapter, open_torch
+from lora_jax._cli.torch_base import on_base
+from lora_jax._core.errors import raise_all
+from lora_jax._merge import merge
+from lora_jax.peft._file import DTYPES
+from lora_jax.peft._parts import NewRows
+
+
+def merge_files(
+    base: str | os.PathLike,
+    adapter: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    conv1d: Sequence[str] | None = None,
+    experts: Sequence[str] | None = None,
+    experts_a: str | None = None,
+    keep_base: bool = False,
+    ignore: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[TorchAdapter, list[Path]]:
+    """Writes the base with the adapter's changes in it, one tensor at a time.
+
+    Each sum is made in fp32 and rounded once to the base's type; what the adapter does not touch is
+    copied byte for byte. `out` appears when it is complete, or not at all.
+
+    Args:
+      base: a safetensors file, or a folder as transformers writes it; its other files are copied,
+        weights in other forms are not.
+      adapter: a PEFT folder.
+      out: a new file or folder, like `base`.
+      conv1d, experts, experts_a: see `on_base`.
+      keep_base: use the base's table although the adapter holds another one for an adapted
+        embedding.
+      ignore: settings of the configuration to pass over.
+      progress: is told (bytes written, bytes in all).
+
+    Returns:
+      (the adapter as it was placed, files of the base that were left out).
+
+    Raises:
+      LoRAError: `out` exists; a tensor of the adapter that does not fit; a type that is neither
+        fp32, fp16 nor bf16. Nothing is written then.
+    """
+    base, out = open_base(base), Path(out)
+    placed = on_base(
+        open_torch(adapter, ignore),
+        base.shapes,
+        tied=tied_tables(base),
+        conv1d=conv1d,
+        experts=experts,
+        experts_a=experts_a,
+    )
+    _check(placed, base, keep_base)
+    total = sum(file.stat().st_size for file in base.files)
+    done = 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    with replacing(out) as new:
+        changed = {n: functools.partial(_merged, placed, n) for n in placed.parts}
+        if not base.path.is_dir():
+            write_changed(base, base.path, new, changed, told)
+            return placed, []
+        new.mkdir()
+        copied, left = base.others()
+        for path in copied:
+            (new / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base.path / path, new / path)
+        for file in base.files:
+            write_changed(base, file, new / file.name, changed, told)
+    return placed, left
+
+
+def tied_tables(base: Base) -> list[str]:
+    """The table that is the model's output head as well, by config.json."""
+    text = base.config.get("text_config")
+    config = {**(text if isinstance(text, dict) else {}), **base.config}
+    kinds = config.get("architectures") or []
+    head = any("LM" in str(k) or "ForConditionalGeneration" in str(k) for k in kinds)
+    if not head or config.get("tie_word_embeddings") is False:
+        return []
+    of_size = [
+        n for n, s in base.shapes.items() if len(s) == 2 and s[0] == config.get("vocab_size")
+    ]
+    return of_size if len(of_size) == 1 else []
+
+
+def _check(placed: TorchAdapter, base: Base, keep_base: bool) -> None:
+    """What would fail on the way fails before anything is written."""
+    failures = [
+        f"'{n}' is {base.tensors[n].dtype}, expected one of {', '.join(DTYPES)}; a quantised base "
+        "cannot be merged into, take the one that it was made from"
+        for n in placed.parts
+        if base.tensors[n].dtype not in DTYPES
+    ]
+    read = placed.file.read
+    failures += placed.parsed.unequal(placed.file)
+    for name, (_, what) in placed.parts.items():
+        failures += _copies(base, name) if isinstance(what, NewRows) else []
+    names = {entry.name: n for n, (entry, _) in placed.parts.items()}
+    for table in () if keep_base or failures else placed.parsed.tables:
+        name = names.get(table.name)
+        if name is None:
+            failures.append(f"'{table.key}' is a table of the base that is not adapted")
+            continue
+        own, stored = base.tensors[name].read(), read(table.key)
+        differ = own.shape != stored.shape or (own != stored.astype(own.dtype)).any(-1).sum()
+        if differ:
+            failures.append(
+                f"'{table.key}': {int(differ)} rows differ from '{name}' of the base; take the "
+                "base that the adapter was trained on, or --keep-base"
+            )
+    raise_all(f"{placed.file.folder}: cannot be merged into {base.path}:", failures)
+
+
+def _copies(base: Base, table: str) -> list[str]:
+    """Other tensors that hold the values of a table of which rows change."""
+    own, found = base.tensors[table], []
+    for name, t in base.tensors.items():
+        alike = name != table and (t.dtype, t.shape) == (own.dtype, own.shape)
+        if alike and np.array_equal(t.read(), own.read()):
+            found.append(
+                f"'{name}' holds the values of '{table}', of which the adapter has new rows: if "
+                "they are tied, PEFT changes both; leave it out of the base"
+            )
+    return found
+
+
+def _merged(placed: TorchAdapter, name: str, value: np.ndarray) -> np.ndarray:
+    return merge({name: value}, {name: placed.node(name, value)})[name]

@@ -1,0 +1,211 @@
+"""Base models in safetensors files: what is in them, and copies with some tensors changed.
+
+A file is 8 bytes, the length of a JSON header, the header, and the tensors without gaps. A copy in
+which shapes and types stay has the same header, so it can be written front to back, one tensor at a
+time, whatever its size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax.peft._file import DTYPES
+
+INDEX, CHUNK = "model.safetensors.index.json", 8 << 20
+
+
+# Of a folder, what holds weights in another form, or would change which are loaded.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+
+
+NOT_COPIED = ("adapter_config.json", "pytorch_model.bin.index.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies, and as what; `dtype` is the format's own name, such as "BF16"."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def read(self) -> np.ndarray:
+        """Its value, of a type that `DTYPES` has."""
+        count = (self.stop - self.start) // DTYPES[self.dtype].itemsize
+        return np.fromfile(self.file, DTYPES[self.dtype], count, offset=self.start).reshape(
+            self.shape
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model: one file, or a folder as transformers writes it.
+
+    Attributes:
+      path: as given.
+      files: the files that hold its tensors, {file: where the first tensor begins}.
+      tensors: {name: `Tensor`}, in the files' order.
+      config: config.json beside them, or {}.
+    """
+
+    path: Path
+    files: Mapping[Path, int]
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: t.shape for name, t in self.tensors.items()}
+
+    def others(self) -> tuple[list[Path], list[Path]]:
+        """The other files of the folder, relative to it: (what belongs to the model whatever its
+        weights are, what does not)."""
+        keep, leave = [], []
+        for root, folders, names in os.walk(self.path):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            for name in sorted(n for n in names if not n.startswith(".")):
+                path = Path(root) / name
+                weights = path.suffix in WEIGHTS or ".ckpt" in name or name in NOT_COPIED
+                if path not in self.files:
+                    (leave if weights else keep).append(path.relative_to(self.path))
+        return keep, leave
+
+
+def open_base(path: str | os.PathLike) -> Base:
+    """The headers of a base model's tensors.
+
+    Args:
+      path: a safetensors file, or a folder with model.safetensors, with one other such file, or
+        with several and their index.
+
+    Raises:
+      LoRAError: there is none, only pickles, or files that are damaged or do not belong together.
+
+    >>> import tempfile, numpy as np
+    >>> from safetensors.numpy import save_file
+    >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> save_file({"q.weight": np.ones((2, 3), "f4")}, path)
+    >>> open_base(path).shapes
+    {'q.weight': (2, 3)}
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    files = _files(path) if path.is_dir() else [path]
+    starts, tensors = {}, {}
+    failures: list[str] = []
+    for file in files:
+        starts[file], found = _header(file)
+        failures += [
+            f"'{n}' is in {tensors[n].file.name} and {file.name}"
+            for n in found.keys() & tensors.keys()
+        ]
+        tensors |= found
+    if path.is_dir() and (path / INDEX).is_file():
+        for name, where in _json(path / INDEX).get("weight_map", {}).items():
+            own = tensors[name].file.name if name in tensors else "no file"
+            failures += [f"'{name}' is in {where} by the index, found in {own}"] * (own != where)
+    raise_all(f"{path}: the files do not belong together:", failures[:20])
+    config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return Base(path, starts, tensors, config)
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        names = sorted(set(map(str, _json(folder / INDEX).get("weight_map", {}).values())))
+        odd = [n for n in names if Path(n).name != n]
+        raise_all(f"{folder / INDEX}: expected names of files:", odd)
+        return [folder / n for n in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    only = f", only {pickles[0]}: save it in PyTorch as safetensors" if pickles else ""
+    raise LoRAError(
+        f"{folder}: expected model.safetensors, or {INDEX} and the files that it names; there are "
+        f"{', '.join(p.name for p in found) or 'no safetensors files'}{only}"
+    )
+
+
+def _header(path: Path) -> tuple[int, dict[str, Tensor]]:
+    """(where the tensors begin, {name: tensor} in the order in which they lie)."""
+    try:
+        with safe_open(path, "np"):  # the format's own checks: no gaps, nothing cut off
+            pass
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise LoRAError(f"{path}: expected a safetensors file of the base model: {e}") from e
+    header.pop("__metadata__", None)
+    at = lambda item: item[1]["data_offsets"]
+    return start, {
+        name: Tensor(path, t["dtype"], tuple(t["shape"]), *(start + n for n in t["data_offsets"]))
+        for name, t in sorted(header.items(), key=at)
+    }
+
+
+def _json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise LoRAError(f"{path}: expected JSON: {e}") from e
+    if not isinstance(found, dict):
+        raise LoRAError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def write_changed(
+    base: Base,
+    file: Path,
+    out: Path,
+    changed: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+    progress: Callable[[int], None],
+) -> None:
+    """Copies one of the base's files, with some tensors changed.
+
+    Args:
+      file: one of `base.files`.
+      out: the new file; it must not exist.
+      changed: {name: from the old value to the new one, of the same shape and type}.
+      progress: is told how many bytes were written, now and then.
+    """
+    tensors = {n: t for n, t in base.tensors.items() if t.file == file}
+    with open(file, "rb") as source, open(out, "xb") as target:
+
+        def copy(count: int) -> None:
+            while count:
+                data = source.read(min(count, CHUNK))
+                if not data:
+                    raise LoRAError(f"{file}: is cut off; copy the file again")
+                target.write(data)
+                progress(len(data))
+                count -= len(data)
+
+        copy(base.files[file])
+        for name, t in tensors.items():
+            source.seek(t.start)
+            if name not in changed:
+                copy(t.stop - t.start)
+                continue
+            value = changed[name](t.read())
+            if (value.shape, value.dtype) != (t.shape, DTYPES[t.dtype]):
+                raise LoRAError(
+                    f"'{name}': {value.dtype}{value.shape} in place of {t.dtype}{t.shape}"
+                )
+            target.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            progress(t.stop - t.start)
+        target.flush()
+        os.fsync(target.fileno())

@@ -1,0 +1,183 @@
+"""A PEFT folder as adapters of the torch model itself: one node for each torch parameter, by name.
+
+The base model is not needed: the kind of each update says how it lies in torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax._core.errors import raise_all
+from lora_jax._core.geometry import Geometry
+from lora_jax._nodes.adapters import DoRA, LoRA
+from lora_jax.peft._blocks import Block, LeafInfo
+from lora_jax.peft._build import Build
+from lora_jax.peft._config import PeftConfig, peft_config
+from lora_jax.peft._experts import ways
+from lora_jax.peft._file import CONFIG, AdapterFile, open_adapter
+from lora_jax.peft._mapping import Entry
+from lora_jax.peft._parse import parse
+from lora_jax.peft._parts import Experts, NewRows, Parsed, Update, Value
+
+OUT_IN, IN_OUT = Geometry((1,), (0,)), Geometry((0,), (1,))
+
+
+EXPERTS_OUT_IN = Geometry((2,), (1,), (0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchAdapter:
+    """An opened PEFT folder, of which no tensor was read yet.
+
+    Attributes:
+      parts: {torch parameter: (its place, what the file holds for it)}.
+      unclear: modules of experts of which the ranks and scales in `parts` may be others.
+    """
+
+    file: AdapterFile
+    config: PeftConfig
+    parsed: Parsed
+    parts: Mapping[str, tuple[Entry, Update | Value | NewRows]]
+    unclear: tuple[str, ...] = ()
+
+    def node(self, name: str, base: Any = None, dtype: Any = None) -> Any:
+        """The adapter of one parameter, its tensors read.
+
+        Args:
+          name: a key of `parts`.
+          base: the parameter's value, or a function that reads it; used only where the file holds
+            a change of it.
+          dtype: of the adapter; None for the type in which it is stored.
+        """
+        place, what = self.parts[name]
+        path, shape = place.blocks[0].leaf.path, place.shape
+        base = jax.ShapeDtypeStruct(shape, np.float32) if base is None else base
+        build = Build(self.file, self.config, _OneLeaf(path, base), dtype)
+        build.add(place, what)
+        nodes = build.nodes()
+        raise_all(f"{self.file.folder}: cannot be used:", build.failures)
+        return nodes[path]
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """The names of the tensors of one parameter."""
+        what = self.parts[name][1]
+        low = isinstance(what, Update)
+        names = (what.a, what.b, what.e, what.magnitude) if low else (what.key,)
+        return tuple(k for k in (*names, getattr(what, "add", None)) if k is not None)
+
+    def low_rank(self, dtype: Any = np.float32) -> dict[str, LoRA | DoRA]:
+        """{name: node} of all low-rank updates."""
+        updates = (n for n, (_, what) in self.parts.items() if isinstance(what, Update))
+        return {n: self.node(n, dtype=dtype) for n in updates}
+
+
+class _OneLeaf(Mapping):
+    """{path: value}, the value read when it is asked for."""
+
+    def __init__(self, path: str, value: Any):
+        self.path, self.value = path, value
+
+    def __getitem__(self, path: str) -> Any:
+        if path != self.path:
+            raise KeyError(path)
+        return self.value() if callable(self.value) else self.value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.path,))
+
+    def __len__(self) -> int:
+        return 1
+
+
+def open_torch(folder: str | os.PathLike, ignore: Sequence[str] = ()) -> TorchAdapter:
+    """Opens a PEFT folder without its base model.
+
+    A linear weight is taken to lie as in torch's Linear, (out, in). Which of several parameters of
+    one module of experts is which, the file does not say: they are named with their depth.
+
+    Args:
+      folder: holds adapter_config.json and adapter_model.safetensors.
+      ignore: settings of the configuration to pass over.
+
+    Raises:
+      LoRAError: as `lora.peft.load`, for what is wrong with the folder itself.
+    """
+    file = open_adapter(folder)
+    config = peft_config(file.config, file.folder / CONFIG, tuple(ignore), len(file.tensors))
+    parsed = parse(file, config)
+    parts: dict[str, tuple[Entry, Any]] = {}
+    for u in parsed.updates:
+        parts[u.name] = entry(u.name, u.name, *torch_shape(file, u), u.kind), u
+    unclear: list[str] = []
+    for group in parsed.experts:
+        for name, u in zip(expert_names(group), _experts(group, unclear)):
+            shape = (u.batch, u.n_out, u.n_in)
+            parts[name] = entry(name, name, shape, EXPERTS_OUT_IN, "experts"), u
+    for v in parsed.values:
+        parts[v.name] = entry(v.name, v.name, v.shape, None, "value"), v
+    for r in parsed.rows:
+        shape = (max(r.index, default=-1) + 1, r.shape[1])  # at least so long
+        parts[r.name] = entry(r.name, r.name, shape, None, "rows"), r
+    return TorchAdapter(file, config, parsed, parts, tuple(unclear))
+
+
+def expert_names(group: Experts) -> tuple[str, ...]:
+    """A name for each update, outermost first."""
+    names = sorted(group.parameters)
+    if len(group.pairs) == len(names) == 1:
+        return (f"{group.module}.{names[0]}",)
+    of = "|".join(names)
+    return tuple(f"{group.module}.({of})[{i}]" for i in reversed(range(len(group.pairs))))
+
+
+def _experts(group: Experts, unclear: list[str]) -> list[Update]:
+    """The updates of a module's pairs, whose rank and scale may depend on which is which."""
+    numbers = {u.batch for pair in group.pairs for u in pair.values()}
+    found = [
+        [u for _, u in way]
+        for n in sorted(numbers)  # of experts: one for all pairs
+        for way in ways(group, lambda _, u, n=n: u if u.batch == n else None)
+    ]
+    if len({tuple((u.rank, u.scale) for u in way) for way in found}) != 1:
+        unclear.append(
+            f"'{group.module}': which of its tensors are {' and '.join(group.parameters)} the base "
+            "says alone, and their ranks or alphas differ"
+        )
+    return found[0] if found else [next(iter(pair.values())) for pair in group.pairs]
+
+
+def torch_shape(file: AdapterFile, u: Update) -> tuple[tuple[int, ...], Geometry]:
+    """The weight that an update without experts belongs to, were it not a GPT-2 Conv1D's."""
+    if u.kind == "embedding":
+        return (u.n_in, u.n_out), IN_OUT
+    shape = (u.n_out, *file.shape(u.a)[1:])
+    return shape, Geometry(tuple(range(1, len(shape))), (0,))
+
+
+def entry(name, path, shape, geometry, kind) -> Entry:
+    """A whole tensor `path` as the place of the torch parameter `name`."""
+    leaf = LeafInfo(path, tuple(shape), geometry, kind)
+    return Entry(name, (Block(leaf, (None,) * len(shape)),), kind, "same", tuple(shape))
+
+
+def norm(node: Any) -> float | None:
+    """‖ΔW‖ (Frobenius, of a stack of all its weights) from the factors, without ΔW; None where the
+    base would be needed.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> norm(lora.LoRA(jnp.ones((2, 2)), jnp.ones((2, 8)), 0.5, OUT_IN))  # of 16 ones
+    4.0
+    """
+    if not isinstance(node, LoRA):  # of a DoRA the change depends on the base
+        return None
+    n, i, o = node.geometry.sizes(node.shape)
+    a = np.asarray(node.a).astype(np.float64).reshape(n, i, node.rank)
+    b = np.asarray(node.b).astype(np.float64).reshape(n, node.rank, o)
+    squares = (a.swapaxes(1, 2) @ a) * (b @ b.swapaxes(1, 2))  # tr(AᵀA·BBᵀ)
+    return float(abs(node.scale) * np.sqrt(max(squares.sum(), 0.0)))

@@ -1,0 +1,223 @@
+"""Where the parameters of a PEFT folder are in a torch base model: its names, shapes and axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_jax._cli.torch_adapter import (
+    EXPERTS_OUT_IN,
+    IN_OUT,
+    OUT_IN,
+    TorchAdapter,
+    entry,
+    torch_shape,
+)
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.geometry import Geometry
+from lora_jax._core.paths import nearest
+from lora_jax.peft._experts import ways
+from lora_jax.peft._mapping import Entry
+from lora_jax.peft._parts import Experts, NewRows, Update, Value
+
+EXPERTS_IN_OUT = Geometry((1,), (2,), (0,))
+
+
+def on_base(
+    adapter: TorchAdapter,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    tied: Sequence[str] = (),
+    conv1d: Sequence[str] | None = None,
+    experts: Sequence[str] | None = None,
+    experts_a: str | None = None,
+) -> TorchAdapter:
+    """The adapter with every parameter found in the base: its name there, its shape, its axes.
+
+    Args:
+      adapter: from `open_torch`.
+      shapes: {name: shape} of the base's tensors. They may lack the adapter's first name, or have
+        one more, the same for all ("transformer.h.0" and "h.0").
+      tied: tables of the base that are its output head as well.
+      conv1d: modules with a square weight that is stored (in, out), as GPT-2's Conv1D; all others
+        are (out, in). None: as the base's other weights and their biases say.
+      experts: the order of the adapted parameters in a module of experts, where shapes do not say
+        which tensor is whose.
+      experts_a: which axis of their weights (experts, first, last) lora_A runs along, where shapes
+        do not say it: "last" since PEFT 0.19.1, but "first" where the module `is_transposed`; up
+        to 0.19.0 it is "first".
+
+    Raises:
+      LoRAError: parameters that the base does not have, or that do not fit; all of them are listed.
+    """
+    place = _Placing(adapter, shapes, tied, conv1d)
+    for u in adapter.parsed.updates:
+        place.update(u)
+    for group in adapter.parsed.experts:
+        place.experts(group, experts, experts_a)
+    for v in adapter.parsed.values:
+        place.value(v)
+    for r in adapter.parsed.rows:
+        place.rows(r)
+    raise_all(f"{adapter.file.folder}: does not fit this base:", place.failures)
+    return dataclasses.replace(adapter, parts=place.parts)
+
+
+class _Placing:
+    def __init__(self, adapter: TorchAdapter, shapes, tied, conv1d):
+        self.adapter, self.shapes, self.tied, self.conv1d = adapter, shapes, tied, conv1d
+        self.failures: list[str] = []
+        self.parts: dict[str, tuple[Entry, Any]] = {}
+        parsed = adapter.parsed
+        names = [x.name for x in (*parsed.updates, *parsed.values, *parsed.rows)]
+        names += [f"{g.module}.{p}" for g in parsed.experts for p in g.parameters]
+        self.rename = _rename(names, shapes)
+        self.flag = IN_OUT if adapter.config.fan_in_fan_out else OUT_IN
+
+    def find(self, name: str, what: str) -> tuple[str, tuple[int, ...]] | None:
+        """(the base's name, shape) of a parameter."""
+        own = self.rename(name)
+        if own in self.shapes:
+            return own, tuple(self.shapes[own])
+        module = own.rpartition(".")[0]
+        near = [n for n in self.shapes if n.startswith(module + ".")] or nearest(own, self.shapes)
+        hint = f"nearest: {', '.join(near[:3])}"
+        if f"{module}.qweight" in self.shapes:
+            hint = "its weight is quantised there; merge into the base in full precision"
+        elif self.tied and own.endswith(".weight"):
+            hint += (
+                f"; if it is the head, it is tied to '{self.tied[0]}' there: untie it first "
+                "(tie_word_embeddings=False, save_pretrained)"
+            )
+        elif what == "saved in full":
+            hint += "; if the module was added for training, save the base with it first"
+        self.failures.append(f"'{name}' ({what}) is not in the base; {hint}")
+
+    def add(self, name, own, shape, geometry, kind, what) -> None:
+        if own in self.parts:
+            self.failures.append(f"'{own}' is changed in two ways, by {name}")
+        if own in self.tied and not isinstance(what, NewRows) and not self.adapter.config.tying:
+            self.failures.append(
+                f"'{own}' is the embedding and the head, but the file changes {name} alone; untie "
+                "them in the base, or train with ensure_weight_tying in PEFT"
+            )
+        self.parts[own] = entry(name, own, shape, geometry, kind), what
+
+    def update(self, u: Update) -> None:
+        found = self.find(u.name, f"low-rank, in {u.n_in}, out {u.n_out}")
+        if found is None:
+            return
+        own, shape = found
+        expected, geometry = torch_shape(self.adapter.file, u)
+        fits = [geometry] if shape == expected else []
+        if u.kind == "linear" and shape == expected[::-1]:
+            fits += [IN_OUT]
+        if len(fits) == 2:
+            fits = [self._square(own, shape)]
+        if not fits:
+            or_so = f" or {expected[::-1]}" if u.kind == "linear" else ""
+            return self.failures.append(
+                f"'{u.name}': the update is of a weight {expected}{or_so}; '{own}' is {shape}"
+            )
+        if fits[0] is not None:
+            self.add(u.name, own, shape, fits[0], u.kind, u)
+
+    def _square(self, own: str, shape) -> Geometry | None:
+        """How a square weight lies. Conv1D always has a bias, and the lengths of the biases beside
+        the base's other weights say which of the two it uses."""
+        module = own.removesuffix(".weight")
+        if self.conv1d is not None:
+            named = any(f".{module}".endswith("." + c) for c in self.conv1d)
+            return IN_OUT if named else OUT_IN
+        if f"{module}.bias" not in self.shapes:
+            return OUT_IN
+        votes = set()
+        for name, other in self.shapes.items():
+            bias = self.shapes.get(name.removesuffix(".weight") + ".bias", ())
+            if len(other) == 2 and other[0] != other[1] and bias in ((other[0],), (other[1],)):
+                votes.add(OUT_IN if bias[0] == other[0] else IN_OUT)
+        if len(votes or {self.flag}) == 1:
+            return (votes or {self.flag}).pop()
+        self.failures.append(
+            f"'{own}' {shape} is square, and the base has weights stored as (out, in), as torch's "
+            "Linear, and as (in, out), as GPT-2's Conv1D; say which modules are Conv1D: "
+            f"--conv1d {module.rpartition('.')[2]}, or --conv1d none"
+        )
+
+    def experts(self, group: Experts, order, along) -> None:
+        """The one assignment of pairs to parameters that the shapes allow."""
+        axes = {None: ("last", "first"), "first": ("first",), "last": ("last",)}
+        if along not in axes:
+            raise LoRAError(f"experts_a={along!r}: expected 'first' or 'last'")
+        found = {p: self.find(f"{group.module}.{p}", "experts") for p in group.parameters}
+        if None in found.values():
+            return
+        version = self.adapter.config.version
+        if along is None and version is not None and version < (0, 19, 1):
+            along = "first"
+        fits = [
+            way
+            for axis in axes[along]
+            for way in ways(group, functools.partial(_expert, found, axis), order)
+        ]
+        if len({tuple((p, place[1]) for p, place in way) for way in fits}) != 1:
+            shapes = ", ".join(f"{p} {f[1]}" for p, f in found.items())
+            return self.failures.append(
+                f"'{group.module}' ({group.sizes}; in the base {shapes}): "
+                + (
+                    "several ways to assign its tensors fit, and the file does not say which: "
+                    "--experts gate_up_proj,down_proj in the order of the torch module's "
+                    "parameters, and --experts-a last, or first where the module is_transposed"
+                    if fits
+                    else "the sizes do not fit"
+                )
+            )
+        for p, (u, geometry) in fits[0]:
+            own, shape = found[p]
+            self.add(u.name, own, shape, geometry, "experts", u)
+
+    def value(self, v: Value) -> None:
+        found = self.find(v.name, "saved in full")
+        if found is None:
+            return
+        own, shape = found
+        if shape != v.shape:
+            self.failures.append(f"'{v.name}' {v.shape} is saved in full; '{own}' is {shape}")
+        self.add(v.name, own, shape, None, "value", v)
+
+    def rows(self, r: NewRows) -> None:
+        highest = max(r.index, default=0)
+        found = self.find(r.name, f"rows up to {highest} of {r.shape[1]} features")
+        if found is None:
+            return
+        own, shape = found
+        if len(shape) != 2 or shape[1] != r.shape[1] or highest >= shape[0]:
+            self.failures.append(
+                f"'{r.name}': rows up to {highest} of {r.shape[1]} features; '{own}' is {shape}"
+            )
+        self.add(r.name, own, shape, None, "rows", r)
+
+
+def _expert(found, axis: str, parameter: str, u: Update) -> tuple[Update, Geometry] | None:
+    """The update and its axes, where lora_A runs along the first or the last axis behind the
+    experts', if these sizes fit."""
+    shape = found[parameter][1]
+    if len(shape) == 2:
+        return (u, OUT_IN) if shape == (u.n_out, u.n_in) and u.batch == 1 else None
+    sizes = (u.n_in, u.n_out) if axis == "first" else (u.n_out, u.n_in)
+    if shape != (u.batch, *sizes):
+        return None
+    return u, EXPERTS_IN_OUT if axis == "first" else EXPERTS_OUT_IN
+
+
+def _rename(names: Sequence[str], shapes: Mapping[str, Any]):
+    """From the adapter's names to the base's: the same, or one first name less or more for all."""
+    ways = [lambda name: name]
+    for first in sorted({n.partition(".")[0] + "." for n in names}):
+        ways.append(lambda name, first=first: name.removeprefix(first))
+    for first in sorted({n.partition(".")[0] + "." for n in shapes}):
+        ways.append(lambda name, first=first: first + name)
+    best = max(ways, key=lambda way: sum(n in shapes or way(n) in shapes for n in names))
+    return lambda name: name if name in shapes or best(name) not in shapes else best(name)

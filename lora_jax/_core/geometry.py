@@ -1,0 +1,107 @@
+"""Which axis is which: of a weight, and of the factors that run along its axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+
+def names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+static = functools.partial(dataclasses.field, metadata=dict(static=True))
+
+
+RANK = -1  # the label of a factor's rank axis, and of a seed's words
+
+
+SEED_IMPL = "threefry2x32"
+
+
+def spec_along(dims: tuple[int, ...], spec: Iterable) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes run along `dims` of a weight with `spec`."""
+    of = dict(enumerate(spec))
+    return PartitionSpec(*(of.get(d) for d in dims))
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Which axes of a weight are contracted (in), produced (out), or a stack of weights (batch).
+
+    A has shape (*batch, *in, rank) and B has shape (*batch, rank, *out).
+
+    >>> import lora_jax as lora
+    >>> lora.Geometry(in_axes=(0,), out_axes=(1, 2)).factor_shapes((512, 8, 64), rank=4)
+    ((512, 4), (4, 8, 64))
+    """
+
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...] = ()
+
+    @property
+    def a_dims(self) -> tuple[int, ...]:
+        return (*self.batch_axes, *self.in_axes, RANK)
+
+    @property
+    def b_dims(self) -> tuple[int, ...]:
+        return (*self.batch_axes, RANK, *self.out_axes)
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(batch, in, out): how many weights `shape` stacks, and the size of each."""
+        return tuple(
+            math.prod(shape[d] for d in axes)
+            for axes in (self.batch_axes, self.in_axes, self.out_axes)
+        )
+
+    def factor_shapes(self, shape: tuple[int, ...], rank: int):
+        """The shapes of A and B for a weight of `shape`."""
+        size = dict(enumerate(shape)) | {RANK: rank}
+        return tuple(size[d] for d in self.a_dims), tuple(size[d] for d in self.b_dims)
+
+    def covers(self, ndim: int) -> bool:
+        """Whether each of `ndim` axes is named exactly once."""
+        return sorted(self.in_axes + self.out_axes + self.batch_axes) == list(range(ndim))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factor:
+    """An array and, for each of its axes, the axis of the weight that it runs along (or RANK)."""
+
+    value: jax.Array
+    dims: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+
+    def has(self, dim: int) -> bool:
+        return dim in self.dims
+
+    def size(self, dim: int) -> int:
+        return self.value.shape[self.dims.index(dim) - len(self.dims)]  # of a stack: its own
+
+    def relabel(self, label: Mapping[int, int]) -> Factor:
+        """Renames the axes; those of size 1 without a new name are squeezed out."""
+        gone = tuple(i for i, d in enumerate(self.dims) if d != RANK and d not in label)
+        value = jax.lax.squeeze(self.value, gone) if gone else self.value
+        return Factor(
+            value, tuple(d if d == RANK else label[d] for d in self.dims if d == RANK or d in label)
+        )
+
+    def order(self, dims: tuple[int, ...]) -> Factor:
+        """The same factor with its axes in the given order."""
+        if dims == self.dims:
+            return self
+        return Factor(jax.lax.transpose(self.value, [self.dims.index(d) for d in dims]), dims)
+
+    def sorted(self, rank_first: bool = False) -> Factor:
+        dims = tuple(sorted(d for d in self.dims if d != RANK))
+        return self.order((RANK, *dims) if rank_first else (*dims, RANK))

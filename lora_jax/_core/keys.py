@@ -1,0 +1,28 @@
+"""Random keys that belong to a path."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._core.errors import LoRAError
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """A key of the path's own: another leaf in the tree changes nothing (CRC-32, not `hash`)."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def as_key(key):
+    """A typed key, from either kind."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    if dtype == jnp.uint32 and jnp.ndim(key) == 1:
+        return jax.random.wrap_key_data(key)
+    raise LoRAError(
+        f"expected a PRNG key, found {type(key).__name__}: "
+        "lora.init(jax.random.key(0), params, config)"
+    )

@@ -1,0 +1,114 @@
+"""What became of each adapted leaf: low-rank, materialised, or unused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from lora_jax._core.errors import raise_all
+from lora_jax._core.table import table
+
+LOW_RANK, MATERIALISED = "low-rank", "materialised"
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One place where a leaf is used.
+
+    Attributes:
+      primitive: the JAX primitive, such as "dot_general".
+      how: "low-rank" or "materialised".
+      source: the line of the user's code.
+      in_axes, out_axes, batch_axes: the leaf's axes by their part in a contraction.
+      plan: how the product was made; see `lora.adapt`.
+      dilated: it is a convolution with a dilated kernel.
+    """
+
+    primitive: str
+    how: str
+    source: str
+    in_axes: tuple[int, ...] = ()
+    out_axes: tuple[int, ...] = ()
+    batch_axes: tuple[int, ...] = ()
+    plan: str = ""
+    dilated: bool = False
+
+
+def by_leaf(paths: Iterable[str], events: Mapping[tuple, Use]) -> dict[str, tuple[Use, ...]]:
+    """The uses of each leaf, in the order of the program."""
+    uses: dict[str, list[Use]] = {path: [] for path in paths}
+    for (path, _, _), use in events.items():
+        uses[path].append(use)
+    return {path: tuple(u) for path, u in uses.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Each adapted leaf with every use that a function makes of it.
+
+    Attributes:
+      shapes: {path: shape} of the adapted leaves.
+      uses: {path: its uses}; see `Use`.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    uses: Mapping[str, tuple[Use, ...]]
+
+    @classmethod
+    def of(cls, shapes, events) -> Coverage:
+        return cls(dict(shapes), by_leaf(shapes, events))
+
+    def status(self, path: str) -> str:
+        """ "low-rank", "materialised" or "unused"."""
+        uses = self.uses[path]
+        if not uses:
+            return "unused"
+        return MATERIALISED if any(u.how == MATERIALISED for u in uses) else "low-rank"
+
+    def _paths(self, status: str) -> tuple[str, ...]:
+        return tuple(p for p in self.shapes if self.status(p) == status)
+
+    @property
+    def low_rank(self) -> tuple[str, ...]:
+        return self._paths("low-rank")
+
+    @property
+    def materialised(self) -> tuple[str, ...]:
+        return self._paths(MATERIALISED)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return self._paths("unused")
+
+    def check(self, name: str) -> None:
+        """Raises a LoRAError that lists every leaf that is not wholly low-rank."""
+        failures = [
+            f"'{path}' {self.shapes[path]} is materialised by `{u.primitive}` at {u.source}"
+            for path in self.materialised
+            for u in self.uses[path]
+            if u.how == MATERIALISED
+        ] + [f"'{path}' {self.shapes[path]} is never used" for path in self.unused]
+        raise_all(
+            f"in `{name}`, {len(self.materialised) + len(self.unused)} of {len(self.shapes)} "
+            "adapted leaves are not applied in low rank:",
+            failures,
+            "leave them out, `LoRAConfig(..., exclude=[...])`, or allow it, "
+            "`lora.adapt(fn, strict=False)`; `lora.coverage(fn, *args)` shows every use.",
+        )
+
+    def __str__(self):
+        rows = [
+            (
+                path,
+                self.shapes[path],
+                self.status(path),
+                "; ".join(dict.fromkeys(u.plan for u in self.uses[path] if u.plan)),
+                ", ".join(dict.fromkeys(f"{u.primitive} at {u.source}" for u in self.uses[path])),
+            )
+            for path in self.shapes
+        ]
+        total = (
+            f"{len(self.low_rank)} low-rank, {len(self.materialised)} materialised, "
+            f"{len(self.unused)} unused"
+        )
+        return table(("leaf", "shape", "status", "plan", "uses"), rows) + "\n" + total

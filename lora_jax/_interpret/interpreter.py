@@ -1,0 +1,281 @@
+"""The interpreter: evaluates a jaxpr with adapted weights, and records what became of them."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+
+from lora_jax._core import compat
+from lora_jax._interpret import bodies, uses  # noqa: F401  (they register their rules)
+from lora_jax._interpret.coverage import LOW_RANK, MATERIALISED, Use
+from lora_jax._interpret.moves import RULES
+from lora_jax._interpret.repeats import Block, segments
+from lora_jax._nodes.weight import AdaptedWeight, is_weight, origins
+from lora_jax._quantized.sending import sent
+from lora_jax._quantized.weight import is_quantized, value
+
+# What may stand between a parameter and the product that uses it.
+MOVES = frozenset(
+    "broadcast_in_dim convert_element_type copy copy_p div mul name neg reshape "
+    "sharding_constraint slice squeeze transpose".split()
+)
+
+
+# What takes a weight whose factors are those of a stack; for all else they are picked from it.
+STACKED = MOVES - {"mul", "div", "neg"} | {"dot_general", "jit", "pjit"}
+
+
+# What takes a quantised weight without an adapter; for all else it is read first.
+KEPT = STACKED | {
+    "gather", "scan", "while", "cond", "all_gather", "reshard", "shard_map", *compat.CALLS
+}  # fmt: skip
+
+
+class _Body:
+    """A body under evaluation: its values, and who makes and who multiplies them."""
+
+    def __init__(self, eqns, env: dict, scopes: int):
+        self.env = env
+        self.scopes = scopes
+        self.done: set[int] = set()  # ids of equations
+        self._eqns = eqns
+
+    def read(self, v):
+        return v.val if isinstance(v, compat.Literal) else self.env[v]
+
+    def has(self, v) -> bool:
+        return isinstance(v, compat.Literal) or v in self.env
+
+    @functools.cached_property
+    def _makers(self) -> dict:
+        return {v: eqn for eqn in self._eqns for v in eqn.outvars}
+
+    def maker(self, v):
+        return self._makers.get(v)
+
+    @functools.cached_property
+    def _products(self) -> dict:
+        found = collections.defaultdict(list)
+        for eqn in self._eqns:
+            if eqn.primitive.name == "dot_general":
+                for side, v in enumerate(eqn.invars):
+                    found[self._origin(v)].append((eqn, side))
+        return found
+
+    def products_of(self, x) -> list:
+        """(equation, side) of each dot_general of `x`, or of an equal conversion of its source."""
+        return self._products[self._origin(x)]
+
+    def _origin(self, v):
+        """What tells `v` from other values: casts of one value to one type are one."""
+        eqn = None if isinstance(v, compat.Literal) else self.maker(v)
+        if eqn is None or eqn.primitive.name != "convert_element_type":
+            return id(v)
+        return self._origin(eqn.invars[0]), v.aval.dtype
+
+
+class Interpreter:
+    """One evaluation. `events` maps (leaf, equation, how) to a `Use`."""
+
+    def __init__(self, plan: str = "auto"):
+        self.plan = plan
+        self.events: dict[tuple, Use] = {}
+        self._body: _Body | None = None
+        self._jits: dict = {}  # see `once`
+        self._uses = 0
+
+    def run(self, jaxpr, consts, args, scopes: int = 0) -> list:
+        """The outputs of an (open) jaxpr; those that are a moved weight stay adapted.
+
+        Its repeated blocks are transformed once. `scopes` counts outer name scopes to leave out.
+        """
+        env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
+        parts = segments(jaxpr) if any(map(is_weight, args)) else jaxpr.eqns
+        eqns = [part for part in parts if not isinstance(part, Block)]
+        outer, self._body = self._body, _Body(eqns, env, scopes)
+        try:
+            for part in parts:
+                if isinstance(part, Block):
+                    self._block(part)
+                elif id(part) not in self._body.done:  # it may have been made with a sibling
+                    self.evaluate(part)
+            return [self._body.read(v) for v in jaxpr.outvars]
+        finally:
+            self._body = outer
+
+    def evaluate(self, eqn) -> None:
+        values = [self._body.read(v) for v in eqn.invars]
+        with compat.eqn_context(eqn, slice(self._body.scopes, None)):
+            outs = self._equation(eqn, values)
+        self.made(eqn, outs)
+
+    def _block(self, block: Block) -> None:
+        """One of several equal blocks, by the function of the first."""
+        body, call = block.body, block.body.eqns[0]
+        args = [self._body.read(v) for v in body.invars]
+        run = functools.partial(self.run, block.first, (), scopes=body.scopes)
+        with compat.eqn_context(call, slice(self._body.scopes, body.scopes)):
+            outs = self.once(
+                block.first, run, args, call, "block", lambda _: dict(inline=compat.INLINED)
+            )
+        self._body.env.update(zip(body.outvars, outs))
+
+    def once(self, source, run, args, call, name: str, options) -> list:
+        """`run(args)` by a jitted function that serves all calls of one source with alike weights.
+
+        The events of the one trace are taken over for the weights of each call. `options` gives
+        those of `jax.jit` for the arguments as the function takes them.
+        """
+        entered = [
+            dataclasses.replace(self.fresh(a), origin=i) if is_weight(a) else a
+            for i, a in enumerate(args)
+        ]
+        key = (id(source), tuple(jax.tree.structure(a) for a in entered))
+        if key not in self._jits:
+            events: dict = {}
+
+            def body(*xs):
+                with self.recording(events):
+                    return run(xs)
+
+            body.__name__ = body.__qualname__ = name
+            self._jits[key] = (jax.jit(body, **options(entered)), events, source)
+        fn, events, _ = self._jits[key]
+        outs = fn(*entered)
+        self.replay(events, args, call)
+        return [
+            dataclasses.replace(o, origin=origins(*(args[i] for i in origins(o))))
+            if is_weight(o)
+            else o
+            for o in outs
+        ]
+
+    def made(self, eqn, outs) -> None:
+        """Takes the outputs of an equation of the body."""
+        self._body.done.add(id(eqn))
+        self._body.env.update(zip(eqn.outvars, outs))
+
+    def siblings(self, eqn, side: int):
+        """The later dot_generals of the body that multiply the same input, operand `side` of `eqn`,
+        with an adapted weight: (equation, which operand is the weight, the weight)."""
+        found = []
+        for other, x_side in self._body.products_of(eqn.invars[side]):
+            v = other.invars[1 - x_side]
+            if other is not eqn and id(other) not in self._body.done and self._reach(v):
+                w = self._body.read(v)
+                if is_weight(w) and w.a is not None:
+                    found.append((other, 1 - x_side, w))
+        return found
+
+    def _reach(self, v) -> bool:
+        """Makes a value ahead of its turn, if it is only moved from what is there."""
+        if self._body.has(v):
+            return True
+        eqn = self._body.maker(v)
+        if eqn is None or eqn.primitive.name not in MOVES or not all(map(self._reach, eqn.invars)):
+            return False
+        self.evaluate(eqn)
+        return True
+
+    def _equation(self, eqn, values) -> list:
+        if not any(map(is_weight, values)):
+            return self.bind(eqn, values)
+        if eqn.primitive.name not in STACKED:
+            values = [v.resolved() if is_weight(v) else v for v in values]
+        if eqn.primitive.name not in KEPT:
+            values = [v.materialise() if is_weight(v) and v.is_frozen else v for v in values]
+            if not any(map(is_weight, values)):
+                return self.bind(eqn, values)
+        rule = RULES.get(eqn.primitive.name)
+        outs = rule(self, eqn, values) if rule else None
+        if outs is None:
+            plain = [self.materialise(v, eqn) if is_weight(v) else v for v in values]
+            outs = self.bind(eqn, plain)
+        return outs
+
+    def bind(self, eqn, values) -> list:
+        """The equation itself, on arrays; what only moves a quantised weight waits."""
+        if any(map(is_quantized, values)):
+            alone = len(values) == 1
+            elsewhere = sent(values[0], eqn) if alone else None
+            if elsewhere is not None:
+                return [elsewhere]
+            moved = values[0].moved(eqn) if alone and eqn.primitive.name in MOVES else None
+            if moved is not None:
+                return [moved]
+            if eqn.primitive.name == "gather" and is_quantized(values[0]):
+                rows = values[0].rows(eqn, values[1])
+                if rows is not None:
+                    return [rows]
+            return jax.checkpoint(lambda *xs: self.bind(eqn, list(map(value, xs))))(*values)
+        params = eqn.primitive.get_bind_params(eqn.params)
+        out = eqn.primitive.bind(*values, **params)
+        return list(out) if eqn.primitive.multiple_results else [out]
+
+    def use(self) -> int:
+        """A number that no other use has: it tells dropout masks apart."""
+        self._uses += 1
+        return self._uses
+
+    def fresh(self, value):
+        """A weight as it enters a body: its masks there differ from those of other calls."""
+        return value.folded(self.use()) if is_weight(value) and value.seed is not None else value
+
+    def used(
+        self, w: AdaptedWeight, eqn, how, in_dims=(), out_dims=(), batch_dims=(), name=None, plan=""
+    ):
+        """Records a use, in terms of the axes of the leaf."""
+        inner, outer, batch = (
+            {axis for d in dims for axis in w.axes[d]} for dims in (in_dims, out_dims, batch_dims)
+        )
+        self._record(
+            w, eqn, how, inner, outer - inner, (batch | set(w.stacked)) - inner - outer, name, plan
+        )
+
+    def _record(self, w, eqn, how, inner, outer, batch, name=None, plan=""):
+        axes = [tuple(sorted(a)) for a in (inner, outer, batch)]
+        name = name or eqn.primitive.name
+        dilated = max(eqn.params.get("rhs_dilation") or (1,)) > 1
+        use = Use(name, how, compat.source_line(eqn), *axes, plan, dilated)
+        self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
+
+    def materialise(self, w: AdaptedWeight, eqn, name: str | None = None):
+        """The plain array that an equation without a rule needs."""
+        if w.is_frozen:
+            return w.materialise()
+        if w.indexed:  # rows of a table that turned out to be activations
+            rows, rest = set(w.indexed), {axis for dim in w.axes for axis in dim}
+            self._record(
+                w, eqn, LOW_RANK, rows, rest - rows, set(w.stacked) - rows - rest, "gather"
+            )
+            return w.looked_up()
+        self.used(w, eqn, MATERIALISED, name=name)
+        return w.materialise()
+
+    def returned(self, w: AdaptedWeight):
+        """A moved weight that the function returns, as a plain array."""
+        w, how = w.resolved(), LOW_RANK if w.indexed else MATERIALISED
+        use = Use("output", how, "the outputs")
+        self.events |= {(leaf, None, how): use for leaf in origins(w)}
+        return w.looked_up() if w.indexed else w.materialise()
+
+    @contextlib.contextmanager
+    def recording(self, events: dict):
+        """Records into `events` instead: those of a function that is traced once, called often."""
+        outer, self.events = self.events, events
+        try:
+            yield
+        finally:
+            self.events = outer
+
+    def replay(self, events: dict, args: Sequence, call) -> None:
+        """Takes over the events of such a function, for the arguments of the equation `call`."""
+        for (i, eqn, how), use in events.items():
+            source = use.source or compat.source_line(call)
+            use = dataclasses.replace(use, source=source)
+            self.events |= {(leaf, eqn, how): use for leaf in origins(args[i])}

@@ -1,0 +1,47 @@
+"""What enters a product with a weight, told by a gradient.
+
+A product of x with a weight is linear in the weight, so that with any a in the weight's place
+aᵀ ↦ xᵀ(x·a) is the product followed by its own transpose. `observed` is x itself, with a rule of
+differentiation in which the gradient of `a` is that. Where `a` is the identity it is the second
+moment of the inputs, C = xᵀx. It comes out of scans, jits, remat and shardings as any gradient
+does, and no rule but those of the products knows of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._core.einsum import cast
+from lora_jax._core.geometry import RANK
+from lora_jax._nodes.weight import AdaptedWeight
+
+
+def observed(w: AdaptedWeight, inner: Collection[int], x, product: Callable, *rest):
+    """x, such that the gradient of w.a is C·a whatever the cotangent.
+
+    Args:
+      w: a weight with a, and no b.
+      inner: the axes of w that the product sums over.
+      product: (x, a, *rest) -> x·a, linear in a.
+      rest: integers that the product needs.
+    """
+    a = w.a.value
+    size = math.prod(w.a.size(d) for d in inner if w.a.has(d))
+    # Part of a leaf, or used the other way round: x is not what the leaf's in axes meet.
+    if size != w.a.size(RANK) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+
+    @jax.custom_vjp
+    def tap(x, a, rest):
+        return x
+
+    def forward(x, a, rest):
+        h, back = jax.vjp(lambda a: product(cast(x, a.dtype), a, *rest), a)
+        return x, back(h)[0]
+
+    tap.defvjp(forward, lambda moment, g: (g, moment, None))
+    return tap(x, a, rest)

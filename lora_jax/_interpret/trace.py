@@ -1,0 +1,82 @@
+"""What is traced of a call, and what is a constant of the trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax._core import nnx
+from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._quantized.weight import is_quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constants:
+    """What is not traced of a call: the structure and the leaves that are not arrays."""
+
+    treedef: Any
+    leaves: tuple  # one per leaf, _ARRAY where it is traced
+    types: tuple  # of the leaves: 1 and True are equal, but not alike
+    static: tuple  # (position or name, value) of the static arguments
+
+
+_ARRAY = object()
+
+
+class Traceable:
+    """A function, with its arguments split into arrays and constants of the trace."""
+
+    def __init__(self, fn, static_argnums=(), static_argnames=()):
+        self.fn = fn
+        self.static_argnums = (
+            (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
+        )
+        self.static_argnames = (
+            (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+        )
+        # One function object for the lifetime of the transform: JAX caches its traces.
+        self._trace = functools.partial(_rejoined, self)
+
+    def split(self, args, kwargs) -> tuple[_Constants, list]:
+        nums = {n % len(args) for n in self.static_argnums if -len(args) <= n < len(args)}
+        static = tuple((i, args[i]) for i in sorted(nums)) + tuple(
+            (k, kwargs[k]) for k in sorted(kwargs) if k in self.static_argnames
+        )
+        named = {k for k, _ in static}
+        rest = nnx.pack(
+            (
+                [None if i in nums else a for i, a in enumerate(args)],
+                {k: v for k, v in kwargs.items() if k not in named},
+            )
+        )
+        leaves, treedef = jax.tree.flatten(rest, is_leaf=is_weight)
+        arrays = [x for x in leaves if is_array(x)]
+        constants = tuple(_ARRAY if is_array(x) else x for x in leaves)
+        return _Constants(treedef, constants, tuple(map(type, constants)), static), arrays
+
+    def call(self, constants: _Constants, arrays):
+        """(what the function returns, what it changed of the modules among its arguments)."""
+        arrays = iter(arrays)
+        leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
+        (args, kwargs), modules = nnx.unpack(jax.tree.unflatten(constants.treedef, leaves))
+        for where, value in constants.static:
+            (args if isinstance(where, int) else kwargs)[where] = value
+        return self.fn(*args, **kwargs), nnx.changes(modules)
+
+    def jaxpr(self, constants, arrays):
+        """The jaxpr of `call`, with plain arrays for adapted weights, and its output shapes."""
+        bases = [x.base if is_weight(x) else x for x in arrays]
+        bases = [x.abstract if is_quantized(x) else x for x in bases]
+        return jax.make_jaxpr(self._trace, static_argnums=0, return_shape=True)(constants, *bases)
+
+
+def _rejoined(traceable: Traceable, constants, *arrays):
+    return traceable.call(constants, arrays)
+
+
+def is_array(x: Any) -> bool:
+    return isinstance(x, AdaptedWeight | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)

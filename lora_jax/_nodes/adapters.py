@@ -1,0 +1,239 @@
+"""The trainable tree: what stands in it for each leaf, as pytrees that hold arrays only.
+
+An adapter tree is a nested dict with one of these nodes at the path of each leaf that is trained.
+Everything that is not trained (scale, axes, row numbers) is static, so no optimiser can reach it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lora_jax._core import compat
+from lora_jax._core.einsum import cast, contract, wide
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.geometry import RANK, Factor, Geometry, spec_along, static
+from lora_jax._nodes.indirect import FAMILY
+from lora_jax._nodes.weight import AdaptedWeight
+from lora_jax._quantized.weight import is_quantized, value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank:
+    """What the nodes with two factors have in common; see `LoRA`."""
+
+    a: jax.Array
+    b: jax.Array
+    scale: float = static()
+    geometry: Geometry = static()  # noqa: RUF009
+    dropout: float = static(default=0.0)
+    embedding: bool = static(default=False)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the leaf that the update belongs to."""
+        size = dict(zip(self.geometry.a_dims, self.a.shape)) | dict(
+            zip(self.geometry.b_dims, self.b.shape)
+        )
+        return tuple(size[d] for d in sorted(size) if d != RANK)
+
+    def weight(self, base: Any, path: str, seed: Factor | None = None) -> AdaptedWeight:
+        """`base` with this update beside it; nothing is computed."""
+        return AdaptedWeight(
+            base,
+            Factor(self.a, self.geometry.a_dims),
+            Factor(self.b, self.geometry.b_dims),
+            seed,
+            scale=self.scale,
+            dropout=self.dropout,
+            origin=path,
+            axes=tuple((d,) for d in range(len(base.shape))),
+        )
+
+    def specs(self, spec: PartitionSpec) -> Any:
+        """The PartitionSpecs of the arrays, from the leaf's."""
+        along = functools.partial(spec_along, spec=spec)
+        return dataclasses.replace(
+            self, a=along(self.geometry.a_dims), b=along(self.geometry.b_dims)
+        )
+
+    def labels(self) -> Any:
+        kind = "embedding_" if self.embedding else ""
+        return dataclasses.replace(self, a=kind + "a", b=kind + "b")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoRA(LowRank):
+    """The low-rank update of one leaf (arXiv:2106.09685, section 4.1): scale · A·B.
+
+    Attributes:
+      a: (*batch, *in, rank).
+      b: (*batch, rank, *out).
+      scale: alpha / rank; static, so neither a gradient nor weight decay reaches it.
+      geometry: which axes of the leaf are which.
+      dropout: rate on the branch's input.
+      embedding: whether the leaf is a look-up table.
+    """
+
+    def with_magnitude(self, magnitude: jax.Array) -> DoRA:
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return DoRA(**own, magnitude=magnitude)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class DoRA(LowRank):
+    """A leaf by direction and magnitude (arXiv:2402.09353, eq. 5): W' = m · V / ‖V‖ for each output
+    unit, with V = W + scale·A·B; no gradient flows through the norm (section 4.3).
+
+    `dora` makes them. The attributes are those of `LoRA`, and
+
+    Attributes:
+      magnitude: m, (*batch, *out).
+    """
+
+    magnitude: jax.Array = dataclasses.field(kw_only=True)
+
+    @property
+    def _gain_dims(self) -> tuple[int, ...]:
+        return (*self.geometry.batch_axes, RANK, *self.geometry.out_axes)
+
+    def weight(self, base: Any, path: str, seed: Factor | None = None) -> AdaptedWeight:
+        """`base` with this update and m / ‖V‖ beside it; only the norms are computed."""
+        varying = compat.varying(base) if isinstance(base, jax.core.Tracer) else ()
+        if varying:
+            raise LoRAError(
+                f"'{path}' varies over the mesh axes {', '.join(sorted(varying))}: of a part of it "
+                "there is no norm. Adapt the function that calls jax.shard_map, and bind outside: "
+                "lora.adapt(jax.shard_map(fn, ...))(lora.bind(params, adapters), x)"
+            )
+        m = self.magnitude.astype(wide(self.magnitude.dtype))
+        n = jax.lax.stop_gradient(norms(self, base)).astype(m.dtype)
+        # An output unit that is zero, in V, stays so.
+        gain = jnp.where(n > 0, (m - n) / jnp.where(n > 0, n, 1), 0)
+        gain = jnp.expand_dims(gain, len(self.geometry.batch_axes))
+        weight = super().weight(base, path, seed)
+        return dataclasses.replace(weight, gain=Factor(gain, self._gain_dims))
+
+    def specs(self, spec: PartitionSpec) -> DoRA:
+        dims = tuple(d for d in self._gain_dims if d != RANK)
+        return dataclasses.replace(super().specs(spec), magnitude=spec_along(dims, spec))
+
+    def labels(self) -> DoRA:
+        return dataclasses.replace(super().labels(), magnitude="magnitude")
+
+
+def norms(node: LowRank, base: Any) -> jax.Array:
+    """‖W + scale·A·B‖ of each output unit, (*batch, *out), in fp32 or wider.
+
+    From ‖W‖² + 2s·⟨AᵀW, B⟩ + s²·⟨AᵀA·B, B⟩, so the sum is never formed.
+    """
+    g, base = node.geometry, value(base)
+    dtype = wide(base.dtype)
+    a, b, other = cast(node.a, base.dtype), node.b.astype(dtype), RANK - 1
+    rename = lambda dims: tuple(other if d == RANK else d for d in dims)
+    aw = _exact(a, g.a_dims, base, range(base.ndim), g.b_dims, dtype)
+    aa = _exact(a, g.a_dims, a, rename(g.a_dims), (*g.batch_axes, RANK, other), dtype)
+    aab = _exact(aa, (*g.batch_axes, RANK, other), b, rename(g.b_dims), g.b_dims, dtype)
+    low_rank = jnp.sum(b * (2 * node.scale * aw + node.scale**2 * aab), len(g.batch_axes))
+    squares = jnp.sum(base.astype(dtype) ** 2, g.in_axes)  # its axes in the leaf's order
+    left = sorted((*g.batch_axes, *g.out_axes))
+    squares = squares.transpose([left.index(d) for d in (*g.batch_axes, *g.out_axes)])
+    return jnp.sqrt(jnp.maximum(squares + low_rank, 0))
+
+
+def _exact(x, xl, y, yl, out, dtype) -> jax.Array:
+    """`contract` with a result in `dtype`; on CPUs, where XLA has no product of bf16 with a result
+    in fp32 for some layouts, of operands in `dtype`."""
+    exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+    narrow = lambda x, y: contract(x, xl, y, yl, out, **exact)
+    if x.dtype == y.dtype == dtype:
+        return narrow(x, y)
+    widened = lambda x, y: narrow(cast(x, dtype), cast(y, dtype))
+    return jax.lax.platform_dependent(x, y, cpu=widened, default=narrow)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Full:
+    """A leaf that is trained in full: `value` takes the place of the base's, cast to its dtype."""
+
+    value: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def specs(self, spec: PartitionSpec) -> Full:
+        return Full(spec_along(tuple(range(len(self.shape))), spec))
+
+    def labels(self) -> Full:
+        return Full("full")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a table that are trained (new tokens): `value` (n, d) replaces rows `index`."""
+
+    value: jax.Array
+    index: tuple[int, ...] = static()
+    length: int = static()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.length, *self.value.shape[1:])
+
+    def weight(self, base: Any, path: str, seed: Factor | None = None) -> AdaptedWeight:
+        """`base` plus a one-hot (V, n) times the rows' change (n, d): a rank-n update, exactly."""
+        del seed
+        index = jnp.asarray(self.index)
+        one_hot = jnp.zeros((self.length, len(self.index)), self.value.dtype)
+        one_hot = one_hot.at[index, jnp.arange(len(self.index))].set(1)
+        rows = base.at_rows(index) if is_quantized(base) else base[index]
+        change = self.value - jax.lax.stop_gradient(rows).astype(self.value.dtype)
+        return AdaptedWeight(
+            base,
+            Factor(one_hot, (0, RANK)),
+            Factor(change, (RANK, 1)),
+            origin=path,
+            axes=((0,), (1,)),
+        )
+
+    def specs(self, spec: PartitionSpec) -> Rows:
+        of_rows = spec_along((RANK, *range(1, len(self.shape))), spec)
+        return dataclasses.replace(self, value=of_rows)
+
+    def labels(self) -> Rows:
+        return dataclasses.replace(self, value="rows")
+
+
+NODES = (LoRA, DoRA, Full, Rows, *FAMILY)
+
+
+def is_node(x: Any) -> bool:
+    return isinstance(x, NODES)
+
+
+def choose(stacked: Any, index: Any) -> Any:
+    """The adapters of a number, or of an array of numbers, one for each example; -1 for none.
+
+    Args:
+      stacked: as from `stack`.
+      index: an integer, or (B,) integers, traced ones too: another choice never recompiles. What
+        has no slot gives NaN.
+
+    Returns:
+      Adapters for `bind`; of an array, with an axis of B in front, for `jax.vmap`.
+    """
+    return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="fill"), stacked)

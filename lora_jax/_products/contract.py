@@ -1,0 +1,177 @@
+"""The low-rank contraction: all adapted weights that multiply one input, grouped and planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._core import compat
+from lora_jax._core.einsum import Labels, cast, plus
+from lora_jax._core.geometry import RANK, SEED_IMPL, Factor
+from lora_jax._nodes.weight import AdaptedWeight
+from lora_jax._products.group import Group, Member
+from lora_jax._products.linear import adapted
+from lora_jax._products.plan import Plan, choose
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One contraction of x with an adapted weight.
+
+    Attributes:
+      w: the weight; wl labels its axes, those that meet an axis of x by that axis's label.
+      out: the labels of the result.
+      dtype: of the result.
+      params: dot_general's.
+      weight_first: whether the weight is its first operand.
+      base: x·W as the model wrote it, for what is not `whole`: x of integers, a given sharding.
+      use: a number that no other use has.
+    """
+
+    w: AdaptedWeight
+    wl: Labels
+    out: Labels
+    dtype: Any
+    params: dict
+    weight_first: bool
+    base: Callable[[], jax.Array]
+    whole: bool
+    use: int
+
+    @property
+    def where(self):
+        """(mesh, {label of the result: mesh axis} as pairs) that the model gave, or None."""
+        sharding = self.params.get("out_sharding")
+        if sharding is None:
+            return None
+        spec = getattr(sharding, "spec", sharding)
+        return getattr(sharding, "mesh", None), (*zip(self.out, spec),)
+
+    def factors(self, x, xl):
+        """(first, second) factor, with labels: A then B for x·W, B then A for x·Wᵀ.
+
+        The one that makes the cheaper first product comes first.
+        """
+        label = dict(enumerate(self.wl)) | {RANK: RANK}
+        size = dict(zip(xl, x.shape)) | dict(zip(self.wl, self.w.shape))
+        size[RANK] = self.w.a.size(RANK)
+
+        def flops(first, second):
+            fl, sl = ([label[d] for d in f.dims] for f in (first, second))
+            hl = [d for d in dict.fromkeys([*xl, *fl]) if d in self.out or d in sl]
+            cost = lambda *labels: math.prod(size[d] for d in {*labels[0], *labels[1]})
+            return cost(xl, fl) + cost(hl, sl)
+
+        a, b = self.w.a, self.w.b
+        first, second = min(((a, b), (b, a)), key=lambda pair: flops(*pair))
+        order = sorted(first.dims, key=lambda d: (d == RANK, _place(label[d], xl), d))
+        first = first.order(tuple(order))
+        return _labelled(first, label), _labelled(second, label)
+
+
+def _place(label: Hashable, xl: Labels) -> int:
+    return xl.index(label) if label in xl else len(xl)
+
+
+def _labelled(f: Factor, label):
+    return f.value, tuple(label[d] for d in f.dims)
+
+
+def contracted(x, xl: Labels, products: Sequence[Product], mode: str) -> list:
+    """(result, plan) of each product. Those whose A run along the same axes of x are one group."""
+    groups: dict[Any, list[int]] = {}
+    parts = [p.factors(x, xl) for p in products]
+    for i, (p, ((_, al), (_, bl))) in enumerate(zip(products, parts)):
+        left = tuple(d for d in xl if d in p.out or d in bl)
+        alone = i if p.w.drops or not {*al} <= {*xl, RANK} else None
+        key = (al, left, p.params["precision"], p.whole, alone)
+        groups.setdefault(key, []).append(i)
+    done: dict[int, tuple] = {}
+    for members in groups.values():
+        outs = _group(x, xl, [products[i] for i in members], [parts[i] for i in members], mode)
+        done |= dict(zip(members, outs))
+    return [
+        (p.w.gained(y, p.out, p.wl), plan)
+        for p, (y, plan) in zip(products, (done[i] for i in range(len(products))))
+    ]
+
+
+def _group(x, xl, products, parts, mode):
+    first = products[0]
+    whole = first.whole and not first.w.drops
+    (_, al), _ = parts[0]
+    plan = _plan(x, xl, products, parts, mode, whole)
+    if not whole:
+        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else first.w.dtype
+        bases = [p.base() for p in products]
+        x = dropout(cast(x, dtype), first.w, first.use)
+    members = tuple(
+        Member(
+            tuple(p.wl) if whole else None,
+            bl,
+            tuple(p.out),
+            p.w.scale,
+            p.dtype,
+            p.params["precision"],
+            p.params["preferred_element_type"],
+            p.params["dimension_numbers"],
+            p.weight_first,
+            p.where,
+        )
+        for p, (_, (_, bl)) in zip(products, parts)
+    )
+    ys = adapted(
+        Group(tuple(xl), al, members, plan),
+        x,
+        [a for (a, _), _ in parts],
+        [b for _, (b, _) in parts],
+        [p.w.base for p in products] if whole else (),
+    )
+    if not whole:
+        ys = list(map(plus, bases, ys))
+    return [(y, plan) for y in ys]
+
+
+def _plan(x, xl, products, parts, mode, whole) -> Plan:
+    first = products[0]
+    size = dict(zip(xl, x.shape)) | dict(zip(first.wl, first.w.shape))
+    inner = {d for d in first.wl if d in xl and d not in first.out}
+    rows = math.prod(size[d] for d in xl if d not in first.wl)
+    outs = [math.prod(n for d, n in zip(p.wl, p.w.shape) if d not in xl) for p in products]
+    ranks = [p.w.a.size(RANK) for p in products]
+    mergeable = whole and all(
+        inner <= {*al} <= {*xl, RANK}
+        and not inner & {*bl}
+        and _keeps_all_bits(p, x)
+        and all(map(compat.one_device, jax.tree.leaves(p.w.base)))
+        for p, ((_, al), (_, bl)) in zip(products, parts)
+    )
+    mergeable = mergeable and compat.one_device(x)
+    inner_size = math.prod(size[d] for d in inner)
+    mode = mode if whole else "factored"
+    return choose(mode, rows, inner_size, outs, ranks, x.dtype.itemsize, mergeable)
+
+
+def _keeps_all_bits(p: Product, x) -> bool:
+    """Whether the product reads the weight in fp32 or wider, so that a small update of a large
+    weight is not rounded away. In fp32, GPUs and TPUs do so only at the highest precision."""
+    wide = all(v.dtype.itemsize >= 4 for v in (x, p.w.base))
+    highest = jax.lax.Precision.HIGHEST
+    precision = p.params["precision"]
+    full = precision == highest or precision == (highest, highest)
+    return wide and (full or jax.default_backend() == "cpu")
+
+
+def dropout(x: jax.Array, w: AdaptedWeight, use: int) -> jax.Array:
+    """Inverted dropout on the branch's input; its mask is of the weight, its stack and the use."""
+    if not w.drops:
+        return x
+    data = w.seed.sorted().value
+    key = jax.random.wrap_key_data(data.reshape(-1, data.shape[-1])[0], impl=SEED_IMPL)
+    keep = jax.random.bernoulli(jax.random.fold_in(key, use), 1 - w.dropout, x.shape)
+    return jnp.where(keep, x / (1 - w.dropout), jnp.zeros_like(x))

@@ -1,0 +1,112 @@
+"""Products with quantised weights, so that as little as can be of what is read is written out.
+
+* On TPUs, to put the two halves of a byte side by side is to write the weight out, several times
+  over. So the upper and the lower halves, which are the even and the odd numbers along the last
+  axis, each have a product of their own, and what is put together is the result, or taken apart is
+  x.
+* A table of many rows, as a head that is tied to an embedding, is read in parts of some rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax._core import compat
+from lora_jax._core.einsum import Labels, cast, contract
+from lora_jax._quantized.formats import STORED
+from lora_jax._quantized.weight import Quantized, is_quantized, value
+
+LARGE, PART, MOST = 2**24, 2**22, 512  # numbers of a table, of a part of it, and parts
+
+
+TALL = 4  # rows of a table for each of its columns
+
+
+def dot(whole: Callable, x, xl: Labels, w: Any, wl: Labels, out: Labels, after, **params):
+    """The product of x and a weight that may be quantised: `whole(x, array)`, or the same sum in
+    halves or by rows. `after` as in `value`."""
+    if not is_quantized(w):
+        return whole(x, w)
+    parts = _parts(w, x)
+    if parts > 1 and (_rows(w, wl) in xl) != (_rows(w, wl) in out):
+        return by_rows(x, xl, w, wl, out, parts, **params)
+    if not _in_halves(w):
+        return whole(x, value(w, after))
+    return lax.platform_dependent(
+        x,
+        w,
+        tpu=lambda x, w: halves(x, xl, w, wl, out, after, **params),
+        default=lambda x, w: whole(x, value(w, after)),
+    )
+
+
+def _in_halves(q: Quantized) -> bool:
+    explicit = compat.explicit_sharding(q.codes) is not None
+    return STORED[q.format].bits == 4 and q.pad == 0 and q.order is not None and not explicit
+
+
+def halves(x, xl: Labels, q: Quantized, wl: Labels, out: Labels, after=None, **params):
+    """From two products: with the even and with the odd numbers of the last axis."""
+    last = wl[q.order.index(q.codes.ndim - 1)]
+    ys = []
+    for i, w in enumerate(q.each_half(after)):
+        part = x
+        if last in xl:
+            d = list(xl).index(last)
+            pairs = x.reshape(*x.shape[:d], -1, 2, *x.shape[d + 1 :])
+            part = lax.index_in_dim(pairs, i, d + 1, keepdims=False)
+        ys.append(contract(part, xl, w, wl, out, **params))
+    if last not in out:
+        return ys[0] + ys[1]
+    d = list(out).index(last)
+    y = jnp.stack(ys, d + 1)
+    return y.reshape(*y.shape[:d], -1, *y.shape[d + 2 :])
+
+
+def _rows(q: Quantized, wl: Labels):
+    """The label of the rows."""
+    return wl[q.order.index(0)]
+
+
+def _parts(q: Quantized, x) -> int:
+    """Of how many rows a table is read at once, as so many equal parts; 1, of what is no table."""
+    if q.codes.ndim != 2 or q.order is None or q.read_at is not None:
+        return 1
+    rows, columns = q.stored
+    large = rows * columns >= LARGE and rows >= TALL * columns
+    if not large or not compat.one_device(x) or not compat.one_device(q.codes):
+        return 1
+    fits = (n for n in range(2, MOST + 1) if rows % n == 0 and rows // n * columns <= PART)
+    return next(fits, 1)
+
+
+def by_rows(x, xl: Labels, q: Quantized, wl: Labels, out: Labels, parts: int, **params):
+    """Each part of the rows gives a part of the result, or a term of it."""
+    label, count = _rows(q, wl), q.stored[0] // parts
+    dtype = params.pop("preferred_element_type", None) or jnp.result_type(x, q.dtype)
+    summed = label not in out
+    kept = jnp.promote_types(dtype, jnp.float32) if summed else dtype
+    q = dataclasses.replace(q, constants=q.block_constants(), second=None)
+    size = dict(zip(wl, q.shape)) | dict(zip(xl, x.shape))
+    every = frozenset().union(*map(compat.varying, (x, *jax.tree.leaves(q))))
+    start = compat.vary(jnp.zeros([size[d] for d in out], kept), every)
+
+    def some(v, i, axis):
+        return lax.dynamic_slice_in_dim(v, i * count, count, axis)
+
+    def add(i, y):
+        of_rows = lambda v: some(v, i, 0) if v.shape[0] == q.stored[0] else v
+        w = jax.tree.map(of_rows, q).value()
+        part = some(x, i, list(xl).index(label)) if summed else x
+        z = contract(part, xl, w, wl, out, preferred_element_type=kept, **params)
+        if summed:
+            return y + z
+        return lax.dynamic_update_slice_in_dim(y, z, i * count, list(out).index(label))
+
+    return cast(lax.fori_loop(0, parts, add, start), dtype)

@@ -1,0 +1,383 @@
+"""A quantised base: weights that stay in their codes until the product that uses them.
+
+A `Quantized` stands in the place of an array in the parameter tree. It is frozen, and a function
+made by `adapt` understands it: moves (transposes, reshapes, casts) wait, a scan slices the codes,
+and each product reads the weight anew, in the forward pass and again in the backward one, so that
+no more than one dequantised layer is alive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax._core import compat
+from lora_jax._core.errors import LoRAError, refuse_use
+from lora_jax._core.geometry import names
+from lora_jax._core.order import tied
+from lora_jax._quantized.codes import SECOND, doubled, read, undoubled
+from lora_jax._quantized.formats import (
+    FORMATS,
+    STORED,
+    blocks_of,
+    decode,
+    dynamic_level,
+    encode,
+    pack,
+)
+
+static = dict(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+    """A weight of `shape` in codes; `quantize` makes them, and `dequantize` reads them.
+
+    Attributes:
+      codes: (*shape[:-1], n), of four bits two in a byte; the last axis padded to whole blocks.
+      constants: (*shape[:-1], blocks), or, per channel, `shape` with ones along the in axes. With
+        double quantisation (*shape[:stack], groups, 256) codes of 8 bits.
+      second: with it, (maxima (*shape[:stack], groups), means (*shape[:stack])) of the constants,
+        else None.
+      format: a key of `FORMATS`.
+      stored_dtype: of the weight that it stands for.
+      pad: how much the last axis was padded.
+      stack: how many leading axes are a stack of weights (layers, experts).
+      read_at: the sharding, of the weight as it lies there, that its arrays get before it is read,
+        or None; see `gathered`.
+      moves: what is done to the weight when it is read, as (primitive, parameters), and moved_to,
+        its shape and type then.
+    """
+
+    lora_leaf = True  # for `_core.paths`: one leaf of a parameter tree
+
+    codes: jax.Array
+    constants: jax.Array
+    second: tuple[jax.Array, jax.Array] | None
+    format: str = dataclasses.field(**static)
+    stored_dtype: Any = dataclasses.field(**static)
+    pad: int = dataclasses.field(default=0, **static)
+    stack: int = dataclasses.field(default=0, **static)
+    read_at: NamedSharding | None = dataclasses.field(default=None, **static)
+    moves: tuple = dataclasses.field(default=(), **static)
+    moved_to: Any = dataclasses.field(default=None, **static)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of the weight as it lies there; of a part, where the arrays are of a part."""
+        *lead, n = self.codes.shape
+        return (*lead, n * (2 if STORED[self.format].bits == 4 else 1) - self.pad)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        order = self.order  # `moved_to` is of the whole, where the arrays are of a part
+        return self.moved_to[0] if order is None else tuple(self.stored[d] for d in order)
+
+    @property
+    def sharding(self) -> Any:
+        """That of the codes, in the order of the weight's axes; None where it is not known."""
+        traced = isinstance(self.codes, jax.core.Tracer)  # its type's
+        found = getattr(jax.typeof(self.codes) if traced else self.codes, "sharding", None)
+        if not isinstance(found, NamedSharding) or not self.moves:
+            return found
+        if self.order is None:
+            return None
+        spec = dict(enumerate(found.spec))
+        return NamedSharding(found.mesh, PartitionSpec(*(spec.get(d) for d in self.order)))
+
+    @property
+    def dtype(self):
+        return self.moved_to[1] if self.moves else self.stored_dtype
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """What a function is traced with; shardings and manual axes that are in types are kept."""
+        return compat.abstract(self.shape, self.dtype, self.sharding, jax.tree.leaves(self))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and constants."""
+        return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(self))
+
+    @property
+    def bits(self) -> float:
+        """Bits per parameter."""
+        return 8 * self.nbytes / math.prod(self.stored)
+
+    def moved(self, eqn) -> Quantized | None:
+        """The weight after an equation that only moves or casts it; None if that cannot wait."""
+        move = (eqn.primitive, tuple(sorted(eqn.params.items())))
+        try:
+            hash(move)
+        except TypeError:
+            return None
+        aval = eqn.outvars[0].aval
+        to = (tuple(aval.shape), np.dtype(aval.dtype))
+        return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
+
+    @property
+    def storable(self) -> bool:
+        """Whether other numbers can be stored in the same way, see `of`."""
+        return not self.moves and self.format in FORMATS
+
+    def of(self, w: jax.Array) -> Quantized:
+        """Other numbers of the same shape, stored in the same way."""
+        fmt, shape = STORED[self.format], self.constants.shape
+        per_channel = fmt.block is None
+        in_axes = tuple(d for d, n in enumerate(shape) if n == 1) if per_channel else (-2,)
+        double = self.second is not None
+        return _jitted(w, self.format, in_axes=in_axes, stack=self.stack, double=double)
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether the parts of axis 0 are those of each array."""
+        order = self.order
+        whole = self.codes.ndim > 1 and (self.stack > 0 or self.second is None)
+        return whole and order is not None and order[0] == 0
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """For each axis that of the codes, if moves are transposes and casts alone; else None."""
+        order = tuple(range(self.codes.ndim))
+        for primitive, params in self.moves:
+            if primitive.name == "transpose":
+                order = tuple(order[d] for d in dict(params)["permutation"])
+            elif primitive.name != "convert_element_type":
+                return None
+        return order
+
+    def specs(self, spec: Iterable, mesh: Any = None) -> Quantized:
+        """The PartitionSpecs of the arrays, where `spec` is the weight's.
+
+        Constants lie as the codes do; those quantised twice, which have no other axis, along the
+        first axis after the stack. With a mesh, what its devices do not divide is replicated.
+
+        >>> import jax, lora_jax as lora
+        >>> from jax.sharding import PartitionSpec as P
+        >>> params = {"w": jax.ShapeDtypeStruct((512, 1024), "float32")}
+        >>> q = jax.eval_shape(lambda p: lora.quant.quantize(p, "w", double=True), params)["w"]
+        >>> of = q.specs(P("fsdp", "tp"))
+        >>> of.codes, of.constants, of.second
+        (P('fsdp', 'tp'), P('fsdp', None), (P('fsdp',), P()))
+        """
+        if self.order is None:
+            raise LoRAError(f"{self!r} is not spread over devices once it is moved: bind it after")
+        of = dict(zip(self.order, spec))
+        own = [of.get(d) for d in range(self.codes.ndim)]
+        stack, first = own[: self.stack], own[self.stack]
+
+        def fit(x, entries):
+            parts = [math.prod(mesh.shape[n] for n in names(e)) if mesh else 1 for e in entries]
+            even = [n > 1 and n % p == 0 for n, p in zip(x.shape, parts)]
+            return PartitionSpec(*(e if fits else None for e, fits in zip(entries, even)))
+
+        arrays = dict(codes=fit(self.codes, own), constants=fit(self.constants, own))
+        if self.second is not None:
+            top, mean = self.second
+            arrays["constants"] = fit(self.constants, [*stack, first, None])
+            arrays["second"] = fit(top, [*stack, first]), fit(mean, stack)
+        return dataclasses.replace(self, **arrays)
+
+    def part(self) -> Quantized:
+        """One of axis 0, of arrays that were sliced already."""
+        at = self.read_at and NamedSharding(
+            self.read_at.mesh, PartitionSpec(*self.read_at.spec[1:])
+        )
+        stack = max(self.stack - 1, 0)
+        part = dataclasses.replace(self, stack=stack, read_at=at, moves=(), moved_to=None)
+        for primitive, params in self.moves:
+            if primitive.name == "transpose":
+                part = part.transposed([d - 1 for d in dict(params)["permutation"][1:]])
+            else:
+                moves = (*part.moves, (primitive, params))
+                to = (part.shape, np.dtype(dict(params)["new_dtype"]))
+                part = dataclasses.replace(part, moves=moves, moved_to=to)
+        return part
+
+    def transposed(self, order: Sequence[int]) -> Quantized:
+        """The weight with its axes in this order, when it is read."""
+        move = (lax.transpose_p, (("permutation", tuple(order)),))
+        to = (tuple(self.shape[d] for d in order), np.dtype(self.dtype))
+        return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
+
+    def rows(self, eqn, indices) -> jax.Array | None:
+        """What a gather along other axes than the last picks; None if it is another one."""
+        p = eqn.params
+        dn, last = p["dimension_numbers"], self.ndim - 1
+        whole = (
+            not self.moves
+            and STORED[self.format].block is not None
+            and last not in (*dn.start_index_map, *dn.collapsed_slice_dims)
+            and p["slice_sizes"][last] == self.shape[last]
+            and eqn.outvars[0].aval.ndim - 1 in dn.offset_dims
+            and not dn.operand_batching_dims
+        )
+        if not whole:
+            return None
+        same = {k: p[k] for k in ("mode", "unique_indices", "indices_are_sorted")}
+        sizes = lambda x: (*p["slice_sizes"][:last], x.shape[last])
+        pick = lambda x: lax.gather(x, indices, dn, sizes(x), **same)
+        return self._picked(pick)
+
+    def at_rows(self, index) -> jax.Array:
+        """Rows of a table."""
+        if STORED[self.format].block is None or self.moves:
+            return self.value()[index]
+        return self._picked(lambda x: x[index])
+
+    def _picked(self, pick) -> jax.Array:
+        codes, constants = pick(self.codes), pick(self.block_constants())
+        picked = dataclasses.replace(self, codes=codes, constants=constants, second=None, stack=0)
+        return picked.value()
+
+    def _check(self) -> None:
+        """That codes and constants are of one part of the weight, where they were cut by hand."""
+        fmt, (*lead, last) = STORED[self.format], self.stored
+        n, block = blocks_of(last, fmt.block)
+        found = tuple(self.constants.shape)
+        if fmt.block is None:
+            good = all(c in (1, d) for c, d in zip(found, self.stored))
+        elif self.second is not None:
+            groups = math.ceil(math.prod(lead[self.stack :]) * n / SECOND)
+            good = found == (*lead[: self.stack], groups, SECOND) and n * block == last + self.pad
+        else:
+            each = {1: n, 2: 2 * n, 16: 2 * n}[fmt.parts]
+            good = found == (*lead, each) and n * block == last + self.pad
+        if not good:
+            raise LoRAError(
+                f"codes {self.codes.shape} and constants {found} of {self.format!r} are not of one "
+                "part of a weight. By hand (shard_map, all_gather) cut the last axis between "
+                f"blocks of {fmt.block}, and, with double quantisation, the first axis after the "
+                f"stack alone, in groups of {SECOND} constants; `jax.jit` needs no such care"
+            )
+
+    def __repr__(self) -> str:
+        arrays = all(hasattr(x, "size") for x in jax.tree.leaves(self))
+        bits = f", {self.bits:.4g} bits" if arrays else ""
+        return f"Quantized({self.shape}, {self.dtype}, {self.format!r}{bits})"
+
+    def value(self, after: jax.Array | None = None) -> jax.Array:
+        """The weight as an array. `after`: not before that is there, and not the one of another."""
+        q = self._there(after)
+        fmt = STORED[self.format]
+        return self._moved(read(fmt, q.codes, q.block_constants(), q.stored, q.dtype))
+
+    def each_half(self, after: jax.Array | None = None) -> list[jax.Array]:
+        """Of four bits, where blocks are whole: the numbers at even places of the stored weight's
+        last axis, and those at odd ones, each as an array."""
+        q, fmt = self._there(after), STORED[self.format]
+        shape = (*q.codes.shape[:-1], -1, fmt.block // 2)
+        parts = (x.reshape(shape) for x in (q.codes >> 4, q.codes & 15))
+        constants = q.block_constants(dynamic_level)
+        halves = (decode(fmt, x, constants, q.dtype).reshape(q.codes.shape) for x in parts)
+        return [self._moved(w) for w in halves]
+
+    def block_constants(self, *level: Callable) -> jax.Array:
+        """Of each block, once they are read themselves; by `level`, see `undoubled`."""
+        if self.second is None:
+            return self.constants
+        *rest, last = self.stored
+        shape = (*rest, blocks_of(last, STORED[self.format].block)[0])
+        return undoubled(self.constants, self.second, shape, self.stack, *level)
+
+    def _there(self, after) -> Quantized:
+        """The weight as it lies there, about to be read."""
+        self._check()
+        codes = self.codes if after is None else tied(after, self.codes)
+        q = dataclasses.replace(self, codes=codes, moves=(), moved_to=None)
+        return q if self.read_at is None or compat.manual(codes) else lie(q, self.read_at)
+
+    def _moved(self, w: jax.Array) -> jax.Array:
+        for primitive, params in self.moves:
+            w = primitive.bind(w, **primitive.get_bind_params(dict(params)))
+        return w
+
+
+def lie(q: Quantized, sharding: NamedSharding) -> Quantized:
+    """The weight with its arrays where a sharding of it says."""
+    specs = q.specs(sharding.spec, sharding.mesh)
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    place = jax.sharding.reshard if explicit else lax.with_sharding_constraint
+    return jax.tree.map(lambda x, s: place(x, NamedSharding(sharding.mesh, s)), q, specs)
+
+
+def value(base: Any, after: jax.Array | None = None) -> jax.Array:
+    """The array that a base is, or stands for."""
+    return base.value(after) if isinstance(base, Quantized) else base
+
+
+def quantized(
+    w: jax.Array,
+    format: str = "nf4",
+    *,
+    in_axes: Sequence[int] = (-2,),
+    stack: int = 0,
+    double: bool = False,
+) -> Quantized:
+    """One array; see `quantize`.
+
+    >>> import jax.numpy as jnp
+    >>> q = quantized(jnp.linspace(-1, 1, 128).reshape(2, 64), "nf4")
+    >>> q, bool(abs(q.value() - jnp.linspace(-1, 1, 128).reshape(2, 64)).max() < 0.152)
+    (Quantized((2, 64), float32, 'nf4', 4.5 bits), True)
+    """
+    fmt = FORMATS.get(format)
+    if fmt is None:
+        raise LoRAError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
+    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating) or 0 in w.shape:
+        raise LoRAError(f"cannot quantise {w.shape} {w.dtype}: expected floats of two axes or more")
+    if double and fmt.block is None:
+        raise LoRAError(f"double quantisation is for blocks; {format!r} has a constant per channel")
+    if double and fmt.power:
+        raise LoRAError(f"double=True: the constants of {format!r} are of 8 bits without it")
+    shape, dtype = tuple(w.shape), np.dtype(w.dtype)
+    if fmt.block is None:
+        axes = tuple(d % w.ndim for d in in_axes)
+        front = jnp.moveaxis(w, axes, range(-len(axes), 0))
+        flat = front.reshape(*front.shape[: w.ndim - len(axes)], -1)
+        codes, constants = encode(fmt, flat)
+        codes = jnp.moveaxis(codes.reshape(front.shape), range(-len(axes), 0), axes)
+        constants = jnp.expand_dims(constants, sorted(axes))
+        return Quantized(codes, constants, None, format, dtype, stack=stack)
+    n, block = blocks_of(shape[-1], fmt.block)
+    w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, n * block - shape[-1])])
+    codes, constants = encode(fmt, w.reshape(*shape[:-1], n, block))
+    codes = codes.reshape(*shape[:-1], n * block)
+    codes = pack(codes) if fmt.bits == 4 else codes
+    constants, second = doubled(constants, stack) if double else (constants, None)
+    return Quantized(codes, constants, second, format, dtype, n * block - shape[-1], stack)
+
+
+_jitted = jax.jit(quantized, static_argnames=("format", "in_axes", "stack", "double"))
+
+
+def _unread(self, *_, **__):
+    raise LoRAError(
+        f"a quantised weight, {self!r}, was used as an array. Bind the parameters and adapt the "
+        "function: lora.adapt(model.apply)({'params': lora.bind(params, adapters)}, x), with "
+        "adapters None where there are none; or, for plain arrays, lora.quant.dequantize(params)"
+    )
+
+
+refuse_use(Quantized, _unread)
+
+
+def is_quantized(x: Any) -> bool:
+    return isinstance(x, Quantized)

@@ -1,0 +1,224 @@
+"""Adapters as values: sums, scalings, other ranks, and adapters of a full fine-tuning.
+
+Every adapter stands for its update Δ = scale · A·B, and these are functions of updates: exact, or
+the best of a given rank. They work on the factors: the singular values of a product of (in, r) and
+(r, out) are those of an r × r matrix, after a QR decomposition of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.geometry import Geometry
+from lora_jax._core.nnx import state_of
+from lora_jax._core.paths import flatten, nest
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows, is_node
+from lora_jax._nodes.factors import check_factors
+from lora_jax.algebra._svd import from_svd, rank_for, svd
+
+
+def combine(
+    adapters: Sequence[Any], weights: Sequence[Any] | None = None, *, base: Any = None
+) -> dict:
+    """Σ wₖ·Δₖ of several adapters, exactly: their factors side by side (task arithmetic,
+    arXiv:2212.04089, of low-rank task vectors).
+
+    The sum of updates is not the update of summed factors, (A₁+A₂)·(B₁+B₂), which has cross terms.
+    The rank of the result is the sum of the ranks; `resize` makes it smaller.
+
+    Args:
+      adapters: adapter trees of one base. They may have other targets and ranks: what a tree does
+        not have is zero.
+      weights: for each tree a number, or {path: number or an array along the leaf's batch axes},
+        one for each leaf; traced ones too, so that they can be learned (LoraHub, arXiv:2307.13269;
+        LoRA Soups, arXiv:2410.13025). None: 1 each, the sum.
+      base: the base parameters, for leaves that are trained in full or by rows: there the update is
+        the difference from the base.
+
+    Returns:
+      An adapter tree; the weights are folded into B, and each scale is 1. Dropout is kept where
+      all agree on it, and 0 elsewhere.
+
+    Raises:
+      LoRAError: no adapters, another number of weights, adapters that do not fit each other, a leaf
+        trained in full without `base`; all of them at once. A `DoRA`, which adds no update.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
+    >>> mixed = lora.algebra.combine([{"w": node}, {"w": node}], [0.5, -2.0])
+    >>> lora.merge({"w": jnp.zeros((2, 2))}, mixed)["w"]
+    Array([[-1.5, -1.5],
+           [-1.5, -1.5]], dtype=float32)
+    """
+    trees = [flatten(linear(tree), is_leaf=is_node) for tree in adapters]
+    weights = [1.0] * len(trees) if weights is None else list(weights)
+    if not trees or len(trees) != len(weights):
+        raise LoRAError(
+            f"expected one weight for each of {len(trees)} adapters, found {len(weights)}: "
+            "lora.algebra.combine([first, second], [0.5, 0.5])"
+        )
+    leaves = {} if base is None else flatten(state_of(base))
+    failures: list[str] = []
+    out = {}
+    for path in dict.fromkeys(p for tree in trees for p in tree):
+        parts = [
+            (tree[path], weight_of(w, path)) for tree, w in zip(trees, weights) if path in tree
+        ]
+        problem = differ([node for node, _ in parts], leaves.get(path))
+        if problem is not None:
+            failures.append(f"'{path}': {problem}")
+        elif isinstance(parts[0][0], LoRA):
+            out[path] = _side_by_side(parts)
+        else:
+            out[path] = _moved(parts, leaves[path])
+    raise_all("these adapters cannot be combined:", failures, "they must be of one base")
+    return nest(out)
+
+
+def scaled(adapters: Any, weight: Any) -> dict:
+    """weight · Δ, exactly; −1 negates an adapter (arXiv:2212.04089, "forgetting").
+
+    Args:
+      adapters: adapters, without leaves that are trained in full or by rows (for these `combine`
+        needs the base).
+      weight: as one of those of `combine`.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
+    >>> lora.algebra.scaled({"w": node}, -1.0)["w"].b
+    Array([[-1., -1.]], dtype=float32)
+    """
+    return combine([adapters], [weight])
+
+
+def resize(adapters: Any, rank: int | None = None, *, energy: float | None = None) -> dict:
+    """The adapters of another rank: the best approximation of each update (Eckart and Young), or,
+    where the rank grows, the same update with zeros beside it.
+
+    Args:
+      adapters: any adapters; leaves trained in full or by rows stay as they are.
+      rank: the rank of every leaf.
+      energy: or, leaf by leaf, the smallest rank that keeps this share of ‖Δ‖² (of a stack, in each
+        of its weights). It depends on values, so not under jit.
+
+    Returns:
+      Adapters with scale 1 and balanced factors: A = U·√Σ, B = √Σ·Vᵀ.
+
+    Raises:
+      LoRAError: neither or both of rank and energy, or one out of range; a `DoRA`.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.ones((4, 3)), jnp.ones((3, 2)), 2.0, lora.Geometry((0,), (1,)))
+    >>> small = lora.algebra.resize({"w": node}, energy=0.99)["w"]  # all of it is in one direction
+    >>> small.rank, bool(jnp.allclose(small.a @ small.b, 6.0))
+    (1, True)
+    """
+    fits = rank >= 1 if energy is None and rank is not None else 0 < (energy or 0) <= 1
+    if (rank is None) == (energy is None) or not fits:
+        raise LoRAError(
+            f"expected a rank >= 1 or an energy in (0, 1], found rank={rank}, energy={energy}: "
+            "lora.algebra.resize(adapters, rank=8) or lora.algebra.resize(adapters, energy=0.95)"
+        )
+
+    def leaf(node):
+        if not isinstance(node, LoRA):
+            return node
+        u, s, v = svd(node)
+        keep = rank if energy is None else rank_for(s, energy)
+        return from_svd(node, u, s, v, keep)
+
+    return jax.tree.map(leaf, linear(adapters), is_leaf=is_node)
+
+
+def linear(adapters: Any) -> Any:
+    """The adapters, if each stands for an update that is added to the base."""
+    nodes = flatten(checked(adapters), is_leaf=is_node)
+    raise_all(
+        "these are scaled by magnitudes, so what they add depends on the base:",
+        (f"'{p}' is a DoRA" for p, n in nodes.items() if isinstance(n, DoRA)),
+        "merge them, lora.merge(params, adapters), and take a low-rank update by "
+        "lora.algebra.extract",
+    )
+    return adapters
+
+
+def checked(adapters: Any) -> Any:
+    """The adapters, if that is what they are."""
+    nodes = jax.tree.leaves(adapters, is_leaf=is_node)
+    wrong = [type(n).__name__ for n in nodes if not is_node(n)]
+    if wrong or not nodes:
+        raise LoRAError(
+            f"expected adapters, as from lora.init, found {wrong[0] if wrong else 'an empty tree'}"
+        )
+    check_factors(flatten(adapters, is_leaf=is_node))
+    return adapters
+
+
+def weight_of(weight: Any, path: str) -> Any:
+    """The weight of one leaf."""
+    if not isinstance(weight, Mapping):
+        return weight
+    if path not in weight:
+        raise LoRAError(f"the weights have none for '{path}'; there are {', '.join(weight)}")
+    return weight[path]
+
+
+def differ(nodes: list, base: Any) -> str | None:
+    """What is wrong with combining these nodes of one leaf."""
+    first = nodes[0]
+    if any(type(n) is not type(first) or n.shape != first.shape for n in nodes):
+        return "found " + ", ".join(f"{type(n).__name__} of {n.shape}" for n in nodes)
+    if isinstance(first, LoRA):
+        if any((n.geometry, n.embedding) != (first.geometry, first.embedding) for n in nodes):
+            return f"the axes differ: {[n.geometry for n in nodes]}"
+    elif base is None:
+        return (
+            f"is a {type(first).__name__}, whose update is the difference from the base: "
+            "lora.algebra.combine(adapters, weights, base=params)"
+        )
+    return None
+
+
+def _side_by_side(parts: list[tuple[LoRA, Any]]) -> LoRA:
+    """[A₁ A₂ …] and [w₁s₁B₁; w₂s₂B₂; …]."""
+    nodes = typed_alike([n for n, _ in parts])
+    b = [_times(n.b, n.scale, w, n.geometry) for n, (_, w) in zip(nodes, parts)]
+    a = jnp.concatenate([n.a for n in nodes], -1)
+    b = jnp.concatenate(b, len(nodes[0].geometry.batch_axes))
+    return dataclasses.replace(nodes[0], a=a, b=b, scale=1.0)
+
+
+def typed_alike(nodes: list[LoRA]) -> list[LoRA]:
+    """The nodes in the widest of their dtypes, with the dropout that all agree on, or none."""
+    dtype = jnp.result_type(*(n.a.dtype for n in nodes))
+    dropout = nodes[0].dropout if all(n.dropout == nodes[0].dropout for n in nodes) else 0.0
+    cast = lambda n: {"a": n.a.astype(dtype), "b": n.b.astype(dtype)}
+    return [dataclasses.replace(n, **cast(n), dropout=dropout) for n in nodes]
+
+
+def _times(b, scale: float, weight: Any, geometry: Geometry):
+    """scale · weight · B, the weight along the batch axes."""
+    weight = jnp.asarray(weight, b.dtype) * scale
+    return b * weight.reshape(weight.shape + (1,) * (b.ndim - weight.ndim))
+
+
+def _moved(parts: list[tuple[Any, Any]], base) -> Any:
+    """base + Σ w·(value − base), of leaves in full, or of all rows that any of the parts has."""
+    first = parts[0][0]
+    base = jnp.asarray(base)
+    if isinstance(first, Full):
+        start = base.astype(first.value.dtype)
+        moves = [(n.value - start) * jnp.asarray(w, start.dtype) for n, w in parts]
+        return Full(sum(moves, start))
+    index = tuple(sorted({i for n, _ in parts for i in n.index}))
+    rows = start = base[jnp.asarray(index)].astype(first.value.dtype)
+    for node, w in parts:
+        at = jnp.asarray([index.index(i) for i in node.index])
+        rows = rows.at[at].add((node.value - start[at]) * jnp.asarray(w, start.dtype))
+    return Rows(rows, index, first.length)

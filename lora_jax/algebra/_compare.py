@@ -1,0 +1,121 @@
+"""How large two adapters are, and how much they have in common, leaf by leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.paths import flatten
+from lora_jax._core.table import table
+from lora_jax._nodes.adapters import LoRA, is_node
+from lora_jax.algebra._combine import linear
+from lora_jax.algebra._svd import matrices, svd
+
+
+@dataclasses.dataclass(frozen=True)
+class Likeness:
+    """Of one leaf in two adapters; of a stack (layers, experts), an entry for each weight.
+
+    Attributes:
+      norms: ‖Δ₁‖ and ‖Δ₂‖ (Frobenius), (2, n).
+      cosine: ⟨Δ₁, Δ₂⟩ / ‖Δ₁‖‖Δ₂‖, (n,); 0 where one of them is zero.
+      input_angles, output_angles: the principal angles between the spaces that the two read from
+        and write to, in degrees from the smallest on, (n, min(rank₁, rank₂)).
+    """
+
+    norms: np.ndarray
+    cosine: np.ndarray
+    input_angles: np.ndarray
+    output_angles: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two adapters, leaf by leaf. Print it for a table (of a stack, the means).
+
+    Attributes:
+      leaves: {path: `Likeness`} of the leaves that both have.
+      first, second: paths that one of them has alone, or that are not low-rank in both.
+    """
+
+    leaves: Mapping[str, Likeness]
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+
+    def __str__(self):
+        head = ("leaf", "norm 1", "norm 2", "cosine", "input angles", "output angles")
+        span = lambda angles: f"{angles[:, 0].mean():.1f}° to {angles[:, -1].mean():.1f}°"
+        rows = [
+            (
+                path,
+                *(float(f"{x:.4g}") for x in leaf.norms.mean(-1)),
+                float(f"{leaf.cosine.mean():.4f}"),
+                span(leaf.input_angles),
+                span(leaf.output_angles),
+            )
+            for path, leaf in self.leaves.items()
+        ]
+        lines = [table(head, rows)]
+        for name, paths in (("first", self.first), ("second", self.second)):
+            lines += [f"in the {name} alone: {', '.join(paths)}"] if paths else []
+        return "\n".join(lines)
+
+
+def compare(first: Any, second: Any) -> Comparison:
+    """Compares the updates of two adapters: norms, cosine, principal angles (Björck and Golub,
+    doi:10.1090/S0025-5718-1973-0348991-3), all from the factors.
+
+    Args:
+      first, second: adapters of one base; their ranks may differ.
+
+    Raises:
+      LoRAError: these are no adapters, or DoRA's; a leaf has other axes or another shape in each.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> def node(row):
+    ...     b = jnp.array([row], float)
+    ...     return {"w": lora.LoRA(jnp.ones((2, 1)), b, 1.0, lora.Geometry((0,), (1,)))}
+    >>> found = lora.algebra.compare(node([1, 0]), node([1, 1])).leaves["w"]
+    >>> found.cosine.round(3), found.input_angles.round(), found.output_angles.round()
+    (array([0.707], dtype=float32), array([[0.]], dtype=float32), array([[45.]], dtype=float32))
+    """
+    one, two = (flatten(linear(tree), is_leaf=is_node) for tree in (first, second))
+    low_rank = lambda tree: {p for p, n in tree.items() if isinstance(n, LoRA)}
+    both = low_rank(one) & low_rank(two)
+    leaves = {}
+    for path in (p for p in one if p in both):
+        a, b = one[path], two[path]
+        if (a.geometry, a.shape) != (b.geometry, b.shape):
+            raise LoRAError(
+                f"'{path}': {a.shape} with {a.geometry} in the first, {b.shape} with {b.geometry} "
+                "in the second; compare adapters of one base"
+            )
+        leaves[path] = _likeness(a, b)
+    alone = lambda tree: tuple(p for p in tree if p not in both)
+    return Comparison(leaves, alone(one), alone(two))
+
+
+def _likeness(one: LoRA, two: LoRA) -> Likeness:
+    (a1, b1), (a2, b2) = matrices(one), matrices(two)
+    (u1, s1, v1), (u2, s2, v2) = svd(one), svd(two)
+    norms = jnp.stack([jnp.linalg.norm(s, axis=-1) for s in (s1, s2)])
+    inner = jnp.sum((a1.mT @ a2) * (b1 @ b2.mT), (-2, -1))  # ⟨A₁B₁, A₂B₂⟩
+    size = norms[0] * norms[1]
+    cosine = jnp.where(size > 0, inner / jnp.where(size > 0, size, 1), 0)
+    return Likeness(*map(np.asarray, (norms, cosine, _angles(u1, u2), _angles(v1.mT, v2.mT))))
+
+
+def _angles(q1, q2):
+    """Of the column spaces, small ones by their sines, which do not lose them to rounding."""
+    if q2.shape[-1] > q1.shape[-1]:
+        q1, q2 = q2, q1
+    product = q1.mT @ q2
+    cosines = jnp.linalg.svd(product, compute_uv=False)
+    sines = jnp.linalg.svd(q2 - q1 @ product, compute_uv=False)[..., ::-1]
+    small = jnp.arcsin(jnp.clip(sines, 0, 1))
+    return jnp.degrees(jnp.where(cosines**2 > 0.5, small, jnp.arccos(jnp.clip(cosines, 0, 1))))

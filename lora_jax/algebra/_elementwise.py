@@ -1,0 +1,240 @@
+"""What the merging methods do to the elements of task vectors: trim, drop, elect signs, add up.
+
+A task vector is one adapter's update, leaf by leaf. An array of it has three axes, (weights of the
+stack, in, out), and is made when it is needed: one leaf at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax._core.einsum import wide
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.keys import path_key
+from lora_jax._core.nnx import state_of
+from lora_jax._core.paths import flatten
+from lora_jax._nodes.adapters import Full, LoRA, Rows, is_node
+from lora_jax.algebra._combine import differ, weight_of
+from lora_jax.algebra._svd import matrices
+
+DIGIT = 16  # bits of a magnitude that one pass over the leaves decides
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A merge of task vectors.
+
+    Attributes:
+      density: the share of elements that a vector keeps, the largest; 1: all.
+      rate: the share that is dropped at random, the rest being divided by 1 − rate; 0: none.
+      elect: the mean of what has the elected sign; otherwise the sum.
+      per_weight: whether each weight is trimmed by itself, and not the vector as a whole.
+    """
+
+    density: float = 1.0
+    rate: float = 0.0
+    elect: bool = False
+    per_weight: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One leaf of one task vector: an adapter's node, or an array; its weight, a number or (n,);
+    and the base where the update is the difference from it."""
+
+    node: Any
+    weight: jax.Array
+    base: Any = None
+
+
+Parts = tuple[Part | None, ...]  # of one leaf, for each adapter; None where it has none
+
+
+def parts_of(adapters, weights, base, exact: bool = False) -> dict[str, Parts]:
+    """{path: its part of each task vector}, checked."""
+    if isinstance(adapters, Mapping):
+        raise LoRAError(
+            "expected several adapters, found one tree: lora.algebra.ties([first, second], …)"
+        )
+    trees = [flatten(tree, is_leaf=is_node) for tree in adapters]
+    weights = [1.0] * len(trees) if weights is None else list(weights)
+    if not trees or len(trees) != len(weights):
+        raise LoRAError(
+            f"expected one weight for each of {len(trees)} adapters, found {len(weights)}: "
+            "lora.algebra.ties([first, second], [0.5, 0.5], rank=16)"
+        )
+    raise_all(
+        "these leaves are no adapters that can be merged:",
+        dict.fromkeys(
+            f"'{path}' is a {type(node).__name__}; expected a LoRA, Full or Rows"
+            for tree in trees
+            for path, node in tree.items()
+            if type(node) not in (LoRA, Full, Rows)
+        ),
+        "as from lora.init(key, params, config)",
+    )
+    starts = {} if base is None else flatten(state_of(base))
+    failures: list[str] = []
+    out: dict[str, Parts] = {}
+    for path in dict.fromkeys(p for tree in trees for p in tree):
+        nodes = [tree[path] for tree in trees if path in tree]
+        start, low_rank = starts.get(path), isinstance(nodes[0], LoRA)
+        problem = differ(nodes, start)
+        if problem is None and start is None and exact:
+            problem = f"the base has no such leaf of {nodes[0].shape}"
+        if problem is None and start is not None and tuple(start.shape) != nodes[0].shape:
+            problem = f"of {nodes[0].shape}, but the base has {tuple(start.shape)}"
+        if problem is not None:
+            failures.append(f"'{path}': {problem}")
+            continue
+        start = None if low_rank and not exact else start
+        out[path] = tuple(
+            Part(tree[path], _spread(path, tree[path], w), start) if path in tree else None
+            for tree, w in zip(trees, weights)
+        )
+    raise_all("these adapters cannot be merged:", failures, "they must be of one base")
+    if not out:
+        raise LoRAError("expected adapters, as from lora.init, found an empty tree")
+    return out
+
+
+def _spread(path: str, node, weight) -> jax.Array:
+    """A leaf's weight, one for each weight of a stack."""
+    axes = node.geometry.batch_axes if isinstance(node, LoRA) else ()
+    dtype = wide(jax.tree.leaves(node)[0].dtype)
+    weight = jnp.asarray(weight_of(weight, path), dtype)
+    shape = tuple(node.shape[d] for d in axes)
+    if weight.shape != shape[: weight.ndim]:
+        raise LoRAError(
+            f"'{path}': a weight of shape {weight.shape}; expected a number, or an array along the "
+            f"leaf's batch axes, {shape}"
+        )
+    weight = weight.reshape(weight.shape + (1,) * (len(shape) - weight.ndim))
+    return jnp.broadcast_to(weight, shape).reshape(-1)
+
+
+@jax.jit
+def vector(part: Part) -> jax.Array:
+    """weight · Δ in fp32 or wider: (n, in, out); (1, size, 1) of a leaf in full; (1, rows, d)."""
+    node, weight = part.node, part.weight.reshape(-1, 1, 1)
+    if isinstance(node, LoRA):
+        a, b = matrices(node)
+        node = jnp.matmul(a, b, precision="highest")
+    elif not isinstance(node, jax.Array):
+        index = slice(None) if isinstance(node, Full) else jnp.asarray(node.index)
+        start = jnp.asarray(part.base)[index].astype(node.value.dtype)
+        dtype = wide(start.dtype)
+        shape = (1, -1, 1) if isinstance(node, Full) else (1, *start.shape)
+        node = (node.value.astype(dtype) - start.astype(dtype)).reshape(shape)
+    return node * weight.astype(node.dtype)
+
+
+def merged(
+    leaves: Mapping[str, Parts], path: str, cuts: Mapping, key: jax.Array | None, method: Method
+) -> jax.Array:
+    """The merged update of one leaf; of rows, all that any of the adapters has, in order."""
+    have = [(k, part) for k, part in enumerate(leaves[path]) if part is not None]
+    vectors = [vector(part) for _, part in have]
+    if key is not None:
+        key = path_key(key, path)
+    keys = [None if key is None else jax.random.fold_in(key, k) for k, _ in have]
+    rows = tuple(getattr(part.node, "index", None) for _, part in have)
+    at = [cuts[path][k] for k, _ in have]
+    return _merged(vectors, at, keys, method.rate, elect=method.elect, rows=rows)
+
+
+@functools.partial(jax.jit, static_argnames=("elect", "rows"))
+def _merged(vectors, cuts, keys, rate, *, elect: bool, rows):
+    vectors = [_sparse(x, cut, key, rate) for x, cut, key in zip(vectors, cuts, keys)]
+    if rows[0] is not None:
+        union = sorted({i for index in rows for i in index})
+        blank = jnp.zeros((1, len(union), vectors[0].shape[-1]), vectors[0].dtype)
+        at = [jnp.asarray([union.index(i) for i in index]) for index in rows]
+        vectors = [blank.at[:, i].set(x) for i, x in zip(at, vectors)]
+    return _agreed(vectors) if elect else sum(vectors)
+
+
+def _sparse(x, cut, key, rate):
+    rounding = 1 - 4 * jnp.finfo(x.dtype).eps  # what is equal but for it is kept together
+    x = jnp.where(jnp.abs(x) < cut.astype(x.dtype) * rounding, 0, x)
+    if key is None:
+        return x
+    left = 1 - jnp.asarray(rate, x.dtype)
+    return jnp.where(jax.random.bernoulli(key, left, x.shape), x / left, 0)
+
+
+def _agreed(vectors):
+    """The mean of the elements that have the elected sign; zero has none, and is not counted."""
+    total, size = sum(vectors), sum(map(jnp.abs, vectors))
+    rounding = 4 * jnp.finfo(total.dtype).eps  # of a sum that is no larger, the sign is unknown
+    sign = jnp.where(jnp.abs(total) <= rounding * size, 0, jnp.sign(total))
+    agree = [x * sign > 0 for x in vectors]
+    count = sum(a.astype(total.dtype) for a in agree)
+    return sum(jnp.where(a, x, 0) for a, x in zip(agree, vectors)) / jnp.maximum(count, 1)
+
+
+def cuts(leaves: Mapping[str, Parts], method: Method) -> dict[str, list]:
+    """{path: for each adapter the magnitude to trim at}: one for all leaves, or for each weight."""
+    count = len(next(iter(leaves.values())))
+    if method.density == 1:
+        nothing = [jnp.zeros((1, 1, 1))] * count
+        return dict.fromkeys(leaves, nothing)
+    if method.per_weight:
+        cut = lambda part: part and _cut([part], method.density, per_weight=True)
+        return {path: [cut(part) for part in parts] for path, parts in leaves.items()}
+    each = ([parts[k] for parts in leaves.values() if parts[k] is not None] for k in range(count))
+    found = [_cut(parts, method.density) for parts in each]
+    return dict.fromkeys(leaves, found)
+
+
+def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax.Array:
+    """The magnitude of the number-th largest element, exactly, from one array at a time: (1, 1, 1),
+    or of each weight of a stack, (n, 1, 1).
+
+    The bits of floats that are not negative are ordered as the floats are. So each pass counts the
+    elements by the next digit of their bits, among those that have the digits found so far.
+    """
+    shapes = [jax.eval_shape(vector, part) for part in parts]
+    dtype = jnp.result_type(*(s.dtype for s in shapes))
+    weights = shapes[0].shape[0] if per_weight else 1
+    size, bits = sum(s.size for s in shapes) // weights, jnp.finfo(dtype).bits
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parts))
+    if traced and size >= 2**31:
+        raise LoRAError(
+            f"under jit, {size:,} elements of a task vector are more than can be counted: merge "
+            "outside of jit, or trim each weight by itself, per_weight=True"
+        )
+    xp = jnp if traced else np  # the host counts to 2⁶³
+    own = (lambda c: c) if per_weight else (lambda c: c.sum(0, keepdims=True))
+    at = lambda table, digit: xp.take_along_axis(table, digit[:, None], 1)[:, 0]
+    need = xp.full((weights,), max(1, round(density * size)))
+    found = xp.zeros((weights,), f"uint{bits}")
+    for shift in np.arange(bits - DIGIT, -1, -DIGIT, dtype=np.int32):
+        each = (_digits(vector(part).astype(dtype), found, shift) for part in parts)
+        counts = sum(own(xp.asarray(c).astype(int)) for c in each)  # (weights, digits)
+        above = xp.cumsum(counts[:, ::-1], 1)[:, ::-1]  # those of this digit and of larger ones
+        digit = xp.sum(above >= need[:, None], 1) - 1
+        need = need - (at(above, digit) - at(counts, digit))
+        found = (found << DIGIT) | digit.astype(found.dtype)
+    return lax.bitcast_convert_type(jnp.asarray(found), dtype).reshape(-1, 1, 1)
+
+
+@jax.jit
+def _digits(x, found, shift):
+    """How many magnitudes of each weight begin with the bits `found` and have each digit next."""
+    word = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(x)), found.dtype)
+    word = word.reshape(len(x), -1) >> shift.astype(word.dtype)
+    digit = (word & (2**DIGIT - 1)).astype(jnp.int32)
+    match = ((word >> DIGIT) == found[:, None]).astype(jnp.int32)
+    return (
+        jnp.zeros((len(x), 2**DIGIT), jnp.int32).at[jnp.arange(len(x))[:, None], digit].add(match)
+    )

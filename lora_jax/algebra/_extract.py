@@ -1,0 +1,90 @@
+"""Adapters from a full fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._core.einsum import wide
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.nnx import state_of
+from lora_jax._core.paths import flatten, nest
+from lora_jax._nodes.adapters import Full, LoRA, Rows
+from lora_jax._targets import Targets
+from lora_jax.algebra._svd import from_svd, rank_for, share_kept
+
+
+def extract(
+    base: Any,
+    tuned: Any,
+    targets: Targets,
+    *,
+    energy: float | None = None,
+    drop: bool = False,
+) -> tuple[dict, dict[str, float]]:
+    """Adapters of a model that was fine-tuned in full: the best of each rank (the SVD of W' − W).
+
+    Args:
+      base: the parameters before.
+      tuned: the parameters after, of the same structure.
+      targets: what `select` returned: leaves and their ranks; leaves of `full` are taken as they
+        are in `tuned`, those of `rows` row by row.
+      energy: instead of the targets' ranks, the smallest that keep this share of ‖W' − W‖².
+      drop: whether changes of leaves that are no targets may be lost.
+
+    Returns:
+      (adapters with scale 1, {path: share of ‖W' − W‖² that is kept, the least of a stack}).
+
+    Raises:
+      LoRAError: leaves that changed and are no targets (unless `drop`), or trees that differ.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> base, tuned = {"w": jnp.zeros((4, 4))}, {"w": jnp.diag(jnp.array([3.0, 1.0, 0.0, 0.0]))}
+    >>> targets = lora.select(base, lora.LoRAConfig(rank=1, targets="w"))
+    >>> lora.algebra.extract(base, tuned, targets)[1]["w"]  # 9 of 10
+    0.9
+    """
+    if energy is not None and not 0 < energy <= 1:
+        raise LoRAError(f"energy={energy}: expected a share in (0, 1]")
+    before, after = (flatten(state_of(x)) for x in (base, tuned))
+    failures = [f"'{p}' is in one tree alone" for p in before.keys() ^ after.keys()]
+    failures += [
+        f"'{p}': {tuple(before[p].shape)} became {tuple(after[p].shape)}"
+        for p in before.keys() & after.keys()
+        if before[p].shape != after[p].shape
+    ]
+    raise_all("these are not one model before and after:", sorted(failures))
+    chosen = {*targets.lora, *targets.full, *targets.rows}
+    lost = [p for p in before if p not in chosen and bool(jnp.any(before[p] != after[p]))]
+    if not drop:
+        raise_all(
+            "these leaves changed, and are no targets:",
+            (f"'{p}'" for p in lost),
+            "select them too (`full=[...]`), or lora.algebra.extract(..., drop=True)",
+        )
+    flat: dict[str, Any] = {}
+    kept: dict[str, float] = {}
+    for path, t in targets.lora.items():
+        flat[path], kept[path] = _extracted(before[path], after[path], t, targets.config, energy)
+    for path in targets.full:
+        flat[path] = Full(jnp.asarray(after[path]).astype(targets.config.dtype))
+    for path, (shape, index) in targets.rows.items():
+        rows = jnp.asarray(after[path])[jnp.asarray(index)]
+        flat[path] = Rows(rows.astype(targets.config.dtype), index, shape[0])
+    return nest(flat), kept
+
+
+def _extracted(before, after, t, config, energy) -> tuple[LoRA, float]:
+    """The node of one leaf, and the share of its change that is kept."""
+    g = t.geometry
+    dtype = wide(after.dtype)
+    change = jnp.asarray(after).astype(dtype) - jnp.asarray(before).astype(dtype)
+    order = (*g.batch_axes, *g.in_axes, *g.out_axes)
+    u, s, v = jnp.linalg.svd(change.transpose(order).reshape(g.sizes(t.shape)), full_matrices=False)
+    rank = t.rank if energy is None else rank_for(s, energy)
+    shapes = g.factor_shapes(t.shape, rank)
+    blank = (jax.ShapeDtypeStruct(shape, config.dtype) for shape in shapes)
+    like = LoRA(*blank, 1.0, g, t.dropout, t.embedding)
+    return from_svd(like, u, s, v, rank), round(float(share_kept(s, rank)), 6)

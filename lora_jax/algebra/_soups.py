@@ -1,0 +1,331 @@
+"""Merging several adapters by the methods of the literature: TIES, DARE, pruning, KnOTS.
+
+The papers define these on task vectors, the differences from the base. That of a low-rank adapter
+is Δ = scale · A·B, so they are applied to Δ here. Applied to A and to B, one after the other, they
+are something else: the product of trimmed factors is not the trimmed product.
+
+What a method keeps of Δ element by element is dense and of full rank. So one says what is wanted
+back: the best adapter of a rank, or the whole as a leaf in full. KnOTS stays of low rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.keys import as_key
+from lora_jax._core.paths import nest
+from lora_jax._nodes.adapters import Full, LoRA, Rows
+from lora_jax.algebra._combine import typed_alike
+from lora_jax.algebra._elementwise import Method, Part, Parts, cuts, merged, parts_of
+from lora_jax.algebra._svd import from_svd, matrices, range_svd, rank_for, share_kept
+
+HOW = {  # which of its steps a method has: (trim, drop, elect signs)
+    "sum": (False, False, False),
+    "prune": (True, False, False),
+    "ties": (True, False, True),
+    "dare": (False, True, False),
+    "dare_ties": (False, True, True),
+}
+
+
+def ties(
+    adapters: Sequence[Any],
+    weights: Sequence[Any] | None = None,
+    *,
+    density: float = 0.2,
+    per_weight: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+    passes: int | None = None,
+    base: Any = None,
+) -> tuple[dict, dict[str, jax.Array]]:
+    """TIES (arXiv:2306.01708): trim, elect signs, and the mean of what agrees.
+
+    Of each task vector τₖ = wₖ·Δₖ the share `density` of elements stays, the largest by magnitude.
+    The elected sign of an element is that of Σ τₖ. Its value is the mean of the τₖ that have this
+    sign. Zero has no sign, so neither what was trimmed nor what a tree does not have is counted,
+    and an element whose sum is zero (but for rounding) is zero.
+
+    Args:
+      adapters: adapter trees of one base. They may have other targets and ranks.
+      weights: as for `combine`; one number λ for all is the paper's λ.
+      density: the share that the trim keeps, in (0, 1]; equal magnitudes are kept together. As in
+        the paper it is of the whole task vector: of all leaves that the tree has.
+      per_weight: of each weight (in a stack, of each layer) by itself, as PEFT and mergekit count.
+      rank, energy: as for `resize`: low-rank leaves come back as the best adapters of this rank, or
+        of the smallest rank that keeps this share of ‖Δ‖². It takes the SVD of one leaf at a time.
+      passes: with a rank, in place of the SVD: so many passes of subspace iteration from a random
+        start (arXiv:0909.4061, algorithm 4.4). In large leaves much faster, and not the best.
+      base: the base parameters. Without rank and energy, low-rank leaves come back exactly, as
+        `Full`: base + Δ. Leaves that are trained in full or by rows need it always: their task
+        vector is the difference from it, and they stay what they are.
+
+    Returns:
+      (adapters with scale 1, {path: share of ‖Δ‖² that is kept, the least of a stack}). One leaf of
+      each adapter is dense at a time; under jit, the compiler decides.
+
+    Raises:
+      LoRAError: as `combine`; a density out of range; none of rank, energy and base; a leaf that is
+        no `LoRA`, `Full` or `Rows`.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> def node(row):
+    ...     b = jnp.array([row], float)
+    ...     return {"w": lora.LoRA(jnp.ones((1, 1)), b, 1.0, lora.Geometry((0,), (1,)))}
+    >>> two = [node([4, -2, 0.1, 3]), node([2, 3, 0.2, 0])]
+    >>> merged, kept = lora.algebra.ties(two, density=0.5, base={"w": jnp.zeros((1, 4))})
+    >>> merged["w"].value
+    Array([[3., 3., 0., 3.]], dtype=float32)
+    """
+    method = _method("ties", density=density, per_weight=per_weight)
+    return _elementwise(adapters, weights, method, None, rank, energy, passes, base)
+
+
+def prune(
+    adapters: Sequence[Any],
+    weights: Sequence[Any] | None = None,
+    *,
+    density: float,
+    per_weight: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+    passes: int | None = None,
+    base: Any = None,
+) -> tuple[dict, dict[str, jax.Array]]:
+    """Magnitude pruning: Σ wₖ·Δₖ of the largest elements of each, all else being zero.
+
+    The first step of TIES alone (arXiv:2306.01708); of one adapter, `[adapters]`, it says how
+    much of its update may be missing.
+
+    Args:
+      adapters, weights, density, per_weight, rank, energy, passes, base: as for `ties`.
+
+    Returns:
+      As `ties`.
+
+    Raises:
+      LoRAError: as `ties`.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> b = jnp.array([[4.0, -2.0, 0.1, 3.0]])
+    >>> one = {"w": lora.LoRA(jnp.ones((1, 1)), b, 1.0, lora.Geometry((0,), (1,)))}
+    >>> lora.algebra.prune([one], density=0.5, base={"w": jnp.ones((1, 4))})[0]["w"].value
+    Array([[5., 1., 1., 4.]], dtype=float32)
+    """
+    method = _method("prune", density=density, per_weight=per_weight)
+    return _elementwise(adapters, weights, method, None, rank, energy, passes, base)
+
+
+def dare(
+    key: jax.Array,
+    adapters: Sequence[Any],
+    weights: Sequence[Any] | None = None,
+    *,
+    rate: float = 0.9,
+    how: str = "sum",
+    rank: int | None = None,
+    energy: float | None = None,
+    passes: int | None = None,
+    base: Any = None,
+) -> tuple[dict, dict[str, jax.Array]]:
+    """DARE (arXiv:2311.03099): drop elements of each Δₖ at random, and rescale.
+
+    An element is zero with probability `rate`, and else divided by 1 − rate, so that the mean over
+    keys is Δₖ. What is drawn depends on `key`, the leaf's path and the place in `adapters` alone:
+    another leaf or one more adapter changes nothing.
+
+    Args:
+      key: a PRNG key, of either kind.
+      adapters, weights, rank, energy, passes, base: as for `ties`.
+      rate: the probability p to drop an element, in [0, 1).
+      how: "sum", Σ wₖ·Δₖ of what is left; or "ties", the elected signs and mean of `ties`, without
+        its trim (as `dare_ties` of PEFT and mergekit).
+
+    Returns:
+      As `ties`.
+
+    Raises:
+      LoRAError: as `ties`; or a rate out of range.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.ones((1, 1)), jnp.ones((1, 6)), 1.0, lora.Geometry((0,), (1,)))
+    >>> base = {"w": jnp.zeros((1, 6))}
+    >>> lora.algebra.dare(jax.random.key(1), [{"w": node}], rate=0.5, base=base)[0]["w"].value
+    Array([[0., 2., 2., 0., 0., 0.]], dtype=float32)
+    """
+    names = {"sum": "dare", "ties": "dare_ties"}
+    if how not in names:
+        raise LoRAError(f"how={how!r}: expected one of {', '.join(map(repr, names))}")
+    method = _method(names[how], rate=rate)
+    return _elementwise(adapters, weights, method, as_key(key), rank, energy, passes, base)
+
+
+def knots(
+    adapters: Sequence[Any],
+    weights: Sequence[Any] | None = None,
+    *,
+    how: str = "ties",
+    density: float = 0.2,
+    per_weight: bool = False,
+    key: jax.Array | None = None,
+    rate: float = 0.9,
+    base: Any = None,
+) -> dict:
+    """KnOTS (arXiv:2410.19735): merge in the directions that the adapters share.
+
+    The paper's updates are (out, in), side by side [Δ₁ … Δₙ] = U·Σ·[V₁ … Vₙ]ᵀ; so U, what the
+    updates write to, is common to all, and each Vₖ says where in the inputs it is read. The merge
+    is of the Vₖ·Σ, (in, Σr), and its product with Uᵀ, (Σr, out), is the result. Exact, of a rank of
+    at most Σ rₖ, from QR decompositions of the factors: no Δ is formed.
+
+    Merging Vₖ·Σ and not Vₖ differs in the trim alone. As U is orthonormal, elements of Vₖ·Σ are of
+    the size of the update, in all directions and leaves; the authors' code does so as well.
+
+    Args:
+      adapters: as for `ties`.
+      weights: as for `combine`. The shared directions are those of the adapters without weights.
+      how: what is done to the Vₖ·Σ: "ties", "prune", "dare", "dare_ties" or "sum" (which is
+        `combine`, at a rank of at most `out`).
+      density, per_weight: of "ties" and "prune", as for `ties`; of the whole of what an adapter has
+        in the shared directions.
+      key, rate: of "dare" and "dare_ties", as for `dare`.
+      base: the base parameters, for leaves that are trained in full or by rows. Their task vector
+        is the difference from it, to which the same is done.
+
+    Returns:
+      Adapters with scale 1; the rows of B are orthonormal.
+
+    Raises:
+      LoRAError: as `ties`; "dare" without a key.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> def node(a, b):
+    ...     a, b = jnp.array(a, float)[:, None], jnp.array([b], float)
+    ...     return {"w": lora.LoRA(a, b, 1.0, lora.Geometry((0,), (1,)))}
+    >>> two = [node([3, 1], [1, 1]), node([3, -2], [1, 1])]  # they write to one direction
+    >>> merged = lora.algebra.knots(two, density=1)["w"]
+    >>> (merged.a @ merged.b).round()
+    Array([[ 3.,  3.],
+           [-2., -2.]], dtype=float32)
+    """
+    method = _method(how, density, rate, per_weight)
+    if method.rate > 0 and key is None:
+        raise LoRAError(
+            f"how={how!r} draws at random: lora.algebra.knots(..., key=jax.random.key(0))"
+        )
+    key = None if method.rate == 0 else as_key(key)
+    leaves = parts_of(adapters, weights, base)
+    shared = {}
+    for path, parts in leaves.items():
+        if any(p is not None and isinstance(p.node, LoRA) for p in parts):
+            leaves[path], shared[path] = _aligned(parts)
+    trimmed, out = cuts(leaves, method), {}
+    for path, parts in leaves.items():
+        delta = merged(leaves, path, trimmed, key, method)
+        if path in shared:
+            like, b = shared[path]
+            shapes = like.geometry.factor_shapes(like.shape, b.shape[-2])
+            a, b = (
+                x.reshape(s).astype(f.dtype)
+                for x, s, f in zip((delta, b), shapes, (like.a, like.b))
+            )
+            out[path] = dataclasses.replace(like, a=a, b=b, scale=1.0)
+        else:
+            out[path] = _moved(parts, delta)
+    return nest(out)
+
+
+def _method(how: str, density: float = 1.0, rate: float = 0.0, per_weight=False) -> Method:
+    if how not in HOW:
+        raise LoRAError(f"how={how!r}: expected one of {', '.join(map(repr, HOW))}")
+    trim, drop, elect = HOW[how]
+    if trim and not 0 < density <= 1:
+        raise LoRAError(f"density={density}: expected the share to keep, in (0, 1]")
+    if drop and not 0 <= rate < 1:
+        raise LoRAError(f"rate={rate}: expected the probability to drop an element, in [0, 1)")
+    return Method(density if trim else 1.0, rate if drop else 0.0, elect, per_weight)
+
+
+def _elementwise(adapters, weights, method, key, rank, energy, passes, base):
+    exact = rank is None and energy is None
+    if not exact:
+        fits = rank >= 1 if energy is None else rank is None and 0 < energy <= 1
+        if not fits:
+            raise LoRAError(
+                f"expected a rank >= 1 or an energy in (0, 1], found rank={rank}, energy={energy}"
+            )
+    elif base is None:
+        raise LoRAError(
+            "what is left element by element is of full rank; say what is wanted: rank=16 or "
+            "energy=0.9, the best adapters of low rank, or base=params, all of it, as `Full` leaves"
+        )
+    if passes is not None and (rank is None or passes < 0):
+        raise LoRAError(f"passes={passes}: expected a number >= 0 and a rank, found rank={rank}")
+    leaves = parts_of(adapters, weights, base, exact)
+    trimmed, out, kept = cuts(leaves, method), {}, {}
+    for path, parts in leaves.items():
+        delta = merged(leaves, path, trimmed, key, method)
+        nodes = [p.node for p in parts if p is not None]
+        kept[path] = jnp.ones(())
+        if isinstance(nodes[0], LoRA) and not exact:
+            if passes is None:
+                u, s, v = jnp.linalg.svd(delta, full_matrices=False)
+            else:
+                u, s, v = _range_svd(delta, rank, passes)
+            keep = rank_for(s, energy) if rank is None else rank
+            kept[path] = share_kept(s, keep, jnp.sum(delta**2, (1, 2)))
+            out[path] = from_svd(typed_alike(nodes)[0], u, s, v, keep)
+        else:
+            out[path] = _moved(parts, delta)
+    return nest(out), kept
+
+
+_range_svd = jax.jit(range_svd, static_argnums=(1, 2))
+
+
+def _moved(parts: Parts, delta: jax.Array) -> Full | Rows:
+    """base + Δ, in the dtype of the adapters; what was low-rank, in fp32 or wider."""
+    have = [p for p in parts if p is not None]
+    node, base = have[0].node, jnp.asarray(have[0].base)
+    if isinstance(node, Rows):
+        index = tuple(sorted({i for p in have for i in p.node.index}))
+        start = base[jnp.asarray(index)].astype(node.value.dtype)
+        value = start.astype(delta.dtype) + delta.reshape(start.shape)
+        return Rows(value.astype(start.dtype), index, node.length)
+    dtype = node.value.dtype if isinstance(node, Full) else delta.dtype
+    if isinstance(node, LoRA):
+        g = node.geometry
+        order = (*g.batch_axes, *g.in_axes, *g.out_axes)
+        delta = delta.reshape([node.shape[d] for d in order])
+        delta = delta.transpose([order.index(d) for d in range(len(order))])
+    start = base.astype(dtype)
+    value = start.astype(delta.dtype) + delta.reshape(start.shape)
+    return Full(value.astype(dtype))
+
+
+def _aligned(parts: Parts) -> tuple[Parts, tuple[LoRA, jax.Array]]:
+    """Each Vₖ·Σ (n, in, k), and (a node like the result, Uᵀ (n, k, out))."""
+    have = [p for p in parts if p is not None]
+    own, b = _shared([p.node for p in have])
+    own = iter(own)
+    aligned = tuple(p and Part(next(own), p.weight) for p in parts)
+    return aligned, (typed_alike([p.node for p in have])[0], b)
+
+
+@jax.jit
+def _shared(nodes: list[LoRA]) -> tuple[list[jax.Array], jax.Array]:
+    """The SVD of updates one above the other, Δₖ = (Vₖ·Σ)·Uᵀ, from the QR of their factors."""
+    a, b = zip(*map(matrices, nodes))  # (n, in, r), (n, r, out)
+    q, r = jnp.linalg.qr(jnp.concatenate(b, -2).mT)  # all that any of them writes to
+    ends = [sum(x.shape[-1] for x in a[: i + 1]) for i in range(len(a))]
+    small = [  # Δₖ·q without the q of its QR, which changes no singular vector of the right
+        jnp.linalg.qr(x, mode="r") @ y.mT for x, y in zip(a, jnp.split(r, ends[:-1], axis=-1))
+    ]
+    v = jnp.linalg.svd(jnp.concatenate(small, -2), full_matrices=False)[2] @ q.mT
+    return [x @ (y @ v.mT) for x, y in zip(a, b)], v

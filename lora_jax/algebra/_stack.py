@@ -1,0 +1,180 @@
+"""Many adapters in one tree of fixed shapes: chosen by number, compiled once.
+
+A stack is an adapter tree whose arrays have one more axis in front, as `jax.vmap` wants it. Its
+last slot is always empty (the base model), so that the number -1 means no adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.nnx import state_of
+from lora_jax._core.paths import flatten, map_with_path, nest
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, Rows, choose, is_node, norms
+from lora_jax._quantized.weight import is_quantized, value
+from lora_jax.algebra._combine import checked
+
+
+def stack(
+    adapters: Sequence[Any],
+    *,
+    capacity: int | None = None,
+    rank: int | None = None,
+    base: Any = None,
+) -> dict:
+    """Several adapters as one tree: of other ranks (padded with zeros, exactly) and other targets.
+
+    Args:
+      adapters: adapter trees of one base.
+      capacity: how many there may be, with room for those that `put` adds; None: these.
+      rank: of every leaf; None: the largest that it has.
+      base: the base parameters, for leaves that are trained in full, by rows or scaled (DoRA): an
+        empty slot holds the base's values, or their norms.
+
+    Returns:
+      The tree of the adapters, each array with an axis of capacity + 1 in front; the scale is
+      folded into B, so each scale is 1, and dropout is 0. Use it by `bind(..., slot=number)`, or
+      by `choose`.
+
+    Raises:
+      LoRAError: no adapters, more than the capacity, a rank above `rank`, adapters that do not fit
+        each other, a leaf of another kind without `base`; all of them at once.
+
+    One adapter for each example of a batch, the products with the base being done once for all:
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"w": jnp.eye(2)}
+    >>> def node(x):
+    ...     b = jnp.full((1, 2), x)
+    ...     return {"w": lora.LoRA(jnp.ones((2, 1)), b, 1.0, lora.Geometry((0,), (1,)))}
+    >>> stacked = lora.algebra.stack([node(1.0), node(10.0)])
+    >>> fn = lora.adapt(lambda params, x: x @ params["w"])
+    >>> one = lambda number, x: fn(lora.bind(params, stacked, slot=number), x)
+    >>> jax.vmap(one)(jnp.array([1, 0, -1]), jnp.ones((3, 2)))
+    Array([[21., 21.],
+           [ 3.,  3.],
+           [ 1.,  1.]], dtype=float32)
+    """
+    trees = [flatten(checked(tree), is_leaf=is_node) for tree in adapters]
+    capacity = len(trees) if capacity is None else capacity
+    if not trees or len(trees) > capacity:
+        raise LoRAError(
+            f"expected 1 to {capacity} adapters, found {len(trees)}: "
+            "lora.algebra.stack([first, second], capacity=64)"
+        )
+    leaves = {} if base is None else flatten(state_of(base))
+    failures: list[str] = []
+    out = {}
+    for path in dict.fromkeys(p for tree in trees for p in tree):
+        nodes = [tree[path] for tree in trees if path in tree]
+        like = _slot(nodes, rank, leaves.get(path))
+        if isinstance(like, str):
+            failures.append(f"'{path}': {like}")
+            continue
+        slots = [_fitted(tree.get(path), like) for tree in trees]
+        slots += [like] * (capacity + 1 - len(trees))
+        out[path] = jax.tree.map(lambda *x: jnp.stack(x), *slots)
+    raise_all("these adapters cannot be stacked:", failures, "they must be of one base")
+    return nest(out)
+
+
+def put(stacked: Any, index: Any, adapters: Any | None) -> Any:
+    """The stack with other adapters, or none, under a number: to add, replace or remove one.
+
+    Args:
+      stacked: as from `stack`; not changed. Under `jax.jit` it may be donated.
+      index: an integer from 0 on; also a traced one, which is not checked. The shapes stay, so
+        nothing is compiled anew.
+      adapters: adapters whose leaves and ranks the stack has room for; None empties the slot.
+
+    Raises:
+      LoRAError: a leaf that the stack does not have, of another kind, shape or a larger rank.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
+    >>> stacked = lora.algebra.put(lora.algebra.stack([{"w": node}], capacity=8), 3, {"w": node})
+    >>> lora.algebra.choose(stacked, 3)["w"].b, lora.algebra.choose(stacked, 4)["w"].b
+    (Array([[1., 1.]], dtype=float32), Array([[0., 0.]], dtype=float32))
+    """
+    slots = flatten(stacked, is_leaf=is_node)
+    new = {} if adapters is None else flatten(checked(adapters), is_leaf=is_node)
+    failures = [f"'{p}' is no leaf of the stack" for p in new if p not in slots]
+    empty = choose(stacked, -1)
+    likes = flatten(empty, is_leaf=is_node)
+    for path, node in new.items():
+        if path in likes and (problem := _misfit(node, likes[path])) is not None:
+            failures.append(f"'{path}': {problem}")
+    capacity = len(jax.tree.leaves(stacked)[0]) - 1
+    if not isinstance(index, jax.core.Tracer) and not 0 <= index < capacity:
+        failures.append(f"number {index}: expected 0 to {capacity - 1}")
+    raise_all(
+        "these adapters do not fit the stack:",
+        failures,
+        "make a new one: lora.algebra.stack([...], capacity=..., rank=...)",
+    )
+    filled = map_with_path(lambda p, like: _fitted(new.get(p), like), empty, is_leaf=is_node)
+    return jax.tree.map(lambda all_, one: all_.at[index].set(one), stacked, filled)
+
+
+def _slot(nodes: list, rank: int | None, base: Any) -> Any:
+    """An empty slot for these nodes of one leaf, or what is wrong with them."""
+    first = nodes[0]
+    if base is None and not isinstance(first, LoRA):
+        return (
+            f"is a {type(first).__name__}, and an empty slot holds the base's values: "
+            "lora.algebra.stack(adapters, base=params)"
+        )
+    if isinstance(first, LowRank):
+        widest = max((n.rank for n in nodes if isinstance(n, LowRank)), default=0)
+        rank = widest if rank is None else rank
+        dtype = jnp.result_type(*(x.dtype for n in nodes for x in jax.tree.leaves(n)))
+        a, b = (jnp.zeros(s, dtype) for s in first.geometry.factor_shapes(first.shape, rank))
+        like = dataclasses.replace(first, a=a, b=b, scale=1.0, dropout=0.0)
+        if isinstance(first, DoRA):
+            m = norms(like, base if is_quantized(base) else jnp.asarray(base)).astype(dtype)
+            like = dataclasses.replace(like, magnitude=m)
+    elif isinstance(first, Full):
+        like = Full(jnp.asarray(value(base)).astype(first.value.dtype))
+    else:
+        rows = jnp.asarray(value(base))[jnp.asarray(first.index)].astype(first.value.dtype)
+        like = Rows(rows, first.index, first.length)
+    problems = [p for n in nodes if (p := _misfit(n, like)) is not None]
+    return problems[0] if problems else like
+
+
+def _misfit(node: Any, like: Any) -> str | None:
+    """Why a node does not fit a slot."""
+    if type(node) is not type(like) or node.shape != like.shape:
+        return (
+            f"expected a {type(like).__name__} of {like.shape}, found a {type(node).__name__} of "
+            f"{node.shape}"
+        )
+    if isinstance(node, LowRank):
+        if (node.geometry, node.embedding) != (like.geometry, like.embedding):
+            return f"expected {like.geometry}, found {node.geometry}"
+        if node.rank > like.rank:
+            return f"expected a rank of at most {like.rank}, found {node.rank}"
+    if isinstance(node, Rows) and node.index != like.index:
+        return f"expected the rows {like.index}, found {node.index}"
+    return None
+
+
+def _fitted(node: Any, like: Any) -> Any:
+    """A node as the slot has it: padded to its rank, its scale in B; None is an empty slot."""
+    if node is None:
+        return like
+    if not isinstance(node, LowRank):
+        return jax.tree.map(lambda x, e: x.astype(e.dtype), node, like)
+    more = like.rank - node.rank
+    axis = len(node.geometry.batch_axes)
+    pad = lambda x, d: jnp.pad(x, [(0, more if i == d else 0) for i in range(x.ndim)])
+    a, b = pad(node.a, node.a.ndim - 1), pad(node.b, axis)
+    b = b.astype(like.b.dtype) * node.scale
+    own = {"magnitude": node.magnitude.astype(like.b.dtype)} if isinstance(node, DoRA) else {}
+    return dataclasses.replace(like, a=a.astype(like.a.dtype), b=b, **own)

@@ -1,0 +1,342 @@
+"""Checkpoints of a training run: adapters, optimiser state and what they belong to, by orbax.
+
+Orbax writes and reads the arrays, asynchronously and sharded; its manager decides when to save and
+what to keep. Here stands what makes a checkpoint safe to read: a description beside the arrays (the
+format, the configuration, the base's fingerprint, a checksum of each array), compared before
+anything is restored. The base itself is not in it.
+
+On disk, in a step's directory: `adapters/` and `state/` (orbax), `lora/` (JSON).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import operator
+import os
+import types
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+
+from lora_jax._bind import adapter_nodes
+from lora_jax._config import LoRAConfig
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.paths import flatten, nest
+from lora_jax._nodes.adapters import LowRank, is_node
+from lora_jax._targets import Targets
+from lora_jax.checkpoint._describe import (
+    adapters_to_json,
+    config_from_json,
+    config_to_json,
+    node_from_json,
+)
+from lora_jax.checkpoint._directory import FORMAT, arrays_of, crc32, description, opened, ours
+from lora_jax.checkpoint._fingerprint import Fingerprint, fingerprint
+from lora_jax.checkpoint._grow import config_of, growing, kept, with_scales
+from lora_jax.checkpoint._placement import beside, placed_as
+from lora_jax.checkpoint._records import abstract, differences, other_nodes, rebuilt, recorded
+
+SAVE = "lora.checkpoint.save(manager, step, adapters, base=params, config=config, state=opt_state)"
+
+
+RESTORE = "lora.checkpoint.restore(manager, adapters, base=params, config=config, state=opt_state)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `restore` found.
+
+    Attributes:
+      step: the step of the checkpoint.
+      adapters, state: the trees, placed as was asked; `state` is None where it was not asked for.
+      data: what was saved as `data`, as JSON gives it back.
+      metrics: what was saved as `metrics`, or None.
+      config: the configuration that was saved; None if there was none, or if a function (a
+        predicate, an initialiser) is part of it. After growing: the one of the grown adapters.
+      base: the fingerprint of the base.
+    """
+
+    step: int
+    adapters: Any
+    state: Any
+    data: Any
+    metrics: Mapping[str, float] | None
+    config: LoRAConfig | None
+    base: Fingerprint
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    adapters: Any,
+    *,
+    base: Any,
+    config: LoRAConfig | Targets | None = None,
+    state: Any = None,
+    data: Any = None,
+    metrics: Mapping[str, float] | None = None,
+    force: bool = False,
+) -> bool:
+    """Saves a step of a training run, if it is the manager's time to.
+
+    The arrays are copied before it returns, so that the step may donate them; the files are written
+    in the background, and count as a checkpoint once they are complete. Several processes call it
+    together, with the same values; each writes its own shards.
+
+    Args:
+      manager: orbax's, with its own options: `ocp.CheckpointManager(directory,
+        options=ocp.CheckpointManagerOptions(max_to_keep=3, save_interval_steps=100))`.
+      step: the number of steps done.
+      adapters: the adapters.
+      base: the base parameters, or a `fingerprint` of them, with or without content. They are not
+        saved, only what tells them from others.
+      config: the configuration, or the `Targets` made of it.
+      state: any tree of arrays, keys (typed or not), numbers and strings: the optimiser's state,
+        the random key, an average of the adapters.
+      data: the position in the data, or anything else that JSON can hold.
+      metrics: numbers, also for the manager's `best_fn`.
+      force: save although the manager's interval says otherwise.
+
+    Returns:
+      Whether it was saved; it was not if the manager's interval says so (orbax always saves the
+      first step in an empty directory), or if the same values are there as this step already.
+
+    Raises:
+      LoRAError: the step, or a later one, is there already; the directory holds checkpoints of
+        something else; the adapters are not of this base or configuration; `data` is not JSON,
+        `metrics` are not numbers, or a leaf of `state` cannot be saved. Nothing is written then.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora, orbax.checkpoint as ocp, tempfile
+    >>> params = {"q": jnp.ones((8, 8))}
+    >>> config = lora.LoRAConfig(rank=2, targets="q")
+    >>> adapters = lora.init(jax.random.key(0), params, config)
+    >>> with ocp.CheckpointManager(tempfile.mkdtemp()) as manager:
+    ...     saved = dict(base=params, config=config, data={"epoch": 1})
+    ...     lora.checkpoint.save(manager, 100, adapters, **saved)
+    ...     manager.wait_until_finished()
+    ...     lora.checkpoint.restore(manager, adapters, base=params, config=config).data
+    True
+    {'epoch': 1}
+    """
+    if not isinstance(manager, ocp.CheckpointManager):
+        raise LoRAError(
+            f"expected an orbax CheckpointManager, found {type(manager).__name__}: "
+            f"manager = ocp.CheckpointManager(directory); {SAVE}"
+        )
+    step = _step(step)
+    metrics = _numbers(metrics)
+    base = base if isinstance(base, Fingerprint) else fingerprint(base)
+    adapter_nodes(_shapes(base), adapters, "save")
+    if config is not None:
+        raise_all(
+            "the configuration is not that of these adapters:",
+            _another_config(_config(config), adapters),
+            "pass the one that made them, or config=None",
+        )
+    latest = manager.latest_step()
+    if (latest is None or step > latest) and not (force or manager.should_save(step)):
+        return False
+    manager.wait_until_finished()  # orbax would wait as well
+    if latest is not None and not ours(manager, latest):
+        raise LoRAError(
+            f"{manager.directory} holds checkpoints of something else, or a damaged one (step "
+            f"{latest}), which the manager would remove in time; nothing was saved. Use another "
+            "directory, or manager.delete(step)"
+        )
+    record: dict = {
+        "format": FORMAT,
+        "step": step,
+        "config": None if config is None else config_to_json(_config(config)),
+        "base": {p: [dtype, list(shape)] for p, (shape, dtype) in base.leaves.items()},
+        "content": base.content and dict(base.content),
+        "nodes": adapters_to_json(adapters),
+        "data": _as_json(data),
+        "metrics": metrics,
+    }
+    items = {}
+    for name, tree in {"adapters": adapters, "state": state}.items():
+        record[name], arrays = recorded(tree, name)
+        if arrays:
+            items[name] = ocp.args.StandardSave(arrays)
+    record["crc32"] = crc32(record)
+    if latest is not None and step <= latest:
+        if step == latest and description(manager, step)[1]["crc32"] == record["crc32"]:
+            return False
+        raise LoRAError(
+            f"step {step} is not after the latest in {manager.directory}, {latest}; nothing was "
+            "saved. To go back, remove what comes after, manager.delete(step), or use another "
+            "directory"
+        )
+    args = ocp.args.Composite(lora=ocp.args.JsonSave(record), **items)
+    return manager.save(step, args=args, metrics=metrics, force=force)
+
+
+def restore(
+    manager: ocp.CheckpointManager | str | os.PathLike,
+    adapters: Any = None,
+    *,
+    base: Any,
+    config: LoRAConfig | Targets | None = None,
+    state: Any = None,
+    step: int | None = None,
+    rank: Literal["exact", "grow"] = "exact",
+) -> Restored:
+    """Reads a checkpoint back, after comparing it with what is asked for.
+
+    Arrays go where the trees that are passed say, whatever mesh and number of processes wrote them;
+    their values are checked against the checksums that were saved.
+
+    Args:
+      manager: orbax's manager, or the directory.
+      adapters: adapters like those that were saved: arrays, or `jax.ShapeDtypeStruct`s with
+        shardings. None: as the checkpoint describes them, sharded as the base is.
+      base: the base parameters or a `fingerprint` of them, with content if that is to be compared;
+        None, explicitly, does not compare.
+      config: is compared, if passed, with the one that was saved.
+      state: a tree like the one that was saved, such as `tx.init(adapters)`, arrays or shapes; None
+        reads the adapters alone.
+      step: which; the latest if None.
+      rank: "grow" reads adapters of smaller rank into the `adapters` that are passed: the product
+        A·B and the scale stay those of the checkpoint, and the `config` that is returned has the
+        alpha that this takes, scale · rank. The new part of one factor is zero, that of the other
+        as passed, so that it can learn; new entries of the moments in `state` are zero.
+
+    Returns:
+      A `Restored`.
+
+    Raises:
+      LoRAError: there is no checkpoint, it is not of this library, of a newer format, or damaged;
+        or its base, configuration, adapters or state are others: every difference is listed.
+        Nothing is changed on disk.
+
+    Example: see `save`.
+    """
+    if rank not in ("exact", "grow"):
+        raise LoRAError(f"rank={rank!r}: expected 'exact' or 'grow'")
+    if rank == "grow" and adapters is None:
+        raise LoRAError("rank='grow' needs the larger adapters: lora.init(key, params, config)")
+    with opened(manager) as manager:
+        step, record = description(manager, None if step is None else _step(step))
+        where = f"checkpoint {step} in {manager.directory}"
+        saved = {p: node_from_json(x) for p, x in record["nodes"].items()}
+        if adapters is None:
+            adapters = placed_as(nest(saved), base)
+        likes = {"adapters": adapters}
+        if state is not None:
+            likes["state"] = beside(state, adapters)
+        larger = {n: growing(t, saved) if rank == "grow" else {} for n, t in likes.items()}
+        owners = {owner for owner, _ in larger["adapters"].values()}
+        keep, unfit = kept(adapters, saved, owners)
+        others = other_nodes(saved, adapters, owners) + unfit
+        failures = _other_base(record, base) + _other_config(record, config, rank == "grow")
+        for name, tree in likes.items():
+            axes = {p: axis for p, (_, axis) in larger[name].items()}
+            # the shapes of adapters, and of their moments if they differ, are said by `others`
+            axes = None if name == "adapters" or others else axes
+            failures += differences(record[name], tree, name, axes)
+        raise_all(f"{where} is of something else:", failures + others, RESTORE)
+        found: dict[str, Any] = {}
+        for name, tree in likes.items():
+            arrays = arrays_of(manager, step, name, abstract(record[name], tree), where)
+            of = {
+                p: (axis, p in keep and name == "adapters") for p, (_, axis) in larger[name].items()
+            }
+            found[name] = rebuilt(record[name], tree, arrays, of, where)
+    own = record["config"] and config_from_json(record["config"])
+    if rank == "grow":
+        found = {name: with_scales(tree, saved) for name, tree in found.items()}
+        own = own if config is None else _config(config)
+        own = own and config_of(own, found["adapters"])
+    return Restored(
+        step=step,
+        adapters=found["adapters"],
+        state=found.get("state"),
+        data=record["data"],
+        metrics=record["metrics"],
+        config=own,
+        base=_fingerprint(record),
+    )
+
+
+def _config(config: LoRAConfig | Targets) -> LoRAConfig:
+    config = config.config if isinstance(config, Targets) else config
+    if not isinstance(config, LoRAConfig):
+        raise LoRAError(
+            f"expected a LoRAConfig or Targets, found {type(config).__name__}: "
+            "config=lora.LoRAConfig(rank=8)"
+        )
+    return config
+
+
+def _another_config(config: LoRAConfig, adapters: Any) -> list[str]:
+    """A line for each adapter whose rank, scale or dropout is not the configuration's."""
+    lines = []
+    for path, node in flatten(adapters, is_leaf=is_node).items():
+        if isinstance(node, LowRank):
+            rule = config.rule(path, jax.ShapeDtypeStruct(node.shape, node.a.dtype))
+            want = (rule.rank, config.scale(rule.rank, rule.alpha), rule.dropout)
+            found = (node.rank, node.scale, node.dropout)
+            if want != found:
+                lines.append(
+                    f"'{path}': rank, scale and dropout {want} by the configuration, found {found}"
+                )
+    return lines
+
+
+def _shapes(base: Fingerprint) -> dict[str, Any]:
+    return {p: types.SimpleNamespace(shape=shape) for p, (shape, _) in base.leaves.items()}
+
+
+def _step(step: Any) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise LoRAError(f"step={step!r}: expected an integer from 0 on")
+    return number
+
+
+def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, float] | None:
+    try:
+        return None if metrics is None else {str(k): float(v) for k, v in metrics.items()}
+    except (TypeError, ValueError, AttributeError):
+        raise LoRAError(f"metrics={metrics!r}: expected numbers, {{'loss': 0.5}}") from None
+
+
+def _as_json(data: Any) -> Any:
+    """What JSON gives back of `data`."""
+    try:
+        return json.loads(json.dumps(data))
+    except (TypeError, ValueError) as e:
+        raise LoRAError(
+            f"data cannot be saved as JSON ({e}); expected numbers, strings, lists and dicts, "
+            f"found {data!r}; arrays and keys go into state="
+        ) from None
+
+
+def _fingerprint(record: Mapping) -> Fingerprint:
+    leaves = {p: (tuple(shape), dtype) for p, (dtype, shape) in record["base"].items()}
+    return Fingerprint(leaves, record["content"])
+
+
+def _other_base(record, base) -> list[str]:
+    if base is None:
+        return []
+    base = base if isinstance(base, Fingerprint) else fingerprint(base)
+    return [f"base: {line}" for line in _fingerprint(record).differences(base)]
+
+
+def _other_config(record, config, grow: bool) -> list[str]:
+    if config is None or record["config"] is None:
+        return []
+    mine = json.loads(json.dumps(config_to_json(_config(config))))
+    ignored = ("rank", "alpha", "rules", "init") if grow else ()
+    return [
+        f"config: {name}={value!r} was saved, found {mine.get(name)!r}"
+        for name, value in record["config"].items()
+        if mine.get(name) != value and name not in ignored
+    ]

@@ -1,0 +1,116 @@
+"""Adapters and configurations as JSON: what a checkpoint says about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._config import LoRAConfig, Rule, as_patterns
+from lora_jax._core.geometry import Geometry
+from lora_jax._core.paths import flatten
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows, is_node
+from lora_jax._nodes.indirect import FAMILY
+
+KINDS = {"lora": LoRA, "dora": DoRA, "full": Full, "rows": Rows} | {
+    cls.__name__.lower(): cls for cls in FAMILY
+}
+
+
+def adapters_to_json(adapters: Any) -> dict[str, dict]:
+    """{path: all that is static of its node, and the shapes and types of its arrays}."""
+    return {p: node_to_json(n) for p, n in flatten(adapters, is_leaf=is_node).items()}
+
+
+def node_to_json(node: Any) -> dict:
+    """
+    >>> node_to_json(Full(jax.ShapeDtypeStruct((2, 3), "float32")))
+    {'kind': 'full', 'value': ['float32', [2, 3]]}
+    """
+    out: dict = {"kind": next(k for k, cls in KINDS.items() if isinstance(node, cls))}
+    for field in dataclasses.fields(node):
+        x = getattr(node, field.name)
+        if not field.metadata.get("static"):
+            x = [str(x.dtype), list(x.shape)]
+        elif isinstance(x, Geometry):
+            x = dataclasses.asdict(x)
+        out[field.name] = _listed(x)
+    return out
+
+
+def node_from_json(x: Mapping) -> Any:
+    """The node, with shapes in the place of arrays."""
+    cls = KINDS[x["kind"]]
+    values = {}
+    for field in dataclasses.fields(cls):
+        value = x[field.name]
+        if not field.metadata.get("static"):
+            value = jax.ShapeDtypeStruct(tuple(value[1]), jnp.dtype(value[0]))
+        elif field.name == "geometry":
+            value = Geometry(**{k: tuple(v) for k, v in value.items()})
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def config_to_json(config: LoRAConfig) -> dict:
+    """The configuration, to be compared and, if it holds no function, to be made again.
+
+    >>> config_to_json(LoRAConfig(targets=re.compile("q|v")))["targets"]
+    [{'regex': 'q|v', 'flags': 32}]
+    """
+    out = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    out |= {name: as_patterns(out[name]) for name in ("targets", "exclude", "full")}
+    return _plain(out | {"dtype": jnp.dtype(config.dtype).name})
+
+
+def config_from_json(x: Mapping) -> LoRAConfig | None:
+    """The configuration, or None if a function was part of it."""
+    if _has_function(x):
+        return None
+    values = {k: _value(v) for k, v in x.items()}
+    values["rules"] = tuple(Rule(**rule) for rule in values["rules"])
+    return LoRAConfig(**values)
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, Rule):
+        return {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
+    if isinstance(x, re.Pattern):
+        return {"regex": x.pattern, "flags": x.flags}
+    if isinstance(x, Mapping):
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, str | bool | int | float | None):
+        return x
+    if hasattr(x, "tolist"):  # NumPy's and JAX's
+        return x.tolist()
+    if isinstance(x, Iterable):
+        return [_plain(v) for v in x]
+    if isinstance(x, numbers.Real):
+        return int(x) if isinstance(x, numbers.Integral) else float(x)
+    return {"function": f"{x.__module__}.{getattr(x, '__qualname__', type(x).__qualname__)}"}
+
+
+def _value(x: Any) -> Any:
+    if isinstance(x, dict) and x.keys() == {"regex", "flags"}:
+        return re.compile(x["regex"], x["flags"])
+    if isinstance(x, dict):
+        return {k: _value(v) for k, v in x.items()}
+    return tuple(map(_value, x)) if isinstance(x, list) else x
+
+
+def _has_function(x: Any) -> bool:
+    if isinstance(x, Mapping):
+        return x.keys() == {"function"} or any(map(_has_function, x.values()))
+    return isinstance(x, list) and any(map(_has_function, x))
+
+
+def _listed(x: Any) -> Any:
+    """Tuples as lists, as JSON gives them back."""
+    if isinstance(x, dict):
+        return {k: _listed(v) for k, v in x.items()}
+    return [_listed(v) for v in x] if isinstance(x, tuple | list) else x

@@ -1,0 +1,101 @@
+"""The checkpoints in a directory: orbax's manager, and the description that stands in each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lora_jax._core.errors import LoRAError
+
+FORMAT = 1
+
+
+@contextlib.contextmanager
+def opened(manager):
+    """The manager; of a directory, one that cannot write."""
+    if isinstance(manager, ocp.CheckpointManager):
+        yield manager
+    elif isinstance(manager, str | os.PathLike):
+        directory = epath.Path(manager)  # of a file system or a bucket
+        if not directory.is_dir():
+            raise LoRAError(f"there is no directory {os.fspath(manager)!r}")
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+        local = "://" not in str(directory)
+        directory = directory.absolute() if local else directory
+        with ocp.CheckpointManager(directory, options=options) as opened:
+            yield opened
+    else:
+        raise LoRAError(
+            f"expected an orbax CheckpointManager or a directory, found {type(manager).__name__}: "
+            "manager = ocp.CheckpointManager(directory); "
+            "lora.checkpoint.restore(manager, adapters, base=params)"
+        )
+
+
+def crc32(record: Mapping) -> int:
+    """Of the description without its own checksum, as JSON would give it back."""
+    rest = {k: v for k, v in record.items() if k != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def description(manager, step: int | None) -> tuple[int, dict]:
+    """(step, what the checkpoint says about itself)."""
+    step = manager.latest_step() if step is None else step
+    if step is None:
+        raise LoRAError(f"there is no complete checkpoint in {manager.directory}")
+    if step not in manager.all_steps():
+        raise LoRAError(
+            f"there is no checkpoint {step} in {manager.directory}; there are "
+            f"{manager.all_steps() or 'none'}"
+        )
+    record = _read(manager, step, lora=ocp.args.JsonRestore())["lora"]
+    where = f"checkpoint {step} in {manager.directory}"
+    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+        raise LoRAError(f"{where} is not one of lora_jax's: its description has no format")
+    if record["format"] > FORMAT:
+        raise LoRAError(
+            f"{where} has format {record['format']}; this version reads up to {FORMAT}: "
+            "pip install -U lora_jax"
+        )
+    if record.get("crc32") != crc32(record):
+        raise LoRAError(
+            f"{where} is damaged: its description is not what was written. Other steps there: "
+            f"{[s for s in manager.all_steps() if s != step] or 'none'}"
+        )
+    return step, record
+
+
+def _read(manager, step: int, **items) -> Any:
+    """What orbax restores; whatever it raises for a file that is not as it should be is one error,
+    which says what else is there."""
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as e:  # of JSON, tensorstore, orbax, the file system
+        others = [s for s in manager.all_steps() if s != step]
+        reason = (str(e).strip().splitlines() or [""])[0][:300]
+        raise LoRAError(
+            f"checkpoint {step} in {manager.directory} cannot be read ({type(e).__name__}: "
+            f"{reason}); it is damaged, incomplete, or not one of lora_jax's. Nothing was changed. "
+            f"Other steps there: {others or 'none'}; restore one by lora.checkpoint.restore(..., "
+            f"step=...)"
+        ) from e
+
+
+def arrays_of(manager, step: int, name: str, targets: dict, where: str) -> dict:
+    if not targets:
+        return {}
+    return _read(manager, step, **{name: ocp.args.StandardRestore(targets)})[name]
+
+
+def ours(manager, step: int) -> bool:
+    try:
+        return "lora" in manager.metadata(step).item_handlers
+    except Exception:  # whatever a foreign or damaged file makes orbax raise
+        return False

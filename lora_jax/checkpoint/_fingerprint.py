@@ -1,0 +1,173 @@
+"""What a tree is, in a few numbers: paths, shapes, types, and checksums of the values.
+
+A checksum is a sum of integers, so it is the same however an array is sharded, and it is computed
+where the array lives: no leaf is gathered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.nnx import is_module
+from lora_jax._core.paths import flatten
+from lora_jax._quantized.weight import is_quantized
+
+_SEEDS = (0x00000000, 0x9E3779B9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """Of a parameter tree: what adapters were made for.
+
+    Attributes:
+      leaves: {path: (shape, dtype)}.
+      content: {path: checksum of the values}, or None.
+    """
+
+    leaves: Mapping[str, tuple[tuple[int, ...], str]]
+    content: Mapping[str, str] | None = None
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """A line for each leaf by which `other` differs from this one; contents are compared where
+        both have them."""
+        lines = [f"'{p}' is missing" for p in self.leaves if p not in other.leaves]
+        lines += [f"'{p}' is not expected" for p in other.leaves if p not in self.leaves]
+        for path in self.leaves.keys() & other.leaves.keys():
+            want, found = (f"{dtype}{shape}" for shape, dtype in
+                           (self.leaves[path], other.leaves[path]))  # fmt: skip
+            if want != found:
+                lines.append(f"'{path}': expected {want}, found {found}")
+            elif _both(self.content, other.content, path) and (
+                self.content[path] != other.content[path]
+            ):
+                lines.append(f"'{path}': has other values")
+        return sorted(lines)
+
+
+def fingerprint(params: Any, *, content: bool = False) -> Fingerprint:
+    """What a base is, to be kept with the adapters that were trained on it.
+
+    Args:
+      params: the parameters, or an NNX module, of which random state is left out; without
+        `content`, shapes will do.
+      content: also take a checksum of each leaf's values (of an NNX module: of its `nnx.Param`s),
+        where it lives and however it is sharded. It reads every parameter once. It tells another
+        base from this one, and finds damage; it is not made to withstand someone who wants two
+        bases to look the same.
+
+    Returns:
+      A `Fingerprint`.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> a, b = ({"w": jnp.ones((2, 2)) * x} for x in (1, 2))
+    >>> lora.checkpoint.fingerprint(a) == lora.checkpoint.fingerprint(b)
+    True
+    >>> one, two = (lora.checkpoint.fingerprint(x, content=True) for x in (a, b))
+    >>> one.differences(two)
+    ["'w': has other values"]
+    """
+    state, values = (lasting(params, kind) for kind in (..., nnx.Param))
+    leaves = {p: (tuple(x.shape), _type(x)) for p, x in state.items()}
+    if content and any(isinstance(x, jax.ShapeDtypeStruct) for x in values.values()):
+        raise LoRAError(
+            "content=True needs arrays, found shapes: lora.checkpoint.fingerprint(params)"
+        )
+    arrays = dict(y for x in values.items() for y in _arrays(*x))
+    return Fingerprint(leaves, checksums(arrays) if content else None)
+
+
+def lasting(params: Any, kind: Any) -> dict[str, Any]:
+    """{path: array} of what a call does not change: of an NNX module no random state, and with
+    `kind`, nnx.Param, no statistics."""
+    if is_module(params):
+        _, _, params, _ = nnx.split(params, nnx.RngState, kind, ...)
+    flat = flatten(params).items()
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return {p: x for p, x in flat if hasattr(x, "dtype") and not is_key(x)}
+
+
+def _type(x: Any) -> str:
+    how = f" as {x.format}{', twice' if x.second else ''}" if is_quantized(x) else ""
+    return f"{x.dtype}{how}"
+
+
+def _arrays(path: str, x: Any) -> list[tuple[str, Any]]:
+    """The arrays of a leaf, by path: several of one that is quantised."""
+    if not is_quantized(x):
+        return [(path, x)]
+    names = ("codes", "constants", "maxima", "means")
+    return list(zip([f"{path}/{name}" for name in names], jax.tree.leaves(x)))
+
+
+def _both(one, two, path) -> bool:
+    return bool(one and two and path in one and path in two)
+
+
+def checksums(flat: Mapping[str, Any]) -> dict[str, str]:
+    """{path: 64 bits in hex} of arrays; all are started before the first is waited for."""
+    sums = {p: _checksum(_summable(x)) for p, x in flat.items()}
+    return {p: "".join(f"{int(n):08x}" for n in np.asarray(x)) for p, x in sums.items()}
+
+
+def _summable(x) -> Any:
+    """x where, and as, it can be summed: not in a device's host memory, not of 64 bits that jit
+    would cut to 32."""
+    if isinstance(x, jax.Array):
+        own = next(iter(x.sharding.device_set)).default_memory().kind
+        if x.sharding.memory_kind in (own, None):
+            return x
+        return jax.device_put(x, x.sharding.with_memory_kind(own))
+    x = np.asarray(x)
+    if x.dtype.itemsize < 8 or x.dtype.kind == "c":
+        return x
+    return np.ascontiguousarray(x).view(np.uint32).reshape(*x.shape, -1)
+
+
+@jax.jit
+def _checksum(x) -> jax.Array:
+    """(2,) uint32: the sum, modulo 2³², of a mixture of each word with its position, twice.
+
+    The mixture is one to one in the word, so that no change of a single word is lost.
+    """
+    words = _words(x)
+    return jnp.stack(
+        [jnp.sum(_mix(words + _mix(_index(words.shape) + jnp.uint32(seed)))) for seed in _SEEDS]
+    ).astype(jnp.uint32)
+
+
+def _words(x) -> jax.Array:
+    """The bits of each element as a uint32, or as two along a new last axis."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return _words(jnp.stack([x.real, x.imag], axis=-1))
+    small = x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.integer)
+    if small and x.dtype.itemsize <= 4:
+        return x.astype(jnp.uint32)
+    width = min(8 * x.dtype.itemsize, 32)
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+
+
+def _index(shape: tuple[int, ...]) -> jax.Array:
+    """Each position's number, without a reshape, which would gather a sharded array."""
+    index, stride = jnp.zeros(shape, jnp.uint32), 1
+    for d in reversed(range(len(shape))):
+        step = jnp.uint32(stride % 2**32)
+        index = index + jax.lax.broadcasted_iota(jnp.uint32, shape, d) * step
+        stride *= shape[d]
+    return index
+
+
+def _mix(x) -> jax.Array:
+    """MurmurHash3's finaliser: one to one, and every bit of x reaches every bit of the result."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

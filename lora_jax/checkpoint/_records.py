@@ -1,0 +1,230 @@
+"""The leaves of a tree by name: what a checkpoint says of each, and how each is read back.
+
+Names are paths. In orbax's own names a dot separates, so that two leaves whose keys hold dots would
+be one file and one of them lost; here dots are escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.paths import flatten
+from lora_jax._nodes.adapters import is_node
+from lora_jax.checkpoint._describe import node_to_json
+from lora_jax.checkpoint._fingerprint import checksums
+from lora_jax.checkpoint._placement import placement
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """{path: leaf}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = {jax.tree_util.keystr(keys, simple=True, separator="/"): x for keys, x in leaves}
+    if len(flat) != len(leaves):
+        raise LoRAError("two leaves of the tree have one path; no key may hold a slash")
+    return flat
+
+
+def escaped(name: str) -> str:
+    """
+    >>> escaped("layers/0.1/kernel")
+    'layers.0%2E1.kernel'
+    """
+    return name.replace("%", "%25").replace(".", "%2E").replace("/", ".")
+
+
+def recorded(tree: Any, what: str) -> tuple[dict[str, dict], dict[str, Any]]:
+    """({path: entry}, {escaped path: array}): what JSON says of each leaf, and what orbax writes.
+
+    An entry is {"value": ...} of a number or string, or {"array": [dtype, shape], "sum": checksum},
+    of a typed key with {"key": its implementation}.
+    """
+    entries, arrays, failures = {}, {}, []
+    for path, x in named(tree).items():
+        if _is_plain(x):
+            entries[path] = {"value": x}
+        elif isinstance(x, jax.Array | np.ndarray | np.generic) and _is_storable(x):
+            entries[path] = {"array": _type(x)}
+            if _is_key(x):
+                entries[path]["key"] = str(jax.random.key_impl(x))
+            arrays[path] = jax.random.key_data(x) if _is_key(x) else _own(x)
+        else:
+            kind = f"{x.dtype}{x.shape}" if hasattr(x, "dtype") else type(x).__name__
+            failures.append(f"{what}: '{path}' is {kind}")
+    raise_all(
+        "these leaves cannot be saved:",
+        failures,
+        "expected arrays, random keys, numbers or strings",
+    )
+    for path, value in checksums(arrays).items():
+        entries[path]["sum"] = value
+    return entries, {escaped(p): x for p, x in arrays.items() if x.size}
+
+
+def differences(entries, like: Any, what: str, growing: Mapping[str, int] | None) -> list[str]:
+    """A line for each leaf that is saved and not expected, or the other way round, or of another
+    kind, type or shape (`growing`: {path: axis along which it may be larger}; None: any shape)."""
+    wanted = named(like)
+    lines = [f"{what}: '{p}' was saved, but is not expected" for p in entries.keys() - wanted]
+    lines += [f"{what}: '{p}' was not saved" for p in wanted.keys() - entries.keys()]
+    for path in wanted.keys() & entries.keys():
+        entry, x = entries[path], wanted[path]
+        mine = {"value": x} if _is_plain(x) else {"array": _type(x)}
+        if "value" in entry and "value" in mine:
+            same = type(entry["value"]) is type(x)
+        elif "value" in entry or "value" in mine:
+            same = _is_number(entry) and _is_number(mine)
+        elif growing is None:
+            same = True
+        else:
+            dtype, shape = _type(x)
+            saved_dtype, saved = entry["array"]
+            same = dtype == saved_dtype and _fits(saved, shape, growing.get(path))
+        if not same:
+            lines.append(f"{what}: '{path}' was saved as {_said(entry)}, found {_said(mine)}")
+    return sorted(lines)
+
+
+def other_nodes(saved: Mapping[str, Any], adapters: Any, growing: Set[str]) -> list[str]:
+    """A line for each adapter that is not as the one that was saved; of those that grow, rank and
+    scale are not compared."""
+    lines = []
+    for path, node in flatten(adapters, is_leaf=is_node).items():
+        if not is_node(node):
+            lines.append(f"adapters: '{path}' is a {type(node).__name__}, not an adapter")
+        elif path in saved:  # else `differences` says so
+            mine, theirs = node_to_json(node), node_to_json(saved[path])
+            aside = ("a", "b", "scale") if path in growing else ()
+            odd = {k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)}
+            lines += [
+                f"adapters: '{path}': {k} {theirs.get(k)} was saved, found {mine.get(k)}"
+                for k in sorted(odd.difference(aside))
+            ]
+    return lines
+
+
+def abstract(entries, like: Any) -> dict[str, Any]:
+    """{escaped path: what orbax is to restore}: shapes as saved, placed as `like`.
+
+    What `like` puts on no device in particular is read into host memory.
+    """
+    targets = {}
+    for path, x in named(like).items():
+        if "value" in entries[path] or 0 in entries[path]["array"][1]:
+            continue
+        dtype, shape = entries[path]["array"]
+        if "key" in entries[path]:
+            dtype, shape = "uint32", jax.eval_shape(jax.random.key_data, x).shape
+        where = placement(x)
+        targets[escaped(path)] = (
+            np.empty(shape, jnp.dtype(dtype))
+            if where is None
+            else jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=where)
+        )
+    return targets
+
+
+def rebuilt(
+    entries, like: Any, arrays: Mapping[str, Any], growing: Mapping[str, tuple], where: str
+) -> Any:
+    """The tree with what was read; raises if a value is not what was saved.
+
+    `growing`: {path: (axis, whether it keeps the rest of `like` there, and not zeros)}.
+    """
+    values = {p: arrays[escaped(p)] for p in entries if escaped(p) in arrays}
+    sums = checksums(values)
+    raise_all(
+        f"{where} is damaged:",
+        [f"'{p}': the values are not those that were saved" for p, s in sums.items()
+         if s != entries[p]["sum"]],
+        "restore another step by lora.checkpoint.restore(..., step=...)",
+    )  # fmt: skip
+    leaves = [
+        _leaf(entries[p], values.get(p), x, *growing.get(p, (None, False)))
+        for p, x in named(like).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _type(x) -> list:
+    return [str(x.dtype), list(x.shape)]
+
+
+def _is_plain(x) -> bool:
+    """Whether a leaf is kept as JSON. (NumPy's float64 is a float of Python's, and is not.)"""
+    return isinstance(x, bool | int | float | str) and not isinstance(x, np.generic)
+
+
+def _said(entry) -> str:
+    if "value" in entry:
+        return f"a {type(entry['value']).__name__}"
+    dtype, shape = entry["array"]
+    return f"{dtype}{tuple(shape)}" if shape else f"a {dtype}"
+
+
+def _is_key(x) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _is_storable(x) -> bool:
+    if _is_key(x):
+        return x.size > 0
+    return x.dtype == np.bool_ or jnp.issubdtype(x.dtype, np.number)
+
+
+def _own(x):
+    """Of host memory a copy: it may be changed while it is written."""
+    return x if isinstance(x, jax.Array) else np.array(x)
+
+
+def _leaf(entry, value, like, axis: int | None, keep: bool):
+    """A restored leaf of the kind of `like`, padded along `axis` to its size."""
+    if _is_plain(like):
+        return entry["value"] if "value" in entry else type(like)(np.asarray(value)[()])
+    if "value" in entry:
+        value = np.asarray(entry["value"], like.dtype)
+        where = placement(like)
+        return jnp.asarray(value) if where is None else jax.device_put(value, where)
+    if value is None:  # of size 0
+        return like if isinstance(like, jax.Array) else jnp.zeros(like.shape, like.dtype)
+    if "key" in entry:
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=entry["key"])
+    on_host = isinstance(like, np.ndarray | np.generic)
+    value = np.asarray(value) if on_host else jnp.asarray(value)
+    if axis is not None and value.shape[axis] < like.shape[axis]:
+        value = _padded(value, like, axis, keep)
+    return value[()] if isinstance(like, np.generic) else value
+
+
+def _padded(value, like, axis: int, keep: bool):
+    """`value` with the rest of `like` behind it along `axis`, or zeros."""
+
+    def pad(value, like):
+        rest = jax.lax.slice_in_dim(like, value.shape[axis], like.shape[axis], axis=axis)
+        return jnp.concatenate([value, rest if keep else jnp.zeros_like(rest)], axis)
+
+    if isinstance(like, np.ndarray):
+        return np.asarray(pad(value, like))
+    if not isinstance(like, jax.Array):
+        like = jnp.zeros(like.shape, like.dtype)
+    return jax.jit(pad, out_shardings=placement(like))(value, like)
+
+
+def _is_number(entry) -> bool:
+    """Whether it is a number, or an array of one: a count may be saved as the one of the other."""
+    if "value" in entry:
+        return isinstance(entry["value"], int | float) and not isinstance(entry["value"], bool)
+    return entry["array"][1] == [] and "key" not in entry
+
+
+def _fits(saved: list[int], wanted: list[int], axis: int | None) -> bool:
+    """Whether the shapes are equal, or but for `axis`, which is larger."""
+    if axis is None or len(saved) != len(wanted):
+        return saved == wanted
+    rest = lambda shape: [n for d, n in enumerate(shape) if d != axis]
+    return rest(saved) == rest(wanted) and saved[axis] <= wanted[axis]

@@ -1,0 +1,151 @@
+"""AdaLoRA: an update in the form of a singular value decomposition."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._config import LoRAConfig
+from lora_jax._core.einsum import wide
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.keys import as_key, path_key
+from lora_jax._core.paths import flatten, nest
+from lora_jax._nodes.adapters import LoRA, is_node
+from lora_jax._nodes.factors import factors
+from lora_jax._nodes.indirect import AdaLoRA
+from lora_jax._survey import Survey
+from lora_jax._targets import Target, Targets
+from lora_jax.methods._tree import static_of, targets_of, tree_of
+
+
+def init_adalora(
+    key: jax.Array, params: Any, config: LoRAConfig | Targets, survey: Survey | None = None
+) -> dict:
+    """AdaLoRA (arXiv:2303.10512, eq. 3): adapters P·Λ·Q, whose singular values `adalora` prunes.
+
+    Λ is zero, so the adapted function is first the plain one; P and Q are N(0, 0.02²), as in the
+    authors' code and PEFT. They work where a LoRA does in `bind` and `merge`; for all else
+    `factors` or, after training, `pruned`.
+
+    Args:
+      key, params, config, survey: as in `init`. The rank is that of the beginning, the paper's
+        1.5 times the target. The scale, alpha / rank, stays when singular values are pruned.
+
+    Returns:
+      A tree with an `AdaLoRA` for each leaf: p (*batch, *in, rank), lam (*batch, rank) and
+      q (*batch, rank, *out).
+
+    Raises:
+      LoRAError: as `init`.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": jnp.ones((8, 4))}
+    >>> config = lora.LoRAConfig(rank=3, targets="q")
+    >>> node = lora.methods.init_adalora(jax.random.key(0), params, config)["q"]
+    >>> node.p.shape, node.lam, node.q.shape
+    ((8, 3), Array([0., 0., 0.], dtype=float32), (3, 4))
+    """
+    key, targets = as_key(key), targets_of(params, config, survey)
+    dtype = targets.config.dtype
+
+    def node(path: str, t: Target) -> AdaLoRA:
+        one, two = jax.random.split(path_key(key, path))
+        p_shape, q_shape = t.geometry.factor_shapes(t.shape, t.rank)
+        batch = p_shape[: len(t.geometry.batch_axes)]
+        return AdaLoRA(
+            0.02 * jax.random.normal(one, p_shape, dtype),
+            jnp.zeros((*batch, t.rank), dtype),
+            0.02 * jax.random.normal(two, q_shape, dtype),
+            **static_of(t),
+        )
+
+    return tree_of(key, params, targets, node)
+
+
+CALL = "lora.optim.adalora(optax.adam(1e-3), target_rank=8, tinit=500, tfinal=1500, steps=3000)"
+
+
+def orthogonality(adapters: Any) -> jax.Array:
+    """R = Σ ‖PᵀP − I‖² + ‖QQᵀ − I‖² (arXiv:2303.10512, eq. 4), to be added to the loss.
+
+    The sum goes over all matrices, as in section 3.2. The authors' code, with a coefficient of 0.1,
+    and PEFT's, with 0.5, have the mean of the norms without squares.
+
+    Raises:
+      LoRAError: there is no `AdaLoRA` in the tree.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> eye = jnp.eye(3, 2)
+    >>> node = lora.methods.AdaLoRA(eye, jnp.ones(2), 2 * eye.T, geometry=lora.Geometry((0,), (1,)))
+    >>> lora.methods.orthogonality({"q": node})  # Q's rows have a norm of 2: twice (4 − 1)²
+    Array(18., dtype=float32)
+    """
+    total = jnp.zeros((), jnp.float32)
+    for node in adalora_nodes(adapters):
+        n, n_in, n_out = node.geometry.sizes(node.shape)
+        dtype = wide(node.p.dtype)
+        p = node.p.astype(dtype).reshape(n, n_in, node.rank)
+        q = node.q.astype(dtype).reshape(n, node.rank, n_out)
+        for gram in (p.mT @ p, q @ q.mT):
+            total = total + jnp.sum((gram - jnp.eye(node.rank, dtype=dtype)) ** 2)
+    return total
+
+
+def pruned(adapters: Any) -> dict:
+    """AdaLoRA's adapters as `LoRA` of real ranks: without the singular values that are zero.
+
+    The update stays the same. It depends on values, so it is not for use under jit.
+
+    Args:
+      adapters: trained with `adalora`; nodes of another kind stay as they are.
+
+    Returns:
+      An adapter tree. Ranks differ from leaf to leaf; a leaf of several weights has the largest of
+      theirs, with zeros in the others. A leaf of which nothing is left is not in the tree.
+
+    Raises:
+      LoRAError: no `AdaLoRA` in the tree, or under jit.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> lam = jnp.array([0.0, 2.0, 0.0])
+    >>> p, q = jnp.ones((4, 3)), jnp.ones((3, 2))
+    >>> adapters = {"q": lora.methods.AdaLoRA(p, lam, q, geometry=lora.Geometry((0,), (1,)))}
+    >>> lora.methods.pruned(adapters)["q"].rank
+    1
+    """
+    if any(isinstance(n.lam, jax.core.Tracer) for n in adalora_nodes(adapters)):
+        raise LoRAError(
+            "ranks depend on values, so not under jit: lora.methods.pruned(adapters) outside"
+        )
+    plain = flatten(factors(adapters), is_leaf=is_node)
+    out = {}
+    for path, node in flatten(adapters, is_leaf=is_node).items():
+        if not isinstance(node, AdaLoRA):
+            out[path] = node
+        elif rank := int(jnp.max(jnp.sum(node.lam != 0, -1), initial=0)):
+            out[path] = _kept(plain[path], node.lam, rank)
+    return nest(out)
+
+
+def _kept(node: LoRA, lam: jax.Array, rank: int) -> LoRA:
+    """Columns of A and rows of B whose λ is not zero, in their order; `rank` of each weight."""
+    n, n_in, n_out = node.geometry.sizes(node.shape)
+    index = jnp.argsort(lam.reshape(n, -1) == 0, axis=-1, stable=True)[:, :rank]
+    a = jnp.take_along_axis(node.a.reshape(n, n_in, -1), index[:, None, :], 2)
+    b = jnp.take_along_axis(node.b.reshape(n, -1, n_out), index[:, :, None], 1)
+    a_shape, b_shape = node.geometry.factor_shapes(node.shape, rank)
+    return dataclasses.replace(node, a=a.reshape(a_shape), b=b.reshape(b_shape))
+
+
+def adalora_nodes(tree: Any) -> list[AdaLoRA]:
+    found = [n for n in jax.tree.leaves(tree, is_leaf=is_node) if isinstance(n, AdaLoRA)]
+    if not found:
+        raise LoRAError(
+            "expected adapters of AdaLoRA, found none: adapters = lora.methods.init_adalora(key, "
+            "params, "
+            f"config); tx = {CALL}"
+        )
+    return found

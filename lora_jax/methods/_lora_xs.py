@@ -1,0 +1,105 @@
+"""LoRA-XS: a trained square matrix between the largest singular vectors of the leaf."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._config import LoRAConfig
+from lora_jax._core.einsum import wide
+from lora_jax._core.errors import raise_all
+from lora_jax._core.geometry import Geometry
+from lora_jax._core.keys import as_key, path_key
+from lora_jax._core.nnx import state_of
+from lora_jax._core.paths import flatten, nest
+from lora_jax._nodes.adapters import LoRA
+from lora_jax._nodes.indirect import LoRAXS
+from lora_jax._quantized.weight import value
+from lora_jax._survey import Survey
+from lora_jax._targets import Target, Targets
+from lora_jax.methods._tree import static_of, targets_of, tree_of
+
+
+def init_lora_xs(
+    key: jax.Array,
+    params: Any,
+    config: LoRAConfig | Targets,
+    survey: Survey | None = None,
+    *,
+    std: float = 1e-5,
+) -> tuple[dict, dict]:
+    """LoRA-XS (arXiv:2405.17604): a trained matrix R (rank, rank) for each leaf,
+    between its largest singular vectors. Of a kernel (in, out): ΔW = scale · A · R · B, with
+    A = U·Σ and B = Vᵀ from the truncated SVD of W.
+
+    R is N(0, std²), so the adapted function is first the plain one but for about that. The SVD is
+    exact, of one leaf at a time, in fp32 or wider; the signs of singular vectors are such that the
+    largest entry of each column of U is positive, so that another machine finds the same.
+
+    Args:
+      key, params, config, survey: as in `init`. Alpha / rank is the scale, as in the authors' code,
+        which the paper's equations leave out; they train query, value, attention output and output.
+      std: of R; 1e-5 in the authors' code.
+
+    Returns:
+      (adapters, frozen): a tree with a `LoRAXS` for each leaf, and one with a `LoRA` that holds A
+      and B, for `factors`; `shardings(params, frozen)` says where it goes. A checkpoint holds R
+      alone: make `frozen` from the same base again, or keep it in the `state` of `save`.
+
+    Raises:
+      LoRAError: as `init`; or a rank above the smaller side of a leaf.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": jnp.diag(jnp.array([1.0, 3.0, 2.0]))}
+    >>> config = lora.LoRAConfig(rank=2, alpha=2, targets="q")
+    >>> adapters, frozen = lora.methods.init_lora_xs(jax.random.key(0), params, config)
+    >>> adapters["q"].r.shape, frozen["q"].a @ frozen["q"].b
+    ((2, 2), Array([[0., 0., 0.],
+           [0., 3., 0.],
+           [0., 0., 2.]], dtype=float32))
+    """
+    key, targets = as_key(key), targets_of(params, config, survey)
+    leaves, dtype = flatten(state_of(params)), targets.config.dtype
+    raise_all(
+        "LoRA-XS takes singular vectors of the leaf, and these have fewer than the rank:",
+        (
+            f"'{path}' {t.shape}: rank {t.rank}, expected at most {most}"
+            for path, t in targets.lora.items()
+            if t.rank > (most := min(t.geometry.sizes(t.shape)[1:]))
+        ),
+        "a smaller rank for them: rules=[lora.Rule(pattern, rank=...)]",
+    )
+
+    def node(path: str, t: Target) -> LoRAXS:
+        batch = tuple(t.shape[d] for d in t.geometry.batch_axes)
+        r = std * jax.random.normal(path_key(key, path), (*batch, t.rank, t.rank), dtype)
+        return LoRAXS(r, shape=t.shape, **static_of(t))
+
+    frozen = {
+        path: LoRA(
+            *_principal(jnp.asarray(value(leaves[path])), t.geometry, t.rank, jnp.dtype(dtype)),
+            t.scale,
+            t.geometry,
+            t.dropout,
+            t.embedding,
+        )
+        for path, t in targets.lora.items()
+    }
+    return tree_of(key, params, targets, node), nest(frozen)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _principal(w: jax.Array, g: Geometry, rank: int, dtype) -> tuple[jax.Array, jax.Array]:
+    """U·Σ (*batch, *in, rank) and Vᵀ (*batch, rank, *out) of the leaf's largest singular values."""
+    order = (*g.batch_axes, *g.in_axes, *g.out_axes)
+    flat = w.astype(wide(w.dtype)).transpose(order).reshape(g.sizes(w.shape))
+    u, s, v = jnp.linalg.svd(flat, full_matrices=False)
+    u, s, v = u[:, :, :rank], s[:, :rank], v[:, :rank]
+    largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), 1, keepdims=True), 1)
+    sign = jnp.where(largest < 0, -1, 1).astype(u.dtype)  # (n, 1, rank)
+    a, b = u * (s[:, None] * sign), v * sign.mT
+    a_shape, b_shape = g.factor_shapes(w.shape, rank)
+    return a.reshape(a_shape).astype(dtype), b.reshape(b_shape).astype(dtype)

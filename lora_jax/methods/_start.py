@@ -1,0 +1,94 @@
+"""What the initialisers share: which nodes they set, and taking an update out of the base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._bind import adapter_nodes
+from lora_jax._core.einsum import wide
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.nnx import state_of
+from lora_jax._core.paths import flatten, nest
+from lora_jax._merge import unmerge
+from lora_jax._nodes.adapters import LoRA, LowRank, is_node
+from lora_jax._quantized.weight import is_quantized
+from lora_jax._targets import Targets
+from lora_jax.algebra._combine import linear
+
+
+def lora_nodes(adapters: Any) -> dict[str, LoRA]:
+    """{path: node} of the leaves that an initialiser sets."""
+    flat = flatten(linear(adapters), is_leaf=is_node)
+    nodes = {p: n for p, n in flat.items() if isinstance(n, LoRA)}
+    failures = [f"'{p}' has scale {n.scale}" for p, n in nodes.items() if not n.scale > 0]
+    for p, n in nodes.items():
+        _, i, o = n.geometry.sizes(n.shape)
+        if n.rank > min(i, o):
+            failures.append(f"'{p}' has rank {n.rank}, above min(in={i}, out={o})")
+    raise_all("these adapters cannot be initialised:", failures, "a scale must be positive")
+    return nodes
+
+
+def each(adapters: Any, make: Callable) -> dict:
+    """The adapters with make(path, node) for each `LoRA`."""
+    flat = flatten(adapters, is_leaf=is_node)
+    return nest({p: make(p, n) if isinstance(n, LoRA) else n for p, n in flat.items()})
+
+
+def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]:
+    """(base − scale·A·B, adapters), of the nodes make(path, node, w), with w (n, in, out)."""
+    adapter_nodes(params, adapters, "init")
+    nodes = lora_nodes(adapters)
+    leaves = flatten(state_of(params))
+    raise_all(
+        "these leaves are quantised, and their codes cannot give up a part:",
+        (f"'{p}'" for p in nodes if is_quantized(leaves[p])),
+        "first the initialiser, of the plain parameters, then lora.quant.quantize(base, ...); or "
+        "loftq",
+    )
+    new = each(adapters, lambda path, node: make(path, node, as_matrices(node, leaves[path])))
+    flat = flatten(new, is_leaf=is_node)
+    return unmerge(params, nest({p: flat[p] for p in nodes})), new
+
+
+def as_matrices(node: Any, w) -> jax.Array:
+    """A leaf as (n, in, out), in fp32 or wider."""
+    g = node.geometry
+    w = jnp.asarray(w).astype(wide(w.dtype))
+    order = (*g.batch_axes, *g.in_axes, *g.out_axes)
+    return w.transpose(order).reshape(g.sizes(node.shape))
+
+
+def plain_svd(w: jax.Array):
+    return jnp.linalg.svd(w, full_matrices=False)
+
+
+def as_node(like: LoRA, a, b) -> LoRA:
+    """The node with matrices (n, in, r) and (n, r, out), in its own dtype."""
+    shapes = like.geometry.factor_shapes(like.shape, a.shape[-1])
+    a, b = (x.reshape(s).astype(like.a.dtype) for x, s in zip((a, b), shapes))
+    return dataclasses.replace(like, a=a, b=b)
+
+
+def positive(**numbers: float) -> None:
+    raise_all(
+        "invalid:", (f"{k}={v}: expected it above 0" for k, v in numbers.items() if not v > 0)
+    )
+
+
+def low_rank(adapters: Any) -> dict[str, Any]:
+    """{path: what has geometry, shape, rank and scale}, of adapters or targets."""
+    if isinstance(adapters, Targets):
+        return dict(adapters.lora)
+    nodes = flatten(adapters, is_leaf=is_node)
+    if not any(map(is_node, nodes.values())):
+        raise LoRAError(
+            "expected adapters or Targets: adapters = lora.init(key, params, config), or "
+            "targets = lora.select(params, config, survey)"
+        )
+    return {p: n for p, n in nodes.items() if isinstance(n, LowRank)}

@@ -1,0 +1,37 @@
+"""The first adapters of VeRA, LoRA-XS and AdaLoRA, and what they keep frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from lora_jax._config import LoRAConfig
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.paths import flatten, nest
+from lora_jax._init import init
+from lora_jax._nodes.adapters import is_node
+from lora_jax._select import select
+from lora_jax._targets import Target, Targets
+
+
+def targets_of(params, config, survey) -> Targets:
+    if not isinstance(config, Targets | LoRAConfig):
+        raise LoRAError(f"expected a LoRAConfig or Targets, found {type(config).__name__}")
+    return config if isinstance(config, Targets) else select(params, config, survey)
+
+
+def static_of(t: Target, scale: float | None = None) -> dict[str, Any]:
+    return dict(
+        geometry=t.geometry,
+        scale=t.scale if scale is None else scale,
+        dropout=t.dropout,
+        embedding=t.embedding,
+    )
+
+
+def tree_of(key, params, targets: Targets, node: Callable[[str, Target], Any]) -> dict:
+    """The nodes of all leaves: those in full and by rows as `init` makes them."""
+    rest = init(key, params, dataclasses.replace(targets, lora={}))
+    flat = {path: node(path, t) for path, t in targets.lora.items()}
+    return nest(flat | flatten(rest, is_leaf=is_node))

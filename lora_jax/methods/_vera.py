@@ -1,0 +1,89 @@
+"""VeRA: two trained vectors between random matrices that all leaves share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._config import LoRAConfig
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.keys import as_key, path_key
+from lora_jax._nodes.indirect import VeRA
+from lora_jax._survey import Survey
+from lora_jax._targets import Target, Targets
+from lora_jax.methods._tree import static_of, targets_of, tree_of
+
+
+def init_vera(
+    key: jax.Array,
+    params: Any,
+    config: LoRAConfig | Targets,
+    survey: Survey | None = None,
+    *,
+    rank: int | None = None,
+    d: float = 0.1,
+) -> tuple[dict, dict]:
+    """VeRA (arXiv:2310.11454, eq. 2): two trained vectors for each leaf, between two frozen random
+    matrices that all leaves share. Of a kernel (in, out): ΔW = A · diag(d) · B · diag(b).
+
+    A and B are as large as the largest leaf needs; a smaller one takes their first rows and
+    columns, as in PEFT. They are drawn from He's uniform distribution (Kaiming, fan-in, gain √2),
+    b is zero and d is constant (section 3.3). The paper has no alpha, and the configuration's is
+    not used; leaves with batch axes (experts, layers) have vectors of their own for each weight.
+
+    Args:
+      key, params, config, survey: as in `init`; leaves trained in full or by rows as there.
+      rank: of all leaves, and it may exceed their sides; None: the configuration's. The paper's are
+        1024 (RoBERTa-base) and 256 (RoBERTa-large, Llama).
+      d: the first value of d.
+
+    Returns:
+      (adapters, frozen): a tree with a `VeRA` for each leaf, and {"a": (in, rank), "b": (rank,
+      out)}, for `factors`. The same key and leaves give the same `frozen`; it may be kept in the
+      `state` of `save`.
+
+    Raises:
+      LoRAError: as `init`; or a rank below 1.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": jnp.ones((8, 8)), "v": jnp.ones((8, 4))}
+    >>> config = lora.LoRAConfig(rank=1, targets=["q", "v"])
+    >>> adapters, frozen = lora.methods.init_vera(jax.random.key(0), params, config, rank=16)
+    >>> sum(x.size for x in jax.tree.leaves(adapters)), frozen["a"].shape  # 2·16 + 8 + 4
+    (44, (8, 16))
+    >>> fn = lora.adapt(lambda p, x: (x @ p["q"]) @ p["v"])
+    >>> def loss(adapters):
+    ...     bound = lora.bind(params, lora.methods.factors(adapters, frozen))
+    ...     return fn(bound, jnp.ones((2, 8))).sum()
+    >>> jax.grad(loss)(adapters)["v"].b.shape
+    (4,)
+    """
+    key, targets = as_key(key), targets_of(params, config, survey)
+    if rank is not None:
+        if rank < 1:
+            raise LoRAError(
+                f"rank={rank}: expected an integer >= 1, lora.methods.init_vera(..., rank=256)"
+            )
+        of_rank = {p: dataclasses.replace(t, rank=rank) for p, t in targets.lora.items()}
+        targets = dataclasses.replace(targets, lora=of_rank)
+    dtype = targets.config.dtype
+
+    def node(path: str, t: Target) -> VeRA:
+        g = t.geometry
+        batch, out = (tuple(t.shape[i] for i in axes) for axes in (g.batch_axes, g.out_axes))
+        vectors = jnp.full((*batch, t.rank), d, dtype), jnp.zeros((*batch, *out), dtype)
+        return VeRA(*vectors, shape=t.shape, **static_of(t, scale=1.0))
+
+    sizes = [(*t.geometry.sizes(t.shape)[1:], t.rank) for t in targets.lora.values()]
+    n_in, n_out, rank = map(max, zip(*sizes, (1, 1, 1)))
+
+    def he(name: str, shape: tuple[int, int], fan_in: int) -> jax.Array:
+        bound = math.sqrt(6 / fan_in)
+        return jax.random.uniform(path_key(key, f"vera/{name}"), shape, dtype, -bound, bound)
+
+    frozen = {"a": he("a", (n_in, rank), n_in), "b": he("b", (rank, n_out), rank)}
+    return tree_of(key, params, targets, node), frozen

@@ -1,0 +1,303 @@
+"""GaLore: Adam for full-parameter training with moments of rank r."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax._core.einsum import wide
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.geometry import Geometry
+from lora_jax._core.paths import flatten, map_with_path
+from lora_jax._targets import Targets
+from lora_jax.optim._labels import decays
+from lora_jax.optim._pairs import unzip
+
+MATRIX = Geometry((0,), (1,))
+
+
+einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+class ScaleByGaloreState(NamedTuple):
+    """State of `scale_by_galore`. The arrays of a leaf have its axes, so that they are sharded like
+    it; where a group of axes became the rank, the first of them is r, the others 1.
+
+    Attributes:
+      count: how many updates there were.
+      projector: orthonormal vectors, of a leaf m × k, m ≤ k, (m, r); of one k × m, (r, m).
+      mu, nu: Adam's moments of the projected gradient, (r, k) or (k, r).
+
+    Where r ≥ m there is no projector, and the moments have the leaf's shape.
+    """
+
+    count: jax.Array
+    projector: Any
+    mu: Any
+    nu: Any
+
+
+def galore(
+    learning_rate: Any,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    targets: Targets | None = None,
+) -> optax.GradientTransformation:
+    """GaLore (Zhao et al., arXiv:2403.03507, algorithm 2): Adam for training in full, with moments
+    of the gradient's projection on its largest singular directions.
+
+    For a leaf m × k, m ≤ k: P (m, r) holds the left singular vectors of the gradient of every
+    `update_proj_gap`-th step; Adam sees PᵀG (r, k), and the leaf moves by α·P·N. The moments are
+    kept where P changes, as in the paper; a vector's sign, which an SVD leaves open, is that of the
+    one whose place it takes.
+
+    Good for: full-parameter training where Adam's moments do not fit. It is no adapter: all of W
+    moves, nothing is merged, and a gradient as large as W is formed.
+
+    Memory: W and mr + 2rk numbers of state in fp32, where Adam has 2mk: less for r < 2mk / (m+2k).
+    FLOPs: 4mkr in each step; in every `update_proj_gap`-th, the first included, 6m²k and two
+    eigendecompositions of m × m (under `jax.lax.cond`), which find P to an angle of about
+    16·ε·σ₁ / (σ_r − σ_{r+1}), ε that of fp32, where σ_r is at least 10⁻⁴·σ₁; below, P is not an
+    SVD's, but orthonormal as well. That step may take seconds where m is some thousands, and two
+    more copies of a gradient. On CPUs with other work set OPENBLAS_NUM_THREADS=1: LAPACK's threads
+    beside XLA's made it four times as slow.
+
+    On a mesh `state_shardings` splits P and the moments as their leaf: r is replicated.
+
+    Args:
+      learning_rate: a number or a schedule; 0.01 to 0.005 in the authors' pre-training.
+      rank: r; 128 to 1024 in the paper (a quarter to a half of the model's width).
+      update_proj_gap: T; 200 in the paper.
+      scale: α; 0.25 in the paper.
+      b1, b2, eps: Adam's.
+      weight_decay: decoupled, of all leaves.
+      targets: what `select` returned: the leaves to project, and which of their axes are rows,
+        columns or a stack (scanned layers, experts). The paper takes attention's and MLP's. None:
+        every leaf of two axes; then one of more axes is trained by plain Adam.
+
+    Returns:
+      An optimiser for any parameter tree; leaves that are not projected are trained by plain Adam,
+      without α.
+
+    Raises:
+      LoRAError: a rank or gap below 1; in `init`, targets that are no leaves of the tree.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"w": jnp.ones((64, 256)), "bias": jnp.ones(256)}
+    >>> state = lora.optim.galore(0.01, rank=4).init(params)
+    >>> sum(x.size for x in jax.tree.leaves(state))  # 64·4 + 2·4·256, 2·256 of Adam, two counts
+    2818
+    """
+    tx = scale_by_galore(rank, update_proj_gap, scale, b1, b2, eps, targets)
+
+    def kinds(params):
+        geometry = _geometries(params, targets)
+        return map_with_path(lambda path, _: "galore" if path in geometry else "adam", params)
+
+    return optax.chain(
+        optax.partition({"galore": tx, "adam": optax.scale_by_adam(b1, b2, eps)}, kinds),
+        optax.add_decayed_weights(weight_decay) if decays(weight_decay) else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def scale_by_galore(
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    targets: Targets | None = None,
+) -> optax.GradientTransformation:
+    """The step of `galore` without a learning rate; leaves that are not projected pass unchanged.
+
+    >>> import optax, lora_jax as lora
+    >>> tx = optax.chain(lora.optim.scale_by_galore(rank=8), optax.scale_by_learning_rate(0.01))
+    """
+    if not isinstance(rank, int) or rank < 1 or update_proj_gap < 1:
+        raise LoRAError(
+            f"expected integers rank and update_proj_gap >= 1, found {rank} and {update_proj_gap}: "
+            "lora.optim.galore(0.01, rank=128, update_proj_gap=200); rank is a shape: "
+            'optax.inject_hyperparams(lora.optim.galore, static_args=("rank", "update_proj_gap"))'
+        )
+
+    def init(params):
+        geometry = _geometries(params, targets)
+        leaf = lambda path, x: _start(x, geometry.get(path), rank)
+        _, *parts = unzip(map_with_path(leaf, params), _Leaf)
+        return ScaleByGaloreState(jnp.zeros((), jnp.int32), *parts)
+
+    def update(updates, state, params=None):
+        del params
+        treedef = jax.tree.structure(updates)
+        flat, geometry = flatten(updates), _geometries(updates, targets)
+        old, mus, nus = (treedef.flatten_up_to(part) for part in state[1:])
+        sides = [
+            None if _masked(p) else _Sides(g.shape, geometry[path])
+            for (path, g), p in zip(flat.items(), old)
+        ]
+        sources = [p if _masked(p) else g for g, p in zip(flat.values(), old)]
+        new = state.count % update_proj_gap == 0
+        projectors = functools.partial(_projectors, sides)
+        ps = jax.lax.cond(new, projectors, lambda sources, old: old, sources, old)
+        count = optax.safe_increment(state.count)
+
+        def leaf(g, side, p, mu, nu):
+            if _masked(mu):
+                return _Leaf(g, p, mu, nu)
+            low = g.astype(mu.dtype)
+            low = low if side is None else side.project(low, p)
+            mu, nu = b1 * mu + (1 - b1) * low, b2 * nu + (1 - b2) * low**2
+            t = count.astype(mu.dtype)
+            step = scale * (mu / (1 - b1**t)) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
+            step = step if side is None else side.back(step, p)
+            return _Leaf(step.astype(g.dtype), p, mu, nu)
+
+        out = [leaf(*row) for row in zip(flat.values(), sides, ps, mus, nus)]
+        updates, *parts = unzip(treedef.unflatten(out), _Leaf)
+        return updates, ScaleByGaloreState(count, *parts)
+
+    return optax.GradientTransformation(init, update)
+
+
+class _Leaf(NamedTuple):
+    """What a step gives for one leaf."""
+
+    update: Any
+    projector: Any
+    mu: Any
+    nu: Any
+
+
+class _Sides:
+    """The axes of a leaf in three groups: a stack of n, rows and columns, m of the one and k of the
+    other, m ≤ k. Products are over the leaf's own axes: nothing as large as it is reshaped."""
+
+    def __init__(self, shape: tuple[int, ...], g: Geometry):
+        self.shape, self.batch = tuple(shape), g.batch_axes
+        self.n, i, o = g.sizes(self.shape)
+        self.m = min(i, o)
+        self.rows, self.cols = (g.in_axes, g.out_axes) if i <= o else (g.out_axes, g.in_axes)
+        self.all = tuple(range(len(shape)))
+        self.rank = len(shape)  # a label; the numbers after it are spare ones for the rows
+
+    def shape_with(self, r: int, gone: tuple[int, ...]) -> tuple[int, ...]:
+        """The leaf's shape with these axes as one of size r, and ones."""
+        size = dict(enumerate(self.shape)) | dict.fromkeys(gone, 1) | {gone[0]: r}
+        return tuple(size.values())
+
+    def labels(self, gone: tuple[int, ...]) -> tuple[int, ...]:
+        """Of such an array, the axes of size 1 aside."""
+        return tuple(self.rank if d == gone[0] else d for d in self.all if d not in gone[1:])
+
+    def squeezed(self, x, gone: tuple[int, ...]) -> tuple:
+        return jnp.squeeze(x, gone[1:]), self.labels(gone)
+
+    def project(self, g, p) -> jax.Array:
+        """Pᵀ·G of a gradient, in the shape of the moments."""
+        low = einsum(g, self.all, *self.squeezed(p, self.cols), self.labels(self.rows))
+        return low.reshape(self.shape_with(p.shape[self.cols[0]], self.rows))
+
+    def back(self, low, p) -> jax.Array:
+        """P·N, in the shape of the leaf."""
+        low, p = self.squeezed(low, self.rows), self.squeezed(p, self.cols)
+        return einsum(*low, *p, self.all)
+
+    def gram(self, x, labels: tuple[int, ...], rows: tuple[int, ...]) -> jax.Array:
+        """x·xᵀ (n, m, m) over the columns, of an array with these labels and these as its rows."""
+        spare = {d: self.rank + 1 + i for i, d in enumerate(rows)}
+        other = [spare.get(d, d) for d in labels]
+        out = (*self.batch, *rows, *spare.values())
+        return einsum(x, labels, x, other, out).reshape(self.n, self.m, self.m)
+
+    def vectors(self, g, r: int) -> jax.Array:
+        """The left singular vectors of the r largest values, in the shape of the projector.
+
+        They are eigenvectors of G·Gᵀ, which are cheaper than an SVD. But G·Gᵀ squares the singular
+        values σ, and its rounding hides those below √ε·σ₁. So those above ε^⅕·σ₁ are taken out of
+        G, and the others are found in what is left.
+        """
+        peak = jnp.max(jnp.abs(g), (*self.rows, *self.cols), keepdims=True)
+        g, eps = g / jnp.where(peak > 0, peak, 1), float(jnp.finfo(g.dtype).eps)
+        w, v = _eigh(self.gram(g, self.all, self.rows))
+        known = w > eps**0.4 * w[:, :1]
+        others = jnp.where(known[:, None, :], 0, v)  # (n, m, m)
+        size = [self.shape[d] for d in (*self.batch, *self.rows)]
+        across = (*self.batch, self.rank, *self.cols)
+        y = einsum(
+            g, self.all, others.reshape(*size, self.m), (*self.batch, *self.rows, self.rank), across
+        )
+        left = self.gram(y, across, (self.rank,))
+        top = jnp.max(left, (1, 2))[:, None] + eps
+        # Where G is of low rank, what is known is to come after the null space.
+        _, q = _eigh(left - jnp.where(known, top, 0)[:, None, :] * jnp.eye(self.m, dtype=g.dtype))
+        # Of the columns of V first those that are known, then as Q says.
+        index, c = jnp.arange(r), jnp.sum(known, -1)[:, None, None]
+        later = jnp.take_along_axis(q, jnp.maximum(index - c, 0), -1)
+        u = jnp.where(index < c, v[:, :, :r], einsum("nij,njk->nik", v, later))
+        order = (*self.batch, *self.rows, self.rank)
+        u = einsum(u.reshape(*size, r), order, self.labels(self.cols))
+        return u.reshape(self.shape_with(r, self.cols))
+
+
+def _eigh(x) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, falling, and vectors of symmetric matrices (n, m, m)."""
+    w, v = jnp.linalg.eigh(x)
+    return w[:, ::-1], v[:, :, ::-1]
+
+
+def _start(x, g: Geometry | None, rank: int) -> _Leaf:
+    """The state of a leaf."""
+    if g is None:
+        return _Leaf(*[optax.MaskedNode()] * 4)
+    zeros = functools.partial(jnp.zeros, dtype=wide(x.dtype))
+    side = _Sides(x.shape, g)
+    if rank >= side.m:
+        return _Leaf(None, optax.MaskedNode(), zeros(x.shape), zeros(x.shape))
+    p, low = (zeros(side.shape_with(rank, gone)) for gone in (side.cols, side.rows))
+    return _Leaf(None, p, low, jnp.zeros_like(low))
+
+
+def _masked(x) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _projectors(sides: list, gradients: list, old: list) -> list:
+    """The left singular vectors of each gradient, as many as of old. The moments are kept, and mean
+    something only if a vector's sign, which is open, is that of the one before it."""
+
+    def one(side, g, p):
+        if _masked(p):
+            return p
+        u = side.vectors(g.astype(p.dtype), p.shape[side.cols[0]])
+        return u * jnp.where(jnp.sum(u * p, side.rows, keepdims=True) < 0, -1, 1).astype(u.dtype)
+
+    return [one(*row) for row in zip(sides, gradients, old)]
+
+
+def _geometries(params: Any, targets: Targets | None) -> dict[str, Geometry]:
+    """{path: axes} of the leaves that are projected."""
+    flat = flatten(params)
+    if targets is None:
+        return {path: MATRIX for path, x in flat.items() if x.ndim == 2}
+    raise_all(
+        "these targets do not fit the parameters:",
+        (
+            f"'{path}': expected {t.shape}, found "
+            + (str(tuple(flat[path].shape)) if path in flat else "no such leaf")
+            for path, t in targets.lora.items()
+            if path not in flat or tuple(flat[path].shape) != tuple(t.shape)
+        ),
+        "lora.optim.galore(0.01, targets=lora.select(params, config, survey))",
+    )
+    return {path: t.geometry for path, t in targets.lora.items()}

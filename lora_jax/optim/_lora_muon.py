@@ -1,0 +1,131 @@
+"""LoRA-Muon: a step that does not depend on how A·B is split."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax._core.einsum import wide
+from lora_jax.optim._labels import decays
+from lora_jax.optim._pairs import (
+    Out,
+    columns,
+    gram,
+    masked_like,
+    on_factors,
+    partition,
+    power,
+    product,
+    required,
+    unzip,
+    with_columns,
+    zeros_like,
+)
+
+
+class ScaleByLoraMuonState(NamedTuple):
+    """State of `scale_by_lora_muon`: the momentum, adapters in fp32."""
+
+    mu: Any
+
+
+def lora_muon(
+    learning_rate: Any,
+    b1: float = 0.95,
+    weight_decay: float = 0.0,
+    other: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    """LoRA-Muon (Cesista et al., arXiv:2606.12921, algorithm 1): steepest descent in
+    the spectral norm of the change of W', as Muon, on the product of two factors.
+
+        dA = ½·msign(m_A·R_B)·R_B / s,    R_B = (B·Bᵀ)^−½,    msign(U·Σ·Vᵀ) = U·Vᵀ,
+
+    and likewise dB, with m the averages of g. Good for: a learning rate that is the spectral norm
+    of the change of W' in one step (half for each factor), so that it carries over between ranks,
+    widths and values of alpha; and half of Adam's state. It is LoRA-RITE without memory (b1 = b2 =
+    0), up to the norm of the step.
+
+    The paper has s = 1; the division by s, which makes the step independent of alpha, is ours. So
+    is the way to compute: inverse roots of r × r matrices by eigendecompositions, exact to fp32
+    (the paper's appendix B iterates polynomials), with directions that a factor or its momentum
+    lacks left out, those below √(r·ε) of the largest, about 10⁻³, so that at B = 0 only B moves.
+    The paper's optional rebalancing of the factors' norms is left out.
+
+    State: (in + out)·r numbers. FLOPs of a step: about 12·(in + out)·r² and four r × r
+    eigendecompositions for each weight.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay rate of the momentum, a moving average; 0.95 is usual for Muon.
+      weight_decay: λ of the paper's split rule: with ρ = √(1 − λη), A becomes ρ·A − (η/ρ)·dA, and B
+        likewise, so that the product decays by 1 − λη.
+      other: an optimiser of all leaves that are no factors; None: `optax.adamw(learning_rate)`.
+
+    Returns:
+      As `lora_rite`.
+
+    >>> import lora_jax as lora
+    >>> tx = lora.optim.lora_muon(1e-2, weight_decay=0.1)
+    """
+    if decays(weight_decay):
+        scaled = _split_decay(learning_rate, weight_decay)
+    else:
+        scaled = optax.scale_by_learning_rate(learning_rate)
+    adam = optax.adamw(learning_rate, weight_decay=weight_decay)
+    return partition(optax.chain(scale_by_lora_muon(b1), scaled), adam if other is None else other)
+
+
+def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
+    """The step of `lora_muon` without a learning rate; leaves that are no factors pass unchanged.
+
+    >>> import optax, lora_jax as lora
+    >>> tx = optax.chain(lora.optim.scale_by_lora_muon(), optax.scale_by_learning_rate(1e-2))
+    """
+
+    def init(params):
+        return ScaleByLoraMuonState(on_factors(zeros_like, params, other=masked_like))
+
+    def update(updates, state, params=None):
+        def leaf(g, node, mu):
+            m = [b1 * old + (1 - b1) * new for old, new in zip(columns(mu), columns(g))]
+            step = [_muon(*side, node.scale) for side in zip(m, columns(node)[::-1])]
+            return Out(with_columns(g, *step), with_columns(mu, *m, dtype=m[0].dtype))
+
+        trees = (required(params, "lora_muon"), state.mu)
+        keep = lambda g, *_: Out(g, optax.MaskedNode())
+        updates, mu, *_ = unzip(on_factors(leaf, updates, *trees, other=keep), Out)
+        return updates, ScaleByLoraMuonState(mu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _muon(m, y, scale):
+    """½·msign(m·R)·R / s of a factor's momentum m (n, p, r) and the other factor y (n, q, r)."""
+    root = power(gram(y), -0.5)
+    peak = jnp.max(jnp.abs(m), (-2, -1), keepdims=True)  # of no other effect than to keep squares
+    m = product(m / jnp.where(peak > 0, peak, 1), root)
+    return product(product(m, power(gram(m), -0.5)), root) / (2 * scale)
+
+
+def _split_decay(learning_rate: Any, weight_decay: float) -> optax.GradientTransformation:
+    """(ρ − 1)·factor − (η/ρ)·step, ρ = √(1 − λη)."""
+
+    def update(updates, state, params=None):
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(rate, jnp.float32)
+        keep = jnp.sqrt(1 - weight_decay * rate)
+
+        def leaf(step, x):
+            fp32 = wide(x.dtype)
+            new = (keep - 1).astype(fp32) * x.astype(fp32)
+            return (new - (rate / keep).astype(fp32) * step.astype(fp32)).astype(step.dtype)
+
+        updates = jax.tree.map(leaf, updates, required(params, "lora_muon"))
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(
+        lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
+    )

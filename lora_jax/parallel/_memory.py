@@ -1,0 +1,163 @@
+"""What training takes of memory, by arithmetic: the base, its constants, adapters, optimiser."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.nnx import state_of
+from lora_jax._core.paths import flatten
+from lora_jax._core.table import table
+from lora_jax._nodes.adapters import is_node
+from lora_jax._quantized.weight import is_quantized
+from lora_jax.parallel._state_shardings import state_shardings
+
+PARTS = ("base", "constants", "adapters", "gradients", "optimizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Bytes in all, and on the device that holds most."""
+
+    total: int = 0
+    device: int = 0
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(self.total + other.total, self.device + other.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the arrays of a training step take; print it, or assert on it.
+
+    Attributes:
+      parts: {"base", "constants" (of quantisation), "adapters", "gradients", "optimizer": `Bytes`}.
+      leaves: {path: (shape, type or format, bytes of the base, bytes of constants)}.
+      parameters: how many the base has.
+    """
+
+    parts: Mapping[str, Bytes]
+    leaves: Mapping[str, tuple[tuple[int, ...], str, int, int]]
+    parameters: int
+
+    @property
+    def total(self) -> int:
+        return sum(part.total for part in self.parts.values())
+
+    @property
+    def device(self) -> int:
+        """Bytes on one device, the one that holds most."""
+        return sum(part.device for part in self.parts.values())
+
+    def __str__(self):
+        mega = lambda n: f"{n / 1e6:,.2f}"
+        rows = [(name, mega(x.total), mega(x.device)) for name, x in self.parts.items()]
+        rows.append(("all", mega(self.total), mega(self.device)))
+        width = [max(len(r[i]) for r in (*rows, ("", "MB", "MB per device"))) for i in (1, 2)]
+        aligned = [(name, a.rjust(width[0]), b.rjust(width[1])) for name, a, b in rows]
+        head = ("", "MB".rjust(width[0]), "MB per device".rjust(width[1]))
+        stored = self.parts["base"] + self.parts["constants"]
+        bits = 8 * stored.total / max(self.parameters, 1)
+        return f"{table(head, aligned)}\nbase: {self.parameters:,} parameters, {bits:.4g} bits each"
+
+
+def memory(params: Any, adapters: Any, optimizer: Any = None, *, shardings: Any = None) -> Memory:
+    """Bytes of the base, of its constants of quantisation, of adapters, gradients and optimiser.
+
+    These are what the arrays of a step take; activations and temporaries are the compiler's, see
+    `forecast`. MB are 10⁶ bytes.
+
+    Args:
+      params: the base, or an NNX module: arrays or shapes, quantised or not, as of
+        `jax.eval_shape(lambda p: lora.quant.quantize(p, targets), shapes)`. Where a leaf has a
+        sharding, the device holds its part.
+      adapters: as from `init`, arrays or shapes; None for a base alone.
+      optimizer: an optax transformation, for the adapters; None: no state.
+      shardings: of the adapters, as from `lora.parallel.shardings`; the gradients and the state
+        are sharded alike, see `state_shardings`. None: the arrays' own, or whole on each device.
+
+    Returns:
+      A `Memory`.
+
+    Raises:
+      LoRAError: a tree without arrays in the place of the base, or of the adapters.
+
+    >>> import jax, optax, lora_jax as lora
+    >>> shapes = {"w": jax.ShapeDtypeStruct((4096, 4096), "bfloat16")}
+    >>> base = jax.eval_shape(lambda p: lora.quant.quantize(p, "w", double=True), shapes)
+    >>> config = lora.LoRAConfig(rank=8, targets="w")
+    >>> adapters = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, config), shapes)
+    >>> print(lora.parallel.memory(base, adapters, optax.adam(1e-3)))
+                 MB  MB per device
+    ---------  ----  -------------
+    base       8.39           8.39
+    constants  0.27           0.27
+    adapters   0.26           0.26
+    gradients  0.26           0.26
+    optimizer  0.52           0.52
+    all        9.70           9.70
+    base: 16,777,216 parameters, 4.127 bits each
+    """
+    found = flatten(state_of(params))
+    if not found or not all(hasattr(x, "shape") for x in found.values()):
+        raise LoRAError(
+            "expected parameters, arrays or shapes: lora.parallel.memory(params, adapters, tx)"
+        )
+    leaves, base, constants, count = {}, Bytes(), Bytes(), 0
+    for path, x in found.items():
+        codes = _sum(x.codes if is_quantized(x) else x)
+        rest = _sum((x.constants, x.second)) if is_quantized(x) else Bytes()
+        name = x.format if is_quantized(x) else str(x.dtype)
+        leaves[path] = (tuple(x.shape), name, codes.total, rest.total)
+        base, constants, count = base + codes, constants + rest, count + math.prod(x.shape)
+    parts = dict(zip(PARTS, (base, constants, *_trained(adapters, optimizer, shardings))))
+    return Memory(parts, leaves, count)
+
+
+def _trained(adapters, optimizer, shardings) -> tuple[Bytes, Bytes, Bytes]:
+    """Of adapters, gradients and the state."""
+    if adapters is None:
+        return Bytes(), Bytes(), Bytes()
+    if not all(map(is_node, flatten(adapters, is_leaf=is_node).values())):
+        raise LoRAError(
+            "expected adapters, as from lora.init: lora.parallel.memory(params, adapters, tx)"
+        )
+    if shardings is None:
+        shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), adapters)
+        placed = all(isinstance(s, Sharding) for s in _each(shardings, adapters))
+        shardings = shardings if placed else None
+    own = _sum(adapters, shardings)
+    if optimizer is None:
+        return own, own, Bytes()
+    state = jax.eval_shape(optimizer.init, adapters)
+    at = None if shardings is None else state_shardings(state, adapters, shardings)
+    return own, own, _sum(state, at)
+
+
+def _each(tree, like) -> list:
+    return jax.tree.structure(like).flatten_up_to(tree)
+
+
+def _sum(tree: Any, shardings: Any = None) -> Bytes:
+    leaves = jax.tree.leaves(tree)
+    at = [getattr(x, "sharding", None) for x in leaves]
+    at = at if shardings is None else _each(shardings, tree)
+    return sum((_bytes(x, where) for x, where in zip(leaves, at)), Bytes())
+
+
+def _bytes(x: Any, where: Any) -> Bytes:
+    size = jnp.dtype(x.dtype).itemsize if not _is_key(x) else x.dtype.itemsize
+    shape = tuple(x.shape)
+    part = where.shard_shape(shape) if isinstance(where, Sharding) else shape
+    return Bytes(math.prod(shape) * size, math.prod(part) * size)
+
+
+def _is_key(x: Any) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)

@@ -1,0 +1,281 @@
+"""adapter_config.json: what of it changes the function, checked; and PEFT's own look-ups in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax._core.errors import LoRAError, quoted, raise_all
+from lora_jax.peft._patterns import Patterns, endings
+from lora_jax.peft._regex import Budget, SafePattern
+
+# Settings of training or of initialisation alone, and those that are read below.
+HARMLESS = set(
+    """
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
+    target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora
+    modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
+    use_dora megatron_config megatron_core trainable_token_indices loftq_config eva_config
+    corda_config lora_ga_config qalora_group_size runtime_config lora_bias target_parameters
+    velora_config ensure_weight_tying beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal
+    tinit total_step merge_weights
+    """.split()
+)
+
+
+MERGE = "merge the adapter in PEFT (merge_and_unload) and load the merged weights"
+
+
+REFUSED = {
+    "use_qalora": f"QALoRA pools its inputs; {MERGE}",
+    "use_bdlora": f"BD-LoRA is block-diagonal; {MERGE}",
+    "kasa_config": f"KaSA changes the base weights; {MERGE}",
+    "monteclora_config": "MonteCLoRA samples its factors: no one update is the adapter's",
+    "arrow_config": "Arrow routes between adapters by the input: no one update is the adapter's",
+    "alora_invocation_tokens": "aLoRA is active behind certain tokens only: no one update is the "
+    "adapter's",
+    "layer_replication": f"the layers of the base are replicated; {MERGE}",
+}
+
+
+MAX_SETTINGS = 1000  # PEFT 0.21 has 45
+
+
+MAX_TABLES = 1000  # of which rows are trained
+
+
+PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """The settings of an adapter that change the function."""
+
+    adalora: bool
+    r: int
+    alpha: float
+    rank_stabilized: bool
+    dora: bool
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
+    targets: str | tuple[str, ...] | None
+    target: SafePattern | None  # where `targets` is an expression
+    names: frozenset[str]  # where it is a list
+    parameters: Mapping[str, tuple[tuple[int, str], ...]]  # {end of a module's name: (place, name)}
+    tokens: Mapping[str, tuple[int, ...]] | None
+    dropout: float
+    tying: bool
+    fan_in_fan_out: bool
+    version: tuple[int, ...] | None
+
+    def alpha_of(self, name: str) -> float:
+        """By PEFT's rule: the first pattern, in the file's order, that ends the name.
+
+        AdaLoRA has one alpha: PEFT reads no pattern for it.
+        """
+        return self.alpha if self.adalora else self.alpha_pattern.first(name, self.alpha)
+
+    def rank_of(self, name: str) -> int:
+        """What the file says of the rank; needed only where no tensor does (experts)."""
+        return self.r if self.adalora else self.rank_pattern.first(name, self.r)
+
+    def scale(self, name: str, rank: int) -> float:
+        """The constant before B·A: alpha / rank, alpha / √rank (rsLoRA), or AdaLoRA's."""
+        alpha = self.alpha_of(name)
+        if self.adalora:  # its rank number stays that of the beginning, whatever was pruned
+            return (alpha if alpha > 0 else float(self.r)) / (self.r + 1e-5)
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def targeted(self, module: str) -> bool:
+        """Whether PEFT would look for this module's tensors at all."""
+        if self.targets is None or self.targets == "all-linear":
+            return True
+        if self.target is not None:
+            return self.target.fullmatch(module)
+        return any(end in self.names for end in endings(module))
+
+    def parameters_of(self, module: str) -> tuple[str, ...]:
+        """The parameters that `target_parameters` may mean in a module, in its order."""
+        found = [x for end in (*endings(module), "") for x in self.parameters.get(end, ())]
+        return tuple(dict.fromkeys(name for _, name in sorted(found)))
+
+
+def peft_config(
+    raw: Mapping[str, Any], where: object, ignore: tuple[str, ...] = (), names: int = 0
+) -> PeftConfig:
+    """Checks types and values.
+
+    Args:
+      raw: adapter_config.json.
+      where: names the file in messages.
+      ignore: settings that this library does not know, or refuses, and that are to be passed over.
+      names: how many names will be looked up: what expressions may take grows with it.
+
+    Raises:
+      LoRAError: a value of another type or out of range; a setting that changes the function and is
+        not supported; one that is unknown and set. All of them are listed.
+
+    >>> config = peft_config({"peft_type": "LORA", "r": 4, "lora_alpha": 8}, "example")
+    >>> config.scale("q_proj", 4)
+    2.0
+    """
+    if len(raw) > MAX_SETTINGS:
+        raise LoRAError(f"{where}: {len(raw):,} settings, expected at most {MAX_SETTINGS:,}")
+    check = _Checks(raw, Budget(where, names))
+    kind = check.value("peft_type", str, "LORA")
+    if kind not in ("LORA", "ADALORA"):
+        check.failures.append(f"peft_type={quoted(kind)}, expected 'LORA' or 'ADALORA'")
+    adalora = kind == "ADALORA"
+    check.supported(ignore)
+    r = check.rank("init_r" if adalora and raw.get("init_r") is not None else "r")
+    config = PeftConfig(
+        adalora,
+        r,
+        check.number("lora_alpha", 8),
+        check.value("use_rslora", bool, False),
+        check.value("use_dora", bool, False),
+        check.patterns("rank_pattern", (lambda v: isinstance(v, list)) if adalora else _is_rank),
+        check.patterns("alpha_pattern", _is_number),
+        *check.targets(),
+        check.parameters(),
+        check.tokens(),
+        check.number("lora_dropout", 0.0),
+        check.value("ensure_weight_tying", bool, False),
+        check.value("fan_in_fan_out", bool, False),
+        check.version(),
+    )
+    check.strings("modules_to_save")
+    if config.dora and (adalora or raw.get("lora_bias") is True):
+        with_what = "AdaLoRA" if adalora else "lora_bias"
+        check.failures.append(f"use_dora with {with_what}, which PEFT does not have")
+    if not 0 <= config.dropout < 1:
+        check.failures.append(f"lora_dropout={config.dropout}, expected a rate in [0, 1)")
+    raise_all(f"{where}: not a configuration that can be loaded:", check.failures)
+    return config
+
+
+def _is_rank(x) -> bool:
+    return type(x) is int and 1 <= x < 1 << 24
+
+
+def _is_number(x) -> bool:
+    return type(x) in (int, float) and abs(x) < 1e12
+
+
+class _Checks:
+    """Reads settings and collects what is wrong with them."""
+
+    def __init__(self, raw: Mapping[str, Any], budget: Budget):
+        self.raw, self.budget = raw, budget
+        self.failures: list[str] = []
+
+    def supported(self, ignore) -> None:
+        """Nothing is set that changes the function in a way that is not known here."""
+        for name, why in REFUSED.items():
+            if self.raw.get(name) and name not in ignore:
+                self.failures.append(f"{name} is set, which is not supported: {why}")
+        for name, value in self.raw.items():
+            if value and name not in HARMLESS and name not in REFUSED and name not in ignore:
+                self.failures.append(
+                    f"{quoted(name)} is not a setting of PEFT 0.17 to 0.21; if it does not change "
+                    f"the function: lora.peft.load(..., ignore=[{quoted(name)}])"
+                )
+        init = self.raw.get("init_lora_weights")
+        if (
+            not (isinstance(init, bool | str | None) and init in PLAIN_INITS)
+            and "init_lora_weights" not in ignore
+        ):
+            self.failures.append(
+                f"init_lora_weights={quoted(str(init), 40)} trained against a changed base; save "
+                "it in PEFT with path_initial_model_for_weight_conversion, which makes it plain; "
+                "if `params` are that changed base: "
+                "lora.peft.load(..., ignore=['init_lora_weights'])"
+            )
+
+    def wrong(self, name, expected, default):
+        value = self.raw[name]
+        text = type(value).__name__
+        if isinstance(value, str | int | float):
+            text = quoted(value, 60) if isinstance(value, str) else repr(value)[:60]
+        self.failures.append(f"{name}: expected {expected}, found {text}")
+        return default
+
+    def value(self, name, kind, default):
+        found = self.raw.get(name)
+        if found is None:
+            return default
+        return found if isinstance(found, kind) else self.wrong(name, kind.__name__, default)
+
+    def number(self, name, default) -> float:
+        found = self.raw.get(name)
+        if found is None:
+            return default
+        return found if _is_number(found) else self.wrong(name, "a number", default)
+
+    def rank(self, name) -> int:
+        found = self.raw.get(name)
+        if found is None:
+            return 8
+        return found if _is_rank(found) else self.wrong(name, "an integer >= 1", 8)
+
+    def strings(self, name) -> tuple[str, ...]:
+        found = self.raw.get(name)
+        if found is None:
+            return ()
+        if isinstance(found, list) and all(isinstance(x, str) for x in found):
+            return tuple(found)
+        return self.wrong(name, "a list of strings", ())
+
+    def targets(self):
+        """(the setting, its expression, its names)."""
+        found, target = self.raw.get("target_modules"), None
+        if not isinstance(found, str):
+            names = None if found is None else self.strings("target_modules")
+            return names, None, frozenset(names or ())
+        try:
+            if found != "all-linear":
+                target = SafePattern(found, "target_modules", self.budget)
+        except LoRAError as e:
+            self.failures.append(str(e))
+        return found, target, frozenset()
+
+    def parameters(self) -> Mapping[str, tuple[tuple[int, str], ...]]:
+        found: dict[str, list[tuple[int, str]]] = {}
+        for place, text in enumerate(self.strings("target_parameters")):
+            module, _, name = text.rpartition(".")
+            found.setdefault(module, []).append((place, name))
+        return {module: tuple(names) for module, names in found.items()}
+
+    def patterns(self, name, is_value) -> Patterns:
+        found = self.raw.get(name) or {}
+        if not isinstance(found, dict) or not all(map(is_value, found.values())):
+            found = self.wrong(name, "a map of names to numbers", {})
+        if any(isinstance(v, list) for v in found.values()):
+            found = {}  # AdaLoRA's, which say which ranks were kept
+        patterns = Patterns(found, name, self.budget)
+        self.failures += patterns.failures
+        return patterns
+
+    def tokens(self):
+        """{end of a module's name: row numbers}; a list is for whatever module has the tensor."""
+        name = "trainable_token_indices"
+        found = self.raw.get(name)
+        if found is None:
+            return None
+        found = {"": found} if isinstance(found, list) else found
+        if isinstance(found, dict) and len(found) > MAX_TABLES:
+            return self.wrong(name, f"at most {MAX_TABLES} tables", None)
+        if not isinstance(found, dict) or not all(
+            isinstance(v, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in v)
+            for v in found.values()
+        ):
+            return self.wrong(name, "a list of row numbers, or a map of such lists", None)
+        return {k: tuple(v) for k, v in found.items()}
+
+    def version(self) -> tuple[int, ...] | None:
+        found = self.value("peft_version", str, None)
+        numbers = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", found) if found else None
+        return tuple(int(n or 0) for n in numbers.groups()) if numbers else None

@@ -1,0 +1,344 @@
+"""What PEFT's files hold of an adapter tree: its tensors and its settings."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax._core.errors import raise_all
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, Rows, is_node
+from lora_jax.peft._blocks import Block, changes_outside, from_leaf, own_factors, together, torch_b
+from lora_jax.peft._mapping import Entry, TorchMapping
+
+VERSION = "0.21.2"
+
+
+PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "default")  # PEFT's, in its layers
+
+
+class _Low:
+    """A low-rank update of one torch parameter: A (batch, r, in), B (batch, out, r), and DoRA's
+    magnitude (out), if it has one."""
+
+    def __init__(self, entry: Entry, a, b, scale: float, dropout: float, magnitude=None):
+        self.entry, self.a, self.b, self.scale, self.dropout = entry, a, b, scale, dropout
+        self.magnitude = magnitude
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    def scaled(self, scale: float) -> None:
+        """The same update with another constant before it."""
+        if scale != self.scale:
+            self.b = (self.b.astype(np.float32) * (self.scale / scale)).astype(self.b.dtype)
+            self.scale = scale
+
+    def padded(self, rank: int) -> None:
+        more = rank - self.rank
+        self.a = np.pad(self.a, ((0, 0), (0, more), (0, 0)))
+        self.b = np.pad(self.b, ((0, 0), (0, 0), (0, more)))
+
+
+class Export:
+    def __init__(self, nodes: Mapping[str, Any], mapping: TorchMapping, doubled: bool):
+        self.nodes, self.mapping, self.doubled = nodes, mapping, doubled
+        self.failures: list[str] = []
+        self.tensors: dict[str, np.ndarray] = {}
+        self.low: dict[str, _Low] = {}
+        self.values: dict[str, np.ndarray] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.blocks: dict[str, list[Block]] = {}
+
+    def run(self, uniform: bool | int) -> None:
+        for entry in self.mapping.entries.values():
+            for b in entry.blocks:
+                self.blocks.setdefault(b.leaf.path, []).append(b)
+        self._covered()
+        raise_all("these adapters cannot be written for PEFT:", self.failures)
+        for entry in self.mapping.entries.values():
+            nodes = [self.nodes.get(b.leaf.path) for b in entry.blocks]
+            kinds = {type(n) for n in nodes if n is not None}
+            if len(kinds) > 1:
+                self.failures.append(f"'{entry.name}': its leaves are trained in different ways")
+            elif kinds:
+                make = {LoRA: self._lora, DoRA: self._lora, Full: self._full, Rows: self._rows}
+                make[kinds.pop()](entry, nodes)
+        self._ranks(uniform)
+
+    def _covered(self) -> None:
+        """Every element of every trained leaf belongs to one torch parameter."""
+        for path, node in self.nodes.items():
+            if not is_node(node):
+                self.failures.append(f"'{path}' is a {type(node).__name__}, not an adapter")
+                continue
+            blocks = self.blocks.get(path, [])
+            shape = tuple(node.shape)
+            if not blocks:
+                self.failures.append(f"'{path}' is in no entry of the mapping; add it")
+            elif blocks[0].leaf.tied and len(blocks) == 1 and not isinstance(node, Rows):
+                self.failures.append(
+                    f"'{path}' is the embedding and the head, and the mapping has one of the two; "
+                    "name both in lora.peft.mapping, such as embed_tokens.weight and lm_head.weight"
+                )
+            elif blocks[0].leaf.tied and isinstance(node, DoRA):
+                self.failures.append(
+                    f"'{path}' is the embedding and the head, and a DoRA: PEFT scales the one "
+                    "by its columns and the other by its rows; untie them in the model"
+                )
+            elif blocks[0].leaf.shape != shape:
+                self.failures.append(f"'{path}' {shape}, but {blocks[0].leaf.shape} in the mapping")
+            elif (n := sum(math.prod(b.shape) for b in set(blocks))) != math.prod(shape) and (
+                not isinstance(node, LowRank)
+                or changes_outside(node, blocks, self.mapping.untouched.get(path))
+            ):
+                self.failures.append(
+                    f"'{path}' {shape}: the mapping has {n:,} of {math.prod(shape):,} elements"
+                )
+
+    def _lora(self, entry: Entry, nodes: Sequence[LowRank | None]) -> None:
+        scale = next(n.scale for n in nodes if n is not None)
+        dropout = next(n.dropout for n in nodes if n is not None)
+        parts = []
+        for block, node in zip(entry.blocks, nodes):
+            if node is None:
+                parts.append((None, np.zeros((block.n_batch, block.n_out, 0), np.float32)))
+                continue
+            if node.geometry != block.leaf.geometry:
+                self.failures.append(
+                    f"'{block.leaf.path}' has {node.geometry}, but {block.leaf.geometry} in the "
+                    "mapping; make the mapping with the targets that the adapters were made with"
+                )
+                return
+            a, b = own_factors(node, block, self.blocks[block.leaf.path])
+            if entry.swapped:
+                a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
+            if node.scale != scale:
+                b = (b.astype(np.float32) * (node.scale / scale)).astype(b.dtype)
+            parts.append((a, b))
+        if entry.swapped and len(parts) > 1:
+            self.failures.append(f"'{entry.name}': A runs along the outputs of several leaves")
+            return
+        a, b = together(parts)
+        magnitude = (
+            self._magnitude(entry, nodes) if any(isinstance(n, DoRA) for n in nodes) else None
+        )
+        self.low[entry.name] = _Low(entry, a, b, scale, dropout, magnitude)
+
+    def _magnitude(self, entry: Entry, nodes: Sequence[DoRA | None]) -> np.ndarray | None:
+        """The magnitudes of a torch parameter, (out,)."""
+        if None in nodes:
+            lacking = [b.leaf.path for b, n in zip(entry.blocks, nodes) if n is None]
+            self.failures.append(
+                f"'{entry.name}' is a DoRA, but {', '.join(lacking)}, which belongs to it in "
+                "torch, is not adapted; adapt it too: lora.methods.dora(params, adapters)"
+            )
+            return None
+        if entry.kind == "experts" or entry.name.endswith("in_proj_weight"):
+            what = "single parameters" if entry.kind == "experts" else "a MultiheadAttention"
+            self.failures.append(
+                f"'{entry.name}' is a DoRA, and PEFT has none of {what}; merge it: lora.merge"
+            )
+            return None
+        parts = [
+            torch_b(np.expand_dims(np.asarray(n.magnitude), len(n.geometry.batch_axes)), b)
+            for b, n in zip(entry.blocks, nodes)
+        ]
+        return np.concatenate([p[0, :, 0] for p in parts])
+
+    def _full(self, entry: Entry, nodes: Sequence[Full | None]) -> None:
+        if entry.layout is None or None in nodes:
+            what = "its shape in torch" if entry.layout is None else "the others of its leaves"
+            self.failures.append(f"'{entry.name}' is trained in full, but {what} are not known")
+            return
+        pieces = [np.asarray(n.value)[b.slices] for b, n in zip(entry.blocks, nodes)]
+        self.values[entry.name] = from_leaf(pieces, entry.layout, entry.blocks, entry.shape)
+
+    def _rows(self, entry: Entry, nodes: Sequence[Rows]) -> None:
+        module = entry.name.removesuffix(".weight")
+        self.tokens[module] = list(nodes[0].index)
+        key = module + ".token_adapter.trainable_tokens_delta"
+        self.tensors[key] = np.asarray(nodes[0].value)
+
+    def _ranks(self, uniform: bool | int) -> None:
+        """Equal ranks and scales where PEFT, or the caller, wants them."""
+        for name, low in self.low.items():  # a MultiheadAttention has one rank for both
+            if name.endswith(".in_proj_weight"):
+                self._attention(name.removesuffix(".in_proj_weight"), low)
+        plain = [n for n, low in self.low.items() if low.magnitude is None]
+        if 0 < len(plain) < len(self.low) and not self.failures:
+            self.failures.append(
+                f"{', '.join(plain)}: no DoRA, but others are, and PEFT has one setting for all; "
+                "give these magnitudes too: lora.methods.dora(params, adapters)"
+            )
+        if not uniform or not self.low:
+            return
+        rank = max(low.rank for low in self.low.values())
+        if uniform is not True and uniform < rank:
+            self.failures.append(f"uniform_rank={uniform}, but there is a rank {rank}")
+        rank = rank if uniform is True else uniform
+        scale = collections.Counter(low.scale for low in self.low.values()).most_common(1)[0][0]
+        for low in self.low.values():
+            low.scaled(scale)
+            low.padded(rank)
+
+    def _attention(self, module: str, low: _Low) -> None:
+        out = self.low.get(module + ".out_proj.weight")
+        if out is None:
+            self.failures.append(f"'{module}': PEFT adapts in_proj and out_proj, or neither")
+            return
+        if self.doubled:
+            out.scale = out.scale / 2
+        out.scaled(low.scale)
+        rank = max(low.rank, out.rank)
+        low.padded(rank)
+        out.padded(rank)
+
+    def config(self, base_model_name, task_type) -> dict[str, Any]:
+        """The settings, and the tensors of what they depend on."""
+        names: dict[str, tuple[int, float]] = {}
+        experts: dict[str, list[str]] = {}
+        modules = []
+        for name, low in self.low.items():
+            if low.entry.kind == "experts":
+                experts.setdefault(name.rpartition(".")[0], []).append(name)
+                names[name] = (low.rank, low.scale)
+                continue
+            module = name.removesuffix(".weight").removesuffix(".in_proj_weight")
+            inner = self._store(module, low)
+            if inner == module:
+                modules.append(module)
+                names[module] = (low.rank, low.scale)
+        for module, inside in experts.items():
+            for depth, name in enumerate(reversed(inside)):
+                self._store_experts(module + ".base_layer" * depth, self.low[name])
+        adapted = {*modules, *experts}
+        bias, saved = self._store_values(adapted)
+        self._separate(saved, {*adapted, *self.tokens})
+        rank, scale = (
+            collections.Counter(names.values()).most_common(1)[0][0] if names else (8, 1.0)
+        )
+        alpha = _alpha(rank, scale)
+        alphas = {n: _alpha(*v) for n, v in names.items()}
+        return {
+            "peft_type": "LORA",
+            "peft_version": VERSION,
+            "task_type": task_type,
+            "base_model_name_or_path": base_model_name,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": _patterns({n: v[0] for n, v in names.items()}, rank),
+            "alpha_pattern": _patterns(alphas, alpha),
+            "target_modules": _targets(modules, self.mapping),
+            "target_parameters": [n for inside in experts.values() for n in inside] or None,
+            "modules_to_save": saved or None,
+            "trainable_token_indices": self.tokens or None,
+            "bias": bias,
+            "lora_dropout": max((low.dropout for low in self.low.values()), default=0.0),
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "use_rslora": False,
+            "use_dora": any(low.magnitude is not None for low in self.low.values()),
+            "lora_bias": False,
+            "ensure_weight_tying": any(b.leaf.tied for n in self.nodes for b in self.blocks[n]),
+        }
+
+    def _store(self, module: str, low: _Low) -> str:
+        """Writes one update; returns the module under which its rank stands."""
+        owner, _, last = module.rpartition(".")
+        attention = last == "out_proj" and f"{owner}.in_proj_weight" in self.low
+        key = f"{owner}.base_layer.out_proj" if attention else module
+        a, b, magnitude = low.a[0], low.b[0], low.magnitude
+        if low.entry.kind == "embedding":
+            self.tensors |= {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b}
+        else:
+            if low.entry.kind == "conv":
+                window = low.entry.shape[1:]
+                ones = [1] * (len(window) - 1)
+                a, b = a.reshape(low.rank, *window), b.reshape(*b.shape, *ones)
+                if magnitude is not None:
+                    magnitude = magnitude.reshape(1, -1, *ones)
+            self.tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+        if magnitude is not None:
+            self.tensors[f"{key}.lora_magnitude_vector"] = magnitude
+        return owner if attention else module
+
+    def _store_experts(self, key: str, low: _Low) -> None:
+        e, r, n_in = low.a.shape
+        self.tensors[f"{key}.lora_A.weight"] = low.a.reshape(e * r, n_in)
+        self.tensors[f"{key}.lora_B.weight"] = low.b.transpose(1, 2, 0).reshape(-1, r * e)
+
+    def _store_values(self, adapted: set[str]) -> tuple[str, list[str]]:
+        """(the setting of `bias`, modules_to_save)."""
+        bias, saved = "none", []
+        modules = {n.rpartition(".")[0] for n in self.values if not n.endswith(".bias")}
+        for name, value in self.values.items():
+            module, _, last = name.rpartition(".")
+            if module in adapted and last != "bias":
+                self.failures.append(f"'{name}' is trained in full, and '{module}' is adapted")
+            owner = module.rpartition(".")[0]
+            if last == "bias" and module not in modules:
+                if f"{owner}.in_proj_weight" in self.low and module == f"{owner}.out_proj":
+                    name = f"{owner}.base_layer.out_proj.base_layer.bias"
+                elif module in adapted:
+                    name = f"{module}.base_layer.bias"
+                bias = "all" if module not in adapted or bias == "all" else "lora_only"
+            elif last == "in_proj_bias" and module in adapted:
+                name, bias = f"{module}.base_layer.in_proj_bias", "all"
+            elif not module:
+                self.failures.append(
+                    f"'{name}' is a parameter of the model itself, and PEFT saves modules; leave "
+                    "it out, or put it into a module of the torch model"
+                )
+            elif module not in saved:
+                saved.append(module)
+            self.tensors[name] = value
+        inside = tuple(m + "." for m in saved)
+        return bias, [m for m in saved if not m.startswith(inside)]
+
+    def _separate(self, saved: Sequence[str], adapted: set[str]) -> None:
+        """PEFT takes a name in modules_to_save for whatever ends with it, or is inside."""
+        parts = {f"{m}.{p}" for m in adapted for p in PARTS}
+        for name in saved:
+            hit = re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)")
+            for module in sorted(adapted | {p for p in parts if p.endswith(name)}):
+                if module.endswith(name) or hit.match(module):
+                    self.failures.append(
+                        f"'{name}' is trained in full, which PEFT takes to mean '{module}' as "
+                        "well, which is adapted; train or adapt both in the same way"
+                    )
+
+
+def _alpha(rank: int, scale: float) -> int | float:
+    """The alpha with alpha / rank == scale, to the last bit where there is one."""
+    alpha = scale * rank
+    near = [float(round(alpha)), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf)]
+    alpha = next((x for x in near if x / rank == scale), alpha)
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _patterns(values: Mapping[str, Any], default) -> dict[str, Any]:
+    """{name: value} of what is not the default; each pattern matches its own name only."""
+    out = {}
+    for name, value in values.items():
+        if value == default:
+            continue
+        others = any(re.match(rf"(.*\.)?({name})$", n) for n in values if n != name)
+        out["^" + re.escape(name) if others else name] = value
+    return out
+
+
+def _targets(modules: Sequence[str], mapping: TorchMapping) -> list[str] | str | None:
+    """Full names; as one expression where a name also ends another, which is not adapted."""
+    if not modules:
+        return None
+    known = {n.rpartition(".")[0] for n in mapping} - set(modules)
+    if any(n.endswith("." + m) for m in modules for n in known):
+        return "|".join(map(re.escape, modules))
+    return list(modules)

@@ -1,0 +1,272 @@
+"""The two files of a PEFT adapter, read as what they are: data from a stranger.
+
+Nothing is believed: sizes, types, names and offsets are checked before an array is allocated, and
+what is read is never larger than the file. A pickle is never opened.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lora_jax._core.errors import LoRAError, raise_all
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
+
+
+MAX_CONFIG = 4 << 20  # bytes
+
+
+MAX_KEYS = 40_000  # in it: a pattern for each of so many modules
+
+
+MAX_HEADER = 32 << 20
+
+
+MAX_AXES = 8
+
+
+MAX_LISTS = (
+    10_000  # in JSON, and one more for each 12 bytes: an empty list takes 3, and in memory 64
+)
+
+
+NAME = re.compile(r"[\w\-+:@]+(\.[\w\-+:@]+)*", re.ASCII)
+
+
+TO_SAFETENSORS = (
+    "a pickle runs code when it is opened, so it is refused. Where you trust it, convert it once, "
+    "in PyTorch: `PeftModel.from_pretrained(base, folder).save_pretrained(folder)`"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies in the file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder whose headers were checked, and of which no tensor was read yet.
+
+    Attributes:
+      folder: as given.
+      config: adapter_config.json as a dict; its values are not checked yet.
+      tensors: {name: `Stored`}.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the type in which it is stored; finite, or a `LoRAError`."""
+        at = self.tensors[name]
+        with _opened(self.folder / TENSORS) as file:
+            file.seek(at.start)
+            data = file.read(at.stop - at.start)
+        if len(data) != at.stop - at.start:
+            raise LoRAError(f"{self.folder / TENSORS}: '{name}' is cut off; copy the file again")
+        value = np.frombuffer(data, at.dtype).reshape(at.shape)
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise LoRAError(
+                f"{self.folder / TENSORS}: '{name}' {at.shape} holds NaN or infinity; the training "
+                "that wrote it diverged, take an earlier checkpoint"
+            )
+        return value
+
+
+def open_adapter(folder: str | os.PathLike, max_bytes: int | None = None) -> AdapterFile:
+    """Checks an adapter folder; reads its configuration and the header of its tensors.
+
+    Args:
+      folder: holds adapter_config.json and adapter_model.safetensors.
+      max_bytes: how large all tensors together may be.
+
+    Raises:
+      LoRAError: a file is missing, is a pickle or no regular file, is cut off or too large, has
+        doubled, deep or malformed JSON, or lies about its tensors.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise LoRAError(f"expected the path of a folder, found {type(folder).__name__}")
+    folder = Path(folder)
+    try:
+        config = _config(folder / CONFIG)
+        tensors = _tensors(folder)
+    except OSError as e:
+        raise LoRAError(f"{folder}: cannot be read: {e}") from e
+    total = sum(t.stop - t.start for t in tensors.values())
+    if max_bytes is not None and total > max_bytes:
+        raise LoRAError(
+            f"{folder / TENSORS}: {total:,} bytes of tensors, more than an adapter of these "
+            f"parameters can need ({max_bytes:,}); lora.peft.load(..., max_bytes={total})"
+        )
+    return AdapterFile(folder, config, tensors)
+
+
+def read_adapter(folder: str | os.PathLike, max_bytes: int | None = None):
+    """(configuration, {name: array}) of an adapter folder, see `open_adapter`.
+
+    >>> import pathlib, tempfile, numpy as np
+    >>> from safetensors.numpy import save_file
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    >>> save_file({"q.lora_A.weight": np.ones((2, 4))[:1].astype("f4")}, folder / TENSORS)
+    >>> config, tensors = read_adapter(folder)
+    >>> config["r"], tensors["q.lora_A.weight"].shape
+    (2, (1, 4))
+    """
+    file = open_adapter(folder, max_bytes)
+    return dict(file.config), {name: file.read(name) for name in file.tensors}
+
+
+def parse_json(data: bytes, where: object) -> dict:
+    """A JSON object from untrusted bytes: no key twice, no NaN, no depth without end."""
+
+    def pairs(items):
+        found = dict(items)
+        if len(found) != len(items):
+            twice = (k for k, n in collections.Counter(k for k, _ in items).items() if n > 1)
+            raise ValueError(f"a key that appears twice: {next(twice)[:100]!r}")
+        return found
+
+    def constant(name):
+        raise ValueError(f"{name} is not JSON")
+
+    if data.count(b"[") + data.count(b"{") > MAX_LISTS + len(data) // 12:
+        raise LoRAError(f"{where}: it is nested too deeply, or holds only lists")
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
+        text = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
+        raise LoRAError(f"{where}: not the JSON that PEFT writes: {text[:200]}") from None
+    if not isinstance(value, dict):
+        raise LoRAError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _opened(path: Path):
+    """The file, if it is one: not a folder, pipe or device, also behind a link (the hub's cache
+    consists of links, so a link as such is fine)."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise LoRAError(f"{path}: not a regular file")
+    return open(path, "rb")
+
+
+def _config(path: Path) -> dict:
+    if not path.is_file():
+        raise LoRAError(
+            f"{path.parent}: no {CONFIG} there; expected the folder that PEFT's save_pretrained "
+            f"wrote, with {CONFIG} and {TENSORS} (an adapter with a name is in a subfolder)"
+        )
+    with _opened(path) as file:
+        data = file.read(MAX_CONFIG + 1)
+    if len(data) > MAX_CONFIG:
+        raise LoRAError(f"{path}: larger than {MAX_CONFIG:,} bytes; no configuration is")
+    if (n := data.count(b":")) > MAX_KEYS:
+        raise LoRAError(f"{path}: {n:,} keys, expected at most {MAX_KEYS:,}")
+    return parse_json(data, path)
+
+
+def _tensors(folder: Path) -> dict[str, Stored]:
+    path = folder / TENSORS
+    if not path.exists():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        why = f"only {pickles[0]}: {TO_SAFETENSORS}" if pickles else "the adapter is incomplete"
+        raise LoRAError(f"{folder}: no {TENSORS}, {why}")
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
+            raise LoRAError(
+                f"{path}: a header of {length:,} bytes in a file of {size:,}: cut off, or not in "
+                "the safetensors format; copy the file again"
+            )
+        header = parse_json(file.read(length), f"{path}, its header")
+    header.pop("__metadata__", None)
+    failures: list[str] = []
+    stored = {
+        name: found
+        for name, entry in header.items()
+        if (found := _stored(name, entry, 8 + length, size, failures)) is not None
+    }
+    if not failures:
+        failures = list(_gaps(stored, 8 + length, size))
+    raise_all(f"{path}: the header is not one of an adapter:", failures[:20])
+    if not stored:
+        raise LoRAError(f"{path}: holds no tensor")
+    try:
+        with safe_open(path, "np"):  # the format's own checks
+            pass
+    except (SafetensorError, ValueError) as e:
+        text = ascii(str(e))[1:201]  # it may quote the file
+        raise LoRAError(f"{path}: not a valid safetensors file: {text}") from e
+    return stored
+
+
+def _stored(name, entry, base, size, failures) -> Stored | None:
+    def wrong(what):
+        failures.append(f"{name[:200]!a}: {what}")
+
+    if not NAME.fullmatch(name) or len(name) > 512:
+        return wrong("expected a dotted name of a torch module's parameter")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return wrong("expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        what = repr(dtype[:20]) if isinstance(dtype, str) else type(dtype).__name__
+        return wrong(f"type {what}, expected one of {', '.join(DTYPES)}")
+    if not _sizes(shape) or len(shape) > MAX_AXES or not _sizes(offsets) or len(offsets) != 2:
+        return wrong(f"expected a shape of at most {MAX_AXES} sizes, and two offsets, all integers")
+    start, stop = offsets
+    if stop - start != math.prod(shape) * DTYPES[dtype].itemsize or base + stop > size:
+        return wrong(
+            f"shape {tuple(shape)} of {dtype} at bytes {start:,} to {stop:,} of {size - base:,}"
+        )
+    return Stored(DTYPES[dtype], tuple(shape), base + start, base + stop)
+
+
+def _sizes(x) -> bool:
+    return isinstance(x, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in x)
+
+
+def _gaps(stored: Mapping[str, Stored], at: int, size: int):
+    """Tensors that overlap, and bytes that belong to none."""
+    for name, t in sorted(stored.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if t.start != at:
+            yield f"'{name}' begins at byte {t.start:,}, expected {at:,}"
+        at = t.stop
+    if at != size:
+        yield f"the tensors end at byte {at:,} of {size:,}"
+
+
+def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a safetensors file that the caller trusts, from its header."""
+    try:
+        with safe_open(path, "np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as e:
+        raise LoRAError(f"{path}: expected a safetensors file of the base model: {e}") from e

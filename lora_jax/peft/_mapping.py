@@ -1,0 +1,116 @@
+"""Which leaf each torch parameter belongs to: found and shown, or given; never guessed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.geometry import Geometry
+from lora_jax._core.nnx import state_of
+from lora_jax._core.paths import flatten
+from lora_jax._core.table import table
+from lora_jax._interpret.reach import LOOK_UP
+from lora_jax._survey import Survey
+from lora_jax._targets import Targets
+from lora_jax.peft._blocks import Block, LeafInfo
+
+BIASES = ("bias", "b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One torch parameter.
+
+    Attributes:
+      name: such as "model.layers.0.self_attn.q_proj.weight".
+      blocks: the parts of leaves that it is, in the order of its outputs.
+      kind: "linear", "embedding", "conv" or "experts", or "value" for one in full.
+      layout: how the tensor lies: "out_in", "in_out", "same", "vector"; None if it is not known.
+      shape: the tensor's, if it is known.
+      swapped: PEFT's A runs along the outputs of the leaf: of a head that is the embedding's table,
+        of experts that are (experts, in, out) in a module without `is_transposed`.
+    """
+
+    name: str
+    blocks: tuple[Block, ...]
+    kind: str
+    layout: str | None = None
+    shape: tuple[int, ...] | None = None
+    swapped: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchMapping:
+    """Which leaf, or part of it, each torch parameter is. Print it for a table.
+
+    Attributes:
+      entries: {torch name: `Entry`}.
+      untouched: {leaf: magnitudes (*batch, *out)} of `DoRA`s of which the file had a part: the rest
+        are the base's norms, which `lora.peft.save` leaves out as long as they are as they were.
+    """
+
+    entries: Mapping[str, Entry]
+    untouched: Mapping[str, np.ndarray] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __iter__(self):
+        return iter(self.entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self.entries[name]
+
+    def __str__(self):
+        rows = [
+            (e.name, e.kind, ", ".join(map(str, e.blocks)), e.blocks[0].leaf.shape,
+             *((g.in_axes, g.out_axes, g.batch_axes) if (g := e.blocks[0].leaf.geometry)
+               else ((), (), ())))
+            for e in self.entries.values()
+        ]  # fmt: skip
+        return table(("torch", "kind", "leaf", "shape", "in", "out", "batch"), rows)
+
+
+def leaf_infos(params: Any, survey: Survey | Targets | None) -> dict[str, LeafInfo]:
+    """What is known of each leaf. Without a survey, only that a matrix is in × out."""
+    if not isinstance(survey, Survey | Targets | None):
+        raise LoRAError(
+            f"expected a Survey or Targets, found {type(survey).__name__}: "
+            "survey = lora.survey(model.apply, {'params': params}, x)"
+        )
+    leaves = {p: x for p, x in flatten(state_of(params)).items() if hasattr(x, "shape")}
+    if isinstance(survey, Survey):
+        survey = survey.within(leaves)
+    infos = {}
+    for path, x in leaves.items():
+        shape = tuple(x.shape)
+        vector = path.rpartition("/")[2].lower() in BIASES  # of heads, too
+        matrix = len(shape) == 2 and not vector and not isinstance(survey, Survey)
+        geometry = Geometry((0,), (1,)) if matrix else None
+        kind, tied, dilated = "?", False, False
+        if isinstance(survey, Survey):
+            leaf = survey[path]
+            geometry, kind = leaf.geometry, leaf.kind
+            tied = len({u.primitive == LOOK_UP for u in leaf.products}) == 2
+            dilated = any(u.dilated for u in leaf.uses)
+        elif survey is not None and path in survey:
+            geometry = survey[path].geometry
+            kind = "embedding" if survey[path].embedding else "linear"
+            kind = "conv" if "conv" in survey[path].primitive else kind
+        infos[path] = LeafInfo(path, shape, geometry, kind, tied, dilated)
+    return infos
+
+
+def as_table(mapping: Mapping[str, Any] | TorchMapping | None):
+    """A mapping that was found, as one that is given."""
+    if not isinstance(mapping, Mapping | TorchMapping | None):
+        raise LoRAError(f"mapping: expected a dict {{torch name: leaf}}, found {type(mapping)}")
+    if isinstance(mapping, TorchMapping):
+        return {e.name: [str(b) for b in e.blocks] for e in mapping.entries.values()}
+    return mapping

@@ -1,0 +1,242 @@
+"""From the tensors of an adapter file to updates of torch parameters.
+
+PEFT's keys say which module a tensor belongs to, in one way for each kind of layer. What comes out
+is named by the torch parameter that changes, and one of three things: a low-rank update, new rows
+of a table, or a new value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+from lora_jax._core.errors import raise_all
+from lora_jax.peft._config import PeftConfig
+from lora_jax.peft._experts import is_inside, read_experts
+from lora_jax.peft._file import AdapterFile
+from lora_jax.peft._parts import NewRows, Parsed, Update, Value, plain_name
+
+PREFIX = "base_model.model."
+
+
+# The last part of a key, and what it is. Anything else is a parameter in full (modules_to_save).
+TAILS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_B.bias": "b_bias",
+    "lora_embedding_A": "table_a",
+    "lora_embedding_B": "table_b",
+    "lora_A": "a",
+    "lora_B": "b",
+    "lora_E": "e",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "token_adapter.trainable_tokens_delta": "rows",
+}
+
+
+COPY = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")
+
+
+SEPARATE = re.compile(r"(.+)\.base_layer\.out_proj")  # torch's MultiheadAttention: its out_proj
+
+
+def parse(file: AdapterFile, config: PeftConfig, *, doubled_out_proj: bool = True) -> Parsed:
+    """Sorts every tensor of the file, by its name and shape alone; no tensor is read.
+
+    Args:
+      file: an opened adapter.
+      config: its checked configuration.
+      doubled_out_proj: add the update of a MultiheadAttention's out_proj twice, as PEFT does.
+
+    Raises:
+      LoRAError: tensors that are of no known kind, that lack their partner, that do not fit
+        together, or that PEFT would ignore; all of them are listed.
+    """
+    return _Parser(file, config, doubled_out_proj).parsed()
+
+
+class _Parser:
+    def __init__(self, file: AdapterFile, config: PeftConfig, doubled: bool):
+        self.file, self.config, self.doubled = file, config, doubled
+        self.failures: list[str] = []
+        self.adapted: dict[str, dict[str, str]] = {}  # module, as in the keys: {kind: key}
+        self.whole: dict[str, str] = {}  # parameter: key
+        self.copies: list[tuple[str, tuple[str, ...]]] = []  # (key, its parts)
+        self.tied: list[tuple[str, str, bool]] = []  # see `Parsed.copies`
+
+    def parsed(self) -> Parsed:
+        for key in self.file.tensors:
+            self._sort(key)
+        updates, experts, values, rows, tables = [], [], {}, [], []
+        for module, parts in self.adapted.items():
+            if "rows" in parts:
+                rows += self._rows(module, parts.pop("rows"))
+            pair = self._pair(module, parts)
+            if pair is not None and is_inside(plain_name(module), parts, self.config):
+                experts.append((module, *pair[:2]))
+            elif pair is not None:
+                updates += self._update(module, parts, pair)
+        copies = self._copied()
+        for name, key in self.whole.items():
+            self._whole(name, key, values, tables)
+        for update in updates:
+            self._bias(update, values)
+        found = tuple(read_experts(experts, self.file, self.config, self._wrong))
+        raise_all(
+            f"{self.file.folder}: tensors that cannot be used:",
+            self.failures,
+        )
+        return Parsed(
+            tuple(updates),
+            found,
+            tuple(values.values()),
+            tuple(rows),
+            tuple(tables),
+            (*copies, *self.tied),
+        )
+
+    def _sort(self, key: str) -> None:
+        shape = self.file.shape(key)
+        if not key.startswith(PREFIX):
+            return self._wrong(key, f"expected a name that begins with '{PREFIX}'; PEFT skips it")
+        name = key.removeprefix(PREFIX)
+        name = re.sub(r"(\.(?:lora_\w+|trainable_tokens_delta))\.default(?=\.|$)", r"\1", name)
+        tail = next((t for t in TAILS if name.endswith("." + t)), None)
+        if tail is not None:
+            parts = self.adapted.setdefault(name.removesuffix("." + tail), {})
+            if TAILS[tail] in parts:
+                return self._wrong(key, f"the same tensor as '{parts[TAILS[tail]]}'")
+            if 0 in shape and not self.config.adalora:
+                return self._wrong(key, "is empty: a shard that was not gathered when it was saved")
+            parts[TAILS[tail]] = key
+        elif re.search(r"\.(lora_|token_adapter)", name):
+            self._wrong(key, "not a tensor of plain LoRA, rsLoRA, AdaLoRA or trainable tokens")
+        elif found := COPY.fullmatch(name):
+            self.copies.append((key, found.groups()))
+        elif name in self.whole or 0 in shape:
+            self._wrong(key, "is empty, or there twice")
+        else:
+            self.whole[name] = key
+
+    def _copied(self) -> tuple[tuple[str, str, bool], ...]:
+        """Parameters that stand there under a second name; the frozen original is not needed.
+
+        The adapter's name is still in that name where the saved module has modules of its own.
+        """
+        pairs = []
+        for key, (module, kind, rest) in self.copies:
+            names = [f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}"]
+            name = next((n for n in names if n in self.whole), None)
+            if name is None:
+                self._wrong(key, f"a copy of '{PREFIX}{names[0]}', which is not there")
+            elif kind == "modules_to_save":
+                pairs.append((key, self.whole[name], False))
+        return tuple(pairs)
+
+    def _wrong(self, key: str, what: str) -> None:
+        self.failures.append(f"'{key}' {self.file.shape(key)}: {what}")
+
+    def _pair(self, module, parts: Mapping[str, str]):
+        """(A, B, kind of its names) of a module, or None."""
+        if not parts:
+            return None
+        table = "table_a" in parts or "table_b" in parts
+        names = ("table_a", "table_b") if table else ("a", "b")
+        own = [n for n, on in (("e", self.config.adalora), ("magnitude", self.config.dora)) if on]
+        extra = set(parts) - {*names, "b_bias", *own}
+        lacking = [n for n in (*names, *own) if n not in parts]
+        if extra or lacking:
+            self._wrong(
+                next(iter(parts.values())),
+                f"'{module}' has {', '.join(sorted(parts))}, but not {', '.join(lacking)}"
+                if lacking
+                else f"'{module}' also has {', '.join(sorted(extra))}",
+            )
+            return None
+        return parts[names[0]], parts[names[1]], table
+
+    def _update(self, module: str, parts, pair) -> list[Update]:
+        key_a, key_b, table = pair
+        a, b = self.file.shape(key_a), self.file.shape(key_b)
+        owner = SEPARATE.fullmatch(module)
+        plain = owner[1] if owner else module
+        if not self.config.targeted(plain) and not self._is_tied(key_a, key_b):
+            self._wrong(key_a, f"target_modules does not include '{plain}'; PEFT would ignore it")
+        if self.config.adalora and 0 in a:
+            return []  # pruned to nothing
+        shapes = {n: self.file.shape(parts[n]) for n in ("e", "magnitude") if n in parts}
+        problem = _misfit(a, b, **shapes)
+        if problem:
+            self._wrong(key_a, problem)
+            return []
+        scale = self.config.scale(plain, a[0]) * (2 if owner and self.doubled else 1)
+        name = module.replace(".base_layer.out_proj", ".out_proj") + ".weight"
+        if f"{module}.base_layer.out_proj" in self.adapted:
+            name = module + ".in_proj_weight"
+        if "magnitude" in parts and (owner or name.endswith("in_proj_weight")):
+            self._wrong(key_a, "a DoRA of a MultiheadAttention, which PEFT does not have")
+        kind = "embedding" if table else ("conv" if len(a) > 2 else "linear")
+        n_in, window = math.prod(a[1:]), a[2:]
+        sizes = (a[0], n_in, b[0], 1)
+        own = dict(e=parts.get("e"), magnitude=parts.get("magnitude"))
+        return [Update(name, kind, *sizes, scale, key_a, key_b, window=window, **own)]
+
+    def _is_tied(self, key_a: str, key_b: str) -> bool:
+        """Whether this is the head beside an adapted embedding, with ensure_weight_tying."""
+        tables = [p for p in self.adapted.values() if {"table_a", "table_b"} <= p.keys()]
+        if not self.config.tying or len(tables) != 1:
+            return False
+        self.tied += [(key_a, tables[0]["table_b"], True), (key_b, tables[0]["table_a"], True)]
+        return True
+
+    def _bias(self, update: Update, values: dict[str, Value]) -> None:
+        """lora_bias: b + scale · its own bias."""
+        module = update.a.removeprefix(PREFIX).partition(".lora_")[0]
+        key = self.adapted[module].get("b_bias")
+        if key is None:
+            return
+        if self.file.shape(key) != (update.n_out,):
+            return self._wrong(key, f"expected shape ({update.n_out},)")
+        name = plain_name(module) + ".bias"
+        value = values.get(name, Value(name, (update.n_out,), None))
+        values[name] = dataclasses.replace(value, add=key, scale=update.scale)
+
+    def _whole(self, name: str, key: str, values, tables) -> None:
+        plain, shape = plain_name(name), self.file.shape(key)
+        if name.endswith(".base_layer.weight"):
+            tables.append(Value(plain, shape, key))
+        elif plain in values:
+            self._wrong(key, f"'{plain}' is there twice")
+        else:
+            values[plain] = Value(plain, shape, key)
+
+    def _rows(self, module: str, key: str) -> list[NewRows]:
+        shape, tokens = self.file.shape(key), self.config.tokens or {}
+        found = [v for k, v in tokens.items() if module.endswith(k)]
+        if len(shape) != 2 or len(found) != 1 or len(found[0]) != shape[0]:
+            self._wrong(
+                key, f"trainable_token_indices gives {[len(f) for f in found[:5]]} rows for it"
+            )
+            return []
+        if len(set(found[0])) != len(found[0]):
+            self._wrong(key, "trainable_token_indices names a row twice")
+        return [NewRows(plain_name(module) + ".weight", shape, key, found[0])]
+
+
+def _misfit(a, b, e=None, magnitude=None) -> str | None:
+    """What is wrong with the shapes of a pair, if anything."""
+    if len(a) < 2 or len(b) < 2:
+        return f"A {a} and B {b}: expected (rank, in) and (out, rank)"
+    if b[1] != a[0] and len(a) > 2 and a[0] % b[1] == 0:
+        return f"B {b} for rank {a[0]}: a grouped convolution, whose update is not a grouped kernel"
+    if b[1] != a[0] or math.prod(b[2:]) != 1:
+        return f"A {a} and B {b} have different ranks"
+    if e is not None and e != (a[0], 1):
+        return f"E {e}, expected ({a[0]}, 1)"
+    want = (b[0],) if len(a) == 2 else (1, b[0], *[1] * (len(a) - 2))
+    if magnitude is not None and magnitude != want:
+        return f"a magnitude {magnitude}, expected {want}"
+    return None

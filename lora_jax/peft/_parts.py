@@ -1,0 +1,130 @@
+"""What an adapter file holds, by the names of the torch parameters that it changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from lora_jax.peft._file import AdapterFile
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """A low-rank update of one torch parameter.
+
+    Attributes:
+      name: the parameter, such as "model.layers.0.self_attn.q_proj.weight".
+      kind: "linear", "embedding", "conv" or "experts".
+      rank, n_in, n_out, batch: sizes; batch is the number of experts, else 1.
+      scale: the constant before B·A.
+      a, b, e: the keys of its tensors; e is AdaLoRA's diagonal.
+      magnitude: the key of DoRA's.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    n_in: int
+    n_out: int
+    batch: int
+    scale: float
+    a: str
+    b: str
+    e: str | None = None
+    window: tuple[int, ...] = ()  # of a convolution
+    swapped: bool = False  # A runs along the outputs of the leaf, B along its inputs
+    magnitude: str | None = None
+
+    def arrays(self, file: AdapterFile) -> tuple[np.ndarray, np.ndarray]:
+        """A (batch, rank, in) and B (batch, out, rank), in the type in which they are stored."""
+        a, b = file.read(self.a), file.read(self.b)
+        if self.kind == "experts":  # A is expert-major, B rank-major
+            a = a.reshape(self.batch, self.rank, -1)
+            b = b.reshape(-1, self.rank, self.batch).transpose(2, 0, 1)
+        else:
+            a, b = a.reshape(1, self.rank, -1), b.reshape(1, -1, self.rank)
+        if self.e is not None:
+            a = a.astype(np.float32) * file.read(self.e).astype(np.float32)[None]
+        return (b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if self.swapped else (a, b)
+
+    def turned(self) -> Update:
+        """The update of the transposed weight."""
+        return dataclasses.replace(self, n_in=self.n_out, n_out=self.n_in, swapped=not self.swapped)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The adapted parameters of one module of experts; which is which only the leaves can say.
+
+    Attributes:
+      module: the module's name.
+      pairs: for each pair of tensors, outermost first: {parameter that `target_parameters` may mean
+        by it: the update that it is then}.
+    """
+
+    module: str
+    pairs: tuple[Mapping[str, Update], ...]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(p for pair in self.pairs for p in pair))
+
+    @property
+    def sizes(self) -> str:
+        """Those of each pair, for messages."""
+        first = (next(iter(pair.values())) for pair in self.pairs)
+        return ", ".join(f"{u.batch} of {u.n_in} by {u.n_out}" for u in first)
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A parameter in full: `key`, if given, replaces it; scale · `add` is added to it."""
+
+    name: str
+    shape: tuple[int, ...]
+    key: str | None
+    add: str | None = None
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class NewRows:
+    """Rows `index` of a table, replaced by the rows of `key`."""
+
+    name: str
+    shape: tuple[int, ...]
+    key: str
+    index: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """All that a file holds.
+
+    `tables` are frozen base tables, which PEFT stores beside an adapted embedding; `copies` are
+    pairs of keys that must hold the same, maybe transposed (with bias="all", it stores a saved
+    module's bias twice, with ensure_weight_tying the factors of embedding and head).
+    """
+
+    updates: tuple[Update, ...]
+    experts: tuple[Experts, ...]
+    values: tuple[Value, ...]
+    rows: tuple[NewRows, ...]
+    tables: tuple[Value, ...]
+    copies: tuple[tuple[str, str, bool], ...] = ()
+
+    def unequal(self, file: AdapterFile) -> list[str]:
+        """What is wrong with `copies`."""
+        failures = []
+        for copy, key, turned in self.copies:
+            value = file.read(key)
+            if not np.array_equal(file.read(copy), value.T if turned else value):
+                failures.append(f"'{copy}' and '{key}' should be the same, and are not")
+        return failures
+
+
+def plain_name(name: str) -> str:
+    """A name without what PEFT puts into it around an adapted module."""
+    return name.replace(".base_layer", "")

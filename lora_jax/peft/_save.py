@@ -1,0 +1,215 @@
+"""PEFT out: an adapter tree as a folder that PyTorch's PEFT and vLLM load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.paths import flatten
+from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.factors import check_factors
+from lora_jax._survey import Survey
+from lora_jax._targets import Targets
+from lora_jax.peft._export import Export
+from lora_jax.peft._file import CONFIG, TENSORS, read_shapes
+from lora_jax.peft._find import Finder, finish, is_head
+from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
+from lora_jax.peft._parse import PREFIX
+
+
+def mapping(
+    names: Mapping[str, Sequence[int]] | str | os.PathLike,
+    params: Any,
+    survey: Survey | Targets | None = None,
+    *,
+    mapping: Mapping[str, Any] | None = None,
+    conv1d: Sequence[str] | None = None,
+    experts: Sequence[str] | None = None,
+    experts_a: str = "in",
+) -> TorchMapping:
+    """Which leaf each parameter of a torch model is, for `lora.peft.save`.
+
+    Args:
+      names: {torch name: shape}, as in a state dict, or the path of a safetensors file of the base
+        model, of which the header is read. Name only those that are to be mapped.
+      params, survey, mapping, conv1d: as in `lora.peft.load`.
+      experts: the order of the parameters in the torch module of the experts, on which PEFT's names
+        depend; None: that of `names`. A safetensors file does not keep it.
+      experts_a: what PEFT's lora_A of the experts runs along: "in", or "out" where they are
+        (experts, in, out) in a module without `is_transposed`.
+
+    Raises:
+      LoRAError: a parameter that no leaf, or more than one, fits; all of them are listed.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {"layers_0": {"q": {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}}}
+    >>> names = {"model.layers.0.q.weight": (3, 4), "model.layers.0.q.bias": (3,)}
+    >>> print(lora.peft.mapping(names, params))
+    torch                    kind    leaf               shape   in   out  batch
+    -----------------------  ------  -----------------  ------  ---  ---  -----
+    model.layers.0.q.weight  linear  layers_0/q/kernel  (4, 3)  (0)  (1)  -
+    model.layers.0.q.bias    value   layers_0/q/bias    (3)     -    -    -
+    """
+    shapes = names if isinstance(names, Mapping) else read_shapes(names)
+    finder = Finder(leaf_infos(params, survey), as_table(mapping))
+    if experts_a not in ("in", "out"):
+        raise LoRAError(f"experts_a={experts_a!r}: expected 'in' or 'out'")
+    found = {}
+    for name, shape in shapes.items():
+        entry = finder.value(name, tuple(shape), conv1d, needed=False)
+        if entry is not None:
+            found[name] = of_kind(entry, experts_a)
+    if experts is None and not isinstance(names, Mapping):
+        finder.failures += unordered(found)
+    finish(finder, "lora.peft.mapping")
+    return TorchMapping(ordered(found, list(experts or ())))
+
+
+def of_kind(entry: Entry, experts_a: str = "in") -> Entry:
+    """The entry of a parameter, found by its name and shape, as one that is adapted."""
+    kind = _kind(entry)
+    head = kind == "linear" and entry.blocks[0].leaf.tied
+    swapped = head or (kind == "experts" and experts_a == "out")
+    return dataclasses.replace(entry, kind=kind, swapped=swapped)
+
+
+def _kind(entry: Entry) -> str:
+    leaf = entry.blocks[0].leaf
+    if leaf.geometry is None:
+        return "value"
+    if not entry.name.endswith(("weight", "bias")):
+        return "experts"
+    if leaf.tied and is_head(entry.name):
+        return "linear"
+    if leaf.kind == "embedding":
+        return "embedding"
+    return "conv" if len(entry.shape) > 2 else "linear"
+
+
+def _by_module(found: Mapping[str, Entry]) -> dict[str, list[str]]:
+    """The experts' parameters, in their order."""
+    modules: dict[str, list[str]] = {}
+    for name, entry in found.items():
+        if entry.kind == "experts":
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+    return modules
+
+
+def unordered(found: Mapping[str, Entry]):
+    """What is to be said where `found` has experts in no order that means something."""
+    for module, names in _by_module(found).items():
+        if len(names) > 1:
+            last = [n.rpartition(".")[2] for n in names]
+            yield (
+                f"'{module}' has {', '.join(last)}, and PEFT's names depend on their order in the "
+                "torch module, which the file does not keep: "
+                f"lora.peft.mapping(..., experts={last})"
+            )
+
+
+def ordered(found: Mapping[str, Entry], order: list[str]) -> dict[str, Entry]:
+    """With the parameters of each module of experts in the order given."""
+    place = {}
+    for names in _by_module(found).values():
+        last = {n: n.rpartition(".")[2] for n in names}
+        after = sorted(
+            names, key=lambda n: order.index(last[n]) if last[n] in order else len(order)
+        )
+        place |= dict(zip(names, after))
+    return {place.get(n, n): found[place.get(n, n)] for n in found}
+
+
+def save(
+    folder: str | os.PathLike,
+    adapters: Any,
+    mapping: TorchMapping,
+    *,
+    uniform_rank: bool | int = False,
+    base_model_name: str | None = None,
+    task_type: str | None = None,
+    dtype: Any = None,
+    doubled_out_proj: bool = True,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes adapters as PEFT 0.21 does: adapter_config.json and adapter_model.safetensors.
+
+    Ranks and alphas that differ stand in patterns that name one module each. A leaf of which torch
+    has several modules is taken apart, several leaves of one torch module are put together; both
+    are exact. The files take their place in `folder` once both are complete.
+
+    Args:
+      folder: is made if need be; an adapter in it is replaced.
+      adapters: `LoRA`, `Full` and `Rows` nodes; `DoRA` for all modules or none.
+      mapping: which leaf each torch parameter is: `lora.peft.load(...).mapping`, or
+        `lora.peft.mapping`.
+        The parameters of one module of experts stand in it in the torch module's own order.
+      uniform_rank: one rank and one alpha for all modules, as vLLM reads no patterns: the largest,
+        or the given one; smaller ones are padded with zeros. vLLM loads no leaf in full either.
+      base_model_name: base_model_name_or_path of the configuration.
+      task_type: such as "CAUSAL_LM".
+      dtype: of the tensors; None for the adapters' own.
+      doubled_out_proj: halve the update of a MultiheadAttention's out_proj, as PEFT adds it twice.
+      config: further settings of adapter_config.json.
+
+    Raises:
+      LoRAError: a leaf that the mapping lacks, or of which it has a part only; a torch module that
+        PEFT cannot adapt so. Nothing is written then.
+
+    >>> import json, pathlib, tempfile, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": {"kernel": jnp.zeros((4, 3))}}
+    >>> node = lora.LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), 4.0, lora.Geometry((0,), (1,)))
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> mapping = lora.peft.mapping({"q.weight": (3, 4)}, params)
+    >>> lora.peft.save(folder, {"q": {"kernel": node}}, mapping, task_type="CAUSAL_LM")
+    >>> config = json.loads((folder / "adapter_config.json").read_text())
+    >>> config["r"], config["lora_alpha"], config["target_modules"]
+    (2, 8, ['q'])
+    """
+    if not isinstance(mapping, TorchMapping):
+        raise LoRAError(
+            f"mapping: expected a TorchMapping, found {type(mapping).__name__}: "
+            "lora.peft.load(...).mapping, or lora.peft.mapping(names, params, survey)"
+        )
+    nodes = flatten(adapters, is_leaf=is_node)
+    check_factors(nodes)
+    out = Export(nodes, mapping, doubled_out_proj)
+    out.run(uniform_rank)
+    settings = out.config(base_model_name, task_type) | dict(config or {})
+    if not out.tensors:
+        out.failures.append("the tree holds no adapter")
+    out.failures += [
+        f"'{k}' holds NaN or infinity; take an earlier checkpoint"
+        for k, v in out.tensors.items()
+        if not np.isfinite(v.astype(np.float32)).all()
+    ]
+    raise_all("these adapters cannot be written for PEFT:", out.failures)
+    tensors = {
+        PREFIX + k: np.ascontiguousarray(v if dtype is None else v.astype(dtype))
+        for k, v in out.tensors.items()
+    }
+    write_folder(Path(folder), tensors, settings)
+
+
+def write_folder(folder: Path, tensors: Mapping[str, np.ndarray], settings: Mapping) -> None:
+    """Writes both files of an adapter; they take their place once both are complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new = [folder / f".{name}.{os.getpid()}" for name in (TENSORS, CONFIG)]
+    try:
+        save_file(tensors, new[0], metadata={"format": "pt"})
+        new[1].write_text(json.dumps(settings, indent=2, sort_keys=True))
+        (folder / CONFIG).unlink(
+            missing_ok=True
+        )  # never the settings of one, the tensors of another
+        os.replace(new[0], folder / TENSORS)
+        os.replace(new[1], folder / CONFIG)
+    finally:
+        for path in new:
+            path.unlink(missing_ok=True)

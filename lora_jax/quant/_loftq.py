@@ -1,0 +1,103 @@
+"""LoftQ: a quantised base, and adapters that begin as the best correction of what it lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax._bind import adapter_nodes
+from lora_jax._core.einsum import wide
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.nnx import map_state
+from lora_jax._core.paths import map_with_path
+from lora_jax._nodes.adapters import LoRA
+from lora_jax._quantized.weight import Quantized, quantized
+from lora_jax._survey import Survey
+from lora_jax.algebra._svd import from_svd
+from lora_jax.methods._start import as_matrices, each, lora_nodes, plain_svd
+from lora_jax.quant._quantize import chosen_leaves, quantize_leaf, stacked
+
+
+def loftq(
+    params: Any,
+    adapters: Any,
+    targets: Any,
+    format: str = "nf4",
+    *,
+    iterations: int = 5,
+    double: bool = False,
+    survey: Survey | None = None,
+) -> tuple[Any, dict]:
+    """Codes and adapters fitted to each weight together (LoftQ, Li 2023, arXiv:2310.08659,
+    algorithm 1): from A·B = 0, as often as `iterations`, Q = q(W − s·A·B), and s·A·B = the best of
+    rank r of W − Q, by the SVD.
+
+    The adapted function begins nearer to that of W than the quantised one does. Of a weight without
+    structure little of the error is of low rank: on N(0, 1), with NF4 and rank 16, ‖W − Q − s·A·B‖
+    is 0.85, 0.74 and 0.72 of ‖W − q(W)‖ after one, five and ten iterations for (192, 192), 0.89,
+    0.78 and 0.76 for (256, 256), and still 0.94 and 0.85 after one and five for (512, 512).
+
+    Args:
+      params: the parameters.
+      adapters: as from `init`, of which shapes, types and scales are read, not values.
+      targets, format, double, survey: which leaves are quantised, and how, as in `quantize`. Those
+        without a `LoRA` are merely quantised; an adapter of one that is not stays as it is.
+      iterations: T, 5 in the authors' code; 1 is the SVD of the error of q(W).
+
+    Returns:
+      (quantised parameters, adapters): both at the end of the last iteration.
+
+    Raises:
+      LoRAError: as `quantize` and `pissa`; iterations below 1; no adapted leaf among the targets.
+
+    >>> import jax, lora_jax as lora
+    >>> params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
+    >>> start = lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=8, targets="w"))
+    >>> base, adapters = lora.quant.loftq(params, start, "w")
+    >>> left = jax.numpy.linalg.norm(params["w"] - lora.merge(base, adapters)["w"])
+    >>> plain = lora.quant.dequantize(lora.quant.quantize(params, "w"))["w"]
+    >>> bool(left < 0.7 * jax.numpy.linalg.norm(params["w"] - plain))
+    True
+    """
+    if iterations < 1:
+        raise LoRAError(f"expected iterations >= 1, found {iterations}: lora.quant.loftq(..., 5)")
+    adapter_nodes(params, adapters, "loftq")
+    chosen = chosen_leaves(params, targets, format, survey)
+    nodes = {p: n for p, n in lora_nodes(adapters).items() if p in chosen}
+    if not nodes:
+        raise_all(
+            "none of these adapted leaves is quantised:", [f"'{p}'" for p in lora_nodes(adapters)]
+        )
+    found: dict[str, LoRA] = {}
+
+    def leaf(path, w):
+        if path not in chosen:
+            return w
+        if path not in nodes:
+            return quantize_leaf(w, chosen[path].geometry, format, double)
+        q, found[path] = _fit(jnp.asarray(w), nodes[path], format, double, iterations)
+        return q
+
+    base = map_state(lambda tree: map_with_path(leaf, tree), params)
+    return base, each(adapters, lambda path, node: found.get(path, node))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _fit(w, node: LoRA, format, double, iterations) -> tuple[Quantized, LoRA]:
+    exact, g = w.astype(wide(w.dtype)), node.geometry
+
+    def once(node):
+        rest = exact - node.weight(exact, "").delta(exact.dtype)
+        q = quantized(rest, format, in_axes=g.in_axes, stack=stacked(g), double=double)
+        q = dataclasses.replace(q, stored_dtype=w.dtype)
+        error = as_matrices(node, exact - q.value().astype(exact.dtype))
+        return q, from_svd(node, *plain_svd(error), node.rank, node.scale)
+
+    start = jax.tree.map(jnp.zeros_like, node)
+    before = lax.fori_loop(0, iterations - 1, lambda _, node: once(node)[1], start)
+    return once(before)

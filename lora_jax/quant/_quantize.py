@@ -1,0 +1,128 @@
+"""Trees with quantised leaves: made leaf by leaf, read back, compared."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._config import LoRAConfig
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.geometry import Geometry
+from lora_jax._core.nnx import map_state, state_of
+from lora_jax._core.paths import flatten, map_with_path
+from lora_jax._quantized.formats import FORMATS
+from lora_jax._quantized.weight import Quantized, is_quantized, quantized
+from lora_jax._select import select
+from lora_jax._survey import Survey
+from lora_jax._targets import Targets
+
+
+def quantize(
+    params: Any,
+    targets: Any,
+    format: str = "nf4",
+    *,
+    survey: Survey | None = None,
+    double: bool = False,
+    load: Callable[[str], Any] | None = None,
+) -> Any:
+    """The parameters with leaves in few bits (QLoRA, arXiv:2305.14314), for what `adapt` makes.
+
+    A quantised leaf is frozen, adapted or not; it is read where it is used, one layer at a time, in
+    the forward pass and again in the backward one. Of a scanned stack each layer is read alone.
+
+    Args:
+      params: the parameters; leaves are quantised one after the other. Under jit or
+        `jax.eval_shape`, abstract.
+      targets: which leaves: patterns as those of `LoRAConfig`, such as "all-linear", or `Targets`,
+        as `select` returns them, of which the adapted leaves are meant.
+      format: "nf4" (4 bits, the quantiles of a normal distribution), "int4" (symmetric), "mxfp4",
+        in blocks of 64, 64 and 32 along the last axis; "int8", "fp8" (e4m3), with a constant for
+        each output unit; "int8_block", "fp8_block", in blocks of 64.
+      survey: how the function uses each leaf, as in `select`.
+      double: quantise the constants of blocks as well, in groups of 256: 4.5 bits become 4.127.
+      load: reads a leaf by its path, where `params` are shapes: the model is never there whole.
+
+    Returns:
+      A tree like `params`, with a `Quantized` for each target.
+
+    Raises:
+      LoRAError: an unknown format; targets as in `select`; leaves of less than two axes.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": {"kernel": jnp.eye(64)}, "norm": jnp.ones(64)}
+    >>> lora.quant.quantize(params, "kernel", double=True)["q"]["kernel"]
+    Quantized((64, 64), float32, 'nf4', 4.516 bits)
+    """
+    chosen = chosen_leaves(params, targets, format, survey)
+
+    def leaf(path, w):
+        w = w if load is None else load(path)
+        return quantize_leaf(w, chosen[path].geometry, format, double) if path in chosen else w
+
+    return map_state(lambda tree: map_with_path(leaf, tree), params)
+
+
+def chosen_leaves(params: Any, targets: Any, format: str, survey: Survey | None) -> Targets:
+    """The leaves to be quantised, checked."""
+    if format not in FORMATS:
+        raise LoRAError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
+    chosen = targets
+    if not isinstance(targets, Targets):
+        chosen = select(params, LoRAConfig(rank=1, targets=targets), survey)
+    done = [p for p, x in flatten(state_of(params)).items() if p in chosen and is_quantized(x)]
+    raise_all("these leaves are quantised already:", (f"'{p}'" for p in done))
+    return chosen
+
+
+def stacked(g: Geometry) -> int:
+    """How many leading axes are a stack of weights."""
+    return len(g.batch_axes) if g.batch_axes == tuple(range(len(g.batch_axes))) else 0
+
+
+def quantize_leaf(w: Any, g: Geometry, format: str, double: bool) -> Quantized:
+    return _quantized(jnp.asarray(w), format, g.in_axes, stacked(g), double)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantized(w, format, in_axes, stack, double) -> Quantized:
+    return quantized(w, format, in_axes=in_axes, stack=stack, double=double)
+
+
+def dequantize(params: Any) -> Any:
+    """The parameters with each quantised leaf as an array, in the type that it had.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": jnp.eye(64)}
+    >>> bool((lora.quant.dequantize(lora.quant.quantize(params, "q"))["q"] == params["q"]).all())
+    True
+    """
+    read = jax.jit(lambda q: q.value())
+    leaf = lambda _, x: read(x) if is_quantized(x) else x
+    return map_state(lambda tree: map_with_path(leaf, tree), params)
+
+
+def errors(params: Any, other: Any) -> dict[str, float]:
+    """{path: ‖W − W'‖ / ‖W‖} of each leaf that is quantised in either of two trees.
+
+    >>> import jax, lora_jax as lora
+    >>> params = {"q": jax.random.normal(jax.random.key(0), (256, 256))}
+    >>> round(lora.quant.errors(params, lora.quant.quantize(params, "q"))["q"], 3)
+    0.092
+    """
+    one, two = (flatten(state_of(x)) for x in (params, other))
+    failures = [f"'{p}' is in one tree alone" for p in sorted(one.keys() ^ two.keys())]
+    raise_all("these are not the parameters of one model:", failures)
+    both = [p for p in one if is_quantized(one[p]) or is_quantized(two[p])]
+    return {p: float(_error(one[p], two[p])) for p in both}
+
+
+@jax.jit
+def _error(one, two):
+    one, two = (x.value() if is_quantized(x) else jnp.asarray(x) for x in (one, two))
+    one, two = one.astype(jnp.float32), two.astype(jnp.float32)
+    return jnp.linalg.norm((one - two).ravel()) / jnp.linalg.norm(one.ravel())

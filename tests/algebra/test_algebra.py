@@ -1,0 +1,273 @@
+"""Sums, ranks and extractions of updates, each against dense matrices in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import assert_close, fails, noisy, tolerance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_jax as lora
+from lora_jax._core.paths import flatten
+from lora_jax._nodes.adapters import is_node
+
+KEY = jax.random.key(0)
+PARAMS = {
+    "dense": {"kernel": jnp.zeros((12, 20)), "bias": jnp.ones(20)},
+    "heads": jnp.zeros((12, 4, 6)),
+    "layers": jnp.zeros((3, 10, 14)),
+    "table": jnp.ones((9, 8)),
+}
+RULES = [
+    lora.Rule("heads", in_axes=(0,), out_axes=(1, 2)),
+    lora.Rule("layers", in_axes=(1,), out_axes=(2,), batch_axes=(0,)),
+]
+CONFIG = lora.LoRAConfig(rank=3, alpha=6, targets=["dense", "heads", "layers"], rules=RULES)
+
+
+def make(seed, config=CONFIG):
+    return noisy(lora.init(jax.random.key(seed), PARAMS, config), key=seed, scale=1.0)
+
+
+def updates(adapters):
+    """{path: Δ} in float64, by NumPy."""
+    out = {}
+    for path, node in flatten(adapters, is_leaf=is_node).items():
+        assert isinstance(node, lora.LoRA)
+        n, i, o = node.geometry.sizes(node.shape)
+        a, b = (np.asarray(x, np.float64) for x in (node.a, node.b))
+        out[path] = node.scale * a.reshape(n, i, -1) @ b.reshape(n, -1, o)
+    return out
+
+
+def assert_updates(adapters, want, factor=64):
+    got = updates(adapters)
+    assert got.keys() == want.keys()
+    for path, w in want.items():
+        np.testing.assert_allclose(
+            got[path], w, rtol=0, atol=tolerance(jnp.float32, factor) * np.abs(w).max()
+        )
+
+
+def test_combine_is_a_sum_of_updates():
+    """Exactly, with other ranks, scales and targets; and not the product of sums."""
+    wide = dataclasses.replace(CONFIG, rank=5, targets=["dense", "heads"], rules=RULES[:1])
+    one, two = make(1), make(2, wide)
+    mixed = lora.algebra.combine([one, two], [0.5, -2.0])
+    a, b = updates(one), updates(two)
+    assert_updates(mixed, {p: 0.5 * a[p] - 2 * b.get(p, 0) for p in a})
+    assert mixed["dense"]["kernel"].rank == 8 and mixed["layers"].rank == 3
+    node = make(1)["dense"]["kernel"]
+    other = make(3)["dense"]["kernel"]
+    wrong = dataclasses.replace(node, a=node.a + other.a, b=node.b + other.b)
+    right = updates(lora.algebra.combine([{"w": node}, {"w": other}]))["w"]
+    assert np.linalg.norm(updates({"w": wrong})["w"] - right) > 0.5 * np.linalg.norm(right)
+
+
+def test_scaled():
+    one = make(1)
+    assert_updates(lora.algebra.scaled(one, -1.0), {p: -d for p, d in updates(one).items()})
+    for path, nothing in updates(
+        lora.algebra.combine([one, lora.algebra.scaled(one, -1.0)])
+    ).items():
+        assert np.abs(nothing).max() < 1e-6 * np.abs(updates(one)[path]).max()
+
+
+def test_weights_by_leaf_and_layer_can_be_learned():
+    """The gradient of a weight is ⟨∂loss/∂W, Δ⟩; of a stack, layer by layer."""
+    one = {"layers": make(1)["layers"]}
+    target = jax.random.normal(KEY, (3, 10, 14))
+
+    def loss(weights):
+        merged = lora.merge(PARAMS, lora.algebra.combine([one], [{"layers": weights}]))["layers"]
+        return jnp.sum((merged - target) ** 2)
+
+    w = jnp.array([0.5, -1.0, 2.0])
+    delta = updates(one)["layers"]
+    grads = jax.jit(jax.grad(loss))(w)
+    want = [2 * np.sum((w[i] * delta[i] - np.asarray(target[i])) * delta[i]) for i in range(3)]
+    np.testing.assert_allclose(grads, want, rtol=1e-4)
+
+
+def test_a_mixture_is_learned():
+    """LoraHub, LoRA Soups: through combine, bind and adapt, gradients of the weights alone find
+    those that made the data, for each leaf and layer."""
+    draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / 3
+    params = {"layers": draw(0, 3, 8, 8), "head": draw(1, 8, 5)}
+    x = draw(2, 64, 8)
+
+    def fn(p, x):
+        x, _ = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["layers"])
+        return x @ p["head"]
+
+    survey = lora.survey(fn, params, x)
+    config = lora.LoRAConfig(rank=2, targets=["layers", "head"])
+    init = lambda i: noisy(lora.init(jax.random.key(i), params, config, survey), key=i, scale=0.3)
+    trees, apply = [init(1), init(2)], lora.adapt(fn)
+    known = [
+        {"layers": jnp.array([0.7, -0.4, 1.2]), "head": jnp.array(0.5)},
+        {"layers": jnp.array([0.3, 0.9, -0.6]), "head": jnp.array(-0.8)},
+    ]
+    y = fn(lora.merge(params, lora.algebra.combine(trees, known)), x)
+
+    def loss(weights):
+        return jnp.mean(
+            (apply(lora.bind(params, lora.algebra.combine(trees, weights)), x) - y) ** 2
+        )
+
+    tx, start = optax.adam(0.05), jax.tree.map(jnp.zeros_like, known)
+
+    def step(carry, _):
+        weights, state = carry
+        updates, state = tx.update(jax.grad(loss)(weights), state)
+        return (optax.apply_updates(weights, updates), state), None
+
+    steps = jax.jit(lambda carry: jax.lax.scan(step, carry, length=600)[0])
+    with jax.numpy_dtype_promotion("standard"):  # optax
+        found, _ = steps((start, tx.init(start)))
+    assert loss(start) > 0.01
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(known)):
+        np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+def test_combine_what_is_trained_in_full():
+    """There the update is the difference from the base; rows that one of them has alone stay."""
+    config = lora.LoRAConfig(
+        rank=2, targets="dense/kernel", full="dense/bias", rows={"table": [1, 3]}
+    )
+    one = make(1, config)
+    two = make(2, dataclasses.replace(config, rows={"table": [3, 5]}))
+    got = lora.merge(PARAMS, lora.algebra.combine([one, two], [0.5, 2.0], base=PARAMS))
+    a, b = lora.merge(PARAMS, one), lora.merge(PARAMS, two)
+    want = jax.tree.map(lambda w, x, y: w + 0.5 * (x - w) + 2.0 * (y - w), PARAMS, a, b)
+    assert_close(got, want)
+    with fails(r"(?s)'dense/bias': is a Full.*base=params.*'table': is a Rows"):
+        lora.algebra.combine([one, two])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 7])
+def test_resize_is_the_best_of_its_rank(rank):
+    one = make(1)
+    want = {}
+    for path, d in updates(one).items():
+        u, s, v = np.linalg.svd(d, full_matrices=False)
+        want[path] = (u[:, :, :rank] * s[:, None, :rank]) @ v[:, :rank]
+    got = lora.algebra.resize(one, rank)
+    assert_updates(got, want)
+    assert {n.rank for n in jax.tree.leaves(got, is_leaf=is_node)} == {rank}
+    assert_updates(jax.jit(lambda ad: lora.algebra.resize(ad, rank))(one), want)
+
+
+def test_resize_by_energy():
+    """The smallest rank that keeps the share, in each weight of a stack."""
+    one = make(1)
+    for share in (0.5, 0.9, 0.999, 1.0):
+        small = lora.algebra.resize(one, energy=share)
+        for path, d in updates(one).items():
+            s = np.linalg.svd(d, compute_uv=False)
+            kept = np.cumsum(s**2, -1) / np.sum(s**2, -1, keepdims=True)
+            rank = next(r for r in range(1, 4) if (kept[:, r - 1] >= share - 1e-6).all())
+            assert flatten(small, is_leaf=is_node)[path].rank == rank
+    assert lora.algebra.resize(lora.algebra.combine([one, one]), energy=1.0)["layers"].rank == 3
+
+
+def test_extract():
+    """An update of low rank is found again; one that is not, as well as its singular values say."""
+    one = make(1)
+    tuned = lora.merge(PARAMS, one)
+    targets = lora.select(PARAMS, CONFIG)
+    got, kept = lora.algebra.extract(PARAMS, tuned, targets)
+    targets.check(got)
+    assert_updates(got, updates(one), 256)
+    assert set(kept.values()) == {1.0}
+    full = jax.tree.map(lambda x: x + jax.random.normal(KEY, x.shape), PARAMS)
+    got, kept = lora.algebra.extract(PARAMS, full, targets, drop=True)
+    s = np.linalg.svd(
+        np.asarray(full["dense"]["kernel"] - PARAMS["dense"]["kernel"]), compute_uv=False
+    )
+    assert kept["dense/kernel"] == pytest.approx(np.sum(s[:3] ** 2) / np.sum(s**2), abs=1e-5)
+    more, kept = lora.algebra.extract(PARAMS, full, targets, energy=0.9, drop=True)
+    assert all(0.9 - 1e-5 <= k < 1 for k in kept.values()) and more["dense"]["kernel"].rank > 3
+    assert_updates(
+        lora.algebra.extract(PARAMS, PARAMS, targets)[0],
+        {p: 0 * d for p, d in updates(one).items()},
+    )
+
+
+def test_extract_also_what_is_trained_in_full():
+    config = dataclasses.replace(CONFIG, full="dense/bias", rows={"table": [2]})
+    one = make(1, config)
+    tuned = lora.merge(PARAMS, one)
+    got, _ = lora.algebra.extract(PARAMS, tuned, lora.select(PARAMS, config))
+    assert_close(lora.merge(PARAMS, got), tuned, factor=256)
+    with fails(r"(?s)changed, and are no targets:.*'dense/bias'.*'table'.*drop=True"):
+        lora.algebra.extract(PARAMS, tuned, lora.select(PARAMS, CONFIG))
+
+
+def test_compare():
+    """Norms, cosines and angles against dense matrices."""
+    one, two = make(1), make(2, dataclasses.replace(CONFIG, rank=5))
+    found = lora.algebra.compare(one, two)
+    a, b = updates(one), updates(two)
+    for path, leaf in found.leaves.items():
+        norm = lambda d: np.linalg.norm(d, axis=(1, 2))
+        np.testing.assert_allclose(leaf.norms, [norm(a[path]), norm(b[path])], rtol=1e-5)
+        cosine = np.sum(a[path] * b[path], (1, 2)) / norm(a[path]) / norm(b[path])
+        np.testing.assert_allclose(leaf.cosine, cosine, atol=1e-5)
+        for n in range(len(a[path])):
+            for angles, x, y in ((leaf.input_angles, a[path][n], b[path][n]),
+                                 (leaf.output_angles, a[path][n].T, b[path][n].T)):  # fmt: skip
+                q, p = (np.linalg.svd(m)[0][:, :r] for m, r in ((x, 3), (y, 5)))
+                want = np.degrees(
+                    np.arccos(np.clip(np.linalg.svd(q.T @ p, compute_uv=False), -1, 1))
+                )
+                np.testing.assert_allclose(angles[n], want, atol=0.05)
+    same = lora.algebra.compare(one, lora.algebra.scaled(one, 3.0)).leaves["layers"]
+    np.testing.assert_allclose(same.cosine, 1, atol=1e-5)
+    assert np.abs(same.input_angles).max() < 1e-3
+    zero = lora.algebra.compare(one, lora.init(KEY, PARAMS, CONFIG)).leaves["layers"]
+    assert np.all(zero.cosine == 0) and np.all(zero.norms[1] == 0)
+    some = lora.algebra.compare(one, {"dense": one["dense"]})
+    assert some.first == ("heads", "layers") and "in the first alone: heads, layers" in str(some)
+    assert "dense/kernel" in str(some) and "1" in str(some)
+
+
+@given(data=st.data())
+@settings(max_examples=5, deadline=None, derandomize=True)
+def test_any_combination(data):
+    """Σ w·Δ for any ranks, dtypes and weights; resized to its own rank it is the same."""
+    n = data.draw(st.integers(1, 4))
+    ranks = [data.draw(st.integers(1, 4)) for _ in range(n)]
+    weights = [data.draw(st.sampled_from([-2.0, -0.5, 0.0, 1.0, 3.0])) for _ in range(n)]
+    trees = [make(i, dataclasses.replace(CONFIG, rank=r)) for i, r in enumerate(ranks)]
+    mixed = lora.algebra.combine(trees, weights)
+    deltas = [updates(t) for t in trees]
+    want = {p: sum(w * d[p] for w, d in zip(weights, deltas)) for p in deltas[0]}
+    largest = {p: max(np.abs(w * d[p]).max() for w, d in zip(weights, deltas)) for p in want}
+    for tree in (mixed, lora.algebra.resize(mixed, sum(ranks))):
+        for path, got in updates(tree).items():
+            np.testing.assert_allclose(got, want[path], rtol=0, atol=1e-4 * max(largest[path], 1))
+
+
+@pytest.mark.parametrize("call, match", [
+    (lambda: lora.algebra.combine([]), "expected one weight for each of 0 adapters, found 0"),
+    (lambda: lora.algebra.combine([make(1)], [1.0, 2.0]), "expected one weight for each of 1 adapters, found 2"),
+    (lambda: lora.algebra.combine([PARAMS]), "expected adapters, as from lora.init, found ArrayImpl"),
+    (lambda: lora.algebra.combine([make(1)], [{"dense/kernel": 1.0}]), "the weights have none for 'heads'; there are dense/kernel"),
+    (lambda: lora.algebra.combine([{"w": make(1)["dense"]["kernel"]}, {"w": make(1)["layers"]}]), r"'w': found LoRA of \(12, 20\), LoRA of \(3, 10, 14\)"),
+    (lambda: lora.algebra.resize(make(1)), "expected a rank >= 1 or an energy in .*found rank=None, energy=None"),
+    (lambda: lora.algebra.resize(make(1), 2, energy=0.5), "found rank=2, energy=0.5"),
+    (lambda: lora.algebra.resize(make(1), 0), "found rank=0"),
+    (lambda: lora.algebra.resize(make(1), energy=1.5), "energy=1.5"),
+    (lambda: jax.jit(lambda ad: lora.algebra.resize(ad, energy=0.5))(make(1)), "depends on values: not under jit; pass rank="),
+    (lambda: lora.algebra.extract(PARAMS, {"w": 1}, lora.select(PARAMS, CONFIG)), "(?s)not one model before and after:.*'dense/bias' is in one tree alone"),
+    (lambda: lora.algebra.extract(PARAMS, PARAMS, lora.select(PARAMS, CONFIG), energy=0.0), "energy=0.0: expected a share"),
+    (lambda: lora.algebra.compare({"w": make(1)["dense"]["kernel"]}, {"w": make(1)["layers"]}), r"'w': \(12, 20\) with Geometry"),
+])  # fmt: skip
+def test_errors(call, match):
+    with fails(match):
+        call()

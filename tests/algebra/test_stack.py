@@ -1,0 +1,302 @@
+"""Many adapters at once: each example gets what its adapter alone gives, compiled once."""
+
+import dataclasses
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import assert_close, fails, noisy
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lora
+from lora_jax._nodes.adapters import is_node
+
+KEY = jax.random.key(0)
+D, LAYERS, EXPERTS = 12, 3, 4
+SHAPES = {
+    "table": (10, D),
+    "layers": (LAYERS, D, D),
+    "experts": (EXPERTS, D, D),
+    "head": (D, 7),
+    "bias": (7,),
+}
+PARAMS = {
+    n: jax.random.normal(jax.random.fold_in(KEY, i), s) / 3
+    for i, (n, s) in enumerate(SHAPES.items())
+}
+IDS = jax.random.randint(KEY, (6, 5), 0, 10)
+
+
+def fn(p, ids):
+    """An embedding, scanned layers, a mixture of experts, a head: (T,) -> (T, 7)."""
+    x = p["table"][ids]
+    x, _ = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["layers"])
+    x = jnp.einsum(
+        "tef,te->tf", jnp.einsum("td,edf->tef", x, p["experts"]), jax.nn.softmax(x[:, :4])
+    )
+    return x @ p["head"] + p["bias"]
+
+
+SURVEY = lora.survey(fn, PARAMS, IDS[0])
+APPLY = lora.adapt(fn)
+RULES = [lora.Rule("experts", batch_axes=(0,), in_axes=(1,), out_axes=(2,))]
+
+
+def make(seed, rank=2, targets=("table", "layers", "experts", "head"), **kwargs):
+    rules = RULES if "experts" in targets else ()
+    config = lora.LoRAConfig(
+        rank=rank, alpha=3 * rank + seed, targets=list(targets), rules=rules, **kwargs
+    )
+    return noisy(lora.init(jax.random.key(seed), PARAMS, config, SURVEY), key=seed, scale=0.3)
+
+
+def alone(adapters, ids):
+    return fn(PARAMS if adapters is None else lora.merge(PARAMS, adapters), ids)
+
+
+def each(stacked, index, ids):
+    one = lambda slot, ids: APPLY(lora.bind(PARAMS, stacked, slot=slot), ids)
+    return jax.vmap(one)(index, ids)
+
+
+def gathered(stacked, index, ids):
+    one = lambda adapters, ids: APPLY(lora.bind(PARAMS, adapters), ids)
+    return jax.vmap(one)(lora.algebra.choose(stacked, index), ids)
+
+
+ZOO = [
+    make(1),
+    make(2, rank=4),
+    make(3, targets=("layers",)),
+    make(4, rank=1, targets=("head", "table")),
+]
+
+
+def test_each_example_gets_its_own():
+    """Of other ranks, scales and targets, and none; under jit, and by one number for all."""
+    stacked = lora.algebra.stack(ZOO)
+    index = jnp.array([3, 0, -1, 2, 1, 0])
+    want = jnp.stack([alone([*ZOO, None][i], ids) for i, ids in zip(index, IDS)])
+    for call in (jax.jit(each), jax.jit(gathered)):
+        assert_close(call(stacked, index, IDS), want, factor=256)
+    for i in (2, -1):
+        for bound in (
+            lora.bind(PARAMS, lora.algebra.choose(stacked, i)),
+            lora.bind(PARAMS, stacked, slot=i),
+        ):
+            got = jax.jit(APPLY)(bound, IDS[0])
+            assert_close(got, alone([*ZOO, None][i], IDS[0]), factor=256)
+    for none in (9, -9):
+        assert np.isnan(jax.jit(each)(stacked, jnp.array([none] * 6), IDS)).all()
+        assert np.isnan(jax.jit(gathered)(stacked, jnp.array([none] * 6), IDS)).all()
+
+
+def test_gradients_through_a_slot():
+    """Of the stack and of the input, as by gathering."""
+    stacked = lora.algebra.stack(ZOO)
+    index = jnp.array([3, 0, -1, 2, 1, 0])
+    x = jax.random.normal(KEY, (6, 5, D))
+    fn = lambda p, x: jnp.tanh(x @ p["layers"][1]) @ p["head"]
+    head = lora.adapt(fn, strict=False)
+
+    def loss(stacked, x, slot: bool):
+        one = lambda i, x: head(
+            lora.bind(PARAMS, stacked, slot=i)
+            if slot
+            else lora.bind(PARAMS, lora.algebra.choose(stacked, i)),
+            x,
+        )
+        return jnp.sum(jnp.sin(jax.vmap(one)(index, x)))
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    assert_close(grad(stacked, x, True), grad(stacked, x, False), factor=256)
+
+
+def test_what_is_trained_in_full():
+    """An empty slot, and one whose adapter has no such leaf, is the base."""
+    both = dict(full="bias", rows={"table": [1, 3]})
+    zoo = [
+        make(1, targets=("head",), **both),
+        make(2, targets=("head",)),
+        make(3, targets=("layers",), **both),
+    ]
+    stacked = lora.algebra.stack(zoo, base=PARAMS)
+    index = jnp.array([2, 1, -1, 0, 2, 1])
+    want = jnp.stack([alone([*zoo, None][i], ids) for i, ids in zip(index, IDS)])
+    assert_close(each(stacked, index, IDS), want, factor=256)
+    with fails(r"(?s)'table': is a Rows, and an empty slot.*base=params"):
+        lora.algebra.stack(zoo)
+
+
+def test_nothing_is_compiled_anew():
+    """Adding, replacing, removing and choosing: one trace, one program."""
+    traces = []
+
+    @jax.jit
+    def run(stacked, index, ids):
+        traces.append(1)
+        return each(stacked, index, ids)
+
+    change = jax.jit(lora.algebra.put, donate_argnums=0)
+    stacked = lora.algebra.stack(ZOO[:2], capacity=8, rank=4)
+    run(stacked, jnp.arange(6), IDS)
+    stacked = change(stacked, 5, ZOO[2])
+    stacked = change(stacked, 0, ZOO[3])
+    stacked = lora.algebra.put(stacked, 1, None)
+    index = jnp.array([5, 0, 1, 5, 0, -1])
+    got = run(stacked, index, IDS)
+    zoo = {5: ZOO[2], 0: ZOO[3]}
+    want = jnp.stack([alone(zoo.get(int(i)), ids) for i, ids in zip(index, IDS)])
+    assert_close(got, want, factor=256)
+    assert len(traces) == 1 and run._cache_size() == 1
+
+
+def test_the_base_is_multiplied_once():
+    """Its products have no batch axis of examples: FLOPs are those of the base and of the factors."""
+    params = {"w": jnp.ones((64, 48))}
+    node = lora.init(KEY, params, lora.LoRAConfig(rank=2, targets="w"))
+    stacked = lora.algebra.stack([node] * 16)
+    f = lora.adapt(lambda p, x: x @ p["w"])
+    one = lambda adapters, x: f(lora.bind(params, adapters), x)
+    run = lambda index, x: jax.vmap(one)(lora.algebra.choose(stacked, index), x)
+    cost = jax.jit(run).lower(jnp.zeros(16, int), jnp.ones((16, 8, 64))).compile().cost_analysis()
+    base, factors = 2 * 16 * 8 * 64 * 48, 2 * 16 * 8 * 2 * (64 + 48)
+    assert cost["flops"] <= 1.1 * (base + factors)
+
+
+def test_sharded():
+    """Factors and base over a mesh, as on one device."""
+    mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(AxisType.Auto,) * 2)
+    on = lambda spec: NamedSharding(mesh, spec)
+    specs = {
+        "table": P(),
+        "layers": P(None, "d", "t"),
+        "experts": P("t"),
+        "head": P("t"),
+        "bias": P(),
+    }
+    params = jax.device_put(PARAMS, jax.tree.map(on, specs))
+    stacked = lora.algebra.stack(ZOO)
+    own = lora.parallel.shardings(params, lora.algebra.choose(stacked, 0))
+    stacked = jax.device_put(stacked, jax.tree.map(lambda s: on(P(None, *s.spec)), own))
+    index, ids = jnp.array([3, 0, -1, 2, 1, 0]), jax.device_put(IDS, on(P("d")))
+    one = lambda params, adapters, ids: APPLY(lora.bind(params, adapters), ids)
+    run = jax.jit(
+        lambda p, s, i, ids: jax.vmap(one, (None, 0, 0))(p, lora.algebra.choose(s, i), ids)
+    )
+    assert_close(
+        jax.device_get(run(params, stacked, index, ids)),
+        jax.device_get(each(lora.algebra.stack(ZOO), index, IDS)),
+        factor=256,
+    )
+
+
+def test_decoding_with_a_cache():
+    """One token at a time, each sequence with its adapter and its own keys and values."""
+    params = {
+        n: jax.random.normal(jax.random.fold_in(KEY, i), (D, D)) / 4 for i, n in enumerate("qkvo")
+    }
+
+    def step(p, cache, x, t):
+        k, v = cache[0].at[t].set(x @ p["k"]), cache[1].at[t].set(x @ p["v"])
+        w = jax.nn.softmax(jnp.where(jnp.arange(len(k)) <= t, k @ (x @ p["q"]), -1e9))
+        return (k, v), (w @ v) @ p["o"]
+
+    x = jax.random.normal(KEY, (3, 6, D))
+    config = lora.LoRAConfig(rank=2, targets=["q", "v"])
+    zoo = [noisy(lora.init(KEY, params, config), key=i) for i in range(2)]
+    stacked, index = lora.algebra.stack(zoo), jnp.array([1, -1, 0])
+    f = lora.adapt(step)
+
+    @jax.jit
+    def decode(cache, x, t):
+        one = lambda adapters, cache, x: f(lora.bind(params, adapters), cache, x, t)
+        return jax.vmap(one)(lora.algebra.choose(stacked, index), cache, x)
+
+    def run(decode, cache, x):
+        outs = []
+        for t in range(6):
+            cache, y = decode(cache, x[..., t, :], t)
+            outs.append(y)
+        return jnp.stack(outs, -2)
+
+    got = run(decode, (jnp.zeros((3, 6, D)), jnp.zeros((3, 6, D))), x)
+    for i, adapters in enumerate((zoo[1], None, zoo[0])):
+        p = params if adapters is None else lora.merge(params, adapters)
+        want = run(functools.partial(step, p), (jnp.zeros((6, D)),) * 2, x[i])
+        assert_close(got[i], want, factor=256)
+
+
+@pytest.mark.parametrize("call, match", [
+    (lambda: lora.algebra.stack([]), "expected 1 to 0 adapters, found 0"),
+    (lambda: lora.algebra.stack(ZOO, capacity=2), "expected 1 to 2 adapters, found 4"),
+    (lambda: lora.algebra.stack(ZOO, rank=3), r"(?s)'experts': expected a rank of at most 3, found 4.*'table'"),
+    (lambda: lora.algebra.stack([PARAMS]), "expected adapters, as from lora.init, found ArrayImpl"),
+    (lambda: lora.algebra.stack([{"w": make(1)["head"]}, {"w": make(1)["layers"]}]), r"'w': expected a LoRA of \(12, 7\), found a LoRA of \(3, 12, 12\)"),
+    (lambda: lora.algebra.put(lora.algebra.stack(ZOO[2:3]), 0, ZOO[0]), r"(?s)'table' is no leaf of the stack.*make a new one"),
+    (lambda: lora.algebra.put(lora.algebra.stack(ZOO[:1]), 0, ZOO[1]), "'layers': expected a rank of at most 2, found 4"),
+    (lambda: lora.algebra.put(lora.algebra.stack(ZOO), 4, None), "number 4: expected 0 to 3"),
+    (lambda: lora.algebra.put(lora.algebra.stack(ZOO), -1, None), "number -1: expected 0 to 3"),
+])  # fmt: skip
+def test_errors(call, match):
+    with fails(match):
+        call()
+
+
+def test_a_slot_of_what_is_no_factor_yet():
+    adalora = lora.methods.init_adalora(
+        jax.random.key(0), {"w": jnp.ones((4, 4))}, lora.LoRAConfig(rank=2, targets="w")
+    )
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), adalora)
+    with fails("'w' is a AdaLoRA"):
+        lora.bind({"w": jnp.ones((4, 4))}, stacked, slot=0)
+
+
+def test_a_stack_is_not_changed():
+    stacked = lora.algebra.stack(ZOO)
+    before = jax.tree.map(np.array, stacked)
+    lora.algebra.put(stacked, 0, ZOO[2])
+    jax.tree.map(np.testing.assert_array_equal, stacked, before)
+    assert {n.scale for n in jax.tree.leaves(stacked, is_leaf=is_node)} == {1.0}
+
+
+def test_many_trained_at_once():
+    """K adapters over one base by vmap: each becomes what it would have become alone."""
+    import optax
+
+    config = lora.LoRAConfig(rank=2, targets=["layers", "head"])
+    targets = lora.select(PARAMS, config, SURVEY)
+    answers = jax.random.randint(KEY, IDS.shape, 0, 7)
+    rates = jnp.array([1e-3, 3e-3, 1e-2, 3e-2])
+    keys = jax.random.split(KEY, 4)
+
+    def loss(adapters):
+        logits = jax.vmap(lambda ids: APPLY(lora.bind(PARAMS, adapters), ids))(IDS)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, answers).mean()
+
+    def train(key, rate):
+        adapters = lora.init(key, PARAMS, targets)
+        tx = optax.scale_by_adam()
+
+        def step(carry, _):
+            adapters, state = carry
+            value, grads = jax.value_and_grad(loss)(adapters)
+            updates, state = tx.update(grads, state)
+            updates = jax.tree.map(lambda u: -rate * u, updates)
+            return (optax.apply_updates(adapters, updates), state), value
+
+        (adapters, _), values = jax.lax.scan(step, (adapters, tx.init(adapters)), length=10)
+        return adapters, values
+
+    with jax.numpy_dtype_promotion("standard"):
+        many, values = jax.jit(jax.vmap(train))(keys, rates)
+        for i in range(4):
+            adapters, own = jax.jit(train)(keys[i], rates[i])
+            np.testing.assert_allclose(values[i], own, rtol=1e-4)
+            assert_close(jax.tree.map(operator.itemgetter(i), many), adapters, factor=4096)
+    assert dataclasses.asdict(many["head"].geometry) == dataclasses.asdict(targets["head"].geometry)
+    assert values[-1, -1] < values[-1, 0]

@@ -1,0 +1,152 @@
+"""Proposals: what is counted is counted right, and what is chosen is what the data say."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import fails
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_jax as lora
+from lora_jax._core.paths import nest
+from lora_jax.methods._propose import _feature_norms, module_type
+
+
+def normal(i, *shape):
+    return jax.random.normal(jax.random.fold_in(jax.random.key(8), i), shape)
+
+
+PARAMS = {
+    f"layers_{i}": {"up": {"kernel": normal(i, 32, 64)}, "down": {"kernel": normal(9 + i, 64, 32)}}
+    for i in range(2)
+} | {"head": normal(20, 32, 4)}
+X = normal(21, 40, 32)
+
+
+def fn(p, x):
+    for i in range(2):
+        layer = p[f"layers_{i}"]
+        x = x + jnp.tanh(x @ layer["up"]["kernel"]) @ layer["down"]["kernel"]
+    return x @ p["head"]
+
+
+SURVEY = lora.survey(fn, PARAMS, X)
+TARGETS = lora.select(PARAMS, lora.LoRAConfig(rank=1), SURVEY)
+
+
+def test_defaults():
+    found = lora.methods.propose(PARAMS, SURVEY, full_learning_rate=2e-5)
+    config = found.config
+    assert (config.rank, config.alpha, config.targets) == (32, 32.0, "all-linear")
+    assert found.learning_rate == pytest.approx(2e-4) and not found.scores
+    targets = lora.select(PARAMS, config, SURVEY)
+    assert len(targets) == 4 and "head" not in targets
+    assert {t.scale for t in targets.lora.values()} == {1.0}
+    text = str(found)
+    assert "all linear layers but the head, 4 leaves" in text and "learning rate 0.0002" in text
+    assert lora.methods.propose(PARAMS, SURVEY).learning_rate is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 10**9))
+def test_the_rank_holds_the_data(tokens):
+    """The smallest power of two with 2 bits for each parameter, 1 for each token; or the largest."""
+    found = lora.methods.propose(PARAMS, SURVEY, tokens=tokens)
+    parameters = lora.select(PARAMS, found.config, SURVEY).parameters
+    if 2 * parameters < tokens:
+        assert found.config.rank == 32 and "more than adapters can" in str(found)
+    else:
+        assert found.config.rank == 1 or parameters < tokens  # half the rank would not do
+        assert math.log2(found.config.rank).is_integer()
+
+
+def test_small_leaves_have_rules_and_the_same_scale():
+    params = {"wide": normal(0, 64, 64), "narrow": normal(1, 64, 3), "head": normal(2, 64, 9)}
+    net = lambda p, x: jnp.tanh(x @ p["wide"]) @ p["head"] * jnp.sum(jnp.sin(x @ p["narrow"]))
+    survey = lora.survey(net, params, jnp.ones((5, 64)))
+    targets = lora.select(params, lora.methods.propose(params, survey).config, survey)
+    assert targets["narrow"].rank == 3 and targets["wide"].rank == 32
+    assert targets["narrow"].scale == targets["wide"].scale == 1.0
+
+
+def test_feature_norms():
+    """The score is that of the definition, with random weights drawn; the lowest is chosen."""
+    x = X * jnp.exp(normal(5, 32))
+    aligned = jnp.outer(x.T @ x @ jnp.ones(32), jnp.ones(64))  # one direction, in which x is large
+    params = PARAMS | {
+        f"layers_{i}": {**PARAMS[f"layers_{i}"], "up": {"kernel": aligned}} for i in range(2)
+    }
+    moments = lora.methods.second_moments(fn, params, TARGETS, x)
+    found = lora.methods.propose(params, SURVEY, moments=moments)
+    assert list(found.scores) == ["layers_*/down/kernel", "layers_*/up/kernel"]
+    assert found.config.targets == ("layers_*/down/kernel",)
+    assert {*lora.select(params, found.config, SURVEY)} == {
+        "layers_0/down/kernel", "layers_1/down/kernel"
+    }  # fmt: skip
+    norms = []
+    for w in (aligned, PARAMS["layers_0"]["up"]["kernel"]):
+        drawn = np.random.default_rng(0).normal(size=(200, *w.shape))
+        drawn *= np.linalg.norm(w) / np.sqrt(w.size)
+        usual = np.sqrt(np.mean(np.sum((np.asarray(x) @ drawn) ** 2, (1, 2))))
+        norms.append(np.linalg.norm(x @ w) / usual)
+    only = dataclasses.replace(TARGETS, lora={"w": TARGETS["layers_0/up/kernel"]})
+    for w, want in zip((aligned, PARAMS["layers_0"]["up"]["kernel"]), norms):
+        c = lora.methods.second_moments(lambda p, x: x @ p["w"], {"w": w}, only, x)
+        score = _feature_norms({"w": w}, only.lora, c)["w"]
+        assert score == pytest.approx(want, rel=0.05)
+    assert norms[0] > 1.5 and abs(norms[1] - 1) < 0.2
+
+
+def test_gradient_norms():
+    """Full and low-rank gradients give the same order; what the loss does not see comes last."""
+    loss = lambda p, x: jnp.mean(jnp.sin(fn(p, x)[:, :1]))
+    dull = PARAMS | {  # inputs of `down` that are next to nothing
+        f"layers_{i}": {**PARAMS[f"layers_{i}"], "up": {"kernel": 1e-4 * normal(i, 32, 64)}}
+        for i in range(2)
+    }
+    full = jax.jit(jax.grad(loss))(dull, X)
+    few = jax.jit(lambda p: lora.methods.low_rank_gradients(loss, p, TARGETS, X, rank=4))(dull)
+    for gradients in (full, few):
+        found = lora.methods.propose(dull, SURVEY, gradients=gradients)
+        assert found.config.targets == ("layers_*/up/kernel",)
+        g = full["layers_0"]["up"]["kernel"], full["layers_1"]["up"]["kernel"]
+        want = np.mean([np.sum(np.square(x)) for x in g]) / (32 + 64)
+        assert found.scores["layers_*/up/kernel"] == pytest.approx(want, rel=0.3)
+    outer = lora.survey(lambda p, x: fn(p["params"], x), {"params": dull}, X)
+    assert (
+        lora.methods.propose(dull, outer, gradients=full).config == found.config
+    )  # paths are params'
+    assert len(lora.methods.propose(dull, SURVEY, gradients=full, keep=1.0).config.targets) == 2
+
+
+def test_a_type_means_its_own_leaves():
+    """Where the glob of a type means leaves of others as well, the paths are named."""
+    params = {"b1": normal(1, 8, 8), "b1x": {"b2": normal(2, 8, 8)}, "head": normal(3, 8, 2)}
+    net = lambda p, x: jnp.tanh(jnp.tanh(x @ p["b1"]) @ p["b1x"]["b2"]) @ p["head"]
+    survey = lora.survey(net, params, jnp.ones((3, 8)))
+    targets = lora.select(params, lora.LoRAConfig(rank=1), survey)
+    for first, other in (("b1", "b1x/b2"), ("b1x/b2", "b1")):
+        g = {first: jnp.ones((8, 8)), other: jnp.zeros((8, 8))}
+        config = lora.methods.propose(params, survey, gradients=nest(g)).config
+        assert [*lora.select(params, config, survey)] == [first]
+    assert [*targets] == ["b1", "b1x/b2"] and module_type("b1x/b2") == "b*x/b*"
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (dict(tokens=0), "tokens=0: expected at least 1"),
+        (dict(full_learning_rate=0.0), "full_learning_rate=0.0: expected it above 0"),
+        (dict(keep=0.0), r"keep=0.0: expected a share in \(0, 1\]"),
+        (dict(moments={}, gradients={}), "two ways to choose"),
+        (dict(moments={}), "'layers_0/up/kernel' has none"),
+        (dict(gradients={"head": jnp.ones(3)}), "these leaves have no gradient:\n  - 'layers_0/"),
+    ],
+)
+def test_errors(options, match):
+    with fails(match):
+        lora.methods.propose(PARAMS, SURVEY, **options)
