@@ -1,5 +1,6 @@
 """PEFT's ways to mean modules, against its own rules: a regular expression for each look-up."""
 
+import itertools
 import re
 import warnings
 
@@ -42,6 +43,7 @@ ATOMS = [*"ab.1^$-{}]é", "\n", "ab", "q_a", "", *r"\. a\.b \w \D \s \b \B \A \Z
 ATOMS += r"[ab] [^a] []a] [^]b] [\d-] [a\]\-.] [[a] [(|)]".split()
 REPEATS = ["", *"* + ? {2} {,1} {1,} {0,2} {,} {0} {} {a} *? +? ?? {1,2}? {2}?".split()]
 GROUPS = ["({}){}", "(?:{}){}", "(?P<x>{}){}", "(?={}){}", "(?!{}){}", "(?<={}){}", "(?<!{}){}"]
+POSSESSIVE = r"[*+?}]\+"
 EXPRESSIONS = st.recursive(
     st.sampled_from(ATOMS),
     lambda x: (
@@ -49,12 +51,11 @@ EXPRESSIONS = st.recursive(
         | st.tuples(st.sampled_from(["{}{}", *GROUPS]), x, st.sampled_from(REPEATS))
     ).map(lambda parts: parts[0].format(*parts[1:])),
     max_leaves=6,
-).filter(lambda text: not re.search(r"[*+?}]\+", text))
+).filter(lambda text: not re.search(POSSESSIVE, text))
 
 
-@given(EXPRESSIONS, st.lists(st.text("ab._q1-é\n", max_size=6), min_size=1, max_size=6))
-def test_the_answers_of_re(text, names):
-    """And what it refuses is refused."""
+def check(text, names):
+    """Our answers are those of `re`, and what it refuses is refused."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of sets in sets
         try:
@@ -71,6 +72,37 @@ def test_the_answers_of_re(text, names):
         assert found.match(name) == bool(want.match(name))
         if not plain or "\n" not in name:  # a plain key does not end before a last line break
             assert patterns.first(name, 0) == bool(inside.match(name))
+
+
+@given(EXPRESSIONS, st.lists(st.text("ab._q1-é\n", max_size=6), min_size=1, max_size=6))
+def test_the_answers_of_re(text, names):
+    check(text, names)
+
+
+def test_the_answers_of_re_for_each_part_and_repeat():
+    names = ["", *"a b aa aaa ab abb ba a.b q_a 1 { a{ ] é".split(), "\n", "b\n"]
+    for repeat in REPEATS:
+        for text in [x + repeat for x in ATOMS] + [g.format("a|b", repeat) for g in GROUPS]:
+            if not re.search(POSSESSIVE, text):
+                for whole in (text, text + "b", "b" + text):
+                    check(whole, names)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"(?:.*?(?:text|language).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp)",
+        r"^(?!.*(?:vision|lm_head)).*\.(?P<last>q|k|v)_proj$",
+        r"(language_model|model)(?=\.).*(?<!vision\.)mlp\.\w+",
+        r"model.layers.([0-9]|1[0-5]).(self_attn.q_proj|mlp.(gate|up)_proj)",
+    ],
+)
+def test_the_answers_of_re_for_real_names(text):
+    parts = ["self_attn", "mlp", "vision.mlp"], ["q_proj", "up_proj", "out_proj"]
+    roots = ["model", "language_model.model", "model.vision_tower", "base.model"]
+    names = [".".join(x) for x in itertools.product(roots, ["layers.3", "layers.17"], *parts)]
+    assert 0 < sum(bool(re.fullmatch(text, name)) for name in names) < len(names)
+    check(text, [*names, "model.layers.5.mlp", "lm_head", "xmodel.layers.5.mlp"])
 
 
 @pytest.mark.parametrize(
