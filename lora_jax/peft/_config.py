@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax._core.errors import LoRAError, quoted, raise_all
-from lora_jax.peft._patterns import Patterns, endings
-from lora_jax.peft._regex import Budget, SafePattern
+from lora_jax.peft._patterns import Budget, Patterns, SafePattern, endings
 
 # Settings of training or of initialisation alone, and those that are read below.
 HARMLESS = set(

@@ -1,23 +1,182 @@
-"""PEFT's ways to mean modules: by the end of a name, and by regular expressions in a map.
+"""PEFT's ways to mean modules: by the end of a name, and by regular expressions of strangers.
 
-As many names, keys and expressions as a file has room for are looked up in about linear time; what
-strangers' expressions may take beyond that is bounded by a `Budget`.
+Python's matcher takes exponential time on some expressions. Here one is followed with the *set* of
+positions that it can reach, which needs no backtracking, and a `Budget` bounds what all expressions
+of a file may take. As many plain names and keys as a file has room for are looked up in about
+linear time.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from lora_jax._core.errors import LoRAError
-from lora_jax.peft._regex import MAX_LENGTH, Budget, SafePattern
+from lora_jax._core.errors import LoRAError, quoted
 
 # Nothing repeats: letters that mean themselves, dots that mean any, and both escaped.
 PLAIN = re.compile(r"\^?(?:[\w.\-]|\\[.\-])+", re.ASCII)
-
-
 MAX_EXPRESSIONS = 1000
+MAX_LENGTH = 4096
+MAX_DEPTH = 50
+CALL = 4  # what a call costs beside its positions
+COMPILE = 40  # what each part costs once
+MAX_STEPS = 1_000_000  # a quarter of a second, whatever a file holds
+MORE_STEPS = 2000  # for each name, of which a usual expression takes 300, one of Unsloth's 1,000
+
+# An atom is what `re` itself matches in constant time: up to 64 letters that mean themselves, one
+# letter of a class, or a place (^, \b). Classes are in ASCII: others take `re` long to compile.
+_REPEAT = r"(?:([*+?])|\{(?!\})([0-9]*)(?:(,)([0-9]*))?\})\??"
+_CLASS = r"\[\^?\]?(?:\\[ -MO-TV-tv-~]|[ -\[^-~])*\]"
+_ESCAPE = r"\\(?:x..|0[0-7]{0,2}|[^NUux0-9])"
+REPEAT = re.compile(_REPEAT)
+ATOM = re.compile(
+    rf"(?:[\w-]|\\\.){{1,64}}(?!{_REPEAT})|(?!{_REPEAT})(?:{_CLASS}|{_ESCAPE}|[^\\\[()|])"
+)
+OPEN = re.compile(r"\((?:\?(?::|P<\w+>|(<?[=!]))|(?!\?))")
+
+
+class Budget:
+    """How many positions all expressions of one file may look at, together.
+
+    Args:
+      where: the file, for the message.
+      names: how many names there are to be matched.
+    """
+
+    def __init__(self, where: object = "pattern", names: int = 0):
+        self.where, self.left = where, MAX_STEPS + MORE_STEPS * names
+
+    def spend(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise LoRAError(f"{self.where}: its regular expressions take too long")
+
+
+class _Item(NamedTuple):
+    """An atom or a group (its branches), how often, and which way it only looks: =, !, <=, <!."""
+
+    body: re.Pattern[str] | list[list[_Item]]
+    low: int
+    high: float
+    look: str | None
+
+
+class SafePattern:
+    r"""A regular expression of PEFT's, with the answers of `re` in bounded time.
+
+    Args:
+      text: the expression.
+      where: the setting, for messages.
+      budget: what it may take, together with others.
+      before, after: expressions that go around it.
+
+    Raises:
+      LoRAError: it is none, or has flags, references back, atomic or conditional parts, comments.
+
+    >>> SafePattern(r".*\.(q|v)_proj").fullmatch("layers.0.q_proj")
+    True
+    >>> SafePattern(r"(a+)+b").fullmatch("a" * 200)
+    False
+    """
+
+    def __init__(self, text: str, where="pattern", budget=None, *, before="", after=""):
+        self.budget = budget or Budget(where)
+        if len(text) > MAX_LENGTH:
+            raise LoRAError(f"{where}: a regular expression of {len(text):,} characters")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+                whole = before + text + after
+                self.branches, end = self._parse(whole, 0, 0)
+                if end < len(whole):
+                    raise ValueError("unbalanced parenthesis")
+                re.compile(text)  # alone, so that no parenthesis of it closes one of `before`
+        except LoRAError:
+            raise
+        except (re.error, ValueError, OverflowError) as e:
+            why = quoted(str(e))[1:-1]
+            what = f"{quoted(text)} is not a regular expression that can be used"
+            raise LoRAError(f"{where}: {what}: {why}") from None
+
+    def _parse(self, text: str, i: int, depth: int) -> tuple[list[list[_Item]], int]:
+        """The branches from `i` on, and where they end."""
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        branches: list[list[_Item]] = [[]]
+        while i < len(text) and text[i] != ")":
+            self.budget.spend(COMPILE)
+            if text[i] == "|":
+                branches.append([])
+                i += 1
+                continue
+            if found := ATOM.match(text, i):
+                body, look, i = re.compile(found[0]), None, found.end()
+            elif found := OPEN.match(text, i):
+                look = found[1]
+                body, i = self._parse(text, found.end(), depth + 1)
+                if i == len(text):
+                    raise ValueError("missing ), unterminated group")
+                i += 1
+            else:
+                part = re.findall(r"(?s)\(\?\W?\w?|\[.{0,6}|\\?.", text[i:])[0]
+                raise ValueError(f"{part} is not supported here")
+            low, high = 1, 1
+            if found := REPEAT.match(text, i):
+                sign, least, comma, most = found.groups()
+                low = int(least or sign == "+")
+                high = int(most) if most else 1 if sign == "?" else math.inf
+                high = low if least and not comma else high
+                i = found.end()
+            branches[-1].append(_Item(body, low, high, look))
+        return branches, i
+
+    def fullmatch(self, name: str) -> bool:
+        return len(name) in self._any(self.branches, name, {0})
+
+    def match(self, name: str) -> bool:
+        return bool(self._any(self.branches, name, {0}))
+
+    def _any(self, branches: list[list[_Item]], name: str, at: set[int]) -> set[int]:
+        """The positions after any of the branches, from any of the positions `at`."""
+        found: set[int] = set()
+        for items in branches:
+            self.budget.spend(CALL + len(at))
+            ends = at
+            for item in items:
+                ends = self._repeat(item, name, ends) if ends else ends
+            found |= ends
+        return found
+
+    def _repeat(self, item: _Item, name: str, at: set[int]) -> set[int]:
+        # After len(name) + 1 rounds one of them was empty, and could be repeated at will.
+        low = min(item.low, len(name) + 1)
+        for _ in range(low):
+            if not at:
+                break
+            at = self._once(item, name, at)
+        found, new, rounds = set(at), at, low
+        while new and rounds < item.high:
+            new = self._once(item, name, new) - found
+            found |= new
+            rounds += 1
+        return found
+
+    def _once(self, item: _Item, name: str, at: set[int]) -> set[int]:
+        self.budget.spend(CALL + len(at))
+        if isinstance(item.body, re.Pattern):
+            return {m.end() for i in at if (m := item.body.match(name, i))}
+        if item.look is None:
+            return self._any(item.body, name, at)
+        return {i for i in at if self._sees(item.body, item.look, name, i)}
+
+    def _sees(self, body: list[list[_Item]], look: str, name: str, i: int) -> bool:
+        if look in "=!":
+            return bool(self._any(body, name, {i})) == (look == "=")
+        self.budget.spend(i)
+        return (i in self._any(body, name, set(range(i + 1)))) == (look == "<=")
 
 
 def endings(name: str) -> Iterator[str]:
@@ -85,7 +244,7 @@ class Patterns:
         for place, pattern in self.expressions:
             if places and place > min(places):
                 break
-            if pattern.search_from_start(name):
+            if pattern.match(name):
                 places.append(place)
                 break
         return self.values[self.keys[min(places)]] if places else default
