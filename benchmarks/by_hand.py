@@ -63,12 +63,17 @@ def _without_kernel(tree):
 
 
 def lowering_ratio(targets, rank, repeats=7, **kwargs):
-    """Median processor time to trace and lower our step, over the hand-written's, interleaved.
+    """Processor time to trace and lower our step, over the hand-written's, interleaved.
 
     Without garbage collection, as in `timeit`: it falls into either at random.
     """
-    times = ([], [])
-    pairs = steps(targets, rank, **kwargs)
+    ours, hand = lowering_times(steps(targets, rank, **kwargs), repeats)
+    return ours / hand
+
+
+def lowering_times(pairs, repeats=7) -> list[float]:
+    """Median processor time to trace and lower each of some (jitted function, its arguments)."""
+    times = [[] for _ in pairs]
     for _ in range(repeats):
         for (f, args), spent in zip(pairs, times):
             jax.clear_caches()
@@ -78,4 +83,4 @@ def lowering_ratio(targets, rank, repeats=7, **kwargs):
             f.lower(*args)
             spent.append(time.process_time() - start)
             gc.enable()
-    return float(np.median(times[0]) / np.median(times[1]))
+    return [float(np.median(spent)) for spent in times]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import llama
 import numpy as np
-from by_hand import CASES, lowering_ratio, steps
+from by_hand import CASES, lowering_ratio, lowering_times, steps
 from measure import seconds, table
 
+import lora_jax as lora
+
 DEPTHS = {"2 layers": 2, "8 layers": 8, "24 layers": 24, "24 layers scanned": 24}
+UNROLLED = (24, 50, 100, 200)
 SWAPS = 10
 
 
@@ -26,7 +30,41 @@ def compiling(repeats) -> str:
         f"{SWAPS} swaps of adapters of equal shape under one jit: {traces} trace, {compilations} "
         "XLA compilation"
     )
-    return table(("case", "model", "trace and lower", "compile"), rows) + "\n\n" + note
+    of_base = [(n, *map("{:.2f}".format, _of_base(n, min(repeats, 7)))) for n in UNROLLED]
+    lowering = table(("case", "model", "trace and lower", "compile"), rows)
+    unrolled = table(("layers without names", "ours / base", "by hand / base"), of_base)
+    return "\n\n".join((lowering, unrolled, note))
+
+
+def _of_base(layers: int, repeats) -> tuple[float, float]:
+    """Trace and lower x + tanh(x·W), unrolled: the gradient of our adapters, and of adapters by
+    hand, over that of all W."""
+
+    def model(ws, x, dense=lambda x, w: x @ w):
+        for w in ws:
+            x = x + jnp.tanh(dense(x, w))
+        return x.sum()
+
+    def by_hand(adapters, ws, x):
+        dense = lambda x, w: x @ w[0] + 2.0 * ((x @ w[1]) @ w[2])
+        return model([(w, *ab) for w, ab in zip(ws, adapters)], x, dense)
+
+    adapted = lora.adapt(model)
+    ours = lambda adapters, ws, x: adapted(lora.bind(ws, adapters), x)
+    ws, x = [jnp.ones((64, 64))] * layers, jnp.ones((1024, 64))
+    hand_adapters = [(jnp.ones((64, 4)), jnp.ones((4, 64)))] * layers
+    config = lora.LoRAConfig(rank=4, alpha=8.0, targets="*")
+    adapters = lora.init(jax.random.key(0), ws, config)
+    grad = lambda f: jax.jit(jax.value_and_grad(f))
+    base, ours, hand = lowering_times(
+        [
+            (grad(model), (ws, x)),
+            (grad(ours), (adapters, ws, x)),
+            (grad(by_hand), (hand_adapters, ws, x)),
+        ],
+        repeats,
+    )
+    return ours / base, hand / base
 
 
 def _compilation_ratio(targets, rank, repeats, **kwargs) -> float:

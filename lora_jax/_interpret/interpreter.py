@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -14,7 +14,7 @@ from lora_jax._core import compat
 from lora_jax._interpret import bodies, uses  # noqa: F401  (they register their rules)
 from lora_jax._interpret.coverage import LOW_RANK, MATERIALISED, Use
 from lora_jax._interpret.moves import RULES
-from lora_jax._interpret.repeats import Block, segments
+from lora_jax._interpret.repeats import Body, Repeats
 from lora_jax._nodes.weight import AdaptedWeight, is_weight, origins
 from lora_jax._quantized.sending import sent
 from lora_jax._quantized.weight import is_quantized, value
@@ -92,38 +92,63 @@ class Interpreter:
     def run(self, jaxpr, consts, args, scopes: int = 0) -> list:
         """The outputs of an (open) jaxpr; those that are a moved weight stay adapted.
 
-        Its repeated blocks are transformed once. `scopes` counts outer name scopes to leave out.
+        Runs of plain equations that repeat are traced once. `scopes` counts outer name scopes to
+        leave out.
         """
         env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
-        parts = segments(jaxpr) if any(map(is_weight, args)) else jaxpr.eqns
-        eqns = [part for part in parts if not isinstance(part, Block)]
-        outer, self._body = self._body, _Body(eqns, env, scopes)
+        outer, self._body = self._body, _Body(jaxpr.eqns, env, scopes)
+        repeats = Repeats(jaxpr) if any(map(is_weight, args)) else None
         try:
-            for part in parts:
-                if isinstance(part, Block):
-                    self._block(part)
-                elif id(part) not in self._body.done:  # it may have been made with a sibling
-                    self.evaluate(part)
+            for run in self._runs(jaxpr.eqns):
+                body = repeats and self._is_plain(run[0]) and repeats.first(run)
+                if body:
+                    self._repeated(run, *body)
+                else:
+                    for eqn in run:
+                        self.evaluate(eqn)
             return [self._body.read(v) for v in jaxpr.outvars]
         finally:
             self._body = outer
+
+    def _runs(self, eqns) -> Iterator[list]:
+        """The equations in order: neighbours of one scope that no weight enters, together.
+
+        Each is asked for when those before it, save plain ones, are evaluated.
+        """
+        run: list = []
+        for eqn in eqns:
+            if id(eqn) in self._body.done:  # it was made with a sibling
+                continue
+            plain = self._is_plain(eqn)
+            if run and not (plain and compat.scopes(eqn) == compat.scopes(run[0])):
+                yield run
+                run = []
+            run.append(eqn)
+            if not plain:
+                yield run
+                run = []
+        if run:
+            yield run
+
+    def _is_plain(self, eqn) -> bool:
+        values = [self._body.env.get(v) for v in eqn.invars if not isinstance(v, compat.Literal)]
+        return not eqn.effects and not any(is_weight(v) or is_quantized(v) for v in values)
+
+    def _repeated(self, run, body: Body, first: Body) -> None:
+        """A run that equals an earlier one, by the function of that: JAX keeps its derivative."""
+        args = [self._body.read(v) for v in body.invars]
+        evaluate = functools.partial(self.run, first, (), scopes=first.scopes)
+        with compat.eqn_context(run[0], slice(self._body.scopes, body.scopes)):
+            outs = self.once(
+                first, evaluate, args, run[0], "run", lambda _: dict(inline=compat.INLINED)
+            )
+        self._body.env.update(zip(body.outvars, outs))
 
     def evaluate(self, eqn) -> None:
         values = [self._body.read(v) for v in eqn.invars]
         with compat.eqn_context(eqn, slice(self._body.scopes, None)):
             outs = self._equation(eqn, values)
         self.made(eqn, outs)
-
-    def _block(self, block: Block) -> None:
-        """One of several equal blocks, by the function of the first."""
-        body, call = block.body, block.body.eqns[0]
-        args = [self._body.read(v) for v in body.invars]
-        run = functools.partial(self.run, block.first, (), scopes=body.scopes)
-        with compat.eqn_context(call, slice(self._body.scopes, body.scopes)):
-            outs = self.once(
-                block.first, run, args, call, "block", lambda _: dict(inline=compat.INLINED)
-            )
-        self._body.env.update(zip(body.outvars, outs))
 
     def once(self, source, run, args, call, name: str, options) -> list:
         """`run(args)` by a jitted function that serves all calls of one source with alike weights.

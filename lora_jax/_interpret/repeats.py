@@ -1,22 +1,20 @@
-"""Layers that a program repeats, found so that each is transformed once and not once a layer.
+"""Runs of equations that a program repeats, found so that each is traced once.
 
-An unrolled model is the same equations again and again, under scopes that differ by a number
-(`layer_0`, `layer_1`; `layers/0`). Such a block is evaluated as one inlined function, the trace and
-the derivative of which JAX caches; the program that comes out is the same, its names included.
+An unrolled model is the same equations again and again. JAX keeps the derivative and the transpose
+of a function that it has seen, as it does for those of jax.numpy; a jaxpr has lost these functions.
+So a run of equations without weights that equals an earlier one is evaluated as an inlined
+function; the program that comes out is the same, its names included.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 
 from lora_jax._core.compat import Literal, scopes
-
-SMALLEST = 8  # equations: below that, a call costs as much as it saves
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,87 +24,37 @@ class Body:
     invars: list
     eqns: list
     outvars: list
-    scopes: int  # how many of the outer name scopes are the block's own
+    scopes: int  # how many outer name scopes all of them share
     constvars: tuple = ()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Block:
-    """One of several equal blocks: `first` is the first of them."""
+class Repeats:
+    """The runs of a jaxpr that were met so far."""
 
-    body: Body
-    first: Body
+    def __init__(self, jaxpr):
+        eqns = enumerate(jaxpr.eqns)
+        self._last = {v: i for i, e in eqns for v in e.invars if not isinstance(v, Literal)}
+        self._last |= dict.fromkeys(
+            (v for v in jaxpr.outvars if not isinstance(v, Literal)), len(jaxpr.eqns)
+        )
+        self._at = {id(e): i for i, e in enumerate(jaxpr.eqns)}
+        self._first: dict[Hashable, Body] = {}
 
-
-def segments(jaxpr) -> list:
-    """The equations in order, those of repeated blocks replaced by a `Block` each."""
-    for depth in range(max((len(scopes(e)) for e in jaxpr.eqns), default=0)):
-        runs = _runs(jaxpr.eqns, depth)
-        first: dict = {}
-        classes: dict = collections.defaultdict(list)
-        used = _readers(jaxpr, runs)
-        for i, (prefix, eqns) in enumerate(runs):
-            if prefix is not None and len(eqns) >= SMALLEST:
-                body = _body(eqns, used[i], depth + 1)
-                signature = _signature(body)
-                if signature is not None:
-                    first.setdefault(signature, body)
-                    classes[signature].append((i, body))
-        repeated = {
-            i: Block(body, first[signature])
-            for signature, members in classes.items()
-            if len(members) > 1
-            for i, body in members
-        }
-        if repeated:
-            return [
-                item
-                for i, (_, eqns) in enumerate(runs)
-                for item in ([repeated[i]] if i in repeated else eqns)
-            ]
-    return list(jaxpr.eqns)
-
-
-def _runs(eqns, depth: int) -> list:
-    """Neighbours under one scope that ends in a number: [(scopes, equations)], or (None, …)."""
-    runs: list = []
-    for eqn in eqns:
-        names = scopes(eqn)
-        numbered = len(names) > depth and names[depth][-1:].isdigit()
-        prefix = names[: depth + 1] if numbered and not eqn.effects else None
-        if runs and prefix is not None and runs[-1][0] == prefix:
-            runs[-1][1].append(eqn)
-        else:
-            runs.append((prefix, [eqn]))
-    return runs
-
-
-def _readers(jaxpr, runs) -> list[set]:
-    """For each run, the variables that are read outside of it."""
-    maker = {v: i for i, (_, eqns) in enumerate(runs) for e in eqns for v in e.outvars}
-    outside: list[set] = [set() for _ in runs]
-
-    def read(variables: Iterable, at: int):
-        for v in variables:
-            if not isinstance(v, Literal) and maker.get(v, at) != at:
-                outside[maker[v]].add(v)
-
-    for i, (_, eqns) in enumerate(runs):
-        for e in eqns:
-            read(e.invars, i)
-    read(jaxpr.outvars, len(runs))
-    return outside
-
-
-def _body(eqns, outside: set, scopes: int) -> Body:
-    made = {v for e in eqns for v in e.outvars}
-    reads = (v for e in eqns for v in e.invars if not isinstance(v, Literal))
-    invars = list(dict.fromkeys(v for v in reads if v not in made))
-    return Body(invars, eqns, [v for e in eqns for v in e.outvars if v in outside], scopes)
+    def first(self, run) -> tuple[Body, Body] | None:
+        """(the run, an earlier one that equals it), or None if this is the first of its kind."""
+        end = self._at[id(run[-1])]
+        made = dict.fromkeys(v for e in run for v in e.outvars)
+        reads = (v for e in run for v in e.invars if not isinstance(v, Literal))
+        invars = list(dict.fromkeys(v for v in reads if v not in made))
+        read_later = [v for v in made if self._last.get(v, -1) > end]
+        body = Body(invars, run, read_later, len(scopes(run[0])))
+        signature = _signature(body)
+        first = signature and self._first.setdefault(signature, body)
+        return (body, first) if first not in (None, body) else None
 
 
 def _signature(body: Body) -> Hashable | None:
-    """What two blocks must share to be one program; None if that cannot be told."""
+    """What two runs must share to be one program; None if that cannot be told."""
     number: dict[Any, int] = {}
     for v in [*body.invars, *(v for e in body.eqns for v in e.outvars)]:
         number[v] = len(number)
@@ -125,7 +73,7 @@ def _signature(body: Body) -> Hashable | None:
                 tuple(map(atom, e.invars)),
                 tuple(map(atom, e.outvars)),
                 tuple(e.params.items()),
-                scopes(e)[body.scopes :],
+                e.source_info.traceback,  # so that each keeps its own line
                 e.ctx,
             )
             for e in body.eqns

@@ -46,7 +46,14 @@ def adapted(group: Group, x, a: Sequence, b: Sequence, w: Sequence = ()) -> list
     """The outputs of a group; without `w`, the updates alone."""
     if any(map(is_quantized, w)):
         group = dataclasses.replace(group, bases=jax.tree.structure(list(w)))
-    return adapted_p.bind(*compat.same_vma(x, *a, *b, *jax.tree.leaves(list(w))), group=group)
+    return _of_group(group)(*compat.same_vma(x, *a, *b, *jax.tree.leaves(list(w))))
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_group(group: Group):
+    """The product as an inlined function: JAX keeps its trace, derivative and transpose, so layers
+    with like groups share them."""
+    return jax.jit(functools.partial(adapted_p.bind, group=group), inline=compat.INLINED)
 
 
 def _adapted(*args, group: Group):
