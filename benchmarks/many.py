@@ -36,8 +36,9 @@ def arms(batch: int, length: int):
     apply = lora.adapt(model.apply)
 
     def each(stacked, params, ids, index):
-        def one(slot, ids):
-            return apply({"params": lora.bind(params, stacked, slot=slot)}, ids[None])[0]
+        def one(number, ids):
+            adapters = lora.algebra.choose(stacked, number)
+            return apply({"params": lora.bind(params, adapters)}, ids[None])[0]
 
         return jax.vmap(one)(index, ids)
 

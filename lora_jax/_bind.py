@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -13,16 +12,14 @@ from lora_jax._core.geometry import RANK, Factor
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest
-from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, choose, is_node
-from lora_jax._nodes.factors import check_factors, without_frozen
+from lora_jax._nodes.adapters import DoRA, Full, LowRank, is_node
+from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.indirect import Indirect
 from lora_jax._nodes.weight import AdaptedWeight, is_weight
 from lora_jax._quantized.weight import is_quantized
 
 
-def bind(
-    params: Any, adapters: Any, *, slot: Any = None, dropout_key: jax.Array | None = None
-) -> Any:
+def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) -> Any:
     """The parameter tree with its adapters in place, for a function made by `adapt`.
 
     Each adapted leaf becomes an `AdaptedWeight`; a leaf that is trained in full becomes its trained
@@ -31,10 +28,8 @@ def bind(
 
     Args:
       params: the base parameters: any pytree of arrays, boxed or not, or an NNX module.
-      adapters: what `init` returned, or trained from it; None for a quantised base alone.
-      slot: the number of an adapter, and `adapters` is what `stack` returned: as with
-        `choose(adapters, slot)`, but, by `jax.vmap` over the numbers alone, no factor is copied
-        where that is slower (on CPUs).
+      adapters: what `init` returned, or trained from it, or what `choose` took of a stack; None for
+        a quantised base alone.
       dropout_key: draws the dropout masks of this call, different for each leaf, layer and use.
         Without one there is no dropout.
 
@@ -52,14 +47,9 @@ def bind(
     >>> lora.bind(params, adapters)
     {'q': {'kernel': AdaptedWeight('q/kernel', shape=(64, 32), dtype=float32, rank=4, scale=4.0)}}
     """
-    chosen = lambda tree: tree if slot is None else choose(tree, slot)
     nodes = {}
     if adapters is not None:
-        one = adapters if slot is None else jax.eval_shape(chosen, adapters)
-        nodes = adapter_nodes(params, one, "bind")
-        nodes = without_frozen(nodes, "bind") if slot is None else nodes
-    if slot is not None:
-        check_factors(nodes := flatten(adapters, is_leaf=is_node))
+        nodes = without_frozen(adapter_nodes(params, adapters, "bind"), "bind")
     key = None if dropout_key is None else as_key(dropout_key)
 
     def leaf(path, base):
@@ -69,9 +59,6 @@ def bind(
             return AdaptedWeight(base, None, None, origin=path, axes=axes)
         if node is None:
             return _frozen(base)
-        if slot is not None and isinstance(node, LoRA):
-            return dataclasses.replace(node.weight(base, path), slot=jnp.asarray(slot))
-        node = chosen(node)
         if isinstance(node, Full):
             return node.value.astype(base.dtype)
         return node.weight(base, path, _seed(key, path, node))

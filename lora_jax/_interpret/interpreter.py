@@ -26,14 +26,12 @@ MOVES = frozenset(
 )
 
 
-# What takes a weight whose factors are those of a stack; for all else they are picked from it.
-STACKED = MOVES - {"mul", "div", "neg"} | {"dot_general", "jit", "pjit"}
-
-
 # What takes a quantised weight without an adapter; for all else it is read first.
-KEPT = STACKED | {
-    "gather", "scan", "while", "cond", "all_gather", "reshard", "shard_map", *compat.CALLS
-}  # fmt: skip
+KEPT = (
+    MOVES - {"mul", "div", "neg"}
+    | set(compat.CALLS)
+    | set("dot_general gather scan while cond all_gather reshard shard_map".split())
+)
 
 
 class _Body:
@@ -210,8 +208,6 @@ class Interpreter:
     def _equation(self, eqn, values) -> list:
         if not any(map(is_weight, values)):
             return self.bind(eqn, values)
-        if eqn.primitive.name not in STACKED:
-            values = [v.resolved() if is_weight(v) else v for v in values]
         if eqn.primitive.name not in KEPT:
             values = [v.materialise() if is_weight(v) and v.is_frozen else v for v in values]
             if not any(map(is_weight, values)):
@@ -284,7 +280,7 @@ class Interpreter:
 
     def returned(self, w: AdaptedWeight):
         """A moved weight that the function returns, as a plain array."""
-        w, how = w.resolved(), LOW_RANK if w.indexed else MATERIALISED
+        how = LOW_RANK if w.indexed else MATERIALISED
         use = Use("output", how, "the outputs")
         self.events |= {(leaf, None, how): use for leaf in origins(w)}
         return w.looked_up() if w.indexed else w.materialise()

@@ -19,7 +19,6 @@ from lora_jax._interpret.observe import observed
 from lora_jax._nodes.weight import AdaptedWeight, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
 from lora_jax._products.frozen import Frozen, product
-from lora_jax._products.pick import added
 
 
 @rule("dot_general")
@@ -35,8 +34,6 @@ def _dot_general(ctx, eqn, args):
     x = args[1 - side]
     xl = tuple(("x", d) for d in range(x.ndim))
     uses = [(eqn, side, args[side])]
-    if args[side].slot is not None:
-        return _picked(ctx, eqn, side, x, xl, args[side])
     if _gains_input(*uses[0]):
         w, wl = args[side], _labels(eqn, side, xl, args[side].ndim)
         if not {wl[d] for d in w.gain.dims if d != RANK} <= {*xl}:
@@ -44,8 +41,7 @@ def _dot_general(ctx, eqn, args):
         x = w.gained(x, xl, wl)
         uses[0] = eqn, side, dataclasses.replace(w, gain=None)
     else:
-        siblings = ctx.siblings(eqn, 1 - side)
-        uses += [u for u in siblings if u[2].slot is None and not _gains_input(*u)]
+        uses += [u for u in ctx.siblings(eqn, 1 - side) if not _gains_input(*u)]
     products = [_product(ctx, e, s, x, xl, w) for e, s, w in uses]
     outs = contracted(x, xl, products, ctx.plan)
     for (e, s, w), (_, plan) in zip(uses, outs):
@@ -104,16 +100,6 @@ def _parts_of(eqn, side: int, ndim: int):
     contracting, batch = eqn.params["dimension_numbers"]
     wc, wb = contracting[side], batch[side]
     return wc, [d for d in range(ndim) if d not in wc and d not in wb], wb
-
-
-def _picked(ctx, eqn, side: int, x, xl, w):
-    """By one of a stack of adapters: the base product, and the update beside it."""
-    product = _product(ctx, eqn, side, x, xl, w)
-    if not product.whole:
-        return _dot_general(ctx, eqn, [w.resolved() if i == side else x for i in range(2)])
-    ctx.used(w, eqn, "low-rank", *_parts_of(eqn, side, w.ndim), plan="picked")
-    operands = [w.base, x] if side == 0 else [x, w.base]
-    return [added(ctx.bind(eqn, operands)[0], product, x, xl)]
 
 
 def _gains_input(eqn, side: int, w) -> bool:

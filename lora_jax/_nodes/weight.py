@@ -12,7 +12,6 @@ and, where there is a gain g along some of its axes, (1 + g) times that (DoRA, a
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,19 +23,6 @@ from lora_jax._core.einsum import cast, contract, plus, times, wide
 from lora_jax._core.errors import LoRAError, refuse_use
 from lora_jax._core.geometry import RANK, SEED_IMPL, Factor
 from lora_jax._quantized.weight import is_quantized, value
-
-
-def _each_moved(move: Callable[[Factor], Factor], f: Factor) -> Factor:
-    """`move` of each of a stack of factors."""
-    dims = []
-
-    def one(value):
-        moved = move(Factor(value, f.dims))
-        dims.append(moved.dims)
-        return moved.value
-
-    value = jax.vmap(one)(f.value)
-    return Factor(value, dims[0])
 
 
 def _unadapted(self, *_, **__):
@@ -64,8 +50,6 @@ class AdaptedWeight:
       seed: labelled key data for dropout, one key per stacked weight, or None.
       gain: by how much more than 1 the sum of base and update is multiplied, along the axes that it
         is labelled with, and an axis RANK of size 1; or None.
-      slot: a number; where there is one, the factors are those of a stack of adapters, with an axis
-        in front, and this is the one that is meant.
       scale: the constant in front of the update.
       dropout: the rate on the input of the low-rank branch, used only with a seed.
       origin: the path of the leaf, or a tuple of those that were concatenated.
@@ -79,7 +63,6 @@ class AdaptedWeight:
     b: Factor | None
     seed: Factor | None = None
     gain: Factor | None = None
-    slot: jax.Array | None = None
     scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
     dropout: float = dataclasses.field(default=0.0, metadata=dict(static=True))
     origin: Any = dataclasses.field(default="", metadata=dict(static=True))
@@ -127,7 +110,6 @@ class AdaptedWeight:
 
     def moved(self, base, move: Callable[[Factor], Factor], axes, stacked=()) -> AdaptedWeight:
         """The weight after a change of shape: `move` carries each factor along."""
-        move = move if self.slot is None else functools.partial(_each_moved, move)
         return dataclasses.replace(
             self,
             base=base,
@@ -142,16 +124,6 @@ class AdaptedWeight:
         for old, new in label.items():
             axes[new] = self.axes[old]
         return self.moved(base, lambda f: f.relabel(label), axes, stacked)
-
-    def resolved(self) -> AdaptedWeight:
-        """The weight with the factors of its slot alone; NaN if there is no such slot."""
-        if self.slot is None:
-            return self
-        a, b = (
-            Factor(jnp.take(f.value, self.slot, axis=0, mode="fill"), f.dims)
-            for f in (self.a, self.b)
-        )
-        return dataclasses.replace(self, a=a, b=b, slot=None)
 
     def with_base(self, base) -> AdaptedWeight:
         return dataclasses.replace(self, base=base)

@@ -39,8 +39,7 @@ def stack(
 
     Returns:
       The tree of the adapters, each array with an axis of capacity + 1 in front; the scale is
-      folded into B, so each scale is 1, and dropout is 0. Use it by `bind(..., slot=number)`, or
-      by `choose`.
+      folded into B, so each scale is 1, and dropout is 0. Use it by `choose`.
 
     Raises:
       LoRAError: no adapters, more than the capacity, a rank above `rank`, adapters that do not fit
@@ -55,7 +54,7 @@ def stack(
     ...     return {"w": lora.LoRA(jnp.ones((2, 1)), b, 1.0, lora.Geometry((0,), (1,)))}
     >>> stacked = lora.algebra.stack([node(1.0), node(10.0)])
     >>> fn = lora.adapt(lambda params, x: x @ params["w"])
-    >>> one = lambda number, x: fn(lora.bind(params, stacked, slot=number), x)
+    >>> one = lambda number, x: fn(lora.bind(params, lora.algebra.choose(stacked, number)), x)
     >>> jax.vmap(one)(jnp.array([1, 0, -1]), jnp.ones((3, 2)))
     Array([[21., 21.],
            [ 3.,  3.],

@@ -257,7 +257,7 @@ def test_other_ways_to_spread(how):
             assert_close(jax.jit(jax.value_and_grad(loss))(*everywhere, spread), want, factor=256)
     else:
         stacked = lora.algebra.stack([adapters, jax.tree.map(lambda v: -v, adapters)])
-        one = lambda i, x: f(lora.bind(q, stacked, slot=i), x)
+        one = lambda i, x: f(lora.bind(q, lora.algebra.choose(stacked, i)), x)
         got = jax.vmap(one)(jnp.zeros(8, int), x)
         assert_close(got, f(lora.bind(q, adapters), x), factor=256)
 

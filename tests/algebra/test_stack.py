@@ -59,11 +59,13 @@ def alone(adapters, ids):
 
 
 def each(stacked, index, ids):
-    one = lambda slot, ids: APPLY(lora.bind(PARAMS, stacked, slot=slot), ids)
+    """By a number of each example's own, inside of the vmap."""
+    one = lambda i, ids: APPLY(lora.bind(PARAMS, lora.algebra.choose(stacked, i)), ids)
     return jax.vmap(one)(index, ids)
 
 
 def gathered(stacked, index, ids):
+    """By all numbers at once, in front of it."""
     one = lambda adapters, ids: APPLY(lora.bind(PARAMS, adapters), ids)
     return jax.vmap(one)(lora.algebra.choose(stacked, index), ids)
 
@@ -84,36 +86,32 @@ def test_each_example_gets_its_own():
     for call in (jax.jit(each), jax.jit(gathered)):
         assert_close(call(stacked, index, IDS), want, factor=256)
     for i in (2, -1):
-        for bound in (
-            lora.bind(PARAMS, lora.algebra.choose(stacked, i)),
-            lora.bind(PARAMS, stacked, slot=i),
-        ):
-            got = jax.jit(APPLY)(bound, IDS[0])
-            assert_close(got, alone([*ZOO, None][i], IDS[0]), factor=256)
+        got = jax.jit(APPLY)(lora.bind(PARAMS, lora.algebra.choose(stacked, i)), IDS[0])
+        assert_close(got, alone([*ZOO, None][i], IDS[0]), factor=256)
     for none in (9, -9):
         assert np.isnan(jax.jit(each)(stacked, jnp.array([none] * 6), IDS)).all()
         assert np.isnan(jax.jit(gathered)(stacked, jnp.array([none] * 6), IDS)).all()
 
 
-def test_gradients_through_a_slot():
-    """Of the stack and of the input, as by gathering."""
-    stacked = lora.algebra.stack(ZOO)
-    index = jnp.array([3, 0, -1, 2, 1, 0])
+def test_gradients_of_a_stack():
+    """Of the stack and of the input, as by the plain function on each example's merged weights."""
+    zoo = ZOO[:2]
+    stacked = lora.algebra.stack(zoo)
+    index = [1, 0, -1, 0, 1, 0]
     x = jax.random.normal(KEY, (6, 5, D))
     fn = lambda p, x: jnp.tanh(x @ p["layers"][1]) @ p["head"]
     head = lora.adapt(fn, strict=False)
 
-    def loss(stacked, x, slot: bool):
-        one = lambda i, x: head(
-            lora.bind(PARAMS, stacked, slot=i)
-            if slot
-            else lora.bind(PARAMS, lora.algebra.choose(stacked, i)),
-            x,
-        )
-        return jnp.sum(jnp.sin(jax.vmap(one)(index, x)))
+    def loss(stacked, x):
+        one = lambda i, x: head(lora.bind(PARAMS, lora.algebra.choose(stacked, i)), x)
+        return jnp.sum(jnp.sin(jax.vmap(one)(jnp.array(index), x)))
 
-    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
-    assert_close(grad(stacked, x, True), grad(stacked, x, False), factor=256)
+    def merged(stacked, x):
+        each = (lora.merge(PARAMS, lora.algebra.choose(stacked, i)) for i in index)
+        return sum(jnp.sum(jnp.sin(fn(p, row))) for p, row in zip(each, x))
+
+    grad, want = (jax.jit(jax.grad(f, argnums=(0, 1)))(stacked, x) for f in (loss, merged))
+    assert_close(grad, want, factor=256)
 
 
 def test_what_is_trained_in_full():
@@ -245,15 +243,6 @@ def test_decoding_with_a_cache():
 def test_errors(call, match):
     with fails(match):
         call()
-
-
-def test_a_slot_of_what_is_no_factor_yet():
-    adalora = lora.methods.init_adalora(
-        jax.random.key(0), {"w": jnp.ones((4, 4))}, lora.LoRAConfig(rank=2, targets="w")
-    )
-    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), adalora)
-    with fails("'w' is a AdaLoRA"):
-        lora.bind({"w": jnp.ones((4, 4))}, stacked, slot=0)
 
 
 def test_a_stack_is_not_changed():
