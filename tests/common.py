@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import settings
 
 import lora_jax as lora
 
@@ -20,6 +21,11 @@ GEOMETRIES = {
     "convolution": ((3, 3, 4, 5), lora.Geometry((0, 1, 2), (3,))),
     "two stacks": ((2, 6, 3, 5), lora.Geometry((1,), (3,), (0, 2))),
 }
+
+
+def examples(n):
+    """n examples in CI; by night as many times more as the profile of tests/conftest.py says."""
+    return settings(max_examples=n * settings.default.max_examples // 50)
 
 
 def fails(match):

@@ -156,11 +156,10 @@ def address_space(more):
 
 
 def many(n, check):
-    """Calls check(name, damages, outcome) for n damaged folders, always the same ones."""
+    """Calls check(name, damages, outcome) for n damaged folders."""
 
     @settings(
         max_examples=n,
-        derandomize=True,
         database=None,
         deadline=None,
         phases=[Phase.generate, Phase.shrink],
