@@ -17,9 +17,14 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+from hypothesis import settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# Always the same examples where a change is checked, others each night.
+settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("nightly", max_examples=2500, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 collect_ignore = ["support/torch_models.py"]  # imported where torch is installed
 

@@ -250,7 +250,9 @@ def test_linen_apply_options(options):
 def test_linen_learned_queries():
     model = Latents()
     params = model.init(K, X)["params"]
-    check(apply_of(model), params, X, expect=paths("cross/query,key,value,out"))
+    # Compiled whole: an operation at a time, JAX 0.10.0 rounds it otherwise than adapted.
+    fn = jax.jit(apply_of(model))
+    check(fn, params, X, expect=paths("cross/query,key,value,out"))
 
 
 def test_linen_concatenated_kernels():
@@ -333,13 +335,14 @@ def test_derived_weights_are_refused(name):
 
 
 @pytest.mark.parametrize("permute", [lambda w, i: w[:, i], lambda w, i: w[i]])
-def test_permuted_kernel_is_not_materialised_in_silence(permute):
+def test_a_permuted_kernel_stays_low_rank(permute):
     order = jax.random.permutation(K, WIDTH)
     fn = lambda p, x: x @ permute(p["w"], order)
     params = arrays({"w": (WIDTH, WIDTH)})
-    bound = lora.bind(params, lora.init(K, params, lora.LoRAConfig(rank=2, targets="w")))
-    dots = str(jax.make_jaxpr(lora.adapt(fn, strict=False))(bound, X)).count("16,16] = dot_general")
-    assert dots == 0 or lora.coverage(fn, bound, X).materialised == ("w",)
+    adapters = noisy(lora.init(K, params, lora.LoRAConfig(rank=2, targets="w")))
+    bound = lora.bind(params, adapters)
+    assert_close(lora.adapt(fn)(bound, X), fn(lora.merge(params, adapters), X))
+    assert lora.coverage(fn, bound, X).materialised == ()
 
 
 def test_dead_code_is_unused():

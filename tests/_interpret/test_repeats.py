@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from by_hand import steps
-from common import adapted, assert_close, assert_equals_dense
-from hypothesis import given, settings
+from common import adapted, assert_close, assert_equals_dense, examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lora
@@ -95,7 +95,7 @@ def test_shapes_and_reads_tell_layers_apart():
     assert kinds(wide, params, X) == [0, 0, 0, 0, 4, 4, 4, 4]
 
 
-@settings(deadline=None, max_examples=12, derandomize=True)
+@examples(12)
 @given(
     st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=2, max_size=6),
     st.lists(st.booleans(), min_size=6, max_size=6),

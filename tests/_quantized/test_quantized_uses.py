@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -254,9 +253,9 @@ def test_a_table_by_rows(format, double, monkeypatch):
     x, plain = normal(8, 2, 3, 64), lora.quant.dequantize(q)
     ours = value_and_grad(lambda x: lora.adapt(fn)(lora.bind(q, None), x))
     assert_close(ours(x), value_and_grad(lambda x: fn(plain, x))(x), factor=256)
-    lowered = jax.jit(lambda q, x: lora.adapt(fn)(lora.bind(q, None), x)).lower(q, x)
-    assert "f32[128,64]" in (text := lowered.compile().as_text())
-    assert format == "int8" or not re.search(r"f32\[512,64\]|f32\[64,512\]", text)
+    compiled = jax.jit(lambda q, x: lora.adapt(fn)(lora.bind(q, None), x)).lower(q, x).compile()
+    assert "f32[128,64]" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < plain["w"].nbytes
     f, adapters = adapted(fn, plain, x, targets="w")
     got, want = (value_and_grad(run)(adapters) for run in (
         lambda ad: f(lora.bind(q, ad), x), lambda ad: fn(lora.merge(plain, ad), x)))  # fmt: skip

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import assert_close, fails, noisy, tolerance
-from hypothesis import given, settings
+from common import assert_close, examples, fails, noisy, tolerance
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lora
@@ -237,7 +237,7 @@ def test_compare():
 
 
 @given(data=st.data())
-@settings(max_examples=5, deadline=None, derandomize=True)
+@examples(5)
 def test_any_combination(data):
     """Σ w·Δ for any ranks, dtypes and weights; resized to its own rank it is the same."""
     n = data.draw(st.integers(1, 4))

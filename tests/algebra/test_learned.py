@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import fails, noisy, tolerance
+from common import examples, fails, noisy, tolerance
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
@@ -80,7 +80,7 @@ def test_equals_the_dense_change(name):
     assert_learned(*pair(*GEOMETRIES[name]))
 
 
-@settings(max_examples=6, deadline=None)
+@examples(6)
 @given(st.permutations(range(4)), st.integers(0, 2), st.integers(1, 4), st.data())
 def test_equals_the_dense_change_of_any_geometry(order, batch, rank, data):
     inner = data.draw(st.integers(batch + 1, 3))
@@ -329,7 +329,6 @@ def test_layers_in_the_order_of_their_numbers():
     ]
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.lists(

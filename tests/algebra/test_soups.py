@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import assert_close, fails, noisy, tolerance
-from hypothesis import given, settings
+from common import assert_close, examples, fails, noisy, tolerance
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lora
@@ -190,7 +190,7 @@ def test_passes():
     ),
     density=st.floats(0.01, 1.0),
 )
-@settings(max_examples=12, deadline=None, derandomize=True)
+@examples(12)
 def test_the_cut_is_an_element(values, density):
     """The magnitude that is found digit by digit is the one that sorting finds."""
     x = np.array(values, np.float32)

@@ -14,9 +14,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from common import assert_close, fails, noisy
+from common import assert_close, examples, fails, noisy
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -661,7 +661,7 @@ def test_every_bit_of_an_array_counts():
     data=st.data(),
     dtype=st.sampled_from(["float32", "bfloat16", "int32", "int8", "bool", "float8_e4m3fn"]),
 )
-@settings(max_examples=10, deadline=None)
+@examples(10)
 def test_checksums_do_not_know_of_shardings(data, dtype):
     shape = tuple(data.draw(st.lists(st.sampled_from([8, 16]), min_size=1, max_size=3)))
     x = jax.random.normal(jax.random.key(data.draw(st.integers(0, 99))), shape).astype(dtype)

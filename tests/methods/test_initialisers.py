@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import assert_close, fails, noisy, tolerance
+from common import assert_close, examples, fails, noisy, tolerance
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import NamedSharding
@@ -449,7 +449,7 @@ def test_eva_spends_the_ranks_where_they_explain_most(batches):
     assert min(kept) > max(left) - 1e-6
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=5),
        st.floats(1.1, 3.0), st.integers(0, 99))  # fmt: skip
 def test_the_budget_is_kept(leaves, rho, seed):

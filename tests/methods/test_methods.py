@@ -144,7 +144,7 @@ def on_eight(base, trained, frozen):
         where = lora.parallel.shardings(placed, trained)
         last = jax.tree.leaves(where["layers"]["up"]["kernel"])[-1]  # along the leaf's out axis
         kind = type(trained["layers"]["up"]["kernel"])
-        assert "model" in last.spec or kind is lora.methods.LoRAXS  # which has none
+        assert ("model" in last.spec) == (kind is not lora.methods.LoRAXS)  # which has none
     if frozen:  # VeRA's is of no leaf in particular
         as_base = set(frozen) != {"a", "b"}
         frozen = jax.device_put(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import fails
-from hypothesis import given, settings
+from common import examples, fails
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lora
@@ -51,7 +51,7 @@ def test_defaults():
     assert lora.methods.propose(PARAMS, SURVEY).learning_rate is None
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(1, 10**9))
 def test_the_rank_holds_the_data(tokens):
     """The smallest power of two with 2 bits for each parameter, 1 for each token; or the largest."""

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from common import assert_close, fails
-from hypothesis import given, settings
+from common import assert_close, examples, fails
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -39,7 +39,7 @@ def test_the_schedule_of_the_readme():
     assert {t: budget(t, **of) for t in values} == values
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.integers(1, 200), st.integers(0, 200), st.integers(0, 60), st.integers(1, 300))
 def test_the_table_is_the_schedule(target, more, tinit, length):
     """`update` looks the budget up in a table of a step for each budget; and eq. 12, rounded down."""

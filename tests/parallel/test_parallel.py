@@ -74,7 +74,7 @@ def test_a_quantised_base_equals_one_device(name, format):
             q for q in jax.tree.leaves(base, is_leaf=parallel.quantized) if parallel.quantized(q)
         ]
         assert weights and not any(q.codes.is_fully_replicated for q in weights)
-        assert format == "int8" or not all(q.constants.is_fully_replicated for q in weights)
+        assert not all(q.constants.is_fully_replicated for q in weights)
 
 
 def assert_the_base_is_an_argument(case, compiled):

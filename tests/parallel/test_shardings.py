@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import assert_close, fails, noisy
+from common import assert_close, examples, fails, noisy
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -193,7 +193,7 @@ def test_several_slices():
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_no_axis_is_lost_or_doubled(data):
     """Whatever axes a geometry has: each mesh axis of the base is in A, in B, or, on the stack, in
     both, at the axis that it divides in the base."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import settings
 
 import lora_jax as lora
 from lora_jax._config import ALL_LINEAR
@@ -32,6 +33,11 @@ def installed(*names: str) -> bool:
 
 
 needs_peft = pytest.mark.skipif(not installed("peft", "torch"), reason="needs torch and peft")
+
+
+def examples(n):
+    """n examples in CI; by night as many times more as the profile of tests/conftest.py says."""
+    return settings(max_examples=n * settings.default.max_examples // 50)
 
 
 def fails(match):

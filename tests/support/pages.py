@@ -1,0 +1,33 @@
+"""Snippets of Markdown pages, run as a reader runs them, and what the page says that they print."""
+
+import doctest
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SNIPPET = re.compile(r"```python\n(.*?)```(?:\s+```text\n(.*?)```)?", re.S)
+# Flax before 0.12.7 uses deprecated names where JAX is 0.10.
+FLAGS = ("-W", "error", "-W", "ignore:jax.core.")
+
+
+def snippets(page):
+    """(code, what it prints or "") of each snippet: the text block that follows it at once. In it
+    `...` stands for anything, such as digits that depend on the machine."""
+    return SNIPPET.findall((ROOT / page).read_text())
+
+
+def run(code):
+    """What it prints, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, *FLAGS, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def assert_prints(code, want):
+    got = run(code)
+    how = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.OutputChecker().check_output(want, got, how), f"printed:\n{got}\nsaid:\n{want}"
