@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._core.geometry import RANK, Factor
-from lora_jax._core.keys import as_key, path_key
+from lora_jax._core.keys import as_key
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest
-from lora_jax._nodes.adapters import DoRA, Full, LowRank, is_node
 from lora_jax._nodes.factors import without_frozen
-from lora_jax._nodes.indirect import Indirect
+from lora_jax._nodes.node import Node, is_node
 from lora_jax._nodes.weight import AdaptedWeight, is_weight
 from lora_jax._quantized.weight import is_quantized
 
@@ -59,14 +57,12 @@ def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) ->
             return AdaptedWeight(base, None, None, origin=path, axes=axes)
         if node is None:
             return _frozen(base)
-        if isinstance(node, Full):
-            return node.value.astype(base.dtype)
-        return node.weight(base, path, _seed(key, path, node))
+        return node.weight(base, path, key)
 
     return map_state(lambda tree: map_with_path(leaf, tree), params)
 
 
-def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Any]:
+def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
     """{path: node} of adapters that were checked against the parameters."""
     call = f"lora.{verb}(params, adapters), with adapters = lora.init(key, params, config)"
     leaves = flatten(state_of(params), is_leaf=is_weight)
@@ -91,48 +87,14 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Any]:
                 f"'{path}' is adapted, but the parameters have no such leaf; nearest: "
                 + ", ".join(nearest(path, leaves, 3))
             )
-        elif (problem := _mismatch(node, tuple(leaves[path].shape))) is not None:
+        elif (problem := node.misfit(tuple(leaves[path].shape))) is not None:
             failures.append(f"'{path}': {problem}")
     raise_all("the adapters do not belong to these parameters:", failures, call)
     return flat
 
 
-def _mismatch(node, shape) -> str | None:
-    if isinstance(node, LowRank):
-        ranks = (
-            node.a.ndim == len(node.geometry.a_dims)
-            and node.b.ndim == len(node.geometry.b_dims)
-            and node.geometry.covers(len(shape))
-        )
-        expected = node.geometry.factor_shapes(shape, node.rank) if ranks else None
-        if (node.a.shape, node.b.shape) != expected:
-            return (
-                f"the leaf has shape {shape}, the adapter's a {node.a.shape} and "
-                f"b {node.b.shape} are of another"
-            )
-        want = tuple(shape[d] for d in (*node.geometry.batch_axes, *node.geometry.out_axes))
-        if isinstance(node, DoRA) and node.magnitude.shape != want:
-            return f"expected a magnitude of {want}, found {node.magnitude.shape}"
-    elif isinstance(node, Indirect) and node.geometry.covers(len(shape)):
-        for name, want in node.shapes(shape).items():
-            if (found := getattr(node, name).shape) != want:
-                return f"the leaf has shape {shape}; expected {name} of {want}, found {found}"
-    if node.shape != shape:
-        return f"the leaf has shape {shape}, the adapter was made for {node.shape}"
-    return None
-
-
-def _frozen(x):
+def _frozen(x: Any) -> Any:
     """A leaf without an adapter: no gradient flows to it (`adapt` sees to the adapted ones)."""
     if isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating):
         return jax.lax.stop_gradient(x)
     return x
-
-
-def _seed(key, path: str, node) -> Factor | None:
-    """Key data for each weight of the stack: (*batch, 2)."""
-    if key is None or not isinstance(node, LowRank) or not node.dropout:
-        return None
-    batch = node.geometry.batch_axes
-    shape = node.a.shape[: len(batch)]
-    return Factor(jax.random.bits(path_key(key, path), (*shape, 2)), (*batch, RANK))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,8 +14,8 @@ from lora_jax._bind import adapter_nodes
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path
-from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows
 from lora_jax._nodes.factors import without_frozen
+from lora_jax._nodes.node import Node
 from lora_jax._quantized.weight import is_quantized, value
 
 
@@ -81,24 +81,21 @@ def unmerge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
     return _each(params, adapters, "unmerge", -1.0, donate)
 
 
-def _each(params, adapters, verb, sign, donate, requantize=False):
+def _each(
+    params: Any, adapters: Any, verb: str, sign: float, donate: bool, requantize: bool = False
+) -> Any:
     nodes = without_frozen(adapter_nodes(params, adapters, verb), verb)
-    lost = [
-        f"'{p}' was {'scaled' if isinstance(n, DoRA) else 'trained in full'}"
-        for p, n in nodes.items()
-        if not isinstance(n, LoRA)
-    ]
     if sign < 0:
         raise_all(
             "cannot unmerge leaves whose base values are lost:",
-            lost,
+            (f"'{p}' was {n.lost}" for p, n in nodes.items() if n.lost is not None),
             "keep the base parameters, or take these leaves from them",
         )
     if requantize:
         _check_storable(params, nodes)
     bad: list[str] = []
 
-    def leaf(path, base):
+    def leaf(path: str, base: Any) -> Any:
         if path not in nodes:
             return _value(base) if is_quantized(base) and not requantize else base
         merged, finite = _merged(base, nodes[path], sign, donate)
@@ -115,7 +112,7 @@ def _each(params, adapters, verb, sign, donate, requantize=False):
     return out
 
 
-def _merged(base, node, sign, donate):
+def _merged(base: Any, node: Node, sign: float, donate: bool) -> tuple[Any, Any]:
     if isinstance(base, jax.ShapeDtypeStruct):
         raise LoRAError(
             "cannot merge abstract parameters; wrap the call: "
@@ -135,7 +132,7 @@ def _merged(base, node, sign, donate):
 _value = jax.jit(value)
 
 
-def _check_storable(params, nodes):
+def _check_storable(params: Any, nodes: Mapping[str, Node]) -> None:
     leaves = flatten(state_of(params))
     raise_all(
         "these leaves cannot be stored as they were:",
@@ -154,12 +151,6 @@ def _jitted(sign: float, donate: bool):
     return jax.jit(functools.partial(_merge_leaf, sign), donate_argnums=0 if donate else ())
 
 
-def _merge_leaf(sign, base, node):
-    if isinstance(node, Full):
-        merged = node.value.astype(base.dtype)
-    elif isinstance(node, Rows):
-        merged = value(base).at[jnp.asarray(node.index)].set(node.value.astype(base.dtype))
-    else:
-        weight = node.weight(base, "")
-        merged = dataclasses.replace(weight, scale=sign * weight.scale).materialise()
+def _merge_leaf(sign: float, base: Any, node: Node) -> tuple[jax.Array, jax.Array]:
+    merged = node.merged(base, sign)
     return merged, jnp.isfinite(merged).all()

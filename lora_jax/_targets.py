@@ -12,7 +12,8 @@ from lora_jax._core.errors import raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
-from lora_jax._nodes.adapters import LowRank, is_node
+from lora_jax._nodes.adapters import LowRank
+from lora_jax._nodes.node import is_node
 
 
 @dataclasses.dataclass(frozen=True)

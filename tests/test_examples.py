@@ -22,7 +22,7 @@ from models.llama import Llama, LlamaConfig, generate
 
 import lora_jax as lora
 from lora_jax._core.paths import nest
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if "argparse" in p.read_text())

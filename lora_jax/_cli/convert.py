@@ -20,7 +20,8 @@ from lora_jax._cli.safetensors import open_base
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import LowRank, is_node
+from lora_jax._nodes.adapters import LowRank
+from lora_jax._nodes.node import is_node
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.checkpoint._checkpoint import save as save_checkpoint

@@ -17,7 +17,8 @@ from lora_jax._cli.torch_adapter import TorchAdapter, norm, open_torch
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
-from lora_jax._nodes.adapters import LowRank, Rows, is_node
+from lora_jax._nodes.adapters import LowRank, Rows
+from lora_jax._nodes.node import is_node
 from lora_jax.checkpoint._checkpoint import restore
 from lora_jax.checkpoint._describe import config_to_json
 from lora_jax.peft._file import CONFIG, TENSORS

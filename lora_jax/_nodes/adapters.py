@@ -7,24 +7,24 @@ Everything that is not trained (scale, axes, row numbers) is static, so no optim
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import cast, contract, wide
 from lora_jax._core.errors import LoRAError
-from lora_jax._core.geometry import RANK, Factor, Geometry, spec_along, static
-from lora_jax._nodes.indirect import FAMILY
+from lora_jax._core.geometry import RANK, Factor, Geometry, static
+from lora_jax._core.keys import path_key
+from lora_jax._nodes.node import Node
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._quantized.weight import is_quantized, value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(Node):
     """What the nodes with two factors have in common; see `LoRA`."""
 
     a: jax.Array
@@ -39,36 +39,65 @@ class LowRank:
         return self.a.shape[-1]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the leaf that the update belongs to."""
-        size = dict(zip(self.geometry.a_dims, self.a.shape)) | dict(
-            zip(self.geometry.b_dims, self.b.shape)
-        )
-        return tuple(size[d] for d in sorted(size) if d != RANK)
+    def dims(self) -> dict[str, tuple[int, ...]]:
+        return {"a": self.geometry.a_dims, "b": self.geometry.b_dims}
 
-    def weight(self, base: Any, path: str, seed: Factor | None = None) -> AdaptedWeight:
-        """`base` with this update beside it; nothing is computed."""
+    shape = property(Node.spanned)
+
+    def weight(self, base: Any, path: str, key: jax.Array | None = None) -> AdaptedWeight:
+        """`base` with this update beside it; nothing is computed but the masks' key data."""
         return AdaptedWeight(
             base,
             Factor(self.a, self.geometry.a_dims),
             Factor(self.b, self.geometry.b_dims),
-            seed,
+            self._seed(key, path),
             scale=self.scale,
             dropout=self.dropout,
             origin=path,
             axes=tuple((d,) for d in range(len(base.shape))),
         )
 
-    def specs(self, spec: PartitionSpec) -> Any:
-        """The PartitionSpecs of the arrays, from the leaf's."""
-        along = functools.partial(spec_along, spec=spec)
-        return dataclasses.replace(
-            self, a=along(self.geometry.a_dims), b=along(self.geometry.b_dims)
-        )
+    def _seed(self, key: jax.Array | None, path: str) -> Factor | None:
+        """Key data for each weight of the stack: (*batch, 2)."""
+        if key is None or not self.dropout:
+            return None
+        batch = self.geometry.batch_axes
+        shape = self.a.shape[: len(batch)]
+        return Factor(jax.random.bits(path_key(key, path), (*shape, 2)), (*batch, RANK))
 
     def labels(self) -> Any:
         kind = "embedding_" if self.embedding else ""
         return dataclasses.replace(self, a=kind + "a", b=kind + "b")
+
+    def empty(self, nodes: Sequence[Any], rank: int | None, base: Any) -> Any:
+        """The slot of a stack that changes nothing, with room for these nodes of the same leaf.
+
+        Args:
+          nodes: in the widest of their dtypes.
+          rank: of the slot; None: the largest of the nodes'.
+          base: the leaf; may be None where an update is added to it.
+        """
+        del base
+        rank = max(getattr(n, "rank", 0) for n in nodes) if rank is None else rank
+        dtype = jnp.result_type(*(x.dtype for n in nodes for x in jax.tree.leaves(n)))
+        a, b = (jnp.zeros(s, dtype) for s in self.geometry.factor_shapes(self.shape, rank))
+        return dataclasses.replace(self, a=a, b=b, scale=1.0, dropout=0.0)
+
+    def fitted(self, like: Any) -> Any:
+        """The node as the slot `like` has it: padded with zeros to its rank, the scale in B.
+
+        Raises:
+          LoRAError: other axes, or a larger rank.
+        """
+        if (self.geometry, self.embedding) != (like.geometry, like.embedding):
+            raise LoRAError(f"expected {like.geometry}, found {self.geometry}")
+        if self.rank > like.rank:
+            raise LoRAError(f"expected a rank of at most {like.rank}, found {self.rank}")
+        more = like.rank - self.rank
+        pad = lambda x, d: jnp.pad(x, [(0, more if i == d else 0) for i in range(x.ndim)])
+        a = pad(self.a, self.a.ndim - 1).astype(like.a.dtype)
+        b = pad(self.b, len(self.geometry.batch_axes)).astype(like.b.dtype) * self.scale
+        return dataclasses.replace(like, a=a, b=b)
 
 
 @jax.tree_util.register_dataclass
@@ -104,11 +133,13 @@ class DoRA(LowRank):
 
     magnitude: jax.Array = dataclasses.field(kw_only=True)
 
-    @property
-    def _gain_dims(self) -> tuple[int, ...]:
-        return (*self.geometry.batch_axes, RANK, *self.geometry.out_axes)
+    lost: ClassVar[str | None] = "scaled"
 
-    def weight(self, base: Any, path: str, seed: Factor | None = None) -> AdaptedWeight:
+    @property
+    def dims(self) -> dict[str, tuple[int, ...]]:
+        return super().dims | {"magnitude": (*self.geometry.batch_axes, *self.geometry.out_axes)}
+
+    def weight(self, base: Any, path: str, key: jax.Array | None = None) -> AdaptedWeight:
         """`base` with this update and m / ‖V‖ beside it; only the norms are computed."""
         varying = compat.varying(base) if isinstance(base, jax.core.Tracer) else ()
         if varying:
@@ -121,16 +152,21 @@ class DoRA(LowRank):
         n = jax.lax.stop_gradient(norms(self, base)).astype(m.dtype)
         # An output unit that is zero, in V, stays so.
         gain = jnp.where(n > 0, (m - n) / jnp.where(n > 0, n, 1), 0)
-        gain = jnp.expand_dims(gain, len(self.geometry.batch_axes))
-        weight = super().weight(base, path, seed)
-        return dataclasses.replace(weight, gain=Factor(gain, self._gain_dims))
-
-    def specs(self, spec: PartitionSpec) -> DoRA:
-        dims = tuple(d for d in self._gain_dims if d != RANK)
-        return dataclasses.replace(super().specs(spec), magnitude=spec_along(dims, spec))
+        gain = jnp.expand_dims(gain, len(self.geometry.batch_axes))  # (*batch, 1, *out)
+        weight = super().weight(base, path, key)
+        return dataclasses.replace(weight, gain=Factor(gain, self.geometry.b_dims))
 
     def labels(self) -> DoRA:
         return dataclasses.replace(super().labels(), magnitude="magnitude")
+
+    def empty(self, nodes: Sequence[Any], rank: int | None, base: Any) -> DoRA:
+        like = super().empty(nodes, rank, base)
+        m = norms(like, base if is_quantized(base) else jnp.asarray(base)).astype(like.a.dtype)
+        return dataclasses.replace(like, magnitude=m)
+
+    def fitted(self, like: DoRA) -> DoRA:
+        magnitude = self.magnitude.astype(like.b.dtype)
+        return dataclasses.replace(super().fitted(like), magnitude=magnitude)
 
 
 def norms(node: LowRank, base: Any) -> jax.Array:
@@ -165,38 +201,58 @@ def _exact(x, xl, y, yl, out, dtype) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Full:
+class Full(Node):
     """A leaf that is trained in full: `value` takes the place of the base's, cast to its dtype."""
 
     value: jax.Array
+
+    lost: ClassVar[str | None] = "trained in full"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
-    def specs(self, spec: PartitionSpec) -> Full:
-        return Full(spec_along(tuple(range(len(self.shape))), spec))
+    @property
+    def dims(self) -> dict[str, tuple[int, ...]]:
+        return {"value": tuple(range(len(self.shape)))}
+
+    def weight(self, base: Any, path: str, key: jax.Array | None = None) -> jax.Array:
+        del path, key
+        return self.value.astype(base.dtype)
 
     def labels(self) -> Full:
         return Full("full")
 
+    def empty(self, nodes: Sequence[Any], rank: int | None, base: Any) -> Full:
+        del nodes, rank
+        return Full(jnp.asarray(value(base)).astype(self.value.dtype))
+
+    def fitted(self, like: Full) -> Full:
+        return Full(self.value.astype(like.value.dtype))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(Node):
     """Rows of a table that are trained (new tokens): `value` (n, d) replaces rows `index`."""
 
     value: jax.Array
     index: tuple[int, ...] = static()
     length: int = static()
 
+    lost: ClassVar[str | None] = "trained in full"
+
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.length, *self.value.shape[1:])
 
-    def weight(self, base: Any, path: str, seed: Factor | None = None) -> AdaptedWeight:
+    @property
+    def dims(self) -> dict[str, tuple[int, ...]]:
+        return {"value": (RANK, *range(1, len(self.shape)))}
+
+    def weight(self, base: Any, path: str, key: jax.Array | None = None) -> AdaptedWeight:
         """`base` plus a one-hot (V, n) times the rows' change (n, d): a rank-n update, exactly."""
-        del seed
+        del key
         index = jnp.asarray(self.index)
         one_hot = jnp.zeros((self.length, len(self.index)), self.value.dtype)
         one_hot = one_hot.at[index, jnp.arange(len(self.index))].set(1)
@@ -210,19 +266,22 @@ class Rows:
             axes=((0,), (1,)),
         )
 
-    def specs(self, spec: PartitionSpec) -> Rows:
-        of_rows = spec_along((RANK, *range(1, len(self.shape))), spec)
-        return dataclasses.replace(self, value=of_rows)
+    def merged(self, base: Any, sign: float = 1.0) -> jax.Array:
+        del sign
+        return value(base).at[jnp.asarray(self.index)].set(self.value.astype(base.dtype))
 
     def labels(self) -> Rows:
         return dataclasses.replace(self, value="rows")
 
+    def empty(self, nodes: Sequence[Any], rank: int | None, base: Any) -> Rows:
+        del nodes, rank
+        rows = jnp.asarray(value(base))[jnp.asarray(self.index)]
+        return dataclasses.replace(self, value=rows.astype(self.value.dtype))
 
-NODES = (LoRA, DoRA, Full, Rows, *FAMILY)
-
-
-def is_node(x: Any) -> bool:
-    return isinstance(x, NODES)
+    def fitted(self, like: Rows) -> Rows:
+        if self.index != like.index:
+            raise LoRAError(f"expected the rows {like.index}, found {self.index}")
+        return dataclasses.replace(self, value=self.value.astype(like.value.dtype))
 
 
 def choose(stacked: Any, index: Any) -> Any:

@@ -18,8 +18,9 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows, is_node
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows
 from lora_jax._nodes.factors import check_factors
+from lora_jax._nodes.node import is_node
 from lora_jax.algebra._svd import from_svd, rank_for, svd
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
-from lora_jax._nodes.adapters import LoRA, is_node
+from lora_jax._nodes.adapters import LoRA
+from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import linear
 from lora_jax.algebra._svd import matrices, svd
 

@@ -21,7 +21,8 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import path_key
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
-from lora_jax._nodes.adapters import Full, LoRA, Rows, is_node
+from lora_jax._nodes.adapters import Full, LoRA, Rows
+from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import differ, weight_of
 from lora_jax.algebra._svd import matrices
 

@@ -6,7 +6,6 @@ last slot is always empty (the base model), so that the number -1 means no adapt
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, map_with_path, nest
-from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, Rows, choose, is_node, norms
-from lora_jax._quantized.weight import is_quantized, value
+from lora_jax._nodes.adapters import choose
+from lora_jax._nodes.node import Node, is_node
 from lora_jax.algebra._combine import checked
 
 
@@ -72,11 +71,12 @@ def stack(
     out = {}
     for path in dict.fromkeys(p for tree in trees for p in tree):
         nodes = [tree[path] for tree in trees if path in tree]
-        like = _slot(nodes, rank, leaves.get(path))
-        if isinstance(like, str):
-            failures.append(f"'{path}': {like}")
+        try:
+            like = _slot(nodes, rank, leaves.get(path))
+            slots = [_fitted(tree.get(path), like) for tree in trees]
+        except LoRAError as problem:
+            failures.append(f"'{path}': {problem}")
             continue
-        slots = [_fitted(tree.get(path), like) for tree in trees]
         slots += [like] * (capacity + 1 - len(trees))
         out[path] = jax.tree.map(lambda *x: jnp.stack(x), *slots)
     raise_all("these adapters cannot be stacked:", failures, "they must be of one base")
@@ -105,9 +105,11 @@ def put(stacked: Any, index: Any, adapters: Any | None) -> Any:
     new = {} if adapters is None else flatten(checked(adapters), is_leaf=is_node)
     failures = [f"'{p}' is no leaf of the stack" for p in new if p not in slots]
     empty = choose(stacked, -1)
-    likes = flatten(empty, is_leaf=is_node)
-    for path, node in new.items():
-        if path in likes and (problem := _misfit(node, likes[path])) is not None:
+    filled = {}
+    for path, like in flatten(empty, is_leaf=is_node).items():
+        try:
+            filled[path] = _fitted(new.get(path), like)
+        except LoRAError as problem:
             failures.append(f"'{path}': {problem}")
     capacity = len(jax.tree.leaves(stacked)[0]) - 1
     if not isinstance(index, jax.core.Tracer) and not 0 <= index < capacity:
@@ -117,63 +119,28 @@ def put(stacked: Any, index: Any, adapters: Any | None) -> Any:
         failures,
         "make a new one: lora.algebra.stack([...], capacity=..., rank=...)",
     )
-    filled = map_with_path(lambda p, like: _fitted(new.get(p), like), empty, is_leaf=is_node)
-    return jax.tree.map(lambda all_, one: all_.at[index].set(one), stacked, filled)
+    one = map_with_path(lambda path, _: filled[path], empty, is_leaf=is_node)
+    return jax.tree.map(lambda all_, new: all_.at[index].set(new), stacked, one)
 
 
-def _slot(nodes: list, rank: int | None, base: Any) -> Any:
-    """An empty slot for these nodes of one leaf, or what is wrong with them."""
+def _slot(nodes: Sequence[Node], rank: int | None, base: Any) -> Any:
+    """An empty slot for these nodes of one leaf."""
     first = nodes[0]
-    if base is None and not isinstance(first, LoRA):
-        return (
+    if base is None and first.lost is not None:
+        raise LoRAError(
             f"is a {type(first).__name__}, and an empty slot holds the base's values: "
             "lora.algebra.stack(adapters, base=params)"
         )
-    if isinstance(first, LowRank):
-        widest = max((n.rank for n in nodes if isinstance(n, LowRank)), default=0)
-        rank = widest if rank is None else rank
-        dtype = jnp.result_type(*(x.dtype for n in nodes for x in jax.tree.leaves(n)))
-        a, b = (jnp.zeros(s, dtype) for s in first.geometry.factor_shapes(first.shape, rank))
-        like = dataclasses.replace(first, a=a, b=b, scale=1.0, dropout=0.0)
-        if isinstance(first, DoRA):
-            m = norms(like, base if is_quantized(base) else jnp.asarray(base)).astype(dtype)
-            like = dataclasses.replace(like, magnitude=m)
-    elif isinstance(first, Full):
-        like = Full(jnp.asarray(value(base)).astype(first.value.dtype))
-    else:
-        rows = jnp.asarray(value(base))[jnp.asarray(first.index)].astype(first.value.dtype)
-        like = Rows(rows, first.index, first.length)
-    problems = [p for n in nodes if (p := _misfit(n, like)) is not None]
-    return problems[0] if problems else like
+    return first.empty(nodes, rank, base)
 
 
-def _misfit(node: Any, like: Any) -> str | None:
-    """Why a node does not fit a slot."""
+def _fitted(node: Node | None, like: Node) -> Any:
+    """A node as the slot has it; None is an empty slot."""
+    if node is None:
+        return like
     if type(node) is not type(like) or node.shape != like.shape:
-        return (
+        raise LoRAError(
             f"expected a {type(like).__name__} of {like.shape}, found a {type(node).__name__} of "
             f"{node.shape}"
         )
-    if isinstance(node, LowRank):
-        if (node.geometry, node.embedding) != (like.geometry, like.embedding):
-            return f"expected {like.geometry}, found {node.geometry}"
-        if node.rank > like.rank:
-            return f"expected a rank of at most {like.rank}, found {node.rank}"
-    if isinstance(node, Rows) and node.index != like.index:
-        return f"expected the rows {like.index}, found {node.index}"
-    return None
-
-
-def _fitted(node: Any, like: Any) -> Any:
-    """A node as the slot has it: padded to its rank, its scale in B; None is an empty slot."""
-    if node is None:
-        return like
-    if not isinstance(node, LowRank):
-        return jax.tree.map(lambda x, e: x.astype(e.dtype), node, like)
-    more = like.rank - node.rank
-    axis = len(node.geometry.batch_axes)
-    pad = lambda x, d: jnp.pad(x, [(0, more if i == d else 0) for i in range(x.ndim)])
-    a, b = pad(node.a, node.a.ndim - 1), pad(node.b, axis)
-    b = b.astype(like.b.dtype) * node.scale
-    own = {"magnitude": node.magnitude.astype(like.b.dtype)} if isinstance(node, DoRA) else {}
-    return dataclasses.replace(like, a=a.astype(like.a.dtype), b=b, **own)
+    return node.fitted(like)

@@ -25,7 +25,8 @@ from lora_jax._bind import adapter_nodes
 from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import LowRank, is_node
+from lora_jax._nodes.adapters import LowRank
+from lora_jax._nodes.node import is_node
 from lora_jax._targets import Targets
 from lora_jax.checkpoint._describe import (
     adapters_to_json,

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from lora_jax._config import LoRAConfig, Rule, as_patterns
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten
-from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows, is_node
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows
 from lora_jax._nodes.indirect import FAMILY
+from lora_jax._nodes.node import is_node
 
 KINDS = {"lora": LoRA, "dora": DoRA, "full": Full, "rows": Rows} | {
     cls.__name__.lower(): cls for cls in FAMILY

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from lora_jax._config import LoRAConfig, Rule
 from lora_jax._core.paths import flatten, path_of
-from lora_jax._nodes.adapters import LowRank, is_node
+from lora_jax._nodes.adapters import LowRank
+from lora_jax._nodes.node import is_node
 
 
 def growing(tree: Any, saved: Mapping[str, Any]) -> dict[str, tuple[str, int]]:

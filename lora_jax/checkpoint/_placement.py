@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from lora_jax._core.errors import raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 from lora_jax.checkpoint._fingerprint import Fingerprint
 from lora_jax.parallel._shardings import shardings
 from lora_jax.parallel._state_shardings import state_shardings

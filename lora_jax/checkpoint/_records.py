@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.paths import flatten
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 from lora_jax.checkpoint._describe import node_to_json
 from lora_jax.checkpoint._fingerprint import checksums
 from lora_jax.checkpoint._placement import placement

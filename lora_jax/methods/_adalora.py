@@ -11,14 +11,49 @@ import jax.numpy as jnp
 from lora_jax._config import LoRAConfig
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.geometry import RANK
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import LoRA, is_node
+from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.factors import factors
-from lora_jax._nodes.indirect import AdaLoRA
+from lora_jax._nodes.indirect import Indirect
+from lora_jax._nodes.node import Node, is_node
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
-from lora_jax.methods._tree import static_of, targets_of, tree_of
+from lora_jax.methods._tree import along_rank, static_of, targets_of, tree_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaLoRA(Indirect):
+    """An update in the form of a singular value decomposition (arXiv:2303.10512, eq. 3): scale ·
+    P·Λ·Q, of which `adalora` prunes singular values; see `init_adalora`.
+
+    Attributes:
+      p: P, (*batch, *in, rank).
+      lam: the diagonal of Λ, (*batch, rank).
+      q: Q, (*batch, rank, *out).
+    """
+
+    p: jax.Array
+    lam: jax.Array
+    q: jax.Array
+
+    @property
+    def rank(self) -> int:
+        return self.p.shape[-1]
+
+    @property
+    def dims(self) -> dict[str, tuple[int, ...]]:
+        g = self.geometry
+        return {"p": g.a_dims, "lam": (*g.batch_axes, RANK), "q": g.b_dims}
+
+    shape = property(Node.spanned)
+
+    def factors(self, frozen: Any = None) -> LoRA:
+        """P and Λ·Q; it needs nothing frozen."""
+        del frozen
+        return self.lora(self.p, along_rank(self.lam, self.q) * self.q)
 
 
 def init_adalora(

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, map_with_path
-from lora_jax._nodes.adapters import LoRA, is_node, norms
+from lora_jax._nodes.adapters import LoRA, norms
 from lora_jax._nodes.factors import check_factors
+from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized
 
 

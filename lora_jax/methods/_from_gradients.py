@@ -15,7 +15,8 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import path_key
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import LoRA, is_node
+from lora_jax._nodes.adapters import LoRA
+from lora_jax._nodes.node import is_node
 from lora_jax._targets import Targets
 from lora_jax.algebra._svd import from_svd, svd
 from lora_jax.methods._start import (

@@ -16,7 +16,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Factor, Geometry
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path, nest
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax.algebra._svd import from_svd
 from lora_jax.methods._start import as_node, lora_nodes, low_rank, off_the_base, plain_svd, positive

@@ -15,7 +15,8 @@ from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import LoRA, is_node
+from lora_jax._nodes.adapters import LoRA
+from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import combine, linear
 from lora_jax.algebra._svd import from_svd, range_svd
 from lora_jax.methods._start import as_node, each, lora_nodes, off_the_base, plain_svd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,17 +11,58 @@ import jax.numpy as jnp
 
 from lora_jax._config import LoRAConfig
 from lora_jax._core.einsum import wide
-from lora_jax._core.errors import raise_all
-from lora_jax._core.geometry import Geometry
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.geometry import RANK, Geometry, static
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import LoRA
-from lora_jax._nodes.indirect import LoRAXS
+from lora_jax._nodes.indirect import Indirect
 from lora_jax._quantized.weight import value
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
-from lora_jax.methods._tree import static_of, targets_of, tree_of
+from lora_jax.methods._tree import CALL, constant, static_of, targets_of, tree_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoRAXS(Indirect):
+    """A square matrix between the leaf's largest singular vectors (arXiv:2405.17604). A kernel
+    (in, out) gets scale · A · R · B, A = U·Σ and B = Vᵀ; see `init_lora_xs`.
+
+    Attributes:
+      r: R, (*batch, rank, rank).
+      shape: of the leaf.
+    """
+
+    r: jax.Array
+    shape: tuple[int, ...] = static(kw_only=True)
+
+    @property
+    def rank(self) -> int:
+        return self.r.shape[-1]
+
+    @property
+    def dims(self) -> dict[str, tuple[int, ...]]:
+        return {"r": (*self.geometry.batch_axes, RANK, RANK)}
+
+    def factors(self, frozen: Any = None) -> LoRA:
+        """A and R·B.
+
+        Args:
+          frozen: a `LoRA` of the leaf's singular vectors.
+        """
+        if not isinstance(frozen, LoRA):
+            what = "none" if frozen is None else f"a {type(frozen).__name__}"
+            call = CALL.format("lora_xs")
+            raise LoRAError(f"expected its singular vectors, found {what}: {call}")
+        want = (self.shape, self.rank, self.geometry)
+        if (found := (frozen.shape, frozen.rank, frozen.geometry)) != want:
+            raise LoRAError(f"expected singular vectors of {want}, found {found}")
+        b = constant(frozen.b, self.r.dtype)
+        flat = b.reshape(*b.shape[: len(self.geometry.batch_axes) + 1], -1)  # (*batch, rank, out)
+        b = jnp.matmul(self.r, flat, precision=jax.lax.Precision.HIGHEST).reshape(b.shape)
+        return self.lora(constant(frozen.a, self.r.dtype), b)
 
 
 def init_lora_xs(

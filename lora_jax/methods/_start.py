@@ -15,7 +15,8 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._merge import unmerge
-from lora_jax._nodes.adapters import LoRA, LowRank, is_node
+from lora_jax._nodes.adapters import LoRA, LowRank
+from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized
 from lora_jax._targets import Targets
 from lora_jax.algebra._combine import linear

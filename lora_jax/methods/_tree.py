@@ -6,16 +6,26 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from lora_jax._config import LoRAConfig
+from lora_jax._core.einsum import cast
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.paths import flatten, nest
 from lora_jax._init import init
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import Node, is_node
 from lora_jax._select import select
+from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
 
+CALL = (
+    "lora.methods.factors(adapters, frozen), with "
+    "adapters, frozen = lora.methods.init_{}(key, params, config)"
+)
 
-def targets_of(params, config, survey) -> Targets:
+
+def targets_of(params: Any, config: LoRAConfig | Targets, survey: Survey | None) -> Targets:
     if not isinstance(config, Targets | LoRAConfig):
         raise LoRAError(f"expected a LoRAConfig or Targets, found {type(config).__name__}")
     return config if isinstance(config, Targets) else select(params, config, survey)
@@ -30,8 +40,20 @@ def static_of(t: Target, scale: float | None = None) -> dict[str, Any]:
     )
 
 
-def tree_of(key, params, targets: Targets, node: Callable[[str, Target], Any]) -> dict:
+def tree_of(
+    key: jax.Array, params: Any, targets: Targets, node: Callable[[str, Target], Node]
+) -> dict:
     """The nodes of all leaves: those in full and by rows as `init` makes them."""
     rest = init(key, params, dataclasses.replace(targets, lora={}))
     flat = {path: node(path, t) for path, t in targets.lora.items()}
     return nest(flat | flatten(rest, is_leaf=is_node))
+
+
+def along_rank(x: jax.Array, b: jax.Array) -> jax.Array:
+    """x (*batch, rank), to be multiplied with b (*batch, rank, *out)."""
+    return jnp.expand_dims(x, tuple(range(x.ndim, b.ndim)))
+
+
+def constant(x: Any, dtype: Any) -> jax.Array:
+    """A frozen array in the dtype of what is trained; no gradient flows to it."""
+    return jax.lax.stop_gradient(cast(jnp.asarray(x), dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,11 +12,66 @@ import jax.numpy as jnp
 
 from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.geometry import RANK, static
 from lora_jax._core.keys import as_key, path_key
-from lora_jax._nodes.indirect import VeRA
+from lora_jax._nodes.adapters import LoRA
+from lora_jax._nodes.indirect import Indirect
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
-from lora_jax.methods._tree import static_of, targets_of, tree_of
+from lora_jax.methods._tree import CALL, along_rank, constant, static_of, targets_of, tree_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class VeRA(Indirect):
+    """Two vectors of one leaf, between random matrices that all leaves share (arXiv:2310.11454,
+    eq. 2). A kernel (in, out) gets scale · A · diag(d) · B · diag(b); see `init_vera`.
+
+    Attributes:
+      d: (*batch, rank).
+      b: (*batch, *out).
+      shape: of the leaf.
+    """
+
+    d: jax.Array
+    b: jax.Array
+    shape: tuple[int, ...] = static(kw_only=True)
+
+    @property
+    def rank(self) -> int:
+        return self.d.shape[-1]
+
+    @property
+    def dims(self) -> dict[str, tuple[int, ...]]:
+        g = self.geometry
+        return {"d": (*g.batch_axes, RANK), "b": (*g.batch_axes, *g.out_axes)}
+
+    def factors(self, frozen: Any = None) -> LoRA:
+        """Both vectors go into B: A stays a constant, and no gradient with regard to it is formed.
+
+        Args:
+          frozen: {"a": (in, rank), "b": (rank, out)}, as large or larger.
+        """
+        g, dtype = self.geometry, self.d.dtype
+        _, n_in, n_out = g.sizes(self.shape)
+        _check_shared(frozen, a=(n_in, self.rank), b=(self.rank, n_out))
+        a_shape, b_shape = g.factor_shapes(self.shape, self.rank)
+        a = constant(frozen["a"][:n_in, : self.rank], dtype)
+        b = constant(frozen["b"][: self.rank, :n_out], dtype)
+        n = len(g.batch_axes)
+        b = b.reshape(b_shape[n:]) * jnp.expand_dims(self.b, n)  # (*batch, rank, *out)
+        a = jnp.broadcast_to(a.reshape(a_shape[n:]), a_shape)
+        return self.lora(a, b * along_rank(self.d, b))
+
+
+def _check_shared(frozen: Any, **need: tuple[int, int]) -> None:
+    """Raises unless this is what all leaves share, and large enough for this one."""
+    if not isinstance(frozen, Mapping) or frozen.keys() != need.keys():
+        raise LoRAError("expected its shared A and B: " + CALL.format("vera"))
+    for name, want in need.items():
+        found = jnp.shape(frozen[name])
+        if len(found) != 2 or any(f < w for f, w in zip(found, want)):
+            raise LoRAError(f"expected a shared {name} of at least {want}, found {found}")
 
 
 def init_vera(

@@ -18,9 +18,8 @@ import optax
 
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._nodes.adapters import is_node
-from lora_jax._nodes.indirect import AdaLoRA
-from lora_jax.methods._adalora import CALL, adalora_nodes
+from lora_jax._nodes.node import is_node
+from lora_jax.methods._adalora import CALL, AdaLoRA, adalora_nodes
 
 
 class AdaLoRAState(NamedTuple):

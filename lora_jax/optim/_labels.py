@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax._nodes.adapters import is_node
-from lora_jax._nodes.indirect import LABELS
+from lora_jax._nodes.node import is_node
 
 FROZEN = "frozen"
 
@@ -23,8 +22,8 @@ def labels(tree: Any) -> Any:
     Returns:
       The same tree with a label for each leaf: "a" and "b" of a `LoRA` ("embedding_a" and
       "embedding_b" where the leaf is a look-up table), "magnitude" of a `DoRA`, "full", "rows",
-      "vera_d" and "vera_b" of a `VeRA`, "loraxs_r", "adalora_p", "adalora_lam" and "adalora_q",
-      and "frozen" for all else.
+      "vera_d" and "vera_b" of a `VeRA`, and so on for every other node: the class's name in small
+      letters and the array's; "frozen" for all else.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": jnp.ones((4, 4))}
@@ -50,7 +49,7 @@ def trained_only(tx: optax.GradientTransformation) -> optax.GradientTransformati
     33
     """
 
-    def trained_or_frozen(tree):
+    def trained_or_frozen(tree: Any) -> Any:
         return jax.tree.map(lambda label: FROZEN if label == FROZEN else "trained", labels(tree))
 
     return optax.partition({"trained": tx, FROZEN: optax.set_to_zero()}, trained_or_frozen)
@@ -76,25 +75,24 @@ def lora_plus(
     >>> tx = lora.optim.lora_plus(optax.adam, 1e-4, ratio=16)
     """
 
-    def times(x):
+    def times(x: Any) -> Any:
         return (lambda step: ratio * x(step)) if callable(x) else ratio * x
 
     slow = make(learning_rate)
     own = make(learning_rate if embedding_learning_rate is None else embedding_learning_rate)
-    return optax.partition(
-        {
-            "a": slow,
-            "b": make(times(learning_rate)),
-            "full": slow,
-            "magnitude": slow,
-            "embedding_a": own,
-            "embedding_b": own,
-            "rows": own,
-            FROZEN: optax.set_to_zero(),
-        }
-        | dict.fromkeys(LABELS, slow),
-        labels,
-    )
+    of = {
+        "a": slow,
+        "b": make(times(learning_rate)),
+        "full": slow,
+        "magnitude": slow,
+        "embedding_a": own,
+        "embedding_b": own,
+        "rows": own,
+        "other": slow,  # the arrays of nodes that are no factors
+        FROZEN: optax.set_to_zero(),
+    }
+    known = lambda label: label if label in of else "other"
+    return optax.partition(of, lambda tree: jax.tree.map(known, labels(tree)))
 
 
 def decays(weight_decay: Any) -> bool:

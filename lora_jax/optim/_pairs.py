@@ -14,7 +14,8 @@ import optax
 
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError
-from lora_jax._nodes.adapters import DoRA, LowRank, is_node
+from lora_jax._nodes.adapters import DoRA, LowRank
+from lora_jax._nodes.node import is_node
 from lora_jax.optim._labels import FROZEN, labels
 
 product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

@@ -15,7 +15,7 @@ from lora_jax._core.errors import LoRAError
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized
 from lora_jax.parallel._state_shardings import state_shardings
 

@@ -22,7 +22,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest, path_of
 from lora_jax._init import init
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 from lora_jax._targets import Targets
 
 P = PartitionSpec

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.paths import path_of
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 from lora_jax.parallel._shardings import P
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax._core.errors import raise_all
-from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, Rows, is_node
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, Rows
+from lora_jax._nodes.node import is_node
 from lora_jax.peft._blocks import Block, changes_outside, from_leaf, own_factors, together, torch_b
 from lora_jax.peft._mapping import Entry, TorchMapping
 

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.paths import flatten
-from lora_jax._nodes.adapters import is_node
 from lora_jax._nodes.factors import check_factors
+from lora_jax._nodes.node import is_node
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._export import Export

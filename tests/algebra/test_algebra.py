@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import lora_jax as lora
 from lora_jax._core.paths import flatten
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 
 KEY = jax.random.key(0)
 PARAMS = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import lora_jax as lora
 from lora_jax._core.paths import flatten
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 from lora_jax.algebra import _elementwise
 from lora_jax.algebra._svd import range_svd
 

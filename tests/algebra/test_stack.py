@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 
 KEY = jax.random.key(0)
 D, LAYERS, EXPERTS = 12, 3, 4

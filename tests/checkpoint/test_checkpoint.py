@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 from lora_jax.checkpoint._describe import (
     config_from_json,
     config_to_json,

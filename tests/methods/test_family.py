@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax._core.paths import flatten, map_with_path
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 
 KEY = jax.random.key(0)
 

@@ -21,7 +21,7 @@ from zoo import IDS, Transformer
 
 import lora_jax as lora
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 from lora_jax.methods._from_inputs import _ranks
 
 RANK, SCALE = 2, 1.5

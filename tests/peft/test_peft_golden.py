@@ -14,7 +14,7 @@ from test_peft import MODELS, assert_same_tensors, loaded, outputs, stored
 
 import lora_jax as lora
 from lora_jax._core.paths import flatten
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 from lora_jax.peft._file import CONFIG, TENSORS
 
 FOLDERS = sorted(p.name for p in g.GOLDEN.iterdir() if p.is_dir())

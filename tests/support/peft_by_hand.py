@@ -14,7 +14,7 @@ from test_peft import MODELS
 
 import lora_jax as lora
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import is_node
+from lora_jax._nodes.node import is_node
 
 PREFIX = "base_model.model."
 TRANSPOSED = re.compile(r"c1d|transformer\.h\..*")  # GPT-2's Conv1D: (in, out)

@@ -1,0 +1,126 @@
+"""The protocol: what stands in an adapter tree at the path of a trained leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+from jax.sharding import PartitionSpec
+
+from lora_jax._core.geometry import RANK, spec_along
+from lora_jax._nodes.weight import is_weight
+
+
+class Node:
+    """What stands at the path of a trained leaf. Its arrays are trained; all else is static.
+
+    A method is one class: a frozen dataclass, registered by `jax.tree_util.register_dataclass`,
+    with `shape` and, in most cases, `factors` alone. `bind`, `merge`, `lora.checkpoint`,
+    `lora.optim` and `lora.parallel` ask the node; nothing is registered with them.
+
+    Attributes:
+      shape: of the leaf that it belongs to, a static field or a property.
+      dims: for each array the axis of the leaf that each of its axes runs along; -1 (RANK) for the
+        rank, None for an axis of its own. An array that is not named is replicated by `specs`.
+      lost: how merging replaces the base's values; None where it adds to them, so that `unmerge`
+        can take the update out again.
+
+    >>> import dataclasses, jax, jax.numpy as jnp, lora_jax as lora
+    >>> @jax.tree_util.register_dataclass
+    ... @dataclasses.dataclass(frozen=True)
+    ... class Column(lora.methods.Node):  # u (in,) adds the same to each column of W (in, out)
+    ...     u: jax.Array
+    ...     shape: tuple = dataclasses.field(metadata=dict(static=True))
+    ...     def factors(self, frozen=None):
+    ...         ones = jnp.ones((1, self.shape[1]))
+    ...         return lora.LoRA(self.u[:, None], ones, 1.0, lora.Geometry((0,), (1,)))
+    >>> adapters = {"w": Column(jnp.array([1.0, 2.0]), (2, 3))}
+    >>> lora.merge({"w": jnp.zeros((2, 3))}, adapters)["w"]
+    Array([[1., 1., 1.],
+           [2., 2., 2.]], dtype=float32)
+    """
+
+    shape: Any
+    dims: Any = {}  # noqa: RUF012
+    lost: ClassVar[str | None] = None
+
+    def factors(self, frozen: Any = None) -> Any:
+        """The node with the same update that `bind` understands; itself, where it is one.
+
+        Args:
+          frozen: what the method keeps frozen: the node at this path of the tree that `factors` was
+            given, or that tree itself if there are no nodes in it.
+
+        Raises:
+          LoRAError: `frozen` is not what the method needs; the message has no path.
+        """
+        del frozen
+        return self
+
+    def weight(self, base: Any, path: str, key: jax.Array | None = None) -> Any:
+        """What `bind` puts there: an `AdaptedWeight`, or an array in the base's place.
+
+        Args:
+          base: the leaf, an array or a `Quantized`.
+          path: of the leaf.
+          key: draws the dropout masks of this call; None: no dropout.
+        """
+        plain = self.factors()
+        if plain is self:
+            raise NotImplementedError(f"{type(self).__name__} needs `factors` or `weight`")
+        return plain.weight(base, path, key)
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why it does not belong to a leaf of this shape, or None."""
+        geometry = getattr(self, "geometry", None)
+        if geometry is not None and not geometry.covers(len(shape)):
+            return f"the leaf has shape {shape}, the adapter was made for {self.shape}, {geometry}"
+        size = dict(enumerate(shape))
+        for name, dims in self.dims.items():
+            found = tuple(getattr(self, name).shape)
+            own = (*found, *("any",) * (len(dims) - len(found)))
+            want = tuple(size.get(d, n) for d, n in zip(dims, own))
+            if want != found:
+                return f"the leaf has shape {shape}; expected {name} of {want}, found {found}"
+            size |= {d: n for d, n in zip(dims, found) if d == RANK}
+        if tuple(self.shape) != shape:
+            return f"the leaf has shape {shape}, the adapter was made for {self.shape}"
+        return None
+
+    def merged(self, base: Any, sign: float = 1.0) -> jax.Array:
+        """The plain array that the leaf becomes; with sign −1 the update is subtracted."""
+        weight = self.weight(base, "")
+        if not is_weight(weight):
+            return weight
+        return dataclasses.replace(weight, scale=sign * weight.scale).materialise()
+
+    def specs(self, spec: PartitionSpec) -> Any:
+        """The PartitionSpecs of the arrays, from the leaf's."""
+        return self._each(lambda name: spec_along(self.dims.get(name, ()), spec))
+
+    def labels(self) -> Any:
+        """The label of each array, for `optax.partition`."""
+        return self._each(lambda name: f"{type(self).__name__.lower()}_{name}")
+
+    def spanned(self) -> tuple[int, ...]:
+        """The shape of a leaf each axis of which some array runs along."""
+        size = {}
+        for name, dims in self.dims.items():
+            size |= dict(zip(dims, getattr(self, name).shape))
+        return tuple(size[d] for d in sorted(size.keys() - {RANK, None}))
+
+    def _each(self, fn: Any) -> Any:
+        """The node with fn(name) in the place of each array."""
+        values = {name: getattr(self, name) for name in array_names(self)}
+        of = {k: jax.tree.map(lambda _, k=k: fn(k), x) for k, x in values.items()}
+        return dataclasses.replace(self, **of)
+
+
+def array_names(node: Any) -> list[str]:
+    """The fields that are trained, of a node or its class."""
+    return [f.name for f in dataclasses.fields(node) if not f.metadata.get("static")]
+
+
+def is_node(x: Any) -> bool:
+    return isinstance(x, Node)
