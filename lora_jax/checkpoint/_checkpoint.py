@@ -32,7 +32,7 @@ from lora_jax.checkpoint._describe import (
     adapters_to_json,
     config_from_json,
     config_to_json,
-    node_from_json,
+    nodes_from_json,
 )
 from lora_jax.checkpoint._directory import FORMAT, arrays_of, crc32, description, opened, ours
 from lora_jax.checkpoint._fingerprint import Fingerprint, fingerprint
@@ -222,7 +222,7 @@ def restore(
     with opened(manager) as manager:
         step, record = description(manager, None if step is None else _step(step))
         where = f"checkpoint {step} in {manager.directory}"
-        saved = {p: node_from_json(x) for p, x in record["nodes"].items()}
+        saved = nodes_from_json(record["nodes"], adapters, where)
         if adapters is None:
             adapters = placed_as(nest(saved), base)
         likes = {"adapters": adapters}
@@ -231,7 +231,7 @@ def restore(
         larger = {n: growing(t, saved) if rank == "grow" else {} for n, t in likes.items()}
         owners = {owner for owner, _ in larger["adapters"].values()}
         keep, unfit = kept(adapters, saved, owners)
-        others = other_nodes(saved, adapters, owners) + unfit
+        others = other_nodes(record["nodes"], adapters, owners) + unfit
         failures = _other_base(record, base) + _other_config(record, config, rank == "grow")
         for name, tree in likes.items():
             axes = {p: axis for p, (_, axis) in larger[name].items()}

@@ -11,15 +11,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import lora_jax.methods as methods
 from lora_jax._config import LoRAConfig, Rule, as_patterns
+from lora_jax._core.errors import raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten
-from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows
-from lora_jax._nodes.indirect import FAMILY
-from lora_jax._nodes.node import is_node
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, Rows
+from lora_jax._nodes.node import Node, array_names, is_node
 
-KINDS = {"lora": LoRA, "dora": DoRA, "full": Full, "rows": Rows} | {
-    cls.__name__.lower(): cls for cls in FAMILY
+
+def kind(cls: type) -> str:
+    """What a description calls nodes of this class."""
+    return cls.__name__.lower()
+
+
+# What is restored where no adapters are passed, which would bring their classes.
+OWN = {
+    kind(cls): cls
+    for cls in (LoRA, DoRA, Full, Rows, *vars(methods).values())
+    if isinstance(cls, type) and issubclass(cls, Node) and cls is not Node
 }
 
 
@@ -33,20 +43,42 @@ def node_to_json(node: Any) -> dict:
     >>> node_to_json(Full(jax.ShapeDtypeStruct((2, 3), "float32")))
     {'kind': 'full', 'value': ['float32', [2, 3]]}
     """
-    out: dict = {"kind": next(k for k, cls in KINDS.items() if isinstance(node, cls))}
-    for field in dataclasses.fields(node):
-        x = getattr(node, field.name)
-        if not field.metadata.get("static"):
-            x = [str(x.dtype), list(x.shape)]
-        elif isinstance(x, Geometry):
-            x = dataclasses.asdict(x)
-        out[field.name] = _listed(x)
-    return out
+    values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+    typed = lambda x: jax.tree.map(lambda x: [str(x.dtype), list(x.shape)], x)
+    values |= {name: typed(values[name]) for name in array_names(node)}
+    return _plain({"kind": kind(type(node))} | values)
 
 
-def node_from_json(x: Mapping) -> Any:
+def nodes_from_json(described: Mapping[str, Mapping], adapters: Any, where: str) -> dict[str, Any]:
+    """{path: the node, with shapes in the place of arrays} of what a checkpoint describes.
+
+    Args:
+      adapters: those that are restored into: they bring their classes. Only nodes with two factors
+        are returned, which may grow; all others must be as those that were passed. None: all nodes,
+        and each must be of a class of the library's own.
+    """
+    if adapters is None:
+        raise_all(
+            f"{where} holds adapters of classes that are not the library's own:",
+            (f"'{p}' is a {x['kind']}" for p, x in described.items() if not _is_of(x, OWN)),
+            "pass adapters like them, arrays or shapes: lora.checkpoint.restore(manager, adapters, "
+            "base=params)",
+        )
+        return {p: node_from_json(x) for p, x in described.items()}
+    found = map(type, jax.tree.leaves(adapters, is_leaf=is_node))
+    classes = {kind(cls): cls for cls in found if issubclass(cls, LowRank)}
+    return {p: node_from_json(x, classes) for p, x in described.items() if _is_of(x, classes)}
+
+
+def _is_of(x: Mapping, classes: Mapping[str, type]) -> bool:
+    """Whether a description is one of these classes'."""
+    cls = classes.get(x["kind"])
+    return cls is not None and {"kind", *(f.name for f in dataclasses.fields(cls))} == x.keys()
+
+
+def node_from_json(x: Mapping, classes: Mapping[str, type] = OWN) -> Any:
     """The node, with shapes in the place of arrays."""
-    cls = KINDS[x["kind"]]
+    cls = classes[x["kind"]]
     values = {}
     for field in dataclasses.fields(cls):
         value = x[field.name]
@@ -79,7 +111,7 @@ def config_from_json(x: Mapping) -> LoRAConfig | None:
 
 
 def _plain(x: Any) -> Any:
-    if isinstance(x, Rule):
+    if dataclasses.is_dataclass(x) and not callable(x):
         return {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
     if isinstance(x, re.Pattern):
         return {"regex": x.pattern, "flags": x.flags}
@@ -108,10 +140,3 @@ def _has_function(x: Any) -> bool:
     if isinstance(x, Mapping):
         return x.keys() == {"function"} or any(map(_has_function, x.values()))
     return isinstance(x, list) and any(map(_has_function, x))
-
-
-def _listed(x: Any) -> Any:
-    """Tuples as lists, as JSON gives them back."""
-    if isinstance(x, dict):
-        return {k: _listed(v) for k, v in x.items()}
-    return [_listed(v) for v in x] if isinstance(x, tuple | list) else x

@@ -90,15 +90,15 @@ def differences(entries, like: Any, what: str, growing: Mapping[str, int] | None
     return sorted(lines)
 
 
-def other_nodes(saved: Mapping[str, Any], adapters: Any, growing: Set[str]) -> list[str]:
+def other_nodes(described: Mapping[str, Any], adapters: Any, growing: Set[str]) -> list[str]:
     """A line for each adapter that is not as the one that was saved; of those that grow, rank and
     scale are not compared."""
     lines = []
     for path, node in flatten(adapters, is_leaf=is_node).items():
         if not is_node(node):
             lines.append(f"adapters: '{path}' is a {type(node).__name__}, not an adapter")
-        elif path in saved:  # else `differences` says so
-            mine, theirs = node_to_json(node), node_to_json(saved[path])
+        elif path in described:  # else `differences` says so
+            mine, theirs = node_to_json(node), described[path]
             aside = ("a", "b", "scale") if path in growing else ()
             odd = {k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)}
             lines += [
