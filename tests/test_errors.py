@@ -122,7 +122,7 @@ def test_adapters_of_another_model(verb):
     adapters = lora.init(KEY, other, lora.LoRAConfig(rank=2, targets=["up", "Down"]))
     with fails(
         r"(?s)'Down/kernel' is adapted, but .* nearest: down/kernel.*"
-        r"'up/kernel': the leaf has shape \(8, 6\), the adapter's a \(8, 2\) and b \(2, 7\)"
+        r"'up/kernel': the leaf has shape \(8, 6\); expected b of \(2, 6\), found \(2, 7\)"
     ):
         verb(PARAMS, adapters)
 

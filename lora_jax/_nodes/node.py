@@ -79,11 +79,13 @@ class Node:
         size = dict(enumerate(shape))
         for name, dims in self.dims.items():
             found = tuple(getattr(self, name).shape)
+            for d, n in zip(dims, found):
+                if d == RANK:
+                    size.setdefault(RANK, n)  # the first says what the rank is
             own = (*found, *("any",) * (len(dims) - len(found)))
             want = tuple(size.get(d, n) for d, n in zip(dims, own))
             if want != found:
                 return f"the leaf has shape {shape}; expected {name} of {want}, found {found}"
-            size |= {d: n for d, n in zip(dims, found) if d == RANK}
         if tuple(self.shape) != shape:
             return f"the leaf has shape {shape}, the adapter was made for {self.shape}"
         return None

@@ -176,7 +176,7 @@ def test_a_stack_with_none():
         (lambda p, ad: lora.bind({"w": p["w"][:, :3]}, ad), "the leaf has shape"),
         (
             lambda p, ad: lora.bind(p, {"w": noisy_magnitude(ad["w"], (3,))}),
-            r"expected a magnitude of \(6,\), found \(3,\)",
+            r"expected magnitude of \(6,\), found \(3,\)",
         ),
     ],
 )
