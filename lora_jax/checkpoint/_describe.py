@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import lora_jax.methods as methods
 from lora_jax._config import LoRAConfig, Rule, as_patterns
 from lora_jax._core.errors import raise_all
 from lora_jax._core.geometry import Geometry
@@ -25,12 +24,14 @@ def kind(cls: type) -> str:
     return cls.__name__.lower()
 
 
-# What is restored where no adapters are passed, which would bring their classes.
-OWN = {
-    kind(cls): cls
-    for cls in (LoRA, DoRA, Full, Rows, *vars(methods).values())
-    if isinstance(cls, type) and issubclass(cls, Node) and cls is not Node
-}
+def own_classes() -> dict[str, type]:
+    """{kind: class} of the library's own nodes: for a restore without adapters, that would bring
+    their classes."""
+    import lora_jax.methods as methods  # all of them, and what they stand on: only where needed
+
+    nodes = (LoRA, DoRA, Full, Rows, *vars(methods).values())
+    is_class = lambda x: isinstance(x, type) and issubclass(x, Node) and x is not Node
+    return {kind(cls): cls for cls in filter(is_class, nodes)}
 
 
 def adapters_to_json(adapters: Any) -> dict[str, dict]:
@@ -58,13 +59,14 @@ def nodes_from_json(described: Mapping[str, Mapping], adapters: Any, where: str)
         and each must be of a class of the library's own.
     """
     if adapters is None:
+        classes = own_classes()
         raise_all(
             f"{where} holds adapters of classes that are not the library's own:",
-            (f"'{p}' is a {x['kind']}" for p, x in described.items() if not _is_of(x, OWN)),
+            (f"'{p}' is a {x['kind']}" for p, x in described.items() if not _is_of(x, classes)),
             "pass adapters like them, arrays or shapes: lora.checkpoint.restore(manager, adapters, "
             "base=params)",
         )
-        return {p: node_from_json(x) for p, x in described.items()}
+        return {p: node_from_json(x, classes) for p, x in described.items()}
     found = map(type, jax.tree.leaves(adapters, is_leaf=is_node))
     classes = {kind(cls): cls for cls in found if issubclass(cls, LowRank)}
     return {p: node_from_json(x, classes) for p, x in described.items() if _is_of(x, classes)}
@@ -76,9 +78,9 @@ def _is_of(x: Mapping, classes: Mapping[str, type]) -> bool:
     return cls is not None and {"kind", *(f.name for f in dataclasses.fields(cls))} == x.keys()
 
 
-def node_from_json(x: Mapping, classes: Mapping[str, type] = OWN) -> Any:
-    """The node, with shapes in the place of arrays."""
-    cls = classes[x["kind"]]
+def node_from_json(x: Mapping, classes: Mapping[str, type] | None = None) -> Any:
+    """The node, with shapes in the place of arrays, of one of these classes or of the library's."""
+    cls = (own_classes() if classes is None else classes)[x["kind"]]
     values = {}
     for field in dataclasses.fields(cls):
         value = x[field.name]
