@@ -78,9 +78,9 @@ class LowRank(Node):
           base: the leaf; may be None where an update is added to it.
         """
         del base
-        rank = max(getattr(n, "rank", 0) for n in nodes) if rank is None else rank
+        room = max(getattr(n, "rank", 0) for n in nodes) if rank is None else rank
         dtype = jnp.result_type(*(x.dtype for n in nodes for x in jax.tree.leaves(n)))
-        a, b = (jnp.zeros(s, dtype) for s in self.geometry.factor_shapes(self.shape, rank))
+        a, b = (jnp.zeros(s, dtype) for s in self.geometry.factor_shapes(self.shape, room))
         return dataclasses.replace(self, a=a, b=b, scale=1.0, dropout=0.0)
 
     def fitted(self, like: Any) -> Any:
@@ -221,7 +221,7 @@ class Full(Node):
         return self.value.astype(base.dtype)
 
     def labels(self) -> Full:
-        return Full("full")
+        return dataclasses.replace(self, value="full")
 
     def empty(self, nodes: Sequence[Any], rank: int | None, base: Any) -> Full:
         del nodes, rank

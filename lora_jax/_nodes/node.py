@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -112,11 +113,11 @@ class Node:
             size |= dict(zip(dims, getattr(self, name).shape))
         return tuple(size[d] for d in sorted(size.keys() - {RANK, None}))
 
-    def _each(self, fn: Any) -> Any:
+    def _each(self, fn: Callable[[str], Any]) -> Any:
         """The node with fn(name) in the place of each array."""
-        values = {name: getattr(self, name) for name in array_names(self)}
-        of = {k: jax.tree.map(lambda _, k=k: fn(k), x) for k, x in values.items()}
-        return dataclasses.replace(self, **of)
+        node: Any = self
+        each = lambda name: jax.tree.map(lambda _: fn(name), getattr(node, name))
+        return dataclasses.replace(node, **{name: each(name) for name in array_names(node)})
 
 
 def array_names(node: Any) -> list[str]:

@@ -16,7 +16,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.adapters import choose
-from lora_jax._nodes.node import Node, is_node
+from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import checked
 
 
@@ -123,7 +123,7 @@ def put(stacked: Any, index: Any, adapters: Any | None) -> Any:
     return jax.tree.map(lambda all_, new: all_.at[index].set(new), stacked, one)
 
 
-def _slot(nodes: Sequence[Node], rank: int | None, base: Any) -> Any:
+def _slot(nodes: Sequence[Any], rank: int | None, base: Any) -> Any:
     """An empty slot for these nodes of one leaf."""
     first = nodes[0]
     if base is None and first.lost is not None:
@@ -134,7 +134,7 @@ def _slot(nodes: Sequence[Node], rank: int | None, base: Any) -> Any:
     return first.empty(nodes, rank, base)
 
 
-def _fitted(node: Node | None, like: Node) -> Any:
+def _fitted(node: Any, like: Any) -> Any:
     """A node as the slot has it; None is an empty slot."""
     if node is None:
         return like

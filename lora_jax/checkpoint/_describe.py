@@ -113,7 +113,8 @@ def config_from_json(x: Mapping) -> LoRAConfig | None:
 
 
 def _plain(x: Any) -> Any:
-    if dataclasses.is_dataclass(x) and not callable(x):
+    has_fields = dataclasses.is_dataclass(x) and not callable(x)  # a rule, a geometry
+    if has_fields:
         return {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
     if isinstance(x, re.Pattern):
         return {"regex": x.pattern, "flags": x.flags}

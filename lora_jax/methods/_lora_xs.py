@@ -120,16 +120,12 @@ def init_lora_xs(
         r = std * jax.random.normal(path_key(key, path), (*batch, t.rank, t.rank), dtype)
         return LoRAXS(r, shape=t.shape, **static_of(t))
 
-    frozen = {
-        path: LoRA(
-            *_principal(jnp.asarray(value(leaves[path])), t.geometry, t.rank, jnp.dtype(dtype)),
-            t.scale,
-            t.geometry,
-            t.dropout,
-            t.embedding,
-        )
-        for path, t in targets.lora.items()
-    }
+    def vectors(path: str, t: Target) -> LoRA:
+        w = jnp.asarray(value(leaves[path]))
+        a, b = _principal(w, t.geometry, t.rank, jnp.dtype(dtype))
+        return LoRA(a, b, t.scale, t.geometry, t.dropout, t.embedding)
+
+    frozen = {path: vectors(path, t) for path, t in targets.lora.items()}
     return tree_of(key, params, targets, node), nest(frozen)
 
 

@@ -135,11 +135,11 @@ def init_vera(
         return VeRA(*vectors, shape=t.shape, **static_of(t, scale=1.0))
 
     sizes = [(*t.geometry.sizes(t.shape)[1:], t.rank) for t in targets.lora.values()]
-    n_in, n_out, rank = map(max, zip(*sizes, (1, 1, 1)))
+    n_in, n_out, widest = map(max, zip(*sizes, (1, 1, 1)))
 
     def he(name: str, shape: tuple[int, int], fan_in: int) -> jax.Array:
         bound = math.sqrt(6 / fan_in)
         return jax.random.uniform(path_key(key, f"vera/{name}"), shape, dtype, -bound, bound)
 
-    frozen = {"a": he("a", (n_in, rank), n_in), "b": he("b", (rank, n_out), rank)}
+    frozen = {"a": he("a", (n_in, widest), n_in), "b": he("b", (widest, n_out), widest)}
     return tree_of(key, params, targets, node), frozen

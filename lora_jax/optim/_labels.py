@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -74,15 +75,13 @@ def lora_plus(
     >>> import optax, lora_jax as lora
     >>> tx = lora.optim.lora_plus(optax.adam, 1e-4, ratio=16)
     """
-
-    def times(x: Any) -> Any:
-        return (lambda step: ratio * x(step)) if callable(x) else ratio * x
-
+    scheduled = lambda step: ratio * learning_rate(step)
+    fast = scheduled if callable(learning_rate) else ratio * learning_rate
     slow = make(learning_rate)
     own = make(learning_rate if embedding_learning_rate is None else embedding_learning_rate)
-    of = {
+    of: dict[Hashable, optax.GradientTransformation] = {
         "a": slow,
-        "b": make(times(learning_rate)),
+        "b": make(fast),
         "full": slow,
         "magnitude": slow,
         "embedding_a": own,
