@@ -42,7 +42,9 @@ class LowRank(Node):
     def dims(self) -> dict[str, tuple[int, ...]]:
         return {"a": self.geometry.a_dims, "b": self.geometry.b_dims}
 
-    shape = property(Node.spanned)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spanned()
 
     def weight(self, base: Any, path: str, key: jax.Array | None = None) -> AdaptedWeight:
         """`base` with this update beside it; nothing is computed but the masks' key data."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 from jax.sharding import PartitionSpec
@@ -42,9 +42,16 @@ class Node:
            [2., 2., 2.]], dtype=float32)
     """
 
-    shape: Any
-    dims: Any = {}  # noqa: RUF012
     lost: ClassVar[str | None] = None
+
+    if TYPE_CHECKING:  # else no subclass could have it as a field
+
+        @property
+        def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dims(self) -> Mapping[str, tuple[Any, ...]]:
+        return {}
 
     def factors(self, frozen: Any = None) -> Any:
         """The node with the same update that `bind` understands; itself, where it is one.
@@ -77,7 +84,7 @@ class Node:
         geometry = getattr(self, "geometry", None)
         if geometry is not None and not geometry.covers(len(shape)):
             return f"the leaf has shape {shape}, the adapter was made for {self.shape}, {geometry}"
-        size = dict(enumerate(shape))
+        size: dict[Any, Any] = dict(enumerate(shape))
         for name, dims in self.dims.items():
             found = tuple(getattr(self, name).shape)
             for d, n in zip(dims, found):
@@ -108,7 +115,7 @@ class Node:
 
     def spanned(self) -> tuple[int, ...]:
         """The shape of a leaf each axis of which some array runs along."""
-        size = {}
+        size: dict[Any, int] = {}
         for name, dims in self.dims.items():
             size |= dict(zip(dims, getattr(self, name).shape))
         return tuple(size[d] for d in sorted(size.keys() - {RANK, None}))
