@@ -67,7 +67,8 @@ class Node:
         return self
 
     def weight(self, base: Any, path: str, key: jax.Array | None = None) -> Any:
-        """What `bind` puts there: an `AdaptedWeight`, or an array in the base's place.
+        """What `bind` puts there: an `AdaptedWeight`, or an array in the base's place, of its
+        dtype.
 
         Args:
           base: the leaf, an array or a `Quantized`.
@@ -102,7 +103,7 @@ class Node:
         """The plain array that the leaf becomes; with sign −1 the update is subtracted."""
         weight = self.weight(base, "")
         if not is_weight(weight):
-            return weight
+            return weight.astype(base.dtype)
         return dataclasses.replace(weight, scale=sign * weight.scale).materialise()
 
     def specs(self, spec: PartitionSpec) -> Any:
