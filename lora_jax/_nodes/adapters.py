@@ -42,7 +42,9 @@ class LowRank(Node):
     def dims(self) -> dict[str, tuple[int, ...]]:
         return {"a": self.geometry.a_dims, "b": self.geometry.b_dims}
 
-    shape = property(Node.spanned)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spanned()
 
     def weight(self, base: Any, path: str, key: jax.Array | None = None) -> AdaptedWeight:
         """`base` with this update beside it; nothing is computed but the masks' key data."""
@@ -282,17 +284,3 @@ class Rows(Node):
         if self.index != like.index:
             raise LoRAError(f"expected the rows {like.index}, found {self.index}")
         return dataclasses.replace(self, value=self.value.astype(like.value.dtype))
-
-
-def choose(stacked: Any, index: Any) -> Any:
-    """The adapters of a number, or of an array of numbers, one for each example; -1 for none.
-
-    Args:
-      stacked: as from `stack`.
-      index: an integer, or (B,) integers, traced ones too: another choice never recompiles. What
-        has no slot gives NaN.
-
-    Returns:
-      Adapters for `bind`; of an array, with an axis of B in front, for `jax.vmap`.
-    """
-    return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="fill"), stacked)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 from jax.sharding import PartitionSpec
@@ -42,9 +42,16 @@ class Node:
            [2., 2., 2.]], dtype=float32)
     """
 
-    shape: Any
-    dims: Any = {}  # noqa: RUF012
     lost: ClassVar[str | None] = None
+
+    if TYPE_CHECKING:  # else no subclass could have it as a field
+
+        @property
+        def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dims(self) -> Mapping[str, tuple[Any, ...]]:
+        return {}
 
     def factors(self, frozen: Any = None) -> Any:
         """The node with the same update that `bind` understands; itself, where it is one.
@@ -60,7 +67,8 @@ class Node:
         return self
 
     def weight(self, base: Any, path: str, key: jax.Array | None = None) -> Any:
-        """What `bind` puts there: an `AdaptedWeight`, or an array in the base's place.
+        """What `bind` puts there: an `AdaptedWeight`, or an array in the base's place, of its
+        dtype.
 
         Args:
           base: the leaf, an array or a `Quantized`.
@@ -77,7 +85,7 @@ class Node:
         geometry = getattr(self, "geometry", None)
         if geometry is not None and not geometry.covers(len(shape)):
             return f"the leaf has shape {shape}, the adapter was made for {self.shape}, {geometry}"
-        size = dict(enumerate(shape))
+        size: dict[Any, Any] = dict(enumerate(shape))
         for name, dims in self.dims.items():
             found = tuple(getattr(self, name).shape)
             for d, n in zip(dims, found):
@@ -95,7 +103,7 @@ class Node:
         """The plain array that the leaf becomes; with sign −1 the update is subtracted."""
         weight = self.weight(base, "")
         if not is_weight(weight):
-            return weight
+            return weight.astype(base.dtype)
         return dataclasses.replace(weight, scale=sign * weight.scale).materialise()
 
     def specs(self, spec: PartitionSpec) -> Any:
@@ -108,7 +116,7 @@ class Node:
 
     def spanned(self) -> tuple[int, ...]:
         """The shape of a leaf each axis of which some array runs along."""
-        size = {}
+        size: dict[Any, int] = {}
         for name, dims in self.dims.items():
             size |= dict(zip(dims, getattr(self, name).shape))
         return tuple(size[d] for d in sorted(size.keys() - {RANK, None}))

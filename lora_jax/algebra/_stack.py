@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, map_with_path, nest
-from lora_jax._nodes.adapters import choose
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import checked
 
@@ -81,6 +80,20 @@ def stack(
         out[path] = jax.tree.map(lambda *x: jnp.stack(x), *slots)
     raise_all("these adapters cannot be stacked:", failures, "they must be of one base")
     return nest(out)
+
+
+def choose(stacked: Any, index: Any) -> Any:
+    """The adapters of a number, or of an array of numbers, one for each example; -1 for none.
+
+    Args:
+      stacked: as from `stack`.
+      index: an integer, or (B,) integers, traced ones too: another choice never recompiles. What
+        has no slot gives NaN.
+
+    Returns:
+      Adapters for `bind`; of an array, with an axis of B in front, for `jax.vmap`.
+    """
+    return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="fill"), stacked)
 
 
 def put(stacked: Any, index: Any, adapters: Any | None) -> Any:

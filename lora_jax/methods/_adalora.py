@@ -17,7 +17,7 @@ from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.factors import factors
 from lora_jax._nodes.indirect import Indirect
-from lora_jax._nodes.node import Node, is_node
+from lora_jax._nodes.node import is_node
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
 from lora_jax.methods._tree import along_rank, static_of, targets_of, tree_of
@@ -48,7 +48,9 @@ class AdaLoRA(Indirect):
         g = self.geometry
         return {"p": g.a_dims, "lam": (*g.batch_axes, RANK), "q": g.b_dims}
 
-    shape = property(Node.spanned)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spanned()
 
     def factors(self, frozen: Any = None) -> LoRA:
         """P and Λ·Q; it needs nothing frozen."""

@@ -1,4 +1,4 @@
-"""The first adapters of VeRA, LoRA-XS and AdaLoRA, and what they keep frozen."""
+"""What the methods with nodes of their own share: their trees, and reading what is frozen."""
 
 from __future__ import annotations
 

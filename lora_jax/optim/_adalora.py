@@ -221,7 +221,8 @@ def _each(fn, node: AdaLoRA, *others: AdaLoRA) -> AdaLoRA:
 
 
 def _lam(node: AdaLoRA, value: Any) -> AdaLoRA:
-    return dataclasses.replace(node, p=optax.MaskedNode(), lam=value, q=optax.MaskedNode())
+    nothing: Any = optax.MaskedNode()
+    return dataclasses.replace(node, p=nothing, lam=value, q=nothing)
 
 
 def _means(grads, params, state: AdaLoRAState, beta1: float, beta2: float) -> tuple[Any, Any]:
