@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax._src import core, source_info_util
 from jax._src.interpreters import partial_eval
-from jax.extend.core import Literal, jaxpr_as_fun
+from jax.extend.core import Literal, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 
 __all__ = [
     "CALLS",
@@ -17,6 +21,7 @@ __all__ = [
     "abstract",
     "eqn_context",
     "explicit_sharding",
+    "instantiated",
     "is_unspecified",
     "jaxpr_as_fun",
     "live",
@@ -24,6 +29,7 @@ __all__ = [
     "one_device",
     "opened",
     "out_avals",
+    "primitive",
     "same_vma",
     "scopes",
     "scan_counts",
@@ -76,7 +82,7 @@ def is_unspecified(sharding: Any) -> bool:
 
 
 @contextlib.contextmanager
-def eqn_context(eqn: Any, scopes: slice = slice(None)):
+def eqn_context(eqn: Any, scopes: slice = slice(None)) -> Iterator[None]:
     """Binds what follows under an equation's own scopes, source line and JAX configuration."""
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack[scopes]
     traceback = eqn.source_info.traceback
@@ -112,13 +118,15 @@ def manual(x: Any) -> bool:
     return manual in jax.typeof(x).sharding.mesh.axis_types
 
 
-def vary(x: Any, axes: Any) -> Any:
+def vary(x: Any, axes: Iterable[str]) -> Any:
     """x, varying over `axes` as well."""
     missing = tuple(sorted(set(axes) - varying(x)))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def abstract(shape, dtype, sharding, arrays) -> jax.ShapeDtypeStruct:
+def abstract(
+    shape: Sequence[int], dtype: Any, sharding: Any, arrays: Sequence[Any]
+) -> jax.ShapeDtypeStruct:
     """The type of what is made of arrays: with a sharding, if that is part of theirs, and varying
     over the manual mesh axes that any of them varies over."""
     if not all(isinstance(x, jax.core.Tracer | jax.Array) for x in arrays):
@@ -130,7 +138,7 @@ def abstract(shape, dtype, sharding, arrays) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where, manual_axis_type=manual)
 
 
-def out_avals(fn: Any, avals: tuple) -> list:
+def out_avals(fn: Callable, avals: tuple) -> list:
     """The types of fn's outputs, with shardings and the manual mesh axes that they vary over."""
     return list(jax.make_jaxpr(fn)(*avals).out_avals)
 
@@ -159,3 +167,93 @@ def staging() -> bool:
             return True
         trace = getattr(trace, "parent_trace", None)
     return False
+
+
+def primitive(
+    name: str,
+    impl: Callable,
+    *,
+    jvp: Callable | None = None,
+    transpose: Callable | None = None,
+    batch: Callable | None = None,
+    derived: Callable | None = None,
+    cpu: Callable | None = None,
+) -> Primitive:
+    """A primitive with several results that lowers to the plain function `impl(*args, **params)`.
+
+    Its rules see plain values: None is a tangent or cotangent that is zero, a linear argument of a
+    transpose is its type, and a batched argument has the new axis in front.
+
+      jvp(primals, tangents, **params) -> (results, their tangents)
+      transpose(cotangents, *args, **params) -> the cotangents of the arguments
+      batch(size, args, batched, **params) -> (results, which of them are batched)
+
+    Without a rule, `derived`, by default `impl`, is differentiated or batched. `cpu` is lowered in
+    the place of `impl` on CPUs.
+    """
+    p = Primitive(name)
+    p.multiple_results = True
+    derived = derived or impl
+
+    @functools.lru_cache(maxsize=1024)
+    def jitted(**params: Any) -> Callable:
+        return jax.jit(functools.partial(p.bind, **params))
+
+    @functools.lru_cache(maxsize=1024)
+    def avals(*args: Any, **params: Any) -> list:
+        return out_avals(functools.partial(impl, **params), args)
+
+    def jvp_rule(primals: Sequence, tangents: Sequence, **params: Any) -> tuple[list, list]:
+        if jvp is None:
+            tangents = tuple(map(ad.instantiate_zeros, tangents))
+            return jax.jvp(functools.partial(derived, **params), tuple(primals), tangents)
+        outs, touts = jvp(primals, [_nonzero(t) for t in tangents], **params)
+        return outs, [_zero(y) if t is None else t for y, t in zip(outs, touts)]
+
+    def transpose_rule(cts: Sequence, *args: Any, **params: Any) -> list:
+        linear = [ad.is_undefined_primal(x) for x in args]
+        args = [x.aval if is_linear else x for x, is_linear in zip(args, linear)]
+        cts = [_nonzero(ct) for ct in cts]
+        some = any(ct is not None for ct in cts)
+        outs = transpose(cts, *args, **params) if some else [None] * len(args)
+        zero = lambda x, out: ad.Zero(x) if out is None else out
+        return [
+            zero(x, out) if is_linear else None for x, out, is_linear in zip(args, outs, linear)
+        ]
+
+    def batch_rule(args: Sequence, dims: Sequence, **params: Any) -> tuple[list, list]:
+        # dims: the batched axis of each argument, or None
+        (size,) = {x.shape[d] for x, d in zip(args, dims) if d is not None}
+        args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims)]
+        batched = [d is not None for d in dims]
+        if batch is None:
+            fn = jax.vmap(functools.partial(derived, **params), [0 if b else None for b in batched])
+            outs = fn(*args)
+            return outs, [0] * len(outs)
+        outs, batched = batch(size, args, batched, **params)
+        return outs, [0 if b else None for b in batched]
+
+    p.def_impl(lambda *args, **params: jitted(**params)(*args))
+    p.def_abstract_eval(avals)
+    mlir.register_lowering(p, mlir.lower_fun(impl, multiple_results=True))
+    if cpu is not None:
+        mlir.register_lowering(p, mlir.lower_fun(cpu, multiple_results=True), platform="cpu")
+    ad.primitive_jvps[p] = jvp_rule
+    if transpose is not None:
+        ad.primitive_transposes[p] = transpose_rule
+    batching.primitive_batchers[p] = batch_rule
+    return p
+
+
+def _nonzero(tangent: Any) -> Any:
+    return None if type(tangent) is ad.Zero else tangent
+
+
+def _zero(primal: Any) -> ad.Zero:
+    return ad.Zero(jax.typeof(primal).to_tangent_aval())
+
+
+def instantiated(primals: Sequence[Any], tangents: Sequence[Any]) -> list:
+    """The tangents as arrays: zeros of the primal's type for None."""
+    full = lambda x: ad.instantiate_zeros(_zero(x))
+    return [full(x) if t is None else t for x, t in zip(primals, tangents)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,40 +11,48 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-Labels = Sequence[Hashable]
+Labels = Sequence[Hashable]  # one for each axis of an array; equal ones are the same axis
+
+# All arithmetic is by operators of jax.lax: those of jax.numpy are several times slower to trace.
 
 
-# Operators of jax.lax: those of jax.numpy are several times slower to trace.
-
-
-def cast(x, dtype) -> jax.Array:
+def cast(x: jax.Array, dtype: Any) -> jax.Array:
     return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
 
 
-def wide(dtype):
+def wide(dtype: Any) -> Any:
     """The type in which updates are added to weights of `dtype`: fp32, or the weights' if wider."""
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
-def times(x, scale: float) -> jax.Array:
+def times(x: jax.Array, scale: float) -> jax.Array:
     """`x` times a constant, in x's dtype."""
     return x if scale == 1.0 else lax.mul(x, np.asarray(scale, x.dtype))
 
 
-def plus(y, delta) -> jax.Array:
+def plus(y: jax.Array, delta: jax.Array) -> jax.Array:
     """`y + delta` in y's dtype."""
     return lax.add(y, cast(delta, y.dtype))
 
 
-def spread(y, have: Labels, out: Labels, shape: Sequence[int]):
+def along(y: jax.Array, have: Labels, out: Labels, shape: Sequence[int]) -> jax.Array:
     """`y` of labels `have`, a subsequence of `out`, in the full shape: constant along the rest."""
     if y.shape == tuple(shape):
         return y
     return lax.broadcast_in_dim(y, shape, [out.index(d) for d in have])
 
 
-def contract(x, xl: Labels, y, yl: Labels, out: Labels, sharding=None, **params) -> jax.Array:
-    """Einstein summation of two arrays with labelled axes, as one dot_general.
+def contract(
+    x: jax.Array,
+    xl: Labels,
+    y: jax.Array,
+    yl: Labels,
+    out: Labels,
+    sharding: NamedSharding | PartitionSpec | None = None,
+    **params,
+) -> jax.Array:
+    """Einstein summation of two arrays with labelled axes, as one dot_general: x (T, in) of labels
+    `xl` and A (in, r) of labels `yl` give x·A (T, r) of labels `out`.
 
     Labels that only one operand has and `out` lacks are summed first. `sharding` is the result's,
     where shardings are part of types; `params` are dot_general's precision and
@@ -58,6 +67,7 @@ def contract(x, xl: Labels, y, yl: Labels, out: Labels, sharding=None, **params)
         tuple(tuple(labels.index(d) for d in group) for labels in (xl, yl))
         for group in (summed, batch)
     )
+    # dot_general gives the batch axes first, then what is left of x, then what is left of y
     zl = [*batch, *(d for d in xl if d not in both), *(d for d in yl if d not in both)]
     if sharding is not None:
         axis = dict(zip(out, getattr(sharding, "spec", sharding)))
@@ -69,7 +79,8 @@ def contract(x, xl: Labels, y, yl: Labels, out: Labels, sharding=None, **params)
     return z if order == sorted(order) else lax.transpose(z, order)
 
 
-def _sum_lone(x, xl, yl, out):
+def _sum_lone(x: jax.Array, xl: Labels, yl: Labels, out: Labels) -> tuple[jax.Array, Labels]:
+    """x summed over its labels that neither the other operand nor the result has, and the rest."""
     lone = tuple(i for i, d in enumerate(xl) if d not in yl and d not in out)
     if not lone:
         return x, tuple(xl)

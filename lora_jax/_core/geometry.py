@@ -1,4 +1,8 @@
-"""Which axis is which: of a weight, and of the factors that run along its axes."""
+"""Which axis is which: of a weight, and of the factors that run along its axes.
+
+Shapes: W (in, out), A (in, r), B (r, out), each with the same batch axes in front, and in and out
+any number of axes, which in W stand in any order.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +68,9 @@ class Geometry:
             for axes in (self.batch_axes, self.in_axes, self.out_axes)
         )
 
-    def factor_shapes(self, shape: tuple[int, ...], rank: int):
+    def factor_shapes(
+        self, shape: tuple[int, ...], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B for a weight of `shape`."""
         size = dict(enumerate(shape)) | {RANK: rank}
         return tuple(size[d] for d in self.a_dims), tuple(size[d] for d in self.b_dims)
@@ -80,21 +86,21 @@ class Factor:
     """An array and, for each of its axes, the axis of the weight that it runs along (or RANK)."""
 
     value: jax.Array
-    dims: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    dims: tuple[int, ...] = static()
 
     def has(self, dim: int) -> bool:
         return dim in self.dims
 
     def size(self, dim: int) -> int:
-        return self.value.shape[self.dims.index(dim) - len(self.dims)]  # of a stack: its own
+        # from the end: the arrays of a stack of adapters have one more axis in front
+        return self.value.shape[self.dims.index(dim) - len(self.dims)]
 
     def relabel(self, label: Mapping[int, int]) -> Factor:
         """Renames the axes; those of size 1 without a new name are squeezed out."""
         gone = tuple(i for i, d in enumerate(self.dims) if d != RANK and d not in label)
         value = jax.lax.squeeze(self.value, gone) if gone else self.value
-        return Factor(
-            value, tuple(d if d == RANK else label[d] for d in self.dims if d == RANK or d in label)
-        )
+        label = {**label, RANK: RANK}
+        return Factor(value, tuple(label[d] for d in self.dims if d in label))
 
     def order(self, dims: tuple[int, ...]) -> Factor:
         """The same factor with its axes in the given order."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,31 +12,43 @@ from jax import lax
 from lora_jax._core import compat
 
 
-def tied(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """`codes`, but not before `x` is there; see `after`, which this is for integers."""
-    if not x.size or not compat.one_device(x) or not compat.one_device(codes):
-        return lax.optimization_barrier((x, codes))[1]
-    first = lax.squeeze(lax.slice(x, [0] * x.ndim, [1] * x.ndim), range(x.ndim))
-    bits = lax.bitcast_convert_type(first, np.dtype(f"int{8 * x.dtype.itemsize}"))
-    zero = np.zeros((), bits.dtype)
-    unseen = lax.clamp(zero, bits, zero)  # 0, which XLA does not foresee
-    raw = codes if jnp.issubdtype(codes.dtype, jnp.integer) else lax.bitcast_convert_type(
-        codes, jnp.uint8
-    )  # fmt: skip
-    raw = raw + lax.convert_element_type(unseen, raw.dtype)
-    return raw if raw.dtype == codes.dtype else lax.bitcast_convert_type(raw, codes.dtype)
+def ordered(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`y`, but not before `x` is there.
 
-
-def after(x, a):
-    """`a`, but not before `x` is there.
-
-    XLA drops optimization barriers on the CPU before it schedules; so `a` is multiplied by a one
-    that it does not foresee, a clamp of the bits of one element of x between 1 and 1. Of a sharded
-    x that element would have to be sent around; there a barrier has to do.
+    An optimization barrier, but on CPUs, where XLA drops barriers before it schedules. A primitive
+    with a lowering of its own for CPUs is one equation, and right when lowered for another machine.
     """
-    if not x.size or not compat.one_device(x):
-        return lax.optimization_barrier((x, a))[1]
+    # The trick takes one element of x, which of a sharded x would have to be sent around.
+    if not x.size or not compat.one_device(x) or not compat.one_device(y):
+        return _barrier(x, y)[0]
+    return ordered_p.bind(x, y)[0]
+
+
+def _barrier(x: jax.Array, y: jax.Array) -> list[jax.Array]:
+    return [lax.optimization_barrier((x, y))[1]]
+
+
+def _times_one(x: jax.Array, y: jax.Array) -> list[jax.Array]:
+    """y times a one that XLA does not foresee: the bits of an element of x, clamped to [1, 1]."""
     first = lax.squeeze(lax.slice(x, [0] * x.ndim, [1] * x.ndim), range(x.ndim))
     bits = lax.bitcast_convert_type(first, np.dtype(f"int{8 * x.dtype.itemsize}"))
     one = np.ones((), bits.dtype)
-    return lax.mul(a, lax.convert_element_type(lax.clamp(one, bits, one), a.dtype))
+    # codes of 8-bit floats as whole numbers: their products are slow, and not exact everywhere
+    whole = y.dtype.itemsize == 1 and jnp.issubdtype(y.dtype, jnp.floating)
+    raw = lax.bitcast_convert_type(y, jnp.uint8) if whole else y
+    raw = lax.mul(raw, lax.convert_element_type(lax.clamp(one, bits, one), raw.dtype))
+    return [lax.bitcast_convert_type(raw, y.dtype) if whole else raw]
+
+
+def _jvp(primals: Sequence, tangents: Sequence) -> tuple[list, list]:
+    # y does not depend on x, and its tangent need not wait
+    return ordered_p.bind(*primals), [tangents[1]]
+
+
+def _batch(size: int, args: Sequence, batched: Sequence[bool]) -> tuple[list, list[bool]]:
+    # after the whole batch of x: an unbatched y stays one
+    del size
+    return ordered_p.bind(*args), [batched[1]]
+
+
+ordered_p = compat.primitive("ordered", _barrier, jvp=_jvp, batch=_batch, cpu=_times_one)

@@ -1,10 +1,13 @@
-"""The low-rank contraction: all adapted weights that multiply one input, grouped and planned."""
+"""The low-rank contraction: all adapted weights that multiply one input, grouped and planned.
+
+Shapes: x (T, in), A (in, r), x·A (T, r), B (r, out); for x·Wᵀ, A and B change places.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +19,9 @@ from lora_jax._core.geometry import RANK, SEED_IMPL, Factor
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._products.group import Group, Member
 from lora_jax._products.linear import adapted
-from lora_jax._products.plan import Plan, choose
+from lora_jax._products.plan import Plan, planned
+
+Labelled = tuple[jax.Array, tuple[Hashable, ...]]  # an array, and the labels of its axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +30,11 @@ class Product:
 
     Attributes:
       w: the weight; wl labels its axes, those that meet an axis of x by that axis's label.
-      out: the labels of the result.
-      dtype: of the result.
-      params: dot_general's.
-      weight_first: whether the weight is its first operand.
-      base: x·W as the model wrote it, for what is not `whole`: x of integers, a given sharding.
+      out, dtype: the labels of the result, and its type.
+      params: those of the model's dot_general; weight_first: whether W is its first operand.
+      base: gives x·W as the model wrote it, for a product that is not `whole`.
+      whole: whether x·W is made together with the update; not so where x is of integers, or the
+        model gives the result a sharding.
       use: a number that no other use has.
     """
 
@@ -44,15 +49,15 @@ class Product:
     use: int
 
     @property
-    def where(self):
-        """(mesh, {label of the result: mesh axis} as pairs) that the model gave, or None."""
+    def where(self) -> tuple[Any, tuple] | None:
+        """(mesh, pairs of a label of the result and its mesh axis) that the model gave, or None."""
         sharding = self.params.get("out_sharding")
         if sharding is None:
             return None
         spec = getattr(sharding, "spec", sharding)
         return getattr(sharding, "mesh", None), (*zip(self.out, spec),)
 
-    def factors(self, x, xl):
+    def factors(self, x: jax.Array, xl: Labels) -> tuple[Labelled, Labelled]:
         """(first, second) factor, with labels: A then B for x·W, B then A for x·Wᵀ.
 
         The one that makes the cheaper first product comes first.
@@ -61,7 +66,7 @@ class Product:
         size = dict(zip(xl, x.shape)) | dict(zip(self.wl, self.w.shape))
         size[RANK] = self.w.a.size(RANK)
 
-        def flops(first, second):
+        def flops(first: Factor, second: Factor) -> int:
             fl, sl = ([label[d] for d in f.dims] for f in (first, second))
             hl = [d for d in dict.fromkeys([*xl, *fl]) if d in self.out or d in sl]
             cost = lambda *labels: math.prod(size[d] for d in {*labels[0], *labels[1]})
@@ -69,6 +74,7 @@ class Product:
 
         a, b = self.w.a, self.w.b
         first, second = min(((a, b), (b, a)), key=lambda pair: flops(*pair))
+        # Those that meet x in x's order, then the rank: only equal orders share a product.
         order = sorted(first.dims, key=lambda d: (d == RANK, _place(label[d], xl), d))
         first = first.order(tuple(order))
         return _labelled(first, label), _labelled(second, label)
@@ -78,22 +84,25 @@ def _place(label: Hashable, xl: Labels) -> int:
     return xl.index(label) if label in xl else len(xl)
 
 
-def _labelled(f: Factor, label):
+def _labelled(f: Factor, label: Mapping[int, Hashable]) -> Labelled:
     return f.value, tuple(label[d] for d in f.dims)
 
 
-def contracted(x, xl: Labels, products: Sequence[Product], mode: str) -> list:
+def contracted(
+    x: jax.Array, xl: Labels, products: Sequence[Product], mode: str
+) -> list[tuple[jax.Array, Plan]]:
     """(result, plan) of each product. Those whose A run along the same axes of x are one group."""
     groups: dict[Any, list[int]] = {}
     parts = [p.factors(x, xl) for p in products]
     for i, (p, ((_, al), (_, bl))) in enumerate(zip(products, parts)):
         left = tuple(d for d in xl if d in p.out or d in bl)
+        # Not beside others: what has a dropout mask of its own, and A along other axes than x's.
         alone = i if p.w.drops or not {*al} <= {*xl, RANK} else None
         key = (al, left, p.params["precision"], p.whole, alone)
         groups.setdefault(key, []).append(i)
     done: dict[int, tuple] = {}
     for members in groups.values():
-        outs = _group(x, xl, [products[i] for i in members], [parts[i] for i in members], mode)
+        outs = _multiplied(x, xl, [products[i] for i in members], [parts[i] for i in members], mode)
         done |= dict(zip(members, outs))
     return [
         (p.w.gained(y, p.out, p.wl), plan)
@@ -101,12 +110,20 @@ def contracted(x, xl: Labels, products: Sequence[Product], mode: str) -> list:
     ]
 
 
-def _group(x, xl, products, parts, mode):
+def _multiplied(
+    x: jax.Array,
+    xl: Labels,
+    products: Sequence[Product],
+    parts: Sequence[tuple[Labelled, Labelled]],
+    mode: str,
+) -> list[tuple[jax.Array, Plan]]:
+    """The results of one group, and its plan."""
     first = products[0]
     whole = first.whole and not first.w.drops
     (_, al), _ = parts[0]
     plan = _plan(x, xl, products, parts, mode, whole)
     if not whole:
+        # x·W as the model wrote it, and the update of x as floats beside it
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else first.w.dtype
         bases = [p.base() for p in products]
         x = dropout(cast(x, dtype), first.w, first.use)
@@ -137,7 +154,14 @@ def _group(x, xl, products, parts, mode):
     return [(y, plan) for y in ys]
 
 
-def _plan(x, xl, products, parts, mode, whole) -> Plan:
+def _plan(
+    x: jax.Array,
+    xl: Labels,
+    products: Sequence[Product],
+    parts: Sequence[tuple[Labelled, Labelled]],
+    mode: str,
+    whole: bool,
+) -> Plan:
     first = products[0]
     size = dict(zip(xl, x.shape)) | dict(zip(first.wl, first.w.shape))
     inner = {d for d in first.wl if d in xl and d not in first.out}
@@ -154,10 +178,10 @@ def _plan(x, xl, products, parts, mode, whole) -> Plan:
     mergeable = mergeable and compat.one_device(x)
     inner_size = math.prod(size[d] for d in inner)
     mode = mode if whole else "factored"
-    return choose(mode, rows, inner_size, outs, ranks, x.dtype.itemsize, mergeable)
+    return planned(mode, rows, inner_size, outs, ranks, x.dtype.itemsize, mergeable)
 
 
-def _keeps_all_bits(p: Product, x) -> bool:
+def _keeps_all_bits(p: Product, x: jax.Array) -> bool:
     """Whether the product reads the weight in fp32 or wider, so that a small update of a large
     weight is not rounded away. In fp32, GPUs and TPUs do so only at the highest precision."""
     wide = all(v.dtype.itemsize >= 4 for v in (x, p.w.base))

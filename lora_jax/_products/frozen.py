@@ -1,22 +1,23 @@
 """Products with quantised weights that have no adapter.
 
 The weight is read for the product, and once more for the gradient of its input; it has none itself.
+Shapes: x (T, in), W (in, out) in codes, y (T, out); each axis has a label, so there may be more.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jax.interpreters import ad, batching
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, cast, contract
-from lora_jax._products.primitive import primitive
 from lora_jax._quantized.dot import dot
+from lora_jax._quantized.weight import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,25 +28,26 @@ class Frozen:
     wl: Labels
     out: Labels
     base: Any  # the structure of W's arrays
-    numbers: Any = None
+    numbers: Any = None  # dot_general's dimension_numbers, as the model wrote the product
     weight_first: bool = False
     precision: Any = None
     preferred: Any = None
 
     @property
-    def params(self):
+    def params(self) -> dict[str, Any]:
         return dict(precision=self.precision, preferred_element_type=self.preferred)
 
-    def weight(self, arrays):
+    def weight(self, arrays: Sequence[jax.Array]) -> Quantized:
         return jax.tree.unflatten(self.base, arrays)
 
 
-def product(x, w, how: Frozen):
+def product(x: jax.Array, w: Quantized, how: Frozen) -> jax.Array:
+    """x·W."""
     return frozen_p.bind(*compat.same_vma(x, *jax.tree.leaves(w)), how=how)[0]
 
 
-def _product(x, *arrays, how: Frozen):
-    def whole(x, w):
+def _product(x: jax.Array, *arrays: jax.Array, how: Frozen) -> list[jax.Array]:
+    def whole(x: jax.Array, w: jax.Array) -> jax.Array:
         if how.numbers is None:
             return contract(x, how.xl, w, how.wl, how.out, **how.params)
         operands = (w, x) if how.weight_first else (x, w)
@@ -54,40 +56,35 @@ def _product(x, *arrays, how: Frozen):
     return [dot(whole, x, how.xl, how.weight(arrays), how.wl, how.out, x, **how.params)]
 
 
-frozen_p = primitive("frozen_product", _product)
-
-
-def _jvp(primals, tangents, *, how: Frozen):
-    arrays = primals[1:]
+def _jvp(primals: Sequence, tangents: Sequence, *, how: Frozen) -> tuple[list, list]:
     y = frozen_p.bind(*primals, how=how)
-    if type(tangents[0]) is ad.Zero:
-        return y, [ad.Zero.from_primal_value(y[0])]
-    return y, frozen_p.bind(tangents[0], *arrays, how=how)
+    x, arrays = tangents[0], primals[1:]
+    return y, [None] if x is None else frozen_p.bind(x, *arrays, how=how)
 
 
-ad.primitive_jvps[frozen_p] = _jvp
-
-
-def _transpose(cts, x, *arrays, how: Frozen):
+def _transpose(cts: Sequence, x: Any, *arrays: jax.Array, how: Frozen) -> list:
     (g,) = cts
-    if type(g) is ad.Zero:
-        return [ad.Zero(x.aval)] + [None] * len(arrays)
     w = how.weight(arrays)
     labels = how.wl, how.xl
+    # dx (T, in) = g (T, out) · Wᵀ
     whole = lambda g, w: contract(g, how.out, w, *labels, precision=how.precision)
     dx = dot(whole, cast(g, w.dtype), how.out, w, *labels, g, precision=how.precision)
-    return [cast(dx, x.aval.dtype)] + [None] * len(arrays)
+    return [cast(dx, x.dtype)] + [None] * len(arrays)
 
 
-ad.primitive_transposes[frozen_p] = _transpose
-
-
-def _batch(args, dims, *, how: Frozen):
-    if any(d is not None for d in dims[1:]):
-        return jax.vmap(lambda *args: _product(*args, how=how), list(dims))(*args), [0]
+def _batch(
+    size: int, args: Sequence, batched: Sequence[bool], *, how: Frozen
+) -> tuple[list, list[bool]]:
+    del size
+    if any(batched[1:]):
+        fn = functools.partial(_product, how=how)
+        return jax.vmap(fn, [0 if b else None for b in batched])(*args), [True]
+    # another axis of x is another label, and the weight is read once for all
     new = ("batch", sum(isinstance(d, tuple) and d[0] == "batch" for d in how.out))
     how = dataclasses.replace(how, xl=(new, *how.xl), out=(new, *how.out), numbers=None)
-    return frozen_p.bind(jnp.moveaxis(args[0], dims[0], 0), *args[1:], how=how), [0]
+    return frozen_p.bind(*args, how=how), [True]
 
 
-batching.primitive_batchers[frozen_p] = _batch
+frozen_p = compat.primitive(
+    "frozen_product", _product, jvp=_jvp, transpose=_transpose, batch=_batch
+)

@@ -1,6 +1,8 @@
 """The products of one input with adapted weights, as a JAX primitive with a gradient of its own.
 
 y_i = x·W_i + s_i·(x·A_i)·B_i (arXiv:2106.09685, eq. 3), for all the weights that multiply one x.
+Shapes: x (T, in), A (in, r), x·A (T, r), B (r, out), W (in, out), y (T, out).
+
 What the automatic gradient of these lines does badly is done well here:
 
 * in the gradient of B it puts the cotangent, as large as the layer's output, on the left of a
@@ -19,30 +21,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import lax
-from jax.interpreters import ad, batching
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import cast, times
-from lora_jax._products.group import (
-    Group,
-    base,
-    factored,
-    gradient,
-    hidden,
-    through_merged,
-    to_outputs,
-    up,
-)
+from lora_jax._core.einsum import Labels, cast, times
+from lora_jax._products.group import Group, Member, base, factored, gradient, hidden, up
+from lora_jax._products.merged import through_merged
 from lora_jax._products.plan import Plan
-from lora_jax._products.primitive import primitive
 from lora_jax._quantized.dot import dot
 from lora_jax._quantized.weight import is_quantized, value
 
 
-def adapted(group: Group, x, a: Sequence, b: Sequence, w: Sequence = ()) -> list[jax.Array]:
+def adapted(
+    group: Group,
+    x: jax.Array,
+    a: Sequence[jax.Array],
+    b: Sequence[jax.Array],
+    w: Sequence = (),
+) -> list[jax.Array]:
     """The outputs of a group; without `w`, the updates alone."""
     if any(map(is_quantized, w)):
         group = dataclasses.replace(group, bases=jax.tree.structure(list(w)))
@@ -56,17 +55,22 @@ def _of_group(group: Group):
     return jax.jit(functools.partial(adapted_p.bind, group=group), inline=compat.INLINED)
 
 
-def _adapted(*args, group: Group):
+def _adapted(*args: jax.Array, group: Group) -> list[jax.Array]:
     x, a, b, w = group.split(args)
     if group.plan.infer:
-        return to_outputs(group, x, a, b, w)
+        return _by_merged(group, x, a, b, w)
     return factored(group, x, hidden(group, x, a), b, w)
 
 
-adapted_p = primitive("adapted_product", _adapted)
+def _by_merged(
+    group: Group, x: jax.Array, a: Sequence[jax.Array], b: Sequence[jax.Array], w: Sequence
+) -> list[jax.Array]:
+    """x·(W + s·A·B) of each member."""
+    product = lambda m, x, w_: m.sum([m.base(x, group.xl, w_)])
+    return through_merged(group, [x] * len(w), a, b, w, product)
 
 
-def _adapted_jvp(primals, tangents, *, group: Group):
+def _adapted_jvp(primals: Sequence, tangents: Sequence, *, group: Group) -> tuple[list, list]:
     x, a, b, w = group.split(primals)
     tx, ta, tb, tw = group.split(tangents)
     h = hidden(group, x, a)
@@ -75,37 +79,42 @@ def _adapted_jvp(primals, tangents, *, group: Group):
         ys = adapted_p.bind(*primals, group=dataclasses.replace(group, plan=plan))
     else:
         ys = factored(group, x, h, b, w)
-    moves = tuple(any(type(t) is not ad.Zero for t in ts) for ts in ([tx], ta, tb))
-    if not any(moves):
-        return ys, [ad.Zero.from_primal_value(y) for y in ys]
-    linear = [ad.instantiate_zeros(t) for ts, go in zip(([tx], ta, tb), moves) if go for t in ts]
-    tys = tangent_p.bind(*linear, x, *h, *primals[1:], group=group, moves=moves)
-    if not group.bases and any(t is not None and type(t) is not ad.Zero for t in tw):
-        # never so for a frozen base
-        dense = base(group, x, map(ad.instantiate_zeros, tw))
+    pairs = (([x], [tx]), (a, ta), (b, tb))
+    active = tuple(any(t is not None for t in ts) for _, ts in pairs)
+    if not any(active):
+        return ys, [None] * len(ys)
+    # x·A is a residual: the gradient of B needs it, and to save it is cheaper than to make it
+    linear = [t for pair, go in zip(pairs, active) if go for t in compat.instantiated(*pair)]
+    tys = tangent_p.bind(*linear, x, *h, *primals[1:], group=group, active=active)
+    if not group.bases and any(t is not None for t in tw):
+        # never so for a frozen base: x·tW
+        dense = base(group, x, compat.instantiated(w, tw))
         tys = [lax.add(t, m.sum([d])) for m, t, d in zip(group.members, tys, dense)]
     return ys, tys
 
 
-ad.primitive_jvps[adapted_p] = _adapted_jvp
+Active = tuple[bool, bool, bool]  # whether x, any A, any B has a tangent
 
 
-def _parts(group: Group, moves, args):
-    """(tx, tA, tB), None where they do not move; then x, x·A, A, B, W."""
+def _parts(group: Group, active: Active, args: Sequence) -> tuple:
+    """(tx, tA, tB), None where they are not active; then x·A, x, A, B, W."""
     n, args = len(group.members), iter(args)
     take = lambda size: [next(args) for _ in range(size)]
-    tx, ta, tb = (take(size) if go else None for size, go in zip((1, n, n), moves))
+    tx, ta, tb = (take(size) if go else None for size, go in zip((1, n, n), active))
     x, h = take(1), take(n)
     return (tx and tx[0], ta, tb), h, *group.split(x + list(args))
 
 
-def _tangent(*args, group: Group, moves, merge=None):
-    (tx, ta, tb), h, x, a, b, w = _parts(group, moves, args)
+def _tangent(
+    *args: jax.Array, group: Group, active: Active, merge: bool | None = None
+) -> list[jax.Array]:
+    """tx·W + (tx·A + x·tA)·B + (x·A)·tB of each member; `merge`: tx by the merged weight."""
+    (tx, ta, tb), h, x, a, b, w = _parts(group, active, args)
     based = w[0] is not None
     merge = based and (group.plan.backward if merge is None else merge)
     terms, th = [], []  # of y, of x·A
     if tx is not None and merge:
-        ys = to_outputs(group, tx, a, b, w)
+        ys = _by_merged(group, tx, a, b, w)
         terms.append([(y, m.out) for m, y in zip(group.members, ys)])
     elif tx is not None:
         terms += [base(group, tx, w)] if based else []
@@ -119,49 +128,53 @@ def _tangent(*args, group: Group, moves, merge=None):
     return [m.sum(t) for m, t in zip(group.members, zip(*terms))]
 
 
-tangent_p = primitive("adapted_tangent", _tangent)
-
-
-def _tangent_transpose(cts, *args, group: Group, moves):
-    (tx, ta, tb), h, x, a, b, w = _parts(group, moves, args)
-    live = [i for i, g in enumerate(cts) if type(g) is not ad.Zero]
-    pick = lambda values: [values[i] for i in live]
-    sub = dataclasses.replace(group, members=tuple(pick(group.members)))
-    dx, da, db = _gradients(sub, moves, pick(cts), x, *(pick(v) for v in (h, a, b, w)))
-
-    def back(values, like):
-        full = dict(zip(live, values))
-        return [full[i] if i in full else ad.Zero(t.aval) for i, t in enumerate(like)]
-
-    outs = [] if tx is None else [dx]
-    outs += [d for values, ts in ((da, ta), (db, tb)) if ts for d in back(values, ts)]
+def _tangent_transpose(cts: Sequence, *args, group: Group, active: Active) -> list:
+    _, h, x, a, b, w = _parts(group, active, args)
+    live = [i for i, g in enumerate(cts) if g is not None]
+    of_live = lambda values: [values[i] for i in live]
+    sub = dataclasses.replace(group, members=tuple(of_live(group.members)))
+    dx, da, db = _gradients(sub, active, of_live(cts), x, *map(of_live, (h, a, b, w)))
+    # in the order of the arguments: one for x, and for each member one for its A and its B
+    of_all = lambda values: [dict(zip(live, values)).get(i) for i in range(len(cts))]
+    to_x, to_a, to_b = active
+    outs = [dx] * to_x + (of_all(da) if to_a else []) + (of_all(db) if to_b else [])
     return outs + [None] * (len(args) - len(outs))
 
 
-ad.primitive_transposes[tangent_p] = _tangent_transpose
-
-
-def _gradients(group: Group, moves, g, x, h, a, b, w):
-    """Cotangents of x, of each A and of each B, None where they do not move."""
-    to_x, to_a, to_b = moves
+def _gradients(
+    group: Group,
+    active: Active,
+    g: Sequence[jax.Array],
+    x: jax.Array,
+    h: Sequence[jax.Array],
+    a: Sequence[jax.Array],
+    b: Sequence[jax.Array],
+    w: Sequence,
+) -> tuple[jax.Array | None, list[jax.Array] | None, list[jax.Array] | None]:
+    """Cotangents of x, of each A and of each B, None where they are not active."""
+    to_x, to_a, to_b = active
     members, hl, xl, al = group.members, group.hl, group.xl, group.al
     merge = group.plan.backward and w[0] is not None
     dx = da = db = None
     if to_b:
+        # (x·A)ᵀ·g: (r, T) · (T, out)
         db = [
             gradient(h_, hl, g_, m.out, m.bl, b_, m.precision)
             for m, h_, g_, b_ in zip(members, h, g, b)
         ]
     if to_a or (to_x and not merge):
+        # s·g·Bᵀ: (T, out) · (out, r)
         dh = [
             times(gradient(g_, m.out, cast(b_, h_.dtype), m.bl, hl, h_, m.precision), m.scale)
             for m, h_, g_, b_ in zip(members, h, g, b)
         ]
         dh = group.side_by_side(dh, hl)
     if to_a:
+        # xᵀ·(g·Bᵀ): (in, T) · (T, r)
         da = [gradient(x, xl, d, hl, al, a[0], group.precision) for d in dh]
         da = [cast(d, v.dtype) for d, v in zip(group.apart(da, al, group.ranks(a)), a)]
     if to_x:
+        # g·Wᵀ + (g·Bᵀ)·Aᵀ, or g·(W + s·A·B)ᵀ: (T, in)
         toward_x = functools.partial(_toward_x, x, xl)
         terms = []
         if merge:
@@ -175,30 +188,24 @@ def _gradients(group: Group, moves, g, x, h, a, b, w):
     return dx, da, db
 
 
-def _toward_x(x, xl, m, g, w):
+def _toward_x(x: jax.Array, xl: Labels, m: Member, g: jax.Array, w: Any) -> jax.Array:
     """A term of the cotangent of x, by W or by the merged weight."""
     whole = lambda g, w: gradient(g, m.out, w, m.wl, xl, x, m.precision)
     how = dict(precision=m.precision, preferred_element_type=x.dtype)
     return dot(whole, g, m.out, w, m.wl, xl, g, **how)
 
 
-def _adapted_batch(args, dims, *, group: Group):
+def _adapted_batch(
+    size: int, args: Sequence, batched: Sequence[bool], *, group: Group
+) -> tuple[list, list[bool]]:
     """Another axis of x is another label. Where the factors have it, so would the merged weight:
     then the plan is factored."""
-    (size,) = {v.shape[d] for v, d in zip(args, dims) if d is not None}
     x, a, b, w = group.split(args)
-    dx, da, db, dw = group.split(dims)
+    of_x, of_a, of_b, of_w = group.split(batched)
     new = ("batch", sum(d[0] == "batch" for d in group.members[0].out if isinstance(d, tuple)))
-    front = lambda values, dims, all_: [
-        v if d is None and not all_ else batching.bdim_at_front(v, d, size)
-        for v, d in zip(values, dims)
-    ]
-    factors = any(d is not None for d in (*da, *db))
-    weights = any(d is not None for d in jax.tree.leaves(dw))
-    if group.bases is not None:
-        if weights:
-            w = [jax.vmap(value, (d,))(v) if is_quantized(v) else v for v, d in zip(w, dw)]
-        dw = [(0 if weights else None) if is_quantized(d) else d for d in dw]
+    factors, weights = any((*of_a, *of_b)), any(jax.tree.leaves(of_w))
+    if weights:
+        w, of_w = zip(*map(_read, w, of_w))
     lead = lambda labels, has: (new, *labels) if has else labels
     members = tuple(
         dataclasses.replace(
@@ -211,29 +218,35 @@ def _adapted_batch(args, dims, *, group: Group):
         for m in group.members
     )
     plan = Plan(shared=group.plan.shared) if factors or weights else group.plan
-    batched = Group(lead(group.xl, dx is not None), lead(group.al, factors), members, plan)
-    (x,) = front([x], [dx], False)
-    w = [] if w[0] is None else front(w, dw, weights)
-    outs = adapted(batched, x, front(a, da, factors), front(b, db, factors), w)
-    return outs, [0] * len(outs)
+    whole = Group(lead(group.xl, of_x), lead(group.al, factors), members, plan)
+
+    def front(values: Sequence, batched: Sequence[bool], has: bool) -> list:
+        """All with the new axis, if any of their kind has it."""
+        wide = lambda v: lax.broadcast(v, (size,))
+        return [wide(v) if has and not one else v for v, one in zip(values, batched)]
+
+    w = [] if w[0] is None else front(w, of_w, weights)
+    ys = adapted(whole, x, front(a, of_a, factors), front(b, of_b, factors), w)
+    return ys, [True] * len(ys)
 
 
-batching.primitive_batchers[adapted_p] = _adapted_batch
+def _read(w: Any, batched: Any) -> tuple[jax.Array, bool]:
+    """A weight as an array, and whether it is batched, from which of its arrays are."""
+    if not is_quantized(w):
+        return w, batched
+    if not any(jax.tree.leaves(batched)):
+        return value(w), False
+    axes = jax.tree.map(lambda one: 0 if one else None, batched)
+    return jax.vmap(value, (axes,))(w), True
 
 
-def _tangent_batch(args, dims, **params):
-    fn = functools.partial(_tangent, **params, merge=False)
-    return jax.vmap(lambda xs: fn(*xs), in_axes=(list(dims),))(list(args)), [0] * len(
-        params["group"].members
-    )
+adapted_p = compat.primitive("adapted_product", _adapted, jvp=_adapted_jvp, batch=_adapted_batch)
 
 
-batching.primitive_batchers[tangent_p] = _tangent_batch
-
-
-def _tangent_jvp(primals, tangents, **params):
-    fn = functools.partial(_tangent, **params, merge=False)
-    return jax.jvp(fn, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
-
-
-ad.primitive_jvps[tangent_p] = _tangent_jvp
+# Its own derivatives and batches are those of the factored plan: no gradient of a merged weight.
+tangent_p = compat.primitive(
+    "adapted_tangent",
+    _tangent,
+    transpose=_tangent_transpose,
+    derived=functools.partial(_tangent, merge=False),
+)

@@ -49,7 +49,7 @@ class Plan:
     backward: bool = False
     shared: bool = False
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = [f.name for f in dataclasses.fields(self)[:3] if getattr(self, f.name)]
         how = "factored" if not where else "merged" if len(where) == 3 else None
         how = how or f"merged ({', '.join(where)})"
@@ -66,7 +66,9 @@ class Costs:
     merge: float
 
     @classmethod
-    def of(cls, rows: int, inner: int, outs: Sequence[int], ranks: Sequence[int], itemsize: int):
+    def of(
+        cls, rows: int, inner: int, outs: Sequence[int], ranks: Sequence[int], itemsize: int
+    ) -> Costs:
         rank, out = sum(ranks), sum(outs)
         rank_out = sum(r * k for r, k in zip(ranks, outs))
         byte = BALANCE * itemsize
@@ -78,7 +80,7 @@ class Costs:
         )
 
 
-def choose(
+def planned(
     mode: str,
     rows: int,
     inner: int,

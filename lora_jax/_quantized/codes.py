@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from lora_jax._quantized.formats import (
 SECOND = 256  # constants that share one of their own, with double quantisation
 
 
-def doubled(constants: jax.Array, stack: int):
+def doubled(constants: jax.Array, stack: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """8 bits for each constant less their mean (arXiv:2305.14314, section 3), in groups of 256."""
     lead = constants.shape[:stack]
     flat = constants.reshape(*lead, -1)
@@ -35,7 +36,13 @@ def doubled(constants: jax.Array, stack: int):
     return jnp.searchsorted(middle, unit).astype(jnp.uint8), (top, mean)
 
 
-def undoubled(codes, second, shape, stack: int, level: Callable = dynamic_look_up) -> jax.Array:
+def undoubled(
+    codes: jax.Array,
+    second: tuple[jax.Array, jax.Array],
+    shape: Sequence[int],
+    stack: int,
+    level: Callable[[jax.Array], jax.Array] = dynamic_look_up,
+) -> jax.Array:
     """The constants, of `shape`, from their codes, read by `level`."""
     top, mean = second
     lead, rest = shape[:stack], shape[stack:]
@@ -44,7 +51,10 @@ def undoubled(codes, second, shape, stack: int, level: Callable = dynamic_look_u
     return flat.reshape(shape)
 
 
-def read(fmt: Format, codes, constants, shape, dtype) -> jax.Array:
+def read(
+    fmt: Format, codes: jax.Array, constants: jax.Array, shape: Sequence[int], dtype: Any
+) -> jax.Array:
+    """The weight of `shape` from codes (..., n), or (..., n / 2), and constants (..., blocks)."""
     if fmt.block is None:
         return (codes.astype(jnp.float32) * (constants * (1 / fmt.top))).astype(dtype)
     codes = unpack(codes) if fmt.bits == 4 else codes

@@ -5,12 +5,14 @@
   axis, each have a product of their own, and what is put together is the result, or taken apart is
   x.
 * A table of many rows, as a head that is tied to an embedding, is read in parts of some rows.
+
+Shapes: x (T, in), W (in, out) in codes, y (T, out); each axis has a label.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -23,12 +25,19 @@ from lora_jax._quantized.formats import STORED
 from lora_jax._quantized.weight import Quantized, is_quantized, value
 
 LARGE, PART, MOST = 2**24, 2**22, 512  # numbers of a table, of a part of it, and parts
-
-
 TALL = 4  # rows of a table for each of its columns
 
 
-def dot(whole: Callable, x, xl: Labels, w: Any, wl: Labels, out: Labels, after, **params):
+def dot(
+    whole: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    xl: Labels,
+    w: Any,
+    wl: Labels,
+    out: Labels,
+    after: jax.Array | None,
+    **params,
+) -> jax.Array:
     """The product of x and a weight that may be quantised: `whole(x, array)`, or the same sum in
     halves or by rows. `after` as in `value`."""
     if not is_quantized(w):
@@ -51,7 +60,15 @@ def _in_halves(q: Quantized) -> bool:
     return STORED[q.format].bits == 4 and q.pad == 0 and q.order is not None and not explicit
 
 
-def halves(x, xl: Labels, q: Quantized, wl: Labels, out: Labels, after=None, **params):
+def halves(
+    x: jax.Array,
+    xl: Labels,
+    q: Quantized,
+    wl: Labels,
+    out: Labels,
+    after: jax.Array | None = None,
+    **params,
+) -> jax.Array:
     """From two products: with the even and with the odd numbers of the last axis."""
     last = wl[q.order.index(q.codes.ndim - 1)]
     ys = []
@@ -59,23 +76,25 @@ def halves(x, xl: Labels, q: Quantized, wl: Labels, out: Labels, after=None, **p
         part = x
         if last in xl:
             d = list(xl).index(last)
+            # x (..., in, ...) as (..., in / 2, 2, ...): its even numbers, then its odd ones
             pairs = x.reshape(*x.shape[:d], -1, 2, *x.shape[d + 1 :])
             part = lax.index_in_dim(pairs, i, d + 1, keepdims=False)
         ys.append(contract(part, xl, w, wl, out, **params))
     if last not in out:
         return ys[0] + ys[1]
     d = list(out).index(last)
+    # two of (..., out / 2, ...) as (..., out / 2, 2, ...), then (..., out, ...)
     y = jnp.stack(ys, d + 1)
     return y.reshape(*y.shape[:d], -1, *y.shape[d + 2 :])
 
 
-def _rows(q: Quantized, wl: Labels):
+def _rows(q: Quantized, wl: Labels) -> Hashable:
     """The label of the rows."""
     return wl[q.order.index(0)]
 
 
-def _parts(q: Quantized, x) -> int:
-    """Of how many rows a table is read at once, as so many equal parts; 1, of what is no table."""
+def _parts(q: Quantized, x: jax.Array) -> int:
+    """In how many equal parts of rows a table is read; 1 for what is no table."""
     if q.codes.ndim != 2 or q.order is None or q.read_at is not None:
         return 1
     rows, columns = q.stored
@@ -86,21 +105,24 @@ def _parts(q: Quantized, x) -> int:
     return next(fits, 1)
 
 
-def by_rows(x, xl: Labels, q: Quantized, wl: Labels, out: Labels, parts: int, **params):
+def by_rows(
+    x: jax.Array, xl: Labels, q: Quantized, wl: Labels, out: Labels, parts: int, **params
+) -> jax.Array:
     """Each part of the rows gives a part of the result, or a term of it."""
     label, count = _rows(q, wl), q.stored[0] // parts
     dtype = params.pop("preferred_element_type", None) or jnp.result_type(x, q.dtype)
     summed = label not in out
+    # terms are added in fp32, whatever the result's type
     kept = jnp.promote_types(dtype, jnp.float32) if summed else dtype
     q = dataclasses.replace(q, constants=q.block_constants(), second=None)
     size = dict(zip(wl, q.shape)) | dict(zip(xl, x.shape))
     every = frozenset().union(*map(compat.varying, (x, *jax.tree.leaves(q))))
     start = compat.vary(jnp.zeros([size[d] for d in out], kept), every)
 
-    def some(v, i, axis):
+    def some(v: jax.Array, i: jax.Array, axis: int) -> jax.Array:
         return lax.dynamic_slice_in_dim(v, i * count, count, axis)
 
-    def add(i, y):
+    def add(i: jax.Array, y: jax.Array) -> jax.Array:
         of_rows = lambda v: some(v, i, 0) if v.shape[0] == q.stored[0] else v
         w = jax.tree.map(of_rows, q).value()
         part = some(x, i, list(xl).index(label)) if summed else x

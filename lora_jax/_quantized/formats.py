@@ -106,7 +106,7 @@ def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (unit * fmt.top).astype(fmt.dtype), top
 
 
-def _nearest(levels, x: jax.Array) -> jax.Array:
+def _nearest(levels: Sequence[float], x: jax.Array) -> jax.Array:
     """The number of the nearest level; half way, the lower one."""
     levels = np.asarray(levels, np.float32)
     middle = (levels[1:] + levels[:-1]) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ from lora_jax._quantized.formats import STORED
 from lora_jax._quantized.weight import Quantized, lie
 
 
-def sent(q: Quantized, eqn) -> Quantized | None:
-    """The weight after an equation that only sends it: None if it must be read for that."""
+def sent(q: Quantized, eqn: Any) -> Quantized | None:
+    """The weight after an equation that only sends it; None if it must be read for that."""
     name, p = eqn.primitive.name, eqn.params
     if q.order is None:
         return None
@@ -28,14 +29,14 @@ def sent(q: Quantized, eqn) -> Quantized | None:
     return lie(q, sharding)
 
 
-def _gathered(q: Quantized, p) -> Quantized | None:
+def _gathered(q: Quantized, p: Mapping[str, Any]) -> Quantized | None:
     """Each array gathered along an axis of the weight, from devices with a part as of `cut`."""
     axis = q.order[p["all_gather_dimension"]]
     if not p["tiled"] or p["axis_index_groups"] is not None or not _splits(q, axis):
         return None
     in_axis = STORED[q.format].block is None and q.constants.shape[axis] < q.codes.shape[axis]
 
-    def gather(x):
+    def gather(x: jax.Array) -> jax.Array:
         alone = x.ndim <= axis or (in_axis and x is q.constants)
         return x if alone else lax.all_gather(x, p["axis_name"], axis=axis, tiled=True)
 

@@ -21,8 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError, refuse_use
-from lora_jax._core.geometry import names
-from lora_jax._core.order import tied
+from lora_jax._core.geometry import names, static
+from lora_jax._core.order import ordered
 from lora_jax._quantized.codes import SECOND, doubled, read, undoubled
 from lora_jax._quantized.formats import (
     FORMATS,
@@ -33,8 +33,6 @@ from lora_jax._quantized.formats import (
     encode,
     pack,
 )
-
-static = dict(metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -63,13 +61,13 @@ class Quantized:
     codes: jax.Array
     constants: jax.Array
     second: tuple[jax.Array, jax.Array] | None
-    format: str = dataclasses.field(**static)
-    stored_dtype: Any = dataclasses.field(**static)
-    pad: int = dataclasses.field(default=0, **static)
-    stack: int = dataclasses.field(default=0, **static)
-    read_at: NamedSharding | None = dataclasses.field(default=None, **static)
-    moves: tuple = dataclasses.field(default=(), **static)
-    moved_to: Any = dataclasses.field(default=None, **static)
+    format: str = static()
+    stored_dtype: Any = static()  # noqa: RUF009
+    pad: int = static(default=0)
+    stack: int = static(default=0)
+    read_at: NamedSharding | None = static(default=None)  # noqa: RUF009
+    moves: tuple = static(default=())
+    moved_to: Any = static(default=None)  # noqa: RUF009
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -95,7 +93,7 @@ class Quantized:
         return NamedSharding(found.mesh, PartitionSpec(*(spec.get(d) for d in self.order)))
 
     @property
-    def dtype(self):
+    def dtype(self) -> Any:
         return self.moved_to[1] if self.moves else self.stored_dtype
 
     @property
@@ -113,7 +111,7 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        """Of codes and constants."""
+        """The bytes of codes and constants."""
         return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(self))
 
     @property
@@ -121,7 +119,7 @@ class Quantized:
         """Bits per parameter."""
         return 8 * self.nbytes / math.prod(self.stored)
 
-    def moved(self, eqn) -> Quantized | None:
+    def moved(self, eqn: Any) -> Quantized | None:
         """The weight after an equation that only moves or casts it; None if that cannot wait."""
         move = (eqn.primitive, tuple(sorted(eqn.params.items())))
         try:
@@ -183,7 +181,7 @@ class Quantized:
         own = [of.get(d) for d in range(self.codes.ndim)]
         stack, first = own[: self.stack], own[self.stack]
 
-        def fit(x, entries):
+        def fit(x: Any, entries: Sequence) -> PartitionSpec:
             parts = [math.prod(mesh.shape[n] for n in names(e)) if mesh else 1 for e in entries]
             even = [n > 1 and n % p == 0 for n, p in zip(x.shape, parts)]
             return PartitionSpec(*(e if fits else None for e, fits in zip(entries, even)))
@@ -217,7 +215,7 @@ class Quantized:
         to = (tuple(self.shape[d] for d in order), np.dtype(self.dtype))
         return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
 
-    def rows(self, eqn, indices) -> jax.Array | None:
+    def rows(self, eqn: Any, indices: jax.Array) -> jax.Array | None:
         """What a gather along other axes than the last picks; None if it is another one."""
         p = eqn.params
         dn, last = p["dimension_numbers"], self.ndim - 1
@@ -236,18 +234,18 @@ class Quantized:
         pick = lambda x: lax.gather(x, indices, dn, sizes(x), **same)
         return self._picked(pick)
 
-    def at_rows(self, index) -> jax.Array:
+    def at_rows(self, index: jax.Array) -> jax.Array:
         """Rows of a table."""
         if STORED[self.format].block is None or self.moves:
             return self.value()[index]
         return self._picked(lambda x: x[index])
 
-    def _picked(self, pick) -> jax.Array:
+    def _picked(self, pick: Callable[[jax.Array], jax.Array]) -> jax.Array:
         codes, constants = pick(self.codes), pick(self.block_constants())
         picked = dataclasses.replace(self, codes=codes, constants=constants, second=None, stack=0)
         return picked.value()
 
-    def _check(self) -> None:
+    def _require_one_part(self) -> None:
         """That codes and constants are of one part of the weight, where they were cut by hand."""
         fmt, (*lead, last) = STORED[self.format], self.stored
         n, block = blocks_of(last, fmt.block)
@@ -280,27 +278,28 @@ class Quantized:
         return self._moved(read(fmt, q.codes, q.block_constants(), q.stored, q.dtype))
 
     def each_half(self, after: jax.Array | None = None) -> list[jax.Array]:
-        """Of four bits, where blocks are whole: the numbers at even places of the stored weight's
-        last axis, and those at odd ones, each as an array."""
+        """The numbers at even places of the stored weight's last axis, and those at odd ones, each
+        as an array; for four bits and whole blocks."""
         q, fmt = self._there(after), STORED[self.format]
         shape = (*q.codes.shape[:-1], -1, fmt.block // 2)
+        # upper and lower half of each byte: (..., blocks, block / 2)
         parts = (x.reshape(shape) for x in (q.codes >> 4, q.codes & 15))
         constants = q.block_constants(dynamic_level)
         halves = (decode(fmt, x, constants, q.dtype).reshape(q.codes.shape) for x in parts)
         return [self._moved(w) for w in halves]
 
     def block_constants(self, *level: Callable) -> jax.Array:
-        """Of each block, once they are read themselves; by `level`, see `undoubled`."""
+        """The constant of each block, read where it is in codes; by `level`, see `undoubled`."""
         if self.second is None:
             return self.constants
         *rest, last = self.stored
         shape = (*rest, blocks_of(last, STORED[self.format].block)[0])
         return undoubled(self.constants, self.second, shape, self.stack, *level)
 
-    def _there(self, after) -> Quantized:
+    def _there(self, after: jax.Array | None) -> Quantized:
         """The weight as it lies there, about to be read."""
-        self._check()
-        codes = self.codes if after is None else tied(after, self.codes)
+        self._require_one_part()
+        codes = self.codes if after is None else ordered(after, self.codes)
         q = dataclasses.replace(self, codes=codes, moves=(), moved_to=None)
         return q if self.read_at is None or compat.manual(codes) else lie(q, self.read_at)
 
@@ -368,7 +367,7 @@ def quantized(
 _jitted = jax.jit(quantized, static_argnames=("format", "in_axes", "stack", "double"))
 
 
-def _unread(self, *_, **__):
+def _unread(self: Quantized, *_: Any, **__: Any) -> None:
     raise LoRAError(
         f"a quantised weight, {self!r}, was used as an array. Bind the parameters and adapt the "
         "function: lora.adapt(model.apply)({'params': lora.bind(params, adapters)}, x), with "

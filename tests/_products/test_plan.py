@@ -15,7 +15,7 @@ from common import adapted, assert_close, assert_equals_dense, noisy
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lora
-from lora_jax._products.plan import Costs, Plan, choose
+from lora_jax._products.plan import Costs, Plan, planned
 from lora_jax.parallel._hlo import collectives
 
 P = PartitionSpec
@@ -76,7 +76,7 @@ def test_auto_is_the_best_plan_of_the_model(rows, width, rank):
         return 2 * base + forward + (c.merge if plan.backward else c.down)
 
     base = 2 * rows * width**2
-    auto, *fixed = (choose(mode, *args, mergeable=True) for mode in PLANS)
+    auto, *fixed = (planned(mode, *args, mergeable=True) for mode in PLANS)
     for training in (False, True):
         assert cost(auto, training) <= min(cost(plan, training) for plan in fixed)
 
