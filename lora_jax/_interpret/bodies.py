@@ -6,6 +6,8 @@ Names, policies, unrolls and shardings are kept. A body that no weight enters is
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,98 +103,144 @@ def _call(ctx, eqn, args):
     return ctx.run(jaxpr, consts, args)
 
 
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """An operand of a loop that every step gets: a constant, or a weight that leaves the loop as it
+    entered, so that there is nothing to carry."""
+
+    value: Any
+
+    def at_step(self, carry: Iterator, xs: Iterator) -> Any:
+        return self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """An array that one step hands to the next."""
+
+    value: jax.Array
+
+    def at_step(self, carry: Iterator, xs: Iterator) -> Any:
+        return next(carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sliced:
+    """An array (n, ...) of which step i gets part i."""
+
+    value: Any
+
+    @property
+    def whole(self) -> Any:
+        """What `lax.scan` slices."""
+        return self.value
+
+    def at_step(self, carry: Iterator, xs: Iterator) -> Any:
+        return next(xs)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlicedWeight(Sliced):
+    """A stack of weights (n, ...): the base is sliced, and each factor that runs along axis 0."""
+
+    value: AdaptedWeight
+
+    @property
+    def whole(self) -> list:
+        w = self.value
+        base = w.base if not is_quantized(w.base) or w.base.sliceable else w.base.value()
+        return [base, *(_lead(f).value for f in w.parts.values() if f.has(0))]
+
+    def at_step(self, carry: Iterator, xs: Iterator) -> AdaptedWeight:
+        w, (base, *values) = self.value, next(xs)
+        values = iter(values)
+        return dataclasses.replace(
+            w,
+            base=base.part() if is_quantized(base) else base,
+            axes=w.axes[1:],
+            stacked=tuple(sorted({*w.stacked, *w.axes[0]})),
+            **{name: _part(f, values) for name, f in w.parts.items()},
+        )
+
+
+def _lead(f: Factor) -> Factor:
+    """The factor with axis 0 of the weight in front."""
+    return f.order((0, *(d for d in f.dims if d != 0)))
+
+
+def _part(f: Factor, values: Iterator) -> Factor:
+    """One layer's factor: the next of the sliced values, or the one that all layers share."""
+    value, dims = (next(values), _lead(f).dims[1:]) if f.has(0) else (f.value, f.dims)
+    return Factor(value, tuple(d if d == RANK else d - 1 for d in dims))
+
+
+def _carry(ctx, eqn, args: Sequence, came: Sequence[int | None], first: int) -> list:
+    """The operands that a loop carries, the first of them being input `first` of its body."""
+    name = eqn.primitive.name
+
+    def operand(i: int, a: Any) -> Same | Carried:
+        if not is_weight(a):
+            return Carried(a)
+        return (
+            Same(a) if came[i] == first + i else Carried(ctx.materialise(a, eqn, f"{name} carry"))
+        )
+
+    return [operand(i, a) for i, a in enumerate(args)]
+
+
+def _each_step(operands: Sequence, carry: Iterable = (), xs: Iterable = ()) -> list:
+    carry, xs = iter(carry), iter(xs)
+    return [o.at_step(carry, xs) for o in operands]
+
+
+def _values(operands: Sequence, kind: type) -> list:
+    return [o.value for o in operands if isinstance(o, kind)]
+
+
 @rule("scan")
 def _scan(ctx, eqn, args):
     """Stacked weights are sliced with their factors; a weight carried unchanged is a constant."""
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
     n_consts, n_carry = compat.scan_counts(p)
-    first_x = n_consts + n_carry
-    args = [
-        a.materialise() if i >= first_x and is_weight(a) and a.is_frozen and not a.base.sliceable
-        else a
-        for i, a in enumerate(args)
-    ]  # fmt: skip
-    # What leaves the loop as it entered needs no loop: {output: input}.
-    through = {
-        o: i for o, i in enumerate(forwarded(jaxpr))
-        if i is not None and is_weight(args[i])
-        and (i - n_consts == o if o < n_carry else i >= first_x)
-    }  # fmt: skip
-    args = [
-        ctx.materialise(a, eqn, "scan carry")
-        if is_weight(a) and n_consts <= i < first_x and i - n_consts not in through
-        else a
-        for i, a in enumerate(args)
-    ]
-    constant = [i < n_consts or (i < first_x and is_weight(a)) for i, a in enumerate(args)]
-    carried = [i for i in range(n_consts, first_x) if not constant[i]]
-    kept = [o for o in range(len(jaxpr.outvars)) if o not in through]
-    dropping = any(is_weight(a) and a.seed is not None for a in args)
-    sliced = [_sliced_leaves(a) if is_weight(a) else a for a in args[first_x:]]
+    came = forwarded(jaxpr)
 
-    def body(carry, xs):
-        step, xs = xs
-        values = list(args)
-        for i, c in zip(carried, carry):
-            values[i] = c
-        for i, x in enumerate(xs, first_x):
-            values[i] = _slice_of(args[i], x) if is_weight(args[i]) else x
-        if dropping:
-            values = [_at_step(ctx.fresh(v), step) for v in values]
-        outs = ctx.run(jaxpr, consts, values)
-        outs = _plain(ctx, eqn, [outs[o] for o in kept], "scan output")
-        n = sum(o < n_carry for o in kept)
-        return outs[:n], outs[n:]
+    def stack(a: Any) -> Sliced:
+        if is_weight(a) and a.is_frozen and not a.base.sliceable:
+            a = a.materialise()
+        return SlicedWeight(a) if is_weight(a) else Sliced(a)
+
+    carry = _carry(ctx, eqn, args[n_consts:][:n_carry], came, n_consts)
+    stacks = list(map(stack, args[n_consts + n_carry :]))
+    operands = [*map(Same, args[:n_consts]), *carry, *stacks]
+    # A stack of weights that leaves the loop as it entered is no output of it.
+    left = [
+        o if i is not None and isinstance(o := operands[i], SlicedWeight) else None
+        for i in came[n_carry:]
+    ]
+    dropping = any(is_weight(a) and a.seed is not None for a in args)
+
+    def body(carry_in: list, xs: tuple):
+        step, parts = xs
+        values = _each_step(operands, carry_in, parts)
+        outs = ctx.run(jaxpr, consts, [_at_step(ctx.fresh(v), step) for v in values])
+        carry_out = [y for y, o in zip(outs, carry) if isinstance(o, Carried)]
+        ys = [y for y, o in zip(outs[n_carry:], left) if o is None]
+        return _plain(ctx, eqn, carry_out, "scan output"), _plain(ctx, eqn, ys, "scan output")
 
     steps = jnp.arange(p["length"]) if dropping else None
     options = {"_split_transpose": p["_split_transpose"]} if p.get("_split_transpose") else {}
-    carry, ys = lax.scan(
+    carry_out, ys = lax.scan(
         body,
-        [args[i] for i in carried],
-        (steps, sliced),
+        _values(carry, Carried),
+        (steps, [o.whole for o in stacks]),
         length=p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
         **options,
     )
-    outs = dict(zip(kept, [*carry, *ys]))
-    return [args[through[o]] if o in through else outs[o] for o in range(len(jaxpr.outvars))]
-
-
-def _sliced_leaves(w: AdaptedWeight):
-    """What a scan slices of a stacked weight: the base, and the factors that run along axis 0."""
-    sliceable = not is_quantized(w.base) or w.base.sliceable
-    return [
-        w.base if sliceable else w.base.value(),
-        *(_lead(f).value if f is not None and f.has(0) else None for f in w.parts.values()),
-    ]
-
-
-def _lead(f: Factor) -> Factor:
-    return f.order((0, *(d for d in f.dims if d != 0)))
-
-
-def _slice_of(w: AdaptedWeight, leaves) -> AdaptedWeight:
-    """One layer of a stacked weight, inside the scan."""
-    base, *values = leaves
-    base = base.part() if is_quantized(base) else base
-    parts = {
-        name: f
-        if f is None
-        else Factor(
-            f.value if v is None else v,
-            tuple(d if d == RANK else d - 1 for d in (f if v is None else _lead(f)).dims if d != 0),
-        )
-        for (name, f), v in zip(w.parts.items(), values)
-    }
-    return dataclasses.replace(
-        w,
-        base=base,
-        axes=w.axes[1:],
-        stacked=tuple(sorted({*w.stacked, *w.axes[0]})),
-        **parts,
-    )
+    ys = iter(ys)
+    return _each_step(carry, carry_out) + [next(ys) if o is None else o.value for o in left]
 
 
 def _at_step(w, step):
@@ -205,42 +253,23 @@ def _while(ctx, eqn, args):
     cond, cond_consts = compat.opened(p["cond_jaxpr"])
     body, body_consts = compat.opened(p["body_jaxpr"])
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-    first = n_cond + n_body
-    fixed = [
-        i for i, source in enumerate(forwarded(body))
-        if source == n_body + i and is_weight(args[first + i])
-    ]  # fmt: skip
-    args = [
-        ctx.materialise(a, eqn, "while carry")
-        if is_weight(a) and i >= first and i - first not in fixed
-        else a
-        for i, a in enumerate(args)
-    ]
-    carry = args[first:]
-    loose = [i for i in range(len(carry)) if i not in fixed]
-
-    def whole(state):
-        values = list(carry)
-        for i, v in zip(loose, state):
-            values[i] = v
-        return values
-
-    def cond_fun(state):
-        return ctx.run(cond, cond_consts, [*args[:n_cond], *whole(state[1])])[0]
-
-    def body_fun(state):
-        step, values = state
-        inner = [_at_step(v, step) for v in (*args[n_cond:first], *whole(values))]
-        outs = ctx.run(body, body_consts, inner)
-        return step if step is None else step + 1, _plain(
-            ctx, eqn, [outs[i] for i in loose], "while output"
-        )
-
+    for_cond, for_body = args[:n_cond], args[n_cond:][:n_body]
+    carry = _carry(ctx, eqn, args[n_cond + n_body :], forwarded(body), n_body)
     dropping = any(is_weight(a) and a.seed is not None for a in args)
+
+    def cond_fun(state: tuple):
+        return ctx.run(cond, cond_consts, [*for_cond, *_each_step(carry, state[1])])[0]
+
+    def body_fun(state: tuple):
+        step, values = state
+        inner = [_at_step(v, step) for v in (*for_body, *_each_step(carry, values))]
+        outs = ctx.run(body, body_consts, inner)
+        outs = [y for y, o in zip(outs, carry) if isinstance(o, Carried)]
+        return step if step is None else step + 1, _plain(ctx, eqn, outs, "while output")
+
     start = jnp.zeros((), jnp.int32) if dropping else None
-    _, out = lax.while_loop(cond_fun, body_fun, (start, [carry[i] for i in loose]))
-    outs = dict(zip(loose, out))
-    return [outs[i] if i in outs else carry[i] for i in range(len(carry))]
+    _, out = lax.while_loop(cond_fun, body_fun, (start, _values(carry, Carried)))
+    return _each_step(carry, out)
 
 
 @rule("cond")

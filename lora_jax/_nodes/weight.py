@@ -89,9 +89,10 @@ class AdaptedWeight:
         return self.base.dtype
 
     @property
-    def parts(self) -> dict[str, Factor | None]:
-        """What moves along with the base."""
-        return dict(a=self.a, b=self.b, seed=self.seed, gain=self.gain)
+    def parts(self) -> dict[str, Factor]:
+        """What there is that moves along with the base."""
+        parts = dict(a=self.a, b=self.b, seed=self.seed, gain=self.gain)
+        return {name: f for name, f in parts.items() if f is not None}
 
     @property
     def is_probe(self) -> bool:
@@ -115,7 +116,7 @@ class AdaptedWeight:
             base=base,
             axes=tuple(axes),
             stacked=tuple(sorted({*self.stacked, *stacked})),
-            **{name: f if f is None else move(f) for name, f in self.parts.items()},
+            **{name: move(f) for name, f in self.parts.items()},
         )
 
     def relabelled(self, base, label: Mapping[int, int], stacked=()) -> AdaptedWeight:
