@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding
 
 from lora_jax._core import compat
 from lora_jax._core.geometry import RANK, Factor, spec_along
-from lora_jax._interpret.moves import rule
-from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._interpret.rule import Rule, every
+from lora_jax._nodes.weight import Coded, Followed, has_seed, is_weight
 from lora_jax._quantized.sending import cut
 from lora_jax._quantized.weight import is_quantized, value
 
@@ -46,7 +46,6 @@ def _plain(ctx, eqn, outs, why: str):
     return [ctx.materialise(o, eqn, why) if is_weight(o) else o for o in outs]
 
 
-@rule("jit", "pjit")
 def _jit(ctx, eqn, args):
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
@@ -87,7 +86,6 @@ def _spread_sharding(sharding, arg):
     )
 
 
-@rule("remat2", "remat", "checkpoint")
 def _remat(ctx, eqn, args):
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
@@ -97,7 +95,6 @@ def _remat(ctx, eqn, args):
     return _same(jaxpr, args, body(*map(ctx.fresh, args)))
 
 
-@rule("closed_call", "core_call")
 def _call(ctx, eqn, args):
     jaxpr, consts = compat.opened(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
     return ctx.run(jaxpr, consts, args)
@@ -143,7 +140,7 @@ class Sliced:
 class SlicedWeight(Sliced):
     """A stack of weights (n, ...): the base is sliced, and each factor that runs along axis 0."""
 
-    value: AdaptedWeight
+    value: Followed
 
     @property
     def whole(self) -> list:
@@ -151,7 +148,7 @@ class SlicedWeight(Sliced):
         base = w.base if not is_quantized(w.base) or w.base.sliceable else w.base.value()
         return [base, *(_lead(f).value for f in w.parts.values() if f.has(0))]
 
-    def at_step(self, carry: Iterator, xs: Iterator) -> AdaptedWeight:
+    def at_step(self, carry: Iterator, xs: Iterator) -> Followed:
         w, (base, *values) = self.value, next(xs)
         values = iter(values)
         return dataclasses.replace(
@@ -197,7 +194,6 @@ def _values(operands: Sequence, kind: type) -> list:
     return [o.value for o in operands if isinstance(o, kind)]
 
 
-@rule("scan")
 def _scan(ctx, eqn, args):
     """Stacked weights are sliced with their factors; a weight carried unchanged is a constant."""
     p = eqn.params
@@ -206,8 +202,8 @@ def _scan(ctx, eqn, args):
     came = forwarded(jaxpr)
 
     def stack(a: Any) -> Sliced:
-        if is_weight(a) and a.is_frozen and not a.base.sliceable:
-            a = a.materialise()
+        if isinstance(a, Coded) and not a.base.sliceable:
+            a = a.array()
         return SlicedWeight(a) if is_weight(a) else Sliced(a)
 
     carry = _carry(ctx, eqn, args[n_consts:][:n_carry], came, n_consts)
@@ -218,7 +214,7 @@ def _scan(ctx, eqn, args):
         o if i is not None and isinstance(o := operands[i], SlicedWeight) else None
         for i in came[n_carry:]
     ]
-    dropping = any(is_weight(a) and a.seed is not None for a in args)
+    dropping = any(map(has_seed, args))
 
     def body(carry_in: list, xs: tuple):
         step, parts = xs
@@ -244,10 +240,9 @@ def _scan(ctx, eqn, args):
 
 
 def _at_step(w, step):
-    return w.folded(step) if is_weight(w) else w
+    return w.folded(step) if has_seed(w) else w
 
 
-@rule("while")
 def _while(ctx, eqn, args):
     p = eqn.params
     cond, cond_consts = compat.opened(p["cond_jaxpr"])
@@ -255,7 +250,7 @@ def _while(ctx, eqn, args):
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     for_cond, for_body = args[:n_cond], args[n_cond:][:n_body]
     carry = _carry(ctx, eqn, args[n_cond + n_body :], forwarded(body), n_body)
-    dropping = any(is_weight(a) and a.seed is not None for a in args)
+    dropping = any(map(has_seed, args))
 
     def cond_fun(state: tuple):
         return ctx.run(cond, cond_consts, [*for_cond, *_each_step(carry, state[1])])[0]
@@ -272,7 +267,6 @@ def _while(ctx, eqn, args):
     return _each_step(carry, out)
 
 
-@rule("cond")
 def _cond(ctx, eqn, args):
     index, *operands = args
     if is_weight(index):
@@ -295,10 +289,9 @@ def _cuttable(arg, spec, mesh):
     """The argument, read first where it is quantised and the parts would not be."""
     if not is_weight(arg) or not is_quantized(arg.base) or cut(arg.base, spec, mesh) is not None:
         return arg
-    return arg.materialise() if arg.is_frozen else arg.with_base(value(arg.base))
+    return arg.array() if isinstance(arg, Coded) else arg.with_base(value(arg.base))
 
 
-@rule("shard_map")
 def _shard_map(ctx, eqn, args):
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
@@ -319,3 +312,18 @@ def _shard_map(ctx, eqn, args):
         check_vma=p["check_vma"],
     )
     return list(fn(*args))
+
+
+RULES: dict[str, Rule] = {
+    "jit": every(_jit),
+    "pjit": every(_jit),
+    "remat2": every(_remat),
+    "remat": every(_remat),
+    "checkpoint": every(_remat),
+    "closed_call": every(_call),
+    "core_call": every(_call),
+    "scan": every(_scan),
+    "while": every(_while),
+    "cond": every(_cond),
+    "shard_map": every(_shard_map),
+}

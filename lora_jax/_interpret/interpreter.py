@@ -11,27 +11,14 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from lora_jax._core import compat
-from lora_jax._interpret import bodies, uses  # noqa: F401  (they register their rules)
+from lora_jax._interpret import bodies, moves, uses
 from lora_jax._interpret.coverage import LOW_RANK, MATERIALISED, Use
-from lora_jax._interpret.moves import RULES
 from lora_jax._interpret.repeats import Body, Repeats
-from lora_jax._nodes.weight import AdaptedWeight, is_weight, origins
+from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, has_seed, is_weight, origins
 from lora_jax._quantized.sending import sent
 from lora_jax._quantized.weight import is_quantized, value
 
-# What may stand between a parameter and the product that uses it.
-MOVES = frozenset(
-    "broadcast_in_dim convert_element_type copy copy_p div mul name neg reshape "
-    "sharding_constraint slice squeeze transpose".split()
-)
-
-
-# What takes a quantised weight without an adapter; for all else it is read first.
-KEPT = (
-    MOVES - {"mul", "div", "neg"}
-    | set(compat.CALLS)
-    | set("dot_general gather scan while cond all_gather reshard shard_map".split())
-)
+RULES = moves.RULES | uses.RULES | bodies.RULES
 
 
 class _Body:
@@ -191,7 +178,7 @@ class Interpreter:
             v = other.invars[1 - x_side]
             if other is not eqn and id(other) not in self._body.done and self._reach(v):
                 w = self._body.read(v)
-                if is_weight(w) and w.a is not None:
+                if isinstance(w, AdaptedWeight):
                     found.append((other, 1 - x_side, w))
         return found
 
@@ -200,24 +187,27 @@ class Interpreter:
         if self._body.has(v):
             return True
         eqn = self._body.maker(v)
-        if eqn is None or eqn.primitive.name not in MOVES or not all(map(self._reach, eqn.invars)):
+        if eqn is None or not _moves(eqn) or not all(map(self._reach, eqn.invars)):
             return False
         self.evaluate(eqn)
         return True
 
-    def _equation(self, eqn, values) -> list:
-        if not any(map(is_weight, values)):
+    def _equation(self, eqn, values: list) -> list:
+        """The outputs of one equation; here the kinds of weights are told apart."""
+        weights = [v for v in values if is_weight(v)]
+        if not weights:
             return self.bind(eqn, values)
-        if eqn.primitive.name not in KEPT:
-            values = [v.materialise() if is_weight(v) and v.is_frozen else v for v in values]
-            if not any(map(is_weight, values)):
-                return self.bind(eqn, values)
         rule = RULES.get(eqn.primitive.name)
-        outs = rule(self, eqn, values) if rule else None
+        fn = rule.of(weights) if rule else None
+        if fn is None or fn is not rule.coded:
+            values = [v.array() if isinstance(v, Coded) else v for v in values]
+        outs = fn(self, eqn, values) if fn else None
         if outs is None:
             plain = [self.materialise(v, eqn) if is_weight(v) else v for v in values]
             outs = self.bind(eqn, plain)
-        return outs
+        # What moves codes may have to read them: an array then, and no weight any more.
+        read = lambda v: isinstance(v, Coded) and not is_quantized(v.base)
+        return [v.base if read(v) else v for v in outs]
 
     def bind(self, eqn, values) -> list:
         """The equation itself, on arrays; what only moves a quantised weight waits."""
@@ -226,7 +216,7 @@ class Interpreter:
             elsewhere = sent(values[0], eqn) if alone else None
             if elsewhere is not None:
                 return [elsewhere]
-            moved = values[0].moved(eqn) if alone and eqn.primitive.name in MOVES else None
+            moved = values[0].moved(eqn) if alone and _moves(eqn) else None
             if moved is not None:
                 return [moved]
             if eqn.primitive.name == "gather" and is_quantized(values[0]):
@@ -245,10 +235,10 @@ class Interpreter:
 
     def fresh(self, value):
         """A weight as it enters a body: its masks there differ from those of other calls."""
-        return value.folded(self.use()) if is_weight(value) and value.seed is not None else value
+        return value.folded(self.use()) if has_seed(value) else value
 
     def used(
-        self, w: AdaptedWeight, eqn, how, in_dims=(), out_dims=(), batch_dims=(), name=None, plan=""
+        self, w: Followed, eqn, how, in_dims=(), out_dims=(), batch_dims=(), name=None, plan=""
     ):
         """Records a use, in terms of the axes of the leaf."""
         inner, outer, batch = (
@@ -265,25 +255,24 @@ class Interpreter:
         use = Use(name, how, compat.source_line(eqn), *axes, plan, dilated)
         self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
 
-    def materialise(self, w: AdaptedWeight, eqn, name: str | None = None):
+    def materialise(self, w: Followed, eqn, name: str | None = None) -> jax.Array:
         """The plain array that an equation without a rule needs."""
-        if w.is_frozen:
-            return w.materialise()
         if w.indexed:  # rows of a table that turned out to be activations
             rows, rest = set(w.indexed), {axis for dim in w.axes for axis in dim}
             self._record(
                 w, eqn, LOW_RANK, rows, rest - rows, set(w.stacked) - rows - rest, "gather"
             )
-            return w.looked_up()
-        self.used(w, eqn, MATERIALISED, name=name)
-        return w.materialise()
+        elif not isinstance(w, Coded):
+            self.used(w, eqn, MATERIALISED, name=name)
+        return w.array()
 
-    def returned(self, w: AdaptedWeight):
+    def returned(self, w: Followed) -> jax.Array:
         """A moved weight that the function returns, as a plain array."""
-        how = LOW_RANK if w.indexed else MATERIALISED
-        use = Use("output", how, "the outputs")
-        self.events |= {(leaf, None, how): use for leaf in origins(w)}
-        return w.looked_up() if w.indexed else w.materialise()
+        if not isinstance(w, Coded):
+            how = LOW_RANK if w.indexed else MATERIALISED
+            use = Use("output", how, "the outputs")
+            self.events |= {(leaf, None, how): use for leaf in origins(w)}
+        return w.array()
 
     @contextlib.contextmanager
     def recording(self, events: dict):
@@ -300,3 +289,9 @@ class Interpreter:
             source = use.source or compat.source_line(call)
             use = dataclasses.replace(use, source=source)
             self.events |= {(leaf, eqn, how): use for leaf in origins(args[i])}
+
+
+def _moves(eqn) -> bool:
+    """Whether an equation may stand between a parameter and the product that uses it."""
+    rule = RULES.get(eqn.primitive.name)
+    return rule is not None and rule.moves

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 
 from lora_jax._core.einsum import cast
 from lora_jax._core.geometry import RANK
-from lora_jax._nodes.weight import AdaptedWeight
+from lora_jax._nodes.weight import Probe
 
 
-def observed(w: AdaptedWeight, inner: Collection[int], x, product: Callable, *rest):
+def observed(w: Probe, inner: Collection[int], x, product: Callable, *rest):
     """x, such that the gradient of w.a is C·a whatever the cotangent.
 
     Args:
-      w: a weight with a, and no b.
+      w: a probe with a.
       inner: the axes of w that the product sums over.
       product: (x, a, *rest) -> x·a, linear in a.
       rest: integers that the product needs.

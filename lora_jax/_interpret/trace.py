@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lora_jax._core import nnx
-from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._nodes.weight import Followed, is_weight
 from lora_jax._quantized.weight import is_quantized
 
 
@@ -79,4 +79,4 @@ def _rejoined(traceable: Traceable, constants, *arrays):
 
 
 def is_array(x: Any) -> bool:
-    return isinstance(x, AdaptedWeight | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return isinstance(x, Followed | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)

@@ -6,7 +6,8 @@ Each binds the primitive unchanged on the frozen base and adds the low-rank prod
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,62 +15,83 @@ from jax import lax
 
 from lora_jax._core.einsum import cast, contract, plus, times
 from lora_jax._core.geometry import RANK, Factor
-from lora_jax._interpret.moves import rule
+from lora_jax._interpret.coverage import LOW_RANK
 from lora_jax._interpret.observe import observed
-from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._interpret.rule import Function, Rule
+from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, Probe, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
 from lora_jax._products.frozen import Frozen, product
 
 
-@rule("dot_general")
-def _dot_general(ctx, eqn, args):
+def _product_rule(fn: Callable) -> Function:
+    """The rule of dot_general: fn(ctx, eqn, side, w, x), where the weight w is operand `side`."""
+
+    def whole(ctx: Any, eqn: Any, args: Sequence) -> list:
+        left, right = args
+        if not is_weight(right):
+            return fn(ctx, eqn, 0, left, right)
+        # Of two weights the left one becomes an array: a choice, as both cannot stay in factors.
+        return fn(ctx, eqn, 1, right, ctx.materialise(left, eqn) if is_weight(left) else left)
+
+    return whole
+
+
+def _dot(ctx, eqn, side: int, w: AdaptedWeight, x) -> list:
     """Together with the products of the same input that come later in the program."""
-    if all(map(is_weight, args)):  # the right operand is the weight, by convention
-        args = [ctx.materialise(args[0], eqn), args[1]]
-    side = 0 if is_weight(args[0]) else 1  # which operand is the weight
-    if args[side].is_probe:
-        return _probed_dot(ctx, eqn, args, side)
-    if args[side].is_frozen:
-        return [_frozen(ctx, eqn, side, *args)]
-    x = args[1 - side]
-    xl = tuple(("x", d) for d in range(x.ndim))
-    uses = [(eqn, side, args[side])]
-    if _gains_input(*uses[0]):
-        w, wl = args[side], _labels(eqn, side, xl, args[side].ndim)
+    xl = _own_labels(x)
+    uses = [(eqn, side, w)]
+    if _gains_input(eqn, side, w):
+        wl = _labels(eqn, side, xl, w.ndim)
         if not {wl[d] for d in w.gain.dims if d != RANK} <= {*xl}:
             return None
-        x = w.gained(x, xl, wl)
+        x = w.gained(x, xl, wl)  # x·(g ∘ W) = (g ∘ x)·W, along the axes that are summed
         uses[0] = eqn, side, dataclasses.replace(w, gain=None)
     else:
         uses += [u for u in ctx.siblings(eqn, 1 - side) if not _gains_input(*u)]
     products = [_product(ctx, e, s, x, xl, w) for e, s, w in uses]
     outs = contracted(x, xl, products, ctx.plan)
     for (e, s, w), (_, plan) in zip(uses, outs):
-        ctx.used(w, e, "low-rank", *_parts_of(e, s, w.ndim), plan=str(plan))
+        ctx.used(w, e, LOW_RANK, *_parts_of(e, s, w.ndim), plan=str(plan))
     for (e, *_), (y, _) in zip(uses[1:], outs[1:]):
         ctx.made(e, [y])
     return [outs[0][0]]
 
 
-def _frozen(ctx, eqn, side: int, *args):
-    """By a quantised weight without an adapter."""
-    w, x = args[side], args[1 - side]
+def _coded_dot(ctx, eqn, side: int, w: Coded, x) -> list:
     p = eqn.params
     if not jnp.issubdtype(x.dtype, jnp.floating) or p["out_sharding"] is not None:
-        return ctx.bind(eqn, [w.base if i == side else x for i in range(2)])[0]
-    xl = tuple(("x", d) for d in range(x.ndim))
-    wl, out = _labels(eqn, side, xl, w.ndim), _out_labels(eqn, side, xl, w.ndim)
+        return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
+    xl = _own_labels(x)
     how = Frozen(
         xl,
-        wl,
-        out,
+        _labels(eqn, side, xl, w.ndim),
+        _out_labels(eqn, side, xl, w.ndim),
         jax.tree.structure(w.base),
         p["dimension_numbers"],
         side == 0,
         p["precision"],
         p["preferred_element_type"],
     )
-    return product(x, w.base, how)
+    return [product(x, w.base, how)]
+
+
+def _probed_dot(ctx, eqn, side: int, w: Probe, x) -> list:
+    ctx.used(w, eqn, LOW_RANK, *_parts_of(eqn, side, w.ndim))
+    if w.a is not None:
+        xl = _own_labels(x)
+        wl = _labels(eqn, side, xl, w.ndim)
+        al = tuple(RANK if d == RANK else wl[d] for d in w.a.dims)
+        met = eqn.params["dimension_numbers"][0][side]
+        inner = {wl[d] for d in w.a.dims if d in met}
+        hl = [d for d in dict.fromkeys([*xl, *al]) if d not in inner]  # of x·a
+        down = lambda x, a: contract(x, xl, a, al, hl, precision=lax.Precision.HIGHEST)
+        x = observed(w, met, x, down)
+    return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
+
+
+def _own_labels(x) -> tuple:
+    """Of the axes of x; see `_labels` for the weight's."""
+    return tuple(("x", d) for d in range(x.ndim))
 
 
 def _out_labels(eqn, side: int, xl, ndim: int):
@@ -78,21 +100,6 @@ def _out_labels(eqn, side: int, xl, ndim: int):
     x_free = [d for i, d in enumerate(xl) if i not in xc and i not in xb]
     w_free = [d for d in _labels(eqn, side, xl, ndim) if d not in xl]
     return (*(xl[d] for d in xb), *(w_free + x_free if side == 0 else x_free + w_free))
-
-
-def _probed_dot(ctx, eqn, args, side):
-    x, w = args[1 - side], args[side]
-    ctx.used(w, eqn, "low-rank", *_parts_of(eqn, side, w.ndim))
-    if w.a is not None:
-        xl = tuple(("x", d) for d in range(x.ndim))
-        wl = _labels(eqn, side, xl, w.ndim)
-        al = tuple(RANK if d == RANK else wl[d] for d in w.a.dims)
-        met = eqn.params["dimension_numbers"][0][side]
-        inner = {wl[d] for d in w.a.dims if d in met}
-        hl = [d for d in dict.fromkeys([*xl, *al]) if d not in inner]
-        down = lambda x, a: contract(x, xl, a, al, hl, precision=lax.Precision.HIGHEST)
-        x = observed(w, met, x, down)
-    return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
 
 
 def _parts_of(eqn, side: int, ndim: int):
@@ -133,7 +140,12 @@ def _product(ctx, eqn, side, x, xl, w) -> Product:
     )
 
 
-@rule("conv_general_dilated")
+def _conv_axes(eqn) -> tuple[int, list[int]]:
+    """The kernel's axis of output features, and those that are summed."""
+    out, *inner = eqn.params["dimension_numbers"].rhs_spec
+    return out, inner
+
+
 def _conv(ctx, eqn, args):
     """The convolution by A with `rank` output features, then B at each position.
 
@@ -144,40 +156,20 @@ def _conv(ctx, eqn, args):
     dn, groups = p["dimension_numbers"], p["feature_group_count"]
     if is_weight(x) or p["batch_group_count"] != 1:
         return None
-    out_dim, inner = dn.rhs_spec[0], list(dn.rhs_spec[1:])
-    if not w.is_probe:
-        first, second = (w.b, w.a) if w.a.has(out_dim) else (w.a, w.b)
-        if any(
-            first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
-        ) or not second.has(out_dim):
-            return None
-        if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
-            return None
-    ctx.used(w, eqn, "low-rank", inner, (out_dim,), ())
-
-    def down(x, first: Factor):
-        """The convolution by a factor without an axis of the output features."""
-        kernel = _insert(first, [d for d in inner if not first.has(d)])
-        kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(w.ndim))).value
-        return lax.conv_general_dilated(
-            _groups_to_batch(x, *dn.lhs_spec[:2], groups),
-            kernel,
-            p["window_strides"],
-            p["padding"],
-            p["lhs_dilation"],
-            p["rhs_dilation"],
-            dn,
-            precision=p["precision"],
-        )
-
-    if w.is_probe:
-        if w.a is not None:
-            x = observed(w, inner, x, lambda x, a: down(x, Factor(a, w.a.dims)))
-        return ctx.bind(eqn, [x, w.base])
+    out_dim, inner = _conv_axes(eqn)
+    first, second = (w.b, w.a) if w.a.has(out_dim) else (w.a, w.b)
+    if any(
+        first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
+    ) or not second.has(out_dim):
+        return None
+    if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
+        return None
+    ctx.used(w, eqn, LOW_RANK, inner, (out_dim,), ())
     y = ctx.bind(eqn, [x, w.base])[0]
 
     x = dropout(x, w, ctx.use())
-    h = down(x, Factor(times(cast(first.value, x.dtype), w.scale), first.dims))
+    first = Factor(times(cast(first.value, x.dtype), w.scale), first.dims)
+    h = _conv_down(eqn, w.ndim, x, first)
     # h: (..., batch·groups, ..., rank, ...); B: (rank, out) -> (rank, groups, out / groups)
     batch, feature = dn.out_spec[:2]
     h = h.reshape(*h.shape[:batch], -1, groups, *h.shape[batch + 1 :])
@@ -201,6 +193,37 @@ def _conv(ctx, eqn, args):
     return [w.gained(plus(y, delta.reshape(y.shape)), along)]
 
 
+def _probed_conv(ctx, eqn, args):
+    x, w = args
+    if is_weight(x) or eqn.params["batch_group_count"] != 1:
+        return None
+    out_dim, inner = _conv_axes(eqn)
+    ctx.used(w, eqn, LOW_RANK, inner, (out_dim,), ())
+    if w.a is not None:
+        down = lambda x, a: _conv_down(eqn, w.ndim, x, Factor(a, w.a.dims))
+        x = observed(w, inner, x, down)
+    return ctx.bind(eqn, [x, w.base])
+
+
+def _conv_down(eqn, ndim: int, x, first: Factor):
+    """The convolution by a factor without an axis of the output features: its rank is theirs."""
+    p = eqn.params
+    dn = p["dimension_numbers"]
+    out_dim, inner = _conv_axes(eqn)
+    kernel = _insert(first, [d for d in inner if not first.has(d)])
+    kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(ndim))).value
+    return lax.conv_general_dilated(
+        _groups_to_batch(x, *dn.lhs_spec[:2], p["feature_group_count"]),
+        kernel,
+        p["window_strides"],
+        p["padding"],
+        p["lhs_dilation"],
+        p["rhs_dilation"],
+        dn,
+        precision=p["precision"],
+    )
+
+
 def _groups_to_batch(x, batch: int, feature: int, groups: int):
     """(N, ..., groups·c) as (N·groups, ..., c): one ordinary convolution for all groups."""
     if groups == 1:
@@ -215,10 +238,9 @@ def _insert(f: Factor, dims) -> Factor:
     return Factor(lax.expand_dims(f.value, range(len(dims))), (*dims, *f.dims)) if dims else f
 
 
-@rule("ragged_dot_general")
-def _ragged_dot(ctx, eqn, args):
-    """Experts: (tokens, in) by (experts, in, out), with A and B of each expert in turn."""
-    x, w, group_sizes = args[:3]
+def _ragged_axes(eqn, args) -> tuple[int, int, int, bool] | None:
+    """(group, in, out) of the weight, and whether x is (tokens, in); None for other forms."""
+    x, w = args[:2]
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
     if (
@@ -235,24 +257,27 @@ def _ragged_dot(ctx, eqn, args):
         return None
     (group,), (inner,) = numbers.rhs_group_dimensions, wc
     (outer,) = {0, 1, 2} - {group, inner}
-    if not w.is_probe:
-        first, second = (w.a, w.b) if w.a.has(inner) else (w.b, w.a)
-        if set(first.dims) != {group, inner, RANK} or set(second.dims) != {group, outer, RANK}:
-            return None
-        if w.gain is not None and {*w.gain.dims} != {group, outer, RANK}:
-            return None
-    ctx.used(w, eqn, "low-rank", (inner,), (outer,), (group,))
-    if w.is_probe:
-        if w.a is not None:
-            down = functools.partial(_ragged_down, xc, group, inner, w.a.dims)
-            x = observed(w, (inner,), x, down, group_sizes)
-        return ctx.bind(eqn, [x, w.base, group_sizes])
+    return group, inner, outer, xc == (1,)
+
+
+def _ragged_dot(ctx, eqn, args):
+    """Experts: (tokens, in) by (experts, in, out), with A and B of each expert in turn."""
+    axes = _ragged_axes(eqn, args)
+    if axes is None:
+        return None
+    (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
+    first, second = (w.a, w.b) if w.a.has(inner) else (w.b, w.a)
+    if set(first.dims) != {group, inner, RANK} or set(second.dims) != {group, outer, RANK}:
+        return None
+    if w.gain is not None and {*w.gain.dims} != {group, outer, RANK}:
+        return None
+    ctx.used(w, eqn, LOW_RANK, (inner,), (outer,), (group,))
     y = ctx.bind(eqn, [x, w.base, group_sizes])[0]
-    x = dropout(x if xc == (1,) else x.T, w, ctx.use())
+    x = dropout(x if tokens_first else x.T, w, ctx.use())
     precision = eqn.params["precision"]
     a = times(cast(first.order((group, inner, RANK)).value, x.dtype), w.scale)
     b = cast(second.order((group, RANK, outer)).value, x.dtype)
-    h = lax.ragged_dot(x, a, group_sizes, precision=precision)
+    h = lax.ragged_dot(x, a, group_sizes, precision=precision)  # (tokens, rank)
     y = plus(y, lax.ragged_dot(h, b, group_sizes, precision=precision))
     if w.gain is None:
         return [y]
@@ -261,43 +286,70 @@ def _ragged_dot(ctx, eqn, args):
     return [y + y * lax.ragged_dot(ones, gain, group_sizes, precision=lax.Precision.HIGHEST)]
 
 
-def _ragged_down(xc, group, inner, dims, x, a, group_sizes):
-    a = Factor(a, dims).order((group, inner, RANK)).value
-    highest = lax.Precision.HIGHEST
-    return lax.ragged_dot(x if xc == (1,) else x.T, a, group_sizes, precision=highest)
-
-
-@rule("gather")
-def _gather(ctx, eqn, args):
-    """Indexing picks weights from a stack (experts, layers) or rows of a table: both factors are
-    looked up, and multiplied where the rows are used."""
-    w, indices = args
-    p = eqn.params
-    dn = p["dimension_numbers"]
-    if not is_weight(w) or is_weight(indices) or dn.operand_batching_dims:
+def _probed_ragged_dot(ctx, eqn, args):
+    axes = _ragged_axes(eqn, args)
+    if axes is None:
         return None
-    if w.is_frozen:
-        return ctx.bind(eqn, [w.base, indices])
-    indexed = tuple(dn.start_index_map)
-    rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
-    base = ctx.bind(eqn, [w.base, indices])[0]
-    label = dict(zip(rest, dn.offset_dims))
-    axes: list[tuple[int, ...]] = [()] * base.ndim
-    for old, new in label.items():
-        axes[new] = w.axes[old]
-    taken = tuple(dict.fromkeys(axis for d in indexed for axis in w.axes[d]))
-    picked = w.moved(base, lambda f: _gather_factor(f, w, indices, p, base.ndim), axes, taken)
+    (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
+    ctx.used(w, eqn, LOW_RANK, (inner,), (outer,), (group,))
 
-    if w.is_probe:
-        stack = sum(w.shape[d] > 1 for d in rest) > 1
-    else:
-        stack = all(f.has(d) for f in (w.a, w.b) for d in indexed)
-    if w.is_probe and not stack:
-        ctx.used(w, eqn, "low-rank", indexed, rest, ())
-        return [base]
-    # Rows, or weights picked from a stack? The next use tells: see `Interpreter.materialise`.
-    rows = w.is_probe or not stack
-    return [dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken})) if rows else picked]
+    def down(x, a, group_sizes):
+        a = Factor(a, w.a.dims).order((group, inner, RANK)).value
+        highest = lax.Precision.HIGHEST
+        return lax.ragged_dot(x if tokens_first else x.T, a, group_sizes, precision=highest)
+
+    if w.a is not None:
+        x = observed(w, (inner,), x, down, group_sizes)
+    return ctx.bind(eqn, [x, w.base, group_sizes])
+
+
+def _gather_rule(fn: Callable) -> Function:
+    """Indexing picks weights from a stack (experts, layers) or rows of a table: fn(ctx, eqn, w,
+    picked, indexed, rest), of the weight before and after, the axes that were indexed, and those
+    that were not."""
+
+    def whole(ctx: Any, eqn: Any, args: Sequence) -> list | None:
+        (w, indices), p = args, eqn.params
+        dn = p["dimension_numbers"]
+        if not is_weight(w) or is_weight(indices) or dn.operand_batching_dims:
+            return None
+        indexed = tuple(dn.start_index_map)
+        rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
+        base = ctx.bind(eqn, [w.base, indices])[0]
+        axes: list[tuple[int, ...]] = [()] * base.ndim
+        for old, new in zip(rest, dn.offset_dims):
+            axes[new] = w.axes[old]
+        taken = tuple(axis for d in indexed for axis in w.axes[d])
+        move = lambda f: _gather_factor(f, w, indices, p, base.ndim)
+        return fn(ctx, eqn, w, w.moved(base, move, axes, taken), indexed, rest)
+
+    return whole
+
+
+def _gather(ctx, eqn, w: AdaptedWeight, picked: AdaptedWeight, indexed: tuple, rest: list) -> list:
+    """Both factors are looked up, and multiplied where the rows are used."""
+    stack = all(f.has(d) for f in (w.a, w.b) for d in indexed)
+    return [picked if stack else _undecided(w, picked, indexed)]
+
+
+def _probed_gather(ctx, eqn, w: Probe, picked: Probe, indexed: tuple, rest: list) -> list:
+    if sum(w.shape[d] > 1 for d in rest) > 1:
+        return [_undecided(w, picked, indexed)]
+    ctx.used(w, eqn, LOW_RANK, indexed, rest, ())
+    return [picked.base]
+
+
+def _undecided(w: Followed, picked: Followed, indexed: tuple) -> Followed:
+    """Rows, or weights picked from a stack? The next use tells: see `Interpreter.materialise`."""
+    taken = {axis for d in indexed for axis in w.axes[d]}
+    return dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken}))
+
+
+def _coded_gather(ctx, eqn, args):
+    w, indices = args
+    if not is_weight(w) or is_weight(indices):
+        return None
+    return ctx.bind(eqn, [w.base, indices])
 
 
 def _gather_factor(f: Factor, w: AdaptedWeight, indices, p, out_ndim: int) -> Factor:
@@ -329,3 +381,11 @@ def _gather_factor(f: Factor, w: AdaptedWeight, indices, p, out_ndim: int) -> Fa
     )
     batch = [d for d in range(out_ndim) if d not in dn.offset_dims]
     return Factor(value, (*batch, *(d if d == RANK else label[d] for d in kept)))
+
+
+RULES: dict[str, Rule] = {
+    "dot_general": Rule(_product_rule(_dot), _product_rule(_probed_dot), _product_rule(_coded_dot)),
+    "conv_general_dilated": Rule(_conv, _probed_conv),
+    "ragged_dot_general": Rule(_ragged_dot, _probed_ragged_dot),
+    "gather": Rule(_gather_rule(_gather), _gather_rule(_probed_gather), _coded_gather),
+}
