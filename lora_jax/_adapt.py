@@ -31,8 +31,9 @@ def adapt(
 
     The result takes the arguments of `fn`. Where they hold adapted weights, each contraction,
     convolution or look-up x·W becomes x·W + scale·(x·A)·B (arXiv:2106.09685, eq. 3); all else is
-    `fn`, unchanged. It is a pure function, and composes with every JAX transformation. Without an
-    adapted weight among the arguments it is `fn` itself.
+    `fn`, unchanged. A weight that `fn` returns as it got it is an array, W + scale·A·B. The result
+    is a pure function, and composes with every JAX transformation. Without an adapted weight among
+    the arguments it is `fn` itself.
 
     `fn` is traced as `jax.jit` would: arrays are traced, and every other leaf of the arguments
     (Python numbers, booleans, strings, functions) is a constant of the trace. Repeated calls with
@@ -118,9 +119,10 @@ class _Adapted(Traceable):
         )
         interpreter = Interpreter(self.plan)
         outs = interpreter.run(*compat.live(jaxpr), frozen)
-        unmoved = {id(x) for x in frozen}
+        untouched = {id(x) for x in frozen}
         outs = [
-            interpreter.returned(o) if is_weight(o) and id(o) not in unmoved else o for o in outs
+            interpreter.returned(o, moved=id(o) not in untouched) if is_weight(o) else o
+            for o in outs
         ]
         leaves = {x.origin: x.shape for x in frozen if is_weight(x) and not isinstance(x, Coded)}
         coverage = Coverage.of(leaves, interpreter.events)

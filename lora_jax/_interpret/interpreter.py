@@ -266,9 +266,10 @@ class Interpreter:
             self.used(w, eqn, MATERIALISED, name=name)
         return w.array()
 
-    def returned(self, w: Followed) -> jax.Array:
-        """A moved weight that the function returns, as a plain array."""
-        if not isinstance(w, Coded):
+    def returned(self, w: Followed, moved: bool) -> jax.Array:
+        """A weight that the function returns, as an array; one that was not even moved is no use
+        that strict mode minds."""
+        if moved and not isinstance(w, Coded):
             how = LOW_RANK if w.indexed else MATERIALISED
             use = Use("output", how, "the outputs")
             self.events |= {(leaf, None, how): use for leaf in origins(w)}
