@@ -1,7 +1,7 @@
 """What becomes of a weight that is followed, primitive by primitive: the type of a rule.
 
-`moves.RULES | uses.RULES | bodies.RULES` is all of them, by the name of the primitive. A new one is
-a function and an entry.
+Each file of rules ends with its `RULES`, by the name of the primitive; `interpreter` joins them. A
+new one is a function and an entry.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from typing import Any, TypeAlias
 
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe
 
-# (ctx, eqn, operands) -> outputs, ctx being the `Interpreter`. One operand or more is a weight.
+Context: TypeAlias = Any  # the `Interpreter`
+Equation: TypeAlias = Any  # of a jaxpr
+
+# (ctx, eqn, operands) -> outputs. One operand or more is a weight.
 # None: it cannot stay in factors here, and the interpreter materialises it, visibly.
-Function: TypeAlias = Callable[[Any, Any, Sequence], Sequence | None]
+Function: TypeAlias = Callable[[Context, Equation, Sequence], Sequence | None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The rules of the primitives that use a weight up: contractions, convolutions and look-ups.
+"""The rules of the primitives that multiply by a weight: contractions and convolutions.
 
 Each binds the primitive unchanged on the frozen base and adds the low-rank product beside it.
 """
@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._core.einsum import cast, contract, plus, times
+from lora_jax._core.einsum import Labels, cast, contract, plus, times
 from lora_jax._core.geometry import RANK, Factor
 from lora_jax._interpret.coverage import LOW_RANK
 from lora_jax._interpret.observe import observed
-from lora_jax._interpret.rule import Function, Rule
-from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, Probe, is_weight
+from lora_jax._interpret.rule import Context, Equation, Function, Rule
+from lora_jax._nodes.weight import AdaptedWeight, Coded, Probe, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
 from lora_jax._products.frozen import Frozen, product
 
@@ -26,7 +25,7 @@ from lora_jax._products.frozen import Frozen, product
 def _product_rule(fn: Callable) -> Function:
     """The rule of dot_general: fn(ctx, eqn, side, w, x), where the weight w is operand `side`."""
 
-    def whole(ctx: Any, eqn: Any, args: Sequence) -> list:
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list:
         left, right = args
         if not is_weight(right):
             return fn(ctx, eqn, 0, left, right)
@@ -36,7 +35,7 @@ def _product_rule(fn: Callable) -> Function:
     return whole
 
 
-def _dot(ctx, eqn, side: int, w: AdaptedWeight, x) -> list:
+def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array) -> list:
     """Together with the products of the same input that come later in the program."""
     xl = _own_labels(x)
     uses = [(eqn, side, w)]
@@ -48,18 +47,20 @@ def _dot(ctx, eqn, side: int, w: AdaptedWeight, x) -> list:
         uses[0] = eqn, side, dataclasses.replace(w, gain=None)
     else:
         uses += [u for u in ctx.siblings(eqn, 1 - side) if not _gains_input(*u)]
+    # One group: q, k and v of an input share the product with A and what the plan makes of it.
     products = [_product(ctx, e, s, x, xl, w) for e, s, w in uses]
     outs = contracted(x, xl, products, ctx.plan)
     for (e, s, w), (_, plan) in zip(uses, outs):
         ctx.used(w, e, LOW_RANK, *_parts_of(e, s, w.ndim), plan=str(plan))
-    for (e, *_), (y, _) in zip(uses[1:], outs[1:]):
+    for (e, *_), (y, _) in zip(uses[1:], outs[1:]):  # the interpreter will pass over these
         ctx.made(e, [y])
     return [outs[0][0]]
 
 
-def _coded_dot(ctx, eqn, side: int, w: Coded, x) -> list:
+def _coded_dot(ctx: Context, eqn: Equation, side: int, w: Coded, x: jax.Array) -> list:
     p = eqn.params
     if not jnp.issubdtype(x.dtype, jnp.floating) or p["out_sharding"] is not None:
+        # `product` has no rule for these; here the whole weight is read.
         return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
     xl = _own_labels(x)
     how = Frozen(
@@ -75,7 +76,7 @@ def _coded_dot(ctx, eqn, side: int, w: Coded, x) -> list:
     return [product(x, w.base, how)]
 
 
-def _probed_dot(ctx, eqn, side: int, w: Probe, x) -> list:
+def _probed_dot(ctx: Context, eqn: Equation, side: int, w: Probe, x: jax.Array) -> list:
     ctx.used(w, eqn, LOW_RANK, *_parts_of(eqn, side, w.ndim))
     if w.a is not None:
         xl = _own_labels(x)
@@ -89,34 +90,35 @@ def _probed_dot(ctx, eqn, side: int, w: Probe, x) -> list:
     return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
 
 
-def _own_labels(x) -> tuple:
-    """Of the axes of x; see `_labels` for the weight's."""
+def _own_labels(x: jax.Array) -> Labels:
+    """The labels of the axes of x."""
     return tuple(("x", d) for d in range(x.ndim))
 
 
-def _out_labels(eqn, side: int, xl, ndim: int):
+def _out_labels(eqn: Equation, side: int, xl: Labels, ndim: int) -> Labels:
+    """The result's: batch axes, then what is left of each operand, in their order."""
     contracting, batch = eqn.params["dimension_numbers"]
-    xc, xb = contracting[1 - side], batch[1 - side]
+    xc, xb = contracting[1 - side], batch[1 - side]  # of x
     x_free = [d for i, d in enumerate(xl) if i not in xc and i not in xb]
     w_free = [d for d in _labels(eqn, side, xl, ndim) if d not in xl]
     return (*(xl[d] for d in xb), *(w_free + x_free if side == 0 else x_free + w_free))
 
 
-def _parts_of(eqn, side: int, ndim: int):
+def _parts_of(eqn: Equation, side: int, ndim: int) -> tuple:
     """The weight's contracted, free and batch axes in a dot_general."""
     contracting, batch = eqn.params["dimension_numbers"]
     wc, wb = contracting[side], batch[side]
     return wc, [d for d in range(ndim) if d not in wc and d not in wb], wb
 
 
-def _gains_input(eqn, side: int, w) -> bool:
+def _gains_input(eqn: Equation, side: int, w: AdaptedWeight) -> bool:
     """Whether the product sums over axes that the weight's gain runs along: x gets it then."""
     contracting, _ = eqn.params["dimension_numbers"]
     return w.gain is not None and any(map(w.gain.has, contracting[side]))
 
 
-def _labels(eqn, side: int, xl, ndim: int):
-    """Of the weight's axes: those of the axes of x that they meet, and labels of their own."""
+def _labels(eqn: Equation, side: int, xl: Labels, ndim: int) -> Labels:
+    """The weight's: an axis that meets one of x has its label, any other one of its own."""
     contracting, batch = eqn.params["dimension_numbers"]
     met = dict(zip(
         (*contracting[side], *batch[side]), (*contracting[1 - side], *batch[1 - side])
@@ -124,7 +126,9 @@ def _labels(eqn, side: int, xl, ndim: int):
     return tuple(xl[met[d]] if d in met else ("w", d) for d in range(ndim))
 
 
-def _product(ctx, eqn, side, x, xl, w) -> Product:
+def _product(
+    ctx: Context, eqn: Equation, side: int, x: jax.Array, xl: Labels, w: AdaptedWeight
+) -> Product:
     wl, out = _labels(eqn, side, xl, w.ndim), _out_labels(eqn, side, xl, w.ndim)
     operands = [w.base, x] if side == 0 else [x, w.base]
     return Product(
@@ -140,13 +144,13 @@ def _product(ctx, eqn, side, x, xl, w) -> Product:
     )
 
 
-def _conv_axes(eqn) -> tuple[int, list[int]]:
+def _conv_axes(eqn: Equation) -> tuple[int, list[int]]:
     """The kernel's axis of output features, and those that are summed."""
     out, *inner = eqn.params["dimension_numbers"].rhs_spec
     return out, inner
 
 
-def _conv(ctx, eqn, args):
+def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     """The convolution by A with `rank` output features, then B at each position.
 
     In a grouped convolution A is shared by the groups: it runs once in each of them.
@@ -158,6 +162,7 @@ def _conv(ctx, eqn, args):
         return None
     out_dim, inner = _conv_axes(eqn)
     first, second = (w.b, w.a) if w.a.has(out_dim) else (w.a, w.b)
+    # A must run along the window and the input features alone, B along the output features.
     if any(
         first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
     ) or not second.has(out_dim):
@@ -189,11 +194,12 @@ def _conv(ctx, eqn, args):
         precision=p["precision"],
         preferred_element_type=p["preferred_element_type"],
     )
+    # y: (N, ..., out), with one label alone: that of the gain.
     along = [out_dim if d == feature else None for d in range(y.ndim)]
     return [w.gained(plus(y, delta.reshape(y.shape)), along)]
 
 
-def _probed_conv(ctx, eqn, args):
+def _probed_conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     x, w = args
     if is_weight(x) or eqn.params["batch_group_count"] != 1:
         return None
@@ -205,7 +211,7 @@ def _probed_conv(ctx, eqn, args):
     return ctx.bind(eqn, [x, w.base])
 
 
-def _conv_down(eqn, ndim: int, x, first: Factor):
+def _conv_down(eqn: Equation, ndim: int, x: jax.Array, first: Factor) -> jax.Array:
     """The convolution by a factor without an axis of the output features: its rank is theirs."""
     p = eqn.params
     dn = p["dimension_numbers"]
@@ -224,7 +230,7 @@ def _conv_down(eqn, ndim: int, x, first: Factor):
     )
 
 
-def _groups_to_batch(x, batch: int, feature: int, groups: int):
+def _groups_to_batch(x: jax.Array, batch: int, feature: int, groups: int) -> jax.Array:
     """(N, ..., groups·c) as (N·groups, ..., c): one ordinary convolution for all groups."""
     if groups == 1:
         return x
@@ -233,12 +239,12 @@ def _groups_to_batch(x, batch: int, feature: int, groups: int):
     return x.reshape(*x.shape[:batch], -1, *x.shape[batch + 2 :])
 
 
-def _insert(f: Factor, dims) -> Factor:
+def _insert(f: Factor, dims: Sequence[int]) -> Factor:
     """The factor with axes of size 1 for `dims` in front."""
     return Factor(lax.expand_dims(f.value, range(len(dims))), (*dims, *f.dims)) if dims else f
 
 
-def _ragged_axes(eqn, args) -> tuple[int, int, int, bool] | None:
+def _ragged_axes(eqn: Equation, args: Sequence) -> tuple[int, int, int, bool] | None:
     """(group, in, out) of the weight, and whether x is (tokens, in); None for other forms."""
     x, w = args[:2]
     numbers = eqn.params["ragged_dot_dimension_numbers"]
@@ -260,7 +266,7 @@ def _ragged_axes(eqn, args) -> tuple[int, int, int, bool] | None:
     return group, inner, outer, xc == (1,)
 
 
-def _ragged_dot(ctx, eqn, args):
+def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     """Experts: (tokens, in) by (experts, in, out), with A and B of each expert in turn."""
     axes = _ragged_axes(eqn, args)
     if axes is None:
@@ -275,6 +281,7 @@ def _ragged_dot(ctx, eqn, args):
     y = ctx.bind(eqn, [x, w.base, group_sizes])[0]
     x = dropout(x if tokens_first else x.T, w, ctx.use())
     precision = eqn.params["precision"]
+    # A: (experts, in, rank), B: (experts, rank, out); the rows of x are sorted by expert.
     a = times(cast(first.order((group, inner, RANK)).value, x.dtype), w.scale)
     b = cast(second.order((group, RANK, outer)).value, x.dtype)
     h = lax.ragged_dot(x, a, group_sizes, precision=precision)  # (tokens, rank)
@@ -286,14 +293,14 @@ def _ragged_dot(ctx, eqn, args):
     return [y + y * lax.ragged_dot(ones, gain, group_sizes, precision=lax.Precision.HIGHEST)]
 
 
-def _probed_ragged_dot(ctx, eqn, args):
+def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     axes = _ragged_axes(eqn, args)
     if axes is None:
         return None
     (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
     ctx.used(w, eqn, LOW_RANK, (inner,), (outer,), (group,))
 
-    def down(x, a, group_sizes):
+    def down(x: jax.Array, a: jax.Array, group_sizes: jax.Array) -> jax.Array:
         a = Factor(a, w.a.dims).order((group, inner, RANK)).value
         highest = lax.Precision.HIGHEST
         return lax.ragged_dot(x if tokens_first else x.T, a, group_sizes, precision=highest)
@@ -303,89 +310,8 @@ def _probed_ragged_dot(ctx, eqn, args):
     return ctx.bind(eqn, [x, w.base, group_sizes])
 
 
-def _gather_rule(fn: Callable) -> Function:
-    """Indexing picks weights from a stack (experts, layers) or rows of a table: fn(ctx, eqn, w,
-    picked, indexed, rest), of the weight before and after, the axes that were indexed, and those
-    that were not."""
-
-    def whole(ctx: Any, eqn: Any, args: Sequence) -> list | None:
-        (w, indices), p = args, eqn.params
-        dn = p["dimension_numbers"]
-        if not is_weight(w) or is_weight(indices) or dn.operand_batching_dims:
-            return None
-        indexed = tuple(dn.start_index_map)
-        rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
-        base = ctx.bind(eqn, [w.base, indices])[0]
-        axes: list[tuple[int, ...]] = [()] * base.ndim
-        for old, new in zip(rest, dn.offset_dims):
-            axes[new] = w.axes[old]
-        taken = tuple(axis for d in indexed for axis in w.axes[d])
-        move = lambda f: _gather_factor(f, w, indices, p, base.ndim)
-        return fn(ctx, eqn, w, w.moved(base, move, axes, taken), indexed, rest)
-
-    return whole
-
-
-def _gather(ctx, eqn, w: AdaptedWeight, picked: AdaptedWeight, indexed: tuple, rest: list) -> list:
-    """Both factors are looked up, and multiplied where the rows are used."""
-    stack = all(f.has(d) for f in (w.a, w.b) for d in indexed)
-    return [picked if stack else _undecided(w, picked, indexed)]
-
-
-def _probed_gather(ctx, eqn, w: Probe, picked: Probe, indexed: tuple, rest: list) -> list:
-    if sum(w.shape[d] > 1 for d in rest) > 1:
-        return [_undecided(w, picked, indexed)]
-    ctx.used(w, eqn, LOW_RANK, indexed, rest, ())
-    return [picked.base]
-
-
-def _undecided(w: Followed, picked: Followed, indexed: tuple) -> Followed:
-    """Rows, or weights picked from a stack? The next use tells: see `Interpreter.materialise`."""
-    taken = {axis for d in indexed for axis in w.axes[d]}
-    return dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken}))
-
-
-def _coded_gather(ctx, eqn, args):
-    w, indices = args
-    if not is_weight(w) or is_weight(indices):
-        return None
-    return ctx.bind(eqn, [w.base, indices])
-
-
-def _gather_factor(f: Factor, w: AdaptedWeight, indices, p, out_ndim: int) -> Factor:
-    dn, f = p["dimension_numbers"], f.sorted()
-    sizes = [f.size(RANK) if d == RANK else p["slice_sizes"][d] for d in f.dims]
-    rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
-    label = dict(zip(rest, dn.offset_dims))
-    columns = [i for i, d in enumerate(dn.start_index_map) if f.has(d)]
-    if not columns:
-        value = lax.slice(f.value, [0] * f.value.ndim, sizes)
-        return Factor(value, f.dims).relabel(label)
-    kept = [d for d in f.dims if d not in dn.collapsed_slice_dims]
-    lead = indices.ndim - 1
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(lead, lead + len(kept))),
-        collapsed_slice_dims=tuple(i for i, d in enumerate(f.dims) if d in dn.collapsed_slice_dims),
-        start_index_map=tuple(f.dims.index(dn.start_index_map[i]) for i in columns),
-    )
-    every = len(columns) == len(dn.start_index_map)
-    value = lax.gather(
-        f.value,
-        indices if every else indices[..., jnp.asarray(columns)],
-        numbers,
-        sizes,
-        mode=p["mode"],
-        fill_value=0,
-        unique_indices=p["unique_indices"] and every,
-        indices_are_sorted=p["indices_are_sorted"] and every,
-    )
-    batch = [d for d in range(out_ndim) if d not in dn.offset_dims]
-    return Factor(value, (*batch, *(d if d == RANK else label[d] for d in kept)))
-
-
 RULES: dict[str, Rule] = {
     "dot_general": Rule(_product_rule(_dot), _product_rule(_probed_dot), _product_rule(_coded_dot)),
     "conv_general_dilated": Rule(_conv, _probed_conv),
     "ragged_dot_general": Rule(_ragged_dot, _probed_ragged_dot),
-    "gather": Rule(_gather_rule(_gather), _gather_rule(_probed_gather), _coded_gather),
 }
