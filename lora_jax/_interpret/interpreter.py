@@ -254,47 +254,33 @@ class Interpreter:
         self,
         w: Followed,
         eqn: Equation,
-        how: str,
-        in_dims: Iterable[int] = (),
-        out_dims: Iterable[int] = (),
-        batch_dims: Iterable[int] = (),
+        dims: Sequence[Iterable[int]] = ((), (), ()),
+        how: str = LOW_RANK,
         name: str | None = None,
         plan: str = "",
     ) -> None:
-        """Records a use, in terms of the axes of the leaf."""
-        inner, outer, batch = (
-            {axis for d in dims for axis in w.axes[d]} for dims in (in_dims, out_dims, batch_dims)
-        )
-        self._record(
-            w, eqn, how, inner, outer - inner, (batch | set(w.stacked)) - inner - outer, name, plan
-        )
+        """Records a use, with the weight's axes by their part in it: in, out, batch."""
+        axes = [{axis for d in part for axis in w.axes[d]} for part in dims]
+        self._record(w, eqn, axes, how, name or eqn.primitive.name, plan)
 
     def _record(
-        self,
-        w: Followed,
-        eqn: Equation,
-        how: str,
-        inner: set[int],
-        outer: set[int],
-        batch: set[int],
-        name: str | None = None,
-        plan: str = "",
+        self, w: Followed, eqn: Equation, axes: Sequence[set], how: str, name: str, plan: str = ""
     ) -> None:
-        axes = [tuple(sorted(a)) for a in (inner, outer, batch)]
-        name = name or eqn.primitive.name
+        """The same, in terms of the axes of the leaf; an axis has the first part that it is in."""
+        inner, outer, batch = axes
+        axes = inner, outer - inner, (batch | set(w.stacked)) - inner - outer
         dilated = max(eqn.params.get("rhs_dilation") or (1,)) > 1
-        use = Use(name, how, compat.source_line(eqn), *axes, plan, dilated)
+        parts = (tuple(sorted(a)) for a in axes)
+        use = Use(name, how, compat.source_line(eqn), *parts, plan, dilated)
         self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
 
     def materialise(self, w: Followed, eqn: Equation, name: str | None = None) -> jax.Array:
         """The plain array that an equation without a rule needs."""
         if w.indexed:  # rows of a table that turned out to be activations
-            rows, rest = set(w.indexed), {axis for dim in w.axes for axis in dim}
-            self._record(
-                w, eqn, LOW_RANK, rows, rest - rows, set(w.stacked) - rows - rest, "gather"
-            )
+            rest = {axis for dim in w.axes for axis in dim}
+            self._record(w, eqn, (set(w.indexed), rest, set()), LOW_RANK, "gather")
         elif not isinstance(w, Coded):
-            self.used(w, eqn, MATERIALISED, name=name)
+            self.used(w, eqn, how=MATERIALISED, name=name)
         return w.array()
 
     def returned(self, w: Followed, moved: bool) -> jax.Array:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core.geometry import RANK, Factor
-from lora_jax._interpret.coverage import LOW_RANK
 from lora_jax._interpret.rule import Context, Equation, Function, Rule
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight
 
@@ -53,7 +52,7 @@ def _probed_gather(
 ) -> list:
     if sum(w.shape[d] > 1 for d in rest) > 1:  # what is left may be a matrix
         return [_undecided(w, picked, indexed)]
-    ctx.used(w, eqn, LOW_RANK, indexed, rest, ())
+    ctx.used(w, eqn, (indexed, rest, ()))
     return [picked.base]
 
 

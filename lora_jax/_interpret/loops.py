@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,65 +19,48 @@ from lora_jax._nodes.weight import Coded, Followed, has_seed, is_weight
 from lora_jax._quantized.weight import is_quantized
 
 
-@dataclasses.dataclass(frozen=True)
-class Same:
-    """An operand of a loop that every step gets: a constant, or a weight that leaves the loop as it
-    entered, so that there is nothing to carry."""
+class Part(enum.Enum):
+    """What a step of a loop gets of an operand."""
 
+    SAME = enum.auto()  # all of it: a constant, or a weight that leaves the loop as it entered
+    CARRIED = enum.auto()  # the array that the last step left
+    SLICED = enum.auto()  # its part of (n, ...); of a weight, the base's and that of each factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
     value: Any
-
-    def at_step(self, carry: Iterator, xs: Iterator) -> Any:
-        """The operand in a step, which takes what is its own of `carry` or of `xs`, in order."""
-        return self.value
-
-
-@dataclasses.dataclass(frozen=True)
-class Carried:
-    """An array that one step hands to the next."""
-
-    value: jax.Array
-
-    def at_step(self, carry: Iterator, xs: Iterator) -> Any:
-        return next(carry)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sliced:
-    """An array (n, ...) of which step i gets part i."""
-
-    value: Any
+    part: Part
 
     @property
     def whole(self) -> Any:
-        """What `lax.scan` slices."""
-        return self.value
-
-    def at_step(self, carry: Iterator, xs: Iterator) -> Any:
-        return next(xs)
-
-
-@dataclasses.dataclass(frozen=True)
-class SlicedWeight(Sliced):
-    """A stack of weights (n, ...): the base is sliced, and each factor that runs along axis 0."""
-
-    value: Followed
-
-    @property
-    def whole(self) -> list:
+        """What `lax.scan` slices: of a weight, the base and the factors that run along axis 0."""
         w = self.value
+        if not is_weight(w):
+            return w
         base = w.base if not is_quantized(w.base) or w.base.sliceable else w.base.value()
         return [base, *(_lead(f).value for f in w.parts.values() if f.has(0))]
 
-    def at_step(self, carry: Iterator, xs: Iterator) -> Followed:
-        w, (base, *values) = self.value, next(xs)
-        values = iter(values)  # of the factors that were sliced, in their order
-        return dataclasses.replace(
-            w,
-            base=base.part() if is_quantized(base) else base,
-            axes=w.axes[1:],
-            stacked=tuple(sorted({*w.stacked, *w.axes[0]})),
-            **{name: _part(f, values) for name, f in w.parts.items()},
-        )
+    def at_step(self, carry: Iterator, xs: Iterator) -> Any:
+        """The operand in a step, which takes what is its own of `carry` or of `xs`, in order."""
+        if self.part is Part.SAME:
+            return self.value
+        if self.part is Part.CARRIED:
+            return next(carry)
+        return _slice_of(self.value, next(xs)) if is_weight(self.value) else next(xs)
+
+
+def _slice_of(w: Followed, leaves: Sequence) -> Followed:
+    """One weight of a stack, in a step that got its part of `Operand.whole`."""
+    base, *values = leaves
+    factors = iter(values)
+    return dataclasses.replace(
+        w,
+        base=base.part() if is_quantized(base) else base,
+        axes=w.axes[1:],
+        stacked=tuple(sorted({*w.stacked, *w.axes[0]})),
+        **{name: _part(f, factors) for name, f in w.parts.items()},
+    )
 
 
 def _lead(f: Factor) -> Factor:
@@ -95,12 +79,11 @@ def _carry(
 ) -> list:
     """The operands that a loop carries, the first of them being input `first` of its body."""
 
-    def operand(i: int, a: Any) -> Same | Carried:
-        if not is_weight(a):
-            return Carried(a)
-        if came[i] == first + i:  # it comes out as it went in, each time
-            return Same(a)
-        return Carried(ctx.materialise(a, eqn, f"{eqn.primitive.name} carry"))
+    def operand(i: int, a: Any) -> Operand:
+        if is_weight(a) and came[i] == first + i:  # it comes out as it went in, each time
+            return Operand(a, Part.SAME)
+        a = ctx.materialise(a, eqn, f"{eqn.primitive.name} carry") if is_weight(a) else a
+        return Operand(a, Part.CARRIED)
 
     return [operand(i, a) for i, a in enumerate(args)]
 
@@ -112,7 +95,7 @@ def _each_step(operands: Sequence, carry: Iterable = (), xs: Iterable = ()) -> l
 
 
 def _start(operands: Sequence) -> list:
-    return [o.value for o in operands if isinstance(o, Carried)]
+    return [o.value for o in operands if o.part is Part.CARRIED]
 
 
 def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
@@ -122,26 +105,21 @@ def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     n_consts, n_carry = compat.scan_counts(p)
     came = forwarded(jaxpr)
 
-    def stack(a: Any) -> Sliced:
-        if isinstance(a, Coded) and not a.base.sliceable:
-            a = a.array()
-        return SlicedWeight(a) if is_weight(a) else Sliced(a)
-
+    read = lambda a: a.array() if isinstance(a, Coded) and not a.base.sliceable else a
+    constants = [Operand(a, Part.SAME) for a in args[:n_consts]]
     carry = _carry(ctx, eqn, args[n_consts:][:n_carry], came, n_consts)
-    stacks = list(map(stack, args[n_consts + n_carry :]))
-    operands = [*map(Same, args[:n_consts]), *carry, *stacks]
+    stacks = [Operand(read(a), Part.SLICED) for a in args[n_consts + n_carry :]]
+    operands = [*constants, *carry, *stacks]
     # A stack of weights that leaves the loop as it entered is no output of it.
-    left = [
-        o if i is not None and isinstance(o := operands[i], SlicedWeight) else None
-        for i in came[n_carry:]
-    ]
+    left = [None if i is None else operands[i] for i in came[n_carry:]]
+    left = [o if o and o.part is Part.SLICED and is_weight(o.value) else None for o in left]
     dropping = any(map(has_seed, args))  # masks differ by step: its number is sliced as well
 
     def body(carry_in: list, xs: tuple) -> tuple[list, list]:
         step, parts = xs
         values = _each_step(operands, carry_in, parts)
         outs = ctx.run(jaxpr, consts, [_at_step(ctx.fresh(v), step) for v in values])
-        carry_out = [y for y, o in zip(outs, carry) if isinstance(o, Carried)]
+        carry_out = [y for y, o in zip(outs, carry) if o.part is Part.CARRIED]
         ys = [y for y, o in zip(outs[n_carry:], left) if o is None]
         return arrays(ctx, eqn, carry_out, "scan output"), arrays(ctx, eqn, ys, "scan output")
 
@@ -180,7 +158,7 @@ def _while(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
         step, values = state
         inner = [_at_step(v, step) for v in (*for_body, *_each_step(carry, values))]
         outs = ctx.run(body, body_consts, inner)
-        outs = [y for y, o in zip(outs, carry) if isinstance(o, Carried)]
+        outs = [y for y, o in zip(outs, carry) if o.part is Part.CARRIED]
         return step if step is None else step + 1, arrays(ctx, eqn, outs, "while output")
 
     start = jnp.zeros((), jnp.int32) if dropping else None

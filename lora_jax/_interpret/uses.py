@@ -14,7 +14,6 @@ from jax import lax
 
 from lora_jax._core.einsum import Labels, cast, contract, plus, times
 from lora_jax._core.geometry import RANK, Factor
-from lora_jax._interpret.coverage import LOW_RANK
 from lora_jax._interpret.observe import observed
 from lora_jax._interpret.rule import Context, Equation, Function, Rule
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Probe, is_weight
@@ -51,7 +50,7 @@ def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array)
     products = [_product(ctx, e, s, x, xl, w) for e, s, w in uses]
     outs = contracted(x, xl, products, ctx.plan)
     for (e, s, w), (_, plan) in zip(uses, outs):
-        ctx.used(w, e, LOW_RANK, *_parts_of(e, s, w.ndim), plan=str(plan))
+        ctx.used(w, e, _parts_of(e, s, w.ndim), plan=str(plan))
     for (e, *_), (y, _) in zip(uses[1:], outs[1:]):  # the interpreter will pass over these
         ctx.made(e, [y])
     return [outs[0][0]]
@@ -77,7 +76,7 @@ def _coded_dot(ctx: Context, eqn: Equation, side: int, w: Coded, x: jax.Array) -
 
 
 def _probed_dot(ctx: Context, eqn: Equation, side: int, w: Probe, x: jax.Array) -> list:
-    ctx.used(w, eqn, LOW_RANK, *_parts_of(eqn, side, w.ndim))
+    ctx.used(w, eqn, _parts_of(eqn, side, w.ndim))
     if w.a is not None:
         xl = _own_labels(x)
         wl = _labels(eqn, side, xl, w.ndim)
@@ -169,7 +168,7 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
         return None
     if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
         return None
-    ctx.used(w, eqn, LOW_RANK, inner, (out_dim,), ())
+    ctx.used(w, eqn, (inner, (out_dim,), ()))
     y = ctx.bind(eqn, [x, w.base])[0]
 
     x = dropout(x, w, ctx.use())
@@ -204,7 +203,7 @@ def _probed_conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     if is_weight(x) or eqn.params["batch_group_count"] != 1:
         return None
     out_dim, inner = _conv_axes(eqn)
-    ctx.used(w, eqn, LOW_RANK, inner, (out_dim,), ())
+    ctx.used(w, eqn, (inner, (out_dim,), ()))
     if w.a is not None:
         down = lambda x, a: _conv_down(eqn, w.ndim, x, Factor(a, w.a.dims))
         x = observed(w, inner, x, down)
@@ -277,7 +276,7 @@ def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
         return None
     if w.gain is not None and {*w.gain.dims} != {group, outer, RANK}:
         return None
-    ctx.used(w, eqn, LOW_RANK, (inner,), (outer,), (group,))
+    ctx.used(w, eqn, ((inner,), (outer,), (group,)))
     y = ctx.bind(eqn, [x, w.base, group_sizes])[0]
     x = dropout(x if tokens_first else x.T, w, ctx.use())
     precision = eqn.params["precision"]
@@ -298,7 +297,7 @@ def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | No
     if axes is None:
         return None
     (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
-    ctx.used(w, eqn, LOW_RANK, (inner,), (outer,), (group,))
+    ctx.used(w, eqn, ((inner,), (outer,), (group,)))
 
     def down(x: jax.Array, a: jax.Array, group_sizes: jax.Array) -> jax.Array:
         a = Factor(a, w.a.dims).order((group, inner, RANK)).value
