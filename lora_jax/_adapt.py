@@ -15,7 +15,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._interpret.coverage import Coverage
 from lora_jax._interpret.interpreter import Interpreter
 from lora_jax._interpret.trace import Traceable
-from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, is_weight
 from lora_jax._products.plan import PLANS
 
 
@@ -31,8 +31,9 @@ def adapt(
 
     The result takes the arguments of `fn`. Where they hold adapted weights, each contraction,
     convolution or look-up x·W becomes x·W + scale·(x·A)·B (arXiv:2106.09685, eq. 3); all else is
-    `fn`, unchanged. It is a pure function, and composes with every JAX transformation. Without an
-    adapted weight among the arguments it is `fn` itself.
+    `fn`, unchanged. A weight that `fn` returns as it got it is an array, W + scale·A·B. The result
+    is a pure function, and composes with every JAX transformation. Without an adapted weight among
+    the arguments it is `fn` itself.
 
     `fn` is traced as `jax.jit` would: arrays are traced, and every other leaf of the arguments
     (Python numbers, booleans, strings, functions) is a constant of the trace. Repeated calls with
@@ -109,7 +110,8 @@ class _Adapted(Traceable):
         """The outputs with adapted weights, and what became of each leaf."""
         jaxpr, shapes = self.jaxpr(constants, arrays)
         frozen = [_frozen(x) if is_weight(x) else x for x in _told_apart(arrays)]
-        dropping = [x for x in frozen if is_weight(x) and x.drops] if self.plan == "merged" else []
+        adapted = [x for x in frozen if isinstance(x, AdaptedWeight)]
+        dropping = [x for x in adapted if x.drops] if self.plan == "merged" else []
         raise_all(
             'plan="merged" cannot drop inputs of the low-rank branch:',
             [f"'{x.origin}' has dropout {x.dropout}" for x in dropping],
@@ -117,16 +119,17 @@ class _Adapted(Traceable):
         )
         interpreter = Interpreter(self.plan)
         outs = interpreter.run(*compat.live(jaxpr), frozen)
-        unmoved = {id(x) for x in frozen}
+        untouched = {id(x) for x in frozen}
         outs = [
-            interpreter.returned(o) if is_weight(o) and id(o) not in unmoved else o for o in outs
+            interpreter.returned(o, moved=id(o) not in untouched) if is_weight(o) else o
+            for o in outs
         ]
-        leaves = {x.origin: x.shape for x in frozen if is_weight(x) and not x.is_frozen}
+        leaves = {x.origin: x.shape for x in frozen if is_weight(x) and not isinstance(x, Coded)}
         coverage = Coverage.of(leaves, interpreter.events)
         return jax.tree.unflatten(jax.tree.structure(shapes), outs), coverage
 
 
-def _frozen(w: AdaptedWeight) -> AdaptedWeight:
+def _frozen(w: Followed) -> Followed:
     if len(w.axes) != w.ndim:
         raise LoRAError(
             f"the adapted weight '{w.origin}' has {w.ndim} axes here and {len(w.axes)} where it "

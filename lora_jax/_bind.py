@@ -13,7 +13,7 @@ from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node, is_node
-from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._nodes.weight import Coded, is_weight, own_axes
 from lora_jax._quantized.weight import is_quantized
 
 
@@ -53,8 +53,7 @@ def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) ->
     def leaf(path, base):
         node = nodes.get(path)
         if node is None and is_quantized(base):
-            axes = tuple((d,) for d in range(base.ndim))
-            return AdaptedWeight(base, None, None, origin=path, axes=axes)
+            return Coded(base, origin=path, axes=own_axes(base))
         if node is None:
             return _frozen(base)
         return node.weight(base, path, key)

@@ -19,7 +19,7 @@ from lora_jax._interpret.coverage import LOW_RANK, Use, by_leaf
 from lora_jax._interpret.interpreter import Interpreter
 from lora_jax._interpret.reach import LOOK_UP, Flow
 from lora_jax._interpret.trace import Traceable
-from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._nodes.weight import Probe, is_weight, own_axes
 from lora_jax._quantized.weight import is_quantized
 
 
@@ -167,4 +167,4 @@ def _probe(path, x):
         return x
     if is_quantized(x):
         x = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return AdaptedWeight(x, None, None, origin=path, axes=tuple((d,) for d in range(x.ndim)))
+    return Probe(x, origin=path, axes=own_axes(x))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import fails, noisy
+from common import assert_close, fails, noisy
 from flax import linen as nn
 from flax import nnx
 from jax.experimental import pallas as pl
@@ -279,11 +279,27 @@ def test_not_strict_is_exact_and_reported():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, dense)
 
 
-def test_bound_leaves_may_be_returned_untouched():
-    adapted, bound = bound_and(lambda p, x: (fn(p, x), p))
-    out, same = adapted(bound, X)
-    assert isinstance(same["up"]["kernel"], lora.AdaptedWeight)
-    np.testing.assert_array_equal(adapted(same, X)[0], out)
+@pytest.mark.parametrize("through", [lambda p: p, jax.jit(lambda p: p)], ids=["", "jit"])
+def test_what_a_function_returns_is_an_array(through):
+    """Of a weight that it returns as it got it, what `merge` makes; its gradient too."""
+    adapters = noisy(ADAPTERS)
+    f = lora.adapt(lambda p, x: (fn(p, x), through(p)))
+    _, same = f(lora.bind(PARAMS, adapters), X)
+    assert_close(same, lora.merge(PARAMS, adapters))
+    total = lambda tree: sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(tree))
+    ours = jax.grad(lambda ad: total(f(lora.bind(PARAMS, ad), X)[1]))(adapters)
+    assert_close(ours, jax.grad(lambda ad: total(lora.merge(PARAMS, ad)))(adapters))
+
+
+def test_bound_parameters_print_whatever_tree_map_made_of_them():
+    """Shapes, dtypes, shardings or nothing: no attribute of an array is there to ask for."""
+    coded = lora.quant.quantize({"q": jnp.ones((64, 64))}, "q")
+    bound = lora.bind({**PARAMS, **coded}, ADAPTERS)
+    assert repr(bound["up"]["kernel"]).startswith("AdaptedWeight('up/kernel', shape=")
+    assert repr(bound["q"]) == "Coded('q', shape=(64, 64), dtype=float32)"
+    for of in (jnp.shape, lambda x: x.dtype.name, lambda x: x.sharding, lambda x: None):
+        shown = repr(jax.tree.map(of, bound))
+        assert "AdaptedWeight('up/kernel', base=" in shown and "Coded('q', base=" in shown
 
 
 def test_abstract_arguments():

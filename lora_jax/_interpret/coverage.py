@@ -55,7 +55,7 @@ class Coverage:
     uses: Mapping[str, tuple[Use, ...]]
 
     @classmethod
-    def of(cls, shapes, events) -> Coverage:
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], events: dict) -> Coverage:
         return cls(dict(shapes), by_leaf(shapes, events))
 
     def status(self, path: str) -> str:

@@ -6,54 +6,43 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 
 from lora_jax._core import compat
-from lora_jax._interpret import bodies, uses  # noqa: F401  (they register their rules)
+from lora_jax._interpret import bodies, lookups, loops, moves, uses
 from lora_jax._interpret.coverage import LOW_RANK, MATERIALISED, Use
-from lora_jax._interpret.moves import RULES
 from lora_jax._interpret.repeats import Body, Repeats
-from lora_jax._nodes.weight import AdaptedWeight, is_weight, origins
+from lora_jax._interpret.rule import Equation
+from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, has_seed, is_weight, origins
 from lora_jax._quantized.sending import sent
 from lora_jax._quantized.weight import is_quantized, value
 
-# What may stand between a parameter and the product that uses it.
-MOVES = frozenset(
-    "broadcast_in_dim convert_element_type copy copy_p div mul name neg reshape "
-    "sharding_constraint slice squeeze transpose".split()
-)
-
-
-# What takes a quantised weight without an adapter; for all else it is read first.
-KEPT = (
-    MOVES - {"mul", "div", "neg"}
-    | set(compat.CALLS)
-    | set("dot_general gather scan while cond all_gather reshard shard_map".split())
-)
+RULES = moves.RULES | uses.RULES | lookups.RULES | bodies.RULES | loops.RULES
 
 
 class _Body:
     """A body under evaluation: its values, and who makes and who multiplies them."""
 
-    def __init__(self, eqns, env: dict, scopes: int):
+    def __init__(self, eqns: Sequence, env: dict, scopes: int):
         self.env = env
         self.scopes = scopes
         self.done: set[int] = set()  # ids of equations
         self._eqns = eqns
 
-    def read(self, v):
+    def read(self, v: Any) -> Any:
         return v.val if isinstance(v, compat.Literal) else self.env[v]
 
-    def has(self, v) -> bool:
+    def has(self, v: Any) -> bool:
         return isinstance(v, compat.Literal) or v in self.env
 
     @functools.cached_property
     def _makers(self) -> dict:
         return {v: eqn for eqn in self._eqns for v in eqn.outvars}
 
-    def maker(self, v):
+    def maker(self, v: Any) -> Equation | None:
         return self._makers.get(v)
 
     @functools.cached_property
@@ -65,11 +54,11 @@ class _Body:
                     found[self._origin(v)].append((eqn, side))
         return found
 
-    def products_of(self, x) -> list:
+    def products_of(self, x: Any) -> list:
         """(equation, side) of each dot_general of `x`, or of an equal conversion of its source."""
         return self._products[self._origin(x)]
 
-    def _origin(self, v):
+    def _origin(self, v: Any) -> Any:
         """What tells `v` from other values: casts of one value to one type are one."""
         eqn = None if isinstance(v, compat.Literal) else self.maker(v)
         if eqn is None or eqn.primitive.name != "convert_element_type":
@@ -87,7 +76,7 @@ class Interpreter:
         self._jits: dict = {}  # see `once`
         self._uses = 0
 
-    def run(self, jaxpr, consts, args, scopes: int = 0) -> list:
+    def run(self, jaxpr: Any, consts: Sequence, args: Sequence, scopes: int = 0) -> list:
         """The outputs of an (open) jaxpr; those that are a moved weight stay adapted.
 
         Runs of plain equations that repeat are traced once. `scopes` counts outer name scopes to
@@ -108,7 +97,7 @@ class Interpreter:
         finally:
             self._body = outer
 
-    def _runs(self, eqns) -> Iterator[list]:
+    def _runs(self, eqns: Sequence) -> Iterator[list]:
         """The equations in order: neighbours of one scope that no weight enters, together.
 
         Each is asked for when those before it, save plain ones, are evaluated.
@@ -128,11 +117,11 @@ class Interpreter:
         if run:
             yield run
 
-    def _is_plain(self, eqn) -> bool:
+    def _is_plain(self, eqn: Equation) -> bool:
         values = [self._body.env.get(v) for v in eqn.invars if not isinstance(v, compat.Literal)]
         return not eqn.effects and not any(is_weight(v) or is_quantized(v) for v in values)
 
-    def _repeated(self, run, body: Body, first: Body) -> None:
+    def _repeated(self, run: Sequence, body: Body, first: Body) -> None:
         """A run that equals an earlier one, by the function of that: JAX keeps its derivative."""
         args = [self._body.read(v) for v in body.invars]
         evaluate = functools.partial(self.run, first, (), scopes=first.scopes)
@@ -142,13 +131,21 @@ class Interpreter:
             )
         self._body.env.update(zip(body.outvars, outs))
 
-    def evaluate(self, eqn) -> None:
+    def evaluate(self, eqn: Equation) -> None:
         values = [self._body.read(v) for v in eqn.invars]
         with compat.eqn_context(eqn, slice(self._body.scopes, None)):
             outs = self._equation(eqn, values)
         self.made(eqn, outs)
 
-    def once(self, source, run, args, call, name: str, options) -> list:
+    def once(
+        self,
+        source: Any,
+        run: Callable,
+        args: Sequence,
+        call: Equation,
+        name: str,
+        options: Callable,
+    ) -> list:
         """`run(args)` by a jitted function that serves all calls of one source with alike weights.
 
         The events of the one trace are taken over for the weights of each call. `options` gives
@@ -158,6 +155,7 @@ class Interpreter:
             dataclasses.replace(self.fresh(a), origin=i) if is_weight(a) else a
             for i, a in enumerate(args)
         ]
+        # Weights are alike if all that is static of them is: kinds, labels, scales, moves of codes.
         key = (id(source), tuple(jax.tree.structure(a) for a in entered))
         if key not in self._jits:
             events: dict = {}
@@ -167,6 +165,7 @@ class Interpreter:
                     return run(xs)
 
             body.__name__ = body.__qualname__ = name
+            # `source` is kept so that no other object gets its id.
             self._jits[key] = (jax.jit(body, **options(entered)), events, source)
         fn, events, _ = self._jits[key]
         outs = fn(*entered)
@@ -178,12 +177,12 @@ class Interpreter:
             for o in outs
         ]
 
-    def made(self, eqn, outs) -> None:
+    def made(self, eqn: Equation, outs: Sequence) -> None:
         """Takes the outputs of an equation of the body."""
         self._body.done.add(id(eqn))
         self._body.env.update(zip(eqn.outvars, outs))
 
-    def siblings(self, eqn, side: int):
+    def siblings(self, eqn: Equation, side: int) -> list:
         """The later dot_generals of the body that multiply the same input, operand `side` of `eqn`,
         with an adapted weight: (equation, which operand is the weight, the weight)."""
         found = []
@@ -191,48 +190,52 @@ class Interpreter:
             v = other.invars[1 - x_side]
             if other is not eqn and id(other) not in self._body.done and self._reach(v):
                 w = self._body.read(v)
-                if is_weight(w) and w.a is not None:
+                if isinstance(w, AdaptedWeight):
                     found.append((other, 1 - x_side, w))
         return found
 
-    def _reach(self, v) -> bool:
+    def _reach(self, v: Any) -> bool:
         """Makes a value ahead of its turn, if it is only moved from what is there."""
         if self._body.has(v):
             return True
         eqn = self._body.maker(v)
-        if eqn is None or eqn.primitive.name not in MOVES or not all(map(self._reach, eqn.invars)):
+        if eqn is None or not _moves(eqn) or not all(map(self._reach, eqn.invars)):
             return False
         self.evaluate(eqn)
         return True
 
-    def _equation(self, eqn, values) -> list:
-        if not any(map(is_weight, values)):
+    def _equation(self, eqn: Equation, values: list) -> list:
+        """The outputs of one equation; here the kinds of weights are told apart."""
+        weights = [v for v in values if is_weight(v)]
+        if not weights:
             return self.bind(eqn, values)
-        if eqn.primitive.name not in KEPT:
-            values = [v.materialise() if is_weight(v) and v.is_frozen else v for v in values]
-            if not any(map(is_weight, values)):
-                return self.bind(eqn, values)
         rule = RULES.get(eqn.primitive.name)
-        outs = rule(self, eqn, values) if rule else None
+        fn = rule.of(weights) if rule else None
+        if fn is None or fn is not rule.coded:  # codes are read for it
+            values = [v.array() if isinstance(v, Coded) else v for v in values]
+        outs = fn(self, eqn, values) if fn else None
         if outs is None:
             plain = [self.materialise(v, eqn) if is_weight(v) else v for v in values]
             outs = self.bind(eqn, plain)
-        return outs
+        # What moves codes may have to read them: an array then, and no weight any more.
+        read = lambda v: isinstance(v, Coded) and not is_quantized(v.base)
+        return [v.base if read(v) else v for v in outs]
 
-    def bind(self, eqn, values) -> list:
+    def bind(self, eqn: Equation, values: list) -> list:
         """The equation itself, on arrays; what only moves a quantised weight waits."""
         if any(map(is_quantized, values)):
             alone = len(values) == 1
             elsewhere = sent(values[0], eqn) if alone else None
             if elsewhere is not None:
                 return [elsewhere]
-            moved = values[0].moved(eqn) if alone and eqn.primitive.name in MOVES else None
+            moved = values[0].moved(eqn) if alone and _moves(eqn) else None
             if moved is not None:
                 return [moved]
             if eqn.primitive.name == "gather" and is_quantized(values[0]):
                 rows = values[0].rows(eqn, values[1])
                 if rows is not None:
                     return [rows]
+            # Read again in the backward pass: what is kept for it are the codes.
             return jax.checkpoint(lambda *xs: self.bind(eqn, list(map(value, xs))))(*values)
         params = eqn.primitive.get_bind_params(eqn.params)
         out = eqn.primitive.bind(*values, **params)
@@ -243,47 +246,51 @@ class Interpreter:
         self._uses += 1
         return self._uses
 
-    def fresh(self, value):
+    def fresh(self, value: Any) -> Any:
         """A weight as it enters a body: its masks there differ from those of other calls."""
-        return value.folded(self.use()) if is_weight(value) and value.seed is not None else value
+        return value.folded(self.use()) if has_seed(value) else value
 
     def used(
-        self, w: AdaptedWeight, eqn, how, in_dims=(), out_dims=(), batch_dims=(), name=None, plan=""
-    ):
-        """Records a use, in terms of the axes of the leaf."""
-        inner, outer, batch = (
-            {axis for d in dims for axis in w.axes[d]} for dims in (in_dims, out_dims, batch_dims)
-        )
-        self._record(
-            w, eqn, how, inner, outer - inner, (batch | set(w.stacked)) - inner - outer, name, plan
-        )
+        self,
+        w: Followed,
+        eqn: Equation,
+        dims: Sequence[Iterable[int]] = ((), (), ()),
+        how: str = LOW_RANK,
+        name: str | None = None,
+        plan: str = "",
+    ) -> None:
+        """Records a use, with the weight's axes by their part in it: in, out, batch."""
+        axes = [{axis for d in part for axis in w.axes[d]} for part in dims]
+        self._record(w, eqn, axes, how, name or eqn.primitive.name, plan)
 
-    def _record(self, w, eqn, how, inner, outer, batch, name=None, plan=""):
-        axes = [tuple(sorted(a)) for a in (inner, outer, batch)]
-        name = name or eqn.primitive.name
+    def _record(
+        self, w: Followed, eqn: Equation, axes: Sequence[set], how: str, name: str, plan: str = ""
+    ) -> None:
+        """The same, in terms of the axes of the leaf; an axis has the first part that it is in."""
+        inner, outer, batch = axes
+        axes = inner, outer - inner, (batch | set(w.stacked)) - inner - outer
         dilated = max(eqn.params.get("rhs_dilation") or (1,)) > 1
-        use = Use(name, how, compat.source_line(eqn), *axes, plan, dilated)
+        parts = (tuple(sorted(a)) for a in axes)
+        use = Use(name, how, compat.source_line(eqn), *parts, plan, dilated)
         self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
 
-    def materialise(self, w: AdaptedWeight, eqn, name: str | None = None):
+    def materialise(self, w: Followed, eqn: Equation, name: str | None = None) -> jax.Array:
         """The plain array that an equation without a rule needs."""
-        if w.is_frozen:
-            return w.materialise()
         if w.indexed:  # rows of a table that turned out to be activations
-            rows, rest = set(w.indexed), {axis for dim in w.axes for axis in dim}
-            self._record(
-                w, eqn, LOW_RANK, rows, rest - rows, set(w.stacked) - rows - rest, "gather"
-            )
-            return w.looked_up()
-        self.used(w, eqn, MATERIALISED, name=name)
-        return w.materialise()
+            rest = {axis for dim in w.axes for axis in dim}
+            self._record(w, eqn, (set(w.indexed), rest, set()), LOW_RANK, "gather")
+        elif not isinstance(w, Coded):
+            self.used(w, eqn, how=MATERIALISED, name=name)
+        return w.array()
 
-    def returned(self, w: AdaptedWeight):
-        """A moved weight that the function returns, as a plain array."""
-        how = LOW_RANK if w.indexed else MATERIALISED
-        use = Use("output", how, "the outputs")
-        self.events |= {(leaf, None, how): use for leaf in origins(w)}
-        return w.looked_up() if w.indexed else w.materialise()
+    def returned(self, w: Followed, moved: bool) -> jax.Array:
+        """A weight that the function returns, as an array; one that was not even moved is no use
+        that strict mode minds."""
+        if moved and not isinstance(w, Coded):
+            how = LOW_RANK if w.indexed else MATERIALISED
+            use = Use("output", how, "the outputs")
+            self.events |= {(leaf, None, how): use for leaf in origins(w)}
+        return w.array()
 
     @contextlib.contextmanager
     def recording(self, events: dict):
@@ -294,9 +301,15 @@ class Interpreter:
         finally:
             self.events = outer
 
-    def replay(self, events: dict, args: Sequence, call) -> None:
+    def replay(self, events: dict, args: Sequence, call: Equation) -> None:
         """Takes over the events of such a function, for the arguments of the equation `call`."""
         for (i, eqn, how), use in events.items():
             source = use.source or compat.source_line(call)
             use = dataclasses.replace(use, source=source)
             self.events |= {(leaf, eqn, how): use for leaf in origins(args[i])}
+
+
+def _moves(eqn: Equation) -> bool:
+    """Whether an equation may stand between a parameter and the product that uses it."""
+    rule = RULES.get(eqn.primitive.name)
+    return rule is not None and rule.moves

@@ -1,14 +1,11 @@
-"""One rule per primitive that moves a weight: the factors are carried along with it.
-
-A rule is `rule(ctx, eqn, args) -> outputs | None`. At least one of `args` is an AdaptedWeight. None
-means that the weight cannot stay in factors here: the interpreter materialises it, visibly.
-"""
+"""The rules of the primitives that move or scale a weight: its factors are carried along."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,74 +15,60 @@ from jax.sharding import NamedSharding
 from lora_jax._core import compat
 from lora_jax._core.einsum import times
 from lora_jax._core.geometry import RANK, Factor, spec_along
-from lora_jax._nodes.weight import AdaptedWeight, is_weight, origins
+from lora_jax._interpret.rule import Context, Equation, Function, Rule, every, read_first
+from lora_jax._nodes.weight import Followed, is_weight, origins
 
-RULES: dict[str, Callable] = {}
-
-
-def rule(*names: str):
-    def register(fn):
-        RULES.update(dict.fromkeys(names, fn))
-        return fn
-
-    return register
+Base: TypeAlias = Callable[[], Any]  # makes what the primitive makes of the base
 
 
-def _shape_rule(*names: str):
-    """A rule for primitives whose first operand alone is a weight: fn(ctx, eqn, w, base, args)."""
+def _alone(fn: Callable[[Equation, Followed, Base, Sequence], Followed | None]) -> Function:
+    """The rule of a primitive whose first operand alone is a weight: fn(eqn, w, base, rest)."""
 
-    def register(fn):
-        def whole(ctx, eqn, args):
-            w, *rest = args
-            if not is_weight(w) or any(map(is_weight, rest)):
-                return None
-            out = fn(eqn, w, lambda: ctx.bind(eqn, [w.base, *rest])[0], rest)
-            return None if out is None else [out]
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+        w, *rest = args
+        if not is_weight(w) or any(map(is_weight, rest)):
+            return None
+        out = fn(eqn, w, lambda: ctx.bind(eqn, [w.base, *rest])[0], rest)
+        return None if out is None else [out]
 
-        return rule(*names)(whole)
-
-    return register
+    return whole
 
 
-@_shape_rule("transpose")
-def _transpose(eqn, w, base, rest):
+def _transpose(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     return w.relabelled(base(), {old: new for new, old in enumerate(eqn.params["permutation"])})
 
 
-@_shape_rule("squeeze")
-def _squeeze(eqn, w, base, rest):
-    gone = eqn.params["dimensions"]
+def _squeeze(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+    gone = eqn.params["dimensions"]  # of size 1: what is left of an index or a slice
     kept = [d for d in range(w.ndim) if d not in gone]
     stacked = {axis for d in gone for axis in w.axes[d]}
     return w.relabelled(base(), {old: new for new, old in enumerate(kept)}, stacked)
 
 
-@_shape_rule("broadcast_in_dim")
-def _broadcast_in_dim(eqn, w, base, rest):
+def _broadcast_in_dim(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     shape, to = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    # An axis of size 1 that is repeated is none of the factors' any more: they are constant there.
     return w.relabelled(base(), {d: to[d] for d in range(w.ndim) if w.shape[d] == shape[to[d]]})
 
 
-@_shape_rule("reshape")
-def _reshape(eqn, w, base, rest):
-    if eqn.params["dimensions"] is not None:
+def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+    if eqn.params["dimensions"] is not None:  # it transposes as well
         return None
     new_shape = eqn.params["new_sizes"]
     blocks = _blocks(w.shape, new_shape)
     if blocks is None:
         return None
-    for f in (w.a, w.b, w.gain):
-        if f is not None and not all(_reshapeable(f, w.shape, old) for old, _ in blocks):
-            return None
+    if not all(_reshapeable(f, w.shape, old) for f in w.parts.values() for old, _ in blocks):
+        return None
     axes: list[tuple[int, ...]] = [()] * len(new_shape)
-    for old, new in blocks:
+    for old, new in blocks:  # (8, 2, 4) to (8, 8): [((0,), (0,)), ((1, 2), (1,))]
         merged = tuple(dict.fromkeys(axis for d in old for axis in w.axes[d]))
         for d in new:
             axes[d] = merged
     return w.moved(base(), lambda f: _reshape_factor(f, w.shape, new_shape, blocks), axes)
 
 
-def _blocks(old, new):
+def _blocks(old: Sequence[int], new: Sequence[int]) -> list | None:
     """The smallest groups of adjacent axes of two shapes that hold the same number of elements."""
     if 0 in old or 0 in new:
         return None
@@ -105,17 +88,24 @@ def _blocks(old, new):
     return blocks
 
 
-def _runs_along(f: Factor, shape, old) -> bool:
+# A block is reshaped in one factor and absent from the other, or in both: an in axis that is merged
+# with an out axis would be neither's.
+
+
+def _runs_along(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
     return any(f.has(d) and shape[d] > 1 for d in old)
 
 
-def _reshapeable(f: Factor, shape, old) -> bool:
+def _reshapeable(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
     big = [d for d in old if shape[d] > 1]
     return len({f.has(d) for d in big}) <= 1
 
 
-def _reshape_factor(f: Factor, shape, new_shape, blocks) -> Factor:
+def _reshape_factor(
+    f: Factor, shape: Sequence[int], new_shape: Sequence[int], blocks: Sequence
+) -> Factor:
     f = f.sorted(rank_first=f.dims[0] == RANK)
+    # The rank stays first or last, where it was: between axes that are merged it could not.
     dims = [d for old, new in blocks if _runs_along(f, shape, old) for d in new]
     sizes = [new_shape[d] for d in dims]
     rank = f.value.shape[f.dims.index(RANK)]
@@ -124,12 +114,11 @@ def _reshape_factor(f: Factor, shape, new_shape, blocks) -> Factor:
     return Factor(lax.reshape(f.value, [*sizes, rank]), (*dims, RANK))
 
 
-@_shape_rule("slice")
-def _slice(eqn, w, base, rest):
+def _slice(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     p = eqn.params
     strides = p["strides"] or (1,) * w.ndim
 
-    def move(f):
+    def move(f: Factor) -> Factor:
         start, limit, step = (
             [r if d == RANK else q[d] for d in f.dims]
             for q, r in ((p["start_indices"], 0), (p["limit_indices"], f.size(RANK)), (strides, 1))
@@ -139,11 +128,10 @@ def _slice(eqn, w, base, rest):
     return w.moved(base(), move, w.axes)
 
 
-@_shape_rule("dynamic_slice")
-def _dynamic_slice(eqn, w, base, starts):
+def _dynamic_slice(eqn: Equation, w: Followed, base: Base, starts: Sequence) -> Followed | None:
     sizes = eqn.params["slice_sizes"]
 
-    def move(f):
+    def move(f: Factor) -> Factor:
         at = [jnp.zeros_like(starts[0]) if d == RANK else starts[d] for d in f.dims]
         size = [f.size(RANK) if d == RANK else sizes[d] for d in f.dims]
         return Factor(lax.dynamic_slice(f.value, at, size), f.dims)
@@ -151,70 +139,50 @@ def _dynamic_slice(eqn, w, base, starts):
     return w.moved(base(), move, w.axes)
 
 
-@_shape_rule("rev")
-def _rev(eqn, w, base, rest):
+def _rev(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     flipped = eqn.params["dimensions"]
 
-    def move(f):
+    def move(f: Factor) -> Factor:
         return Factor(lax.rev(f.value, [i for i, d in enumerate(f.dims) if d in flipped]), f.dims)
 
     return w.moved(base(), move, w.axes)
 
 
-@_shape_rule("convert_element_type")
-def _convert(eqn, w, base, rest):
+def _convert(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     # The factors keep their own precision; the contraction casts them to its operand's.
     return w.with_base(base()) if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) else None
 
 
-@_shape_rule("copy", "copy_p", "name", "device_put")
-def _identity(eqn, w, base, rest):
+def _identity(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     return w.with_base(base())
 
 
-@_shape_rule("neg")
-def _neg(eqn, w, base, rest):
-    return _scaled(w, base(), lambda a: -a)
+def _neg(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+    return w.scaled(base(), lambda a: -a)
 
 
-@rule("mul")
-def _mul(ctx, eqn, args):
+def _mul(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     """By a scalar: exact on the factors as well."""
-    (w, c) = args if is_weight(args[0]) else args[::-1]
+    w, c = args if is_weight(args[0]) else args[::-1]
     if is_weight(c) or jnp.ndim(c) != 0:
         return None
     base = ctx.bind(eqn, [x.base if is_weight(x) else x for x in args])[0]
-    return [_scaled(w, base, lambda a: a * lax.convert_element_type(c, a.dtype))]
+    return [w.scaled(base, lambda a: a * lax.convert_element_type(c, a.dtype))]
 
 
-@_shape_rule("div")
-def _div(eqn, w, base, rest):
+def _div(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     if jnp.ndim(rest[0]) != 0:
         return None
-    return _scaled(w, base(), lambda a: a / lax.convert_element_type(rest[0], a.dtype))
+    return w.scaled(base(), lambda a: a / lax.convert_element_type(rest[0], a.dtype))
 
 
-def _scaled(w: AdaptedWeight, base, fn) -> AdaptedWeight:
-    a = w.a if w.b is None else Factor(fn(w.a.value), w.a.dims)
-    return dataclasses.replace(w, base=base, a=a)
-
-
-@rule("concatenate")
-def _concatenate(ctx, eqn, args):
+def _concatenate(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     """Side by side: the ranks add up, [A₁ A₂ …] times a B that is zero outside each one's part."""
     dim = eqn.params["dimension"]
     weights = [w for w in args if is_weight(w)]
-    first = weights[0]
-    if any(
-        (w.axes, w.stacked, w.indexed, w.dropout, w.is_probe)
-        != (first.axes, first.stacked, first.indexed, first.dropout, first.is_probe)
-        for w in weights
-    ):
+    out, first = _side_by_side(ctx, eqn, args), weights[0]
+    if out is None or any(w.dropout != first.dropout for w in weights):
         return None
-    base = ctx.bind(eqn, [w.base if is_weight(w) else w for w in args])[0]
-    out = dataclasses.replace(first, base=base, origin=origins(*weights))
-    if first.is_probe:
-        return [dataclasses.replace(out, a=None)]
     if not all(
         {*w.a.dims} == {*first.a.dims} and {*w.b.dims} == {*first.b.dims} for w in weights
     ) or not (first.a.has(dim) or first.b.has(dim)):
@@ -226,7 +194,7 @@ def _concatenate(ctx, eqn, args):
     for w in args:
         stop = start + w.shape[dim]
         if is_weight(w):
-            around = (start, base.shape[dim] - stop)
+            around = (start, out.shape[dim] - stop)  # how much of the result is not this weight
             a.append(_padded(w.a.order(first.a.dims), dim, around, w.scale))
             b.append(_padded(w.b.order(first.b.dims), dim, around, 1.0))
             if w.gain is not None:
@@ -240,7 +208,21 @@ def _concatenate(ctx, eqn, args):
     return [dataclasses.replace(out, a=a, b=b, gain=gain, scale=1.0)]
 
 
-def _padded(f: Factor, dim: int, around, scale: float):
+def _concatenate_probes(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+    out = _side_by_side(ctx, eqn, args)
+    return None if out is None else [dataclasses.replace(out, a=None)]
+
+
+def _side_by_side(ctx: Context, eqn: Equation, args: Sequence) -> Followed | None:
+    """The first weight with the base and the origins of all, if they came the same way."""
+    weights = [w for w in args if is_weight(w)]
+    if len({(w.axes, w.stacked, w.indexed) for w in weights}) > 1:
+        return None
+    base = ctx.bind(eqn, [w.base if is_weight(w) else w for w in args])[0]
+    return dataclasses.replace(weights[0], base=base, origin=origins(*weights))
+
+
+def _padded(f: Factor, dim: int, around: tuple[int, int], scale: float) -> jax.Array:
     value = times(f.value, scale)
     if not f.has(dim):
         return value
@@ -248,14 +230,13 @@ def _padded(f: Factor, dim: int, around, scale: float):
     return lax.pad(value, zero, [(*(around if d == dim else (0, 0)), 0) for d in f.dims])
 
 
-@rule("optimization_barrier")
-def _barrier(ctx, eqn, args):
+def _barrier(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+    # Over base and factors, so that what is made of either waits as the program says.
     leaves, treedef = jax.tree.flatten(args)
     return jax.tree.unflatten(treedef, lax.optimization_barrier(leaves))
 
 
-@rule("sharding_constraint")
-def _sharding_constraint(ctx, eqn, args):
+def _sharding_constraint(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     (w,), sharding = args, eqn.params["sharding"]
     base = ctx.bind(eqn, [w.base])[0]
     if not isinstance(sharding, NamedSharding):
@@ -264,32 +245,30 @@ def _sharding_constraint(ctx, eqn, args):
     return [_along(w, base, sharding, lax.with_sharding_constraint)]
 
 
-@rule("reshard")
-def _reshard(ctx, eqn, args):
+def _reshard(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     (w,) = args
     base = ctx.bind(eqn, [w.base])[0]
     return [_along(w, base, eqn.params["dst_sharding"], jax.sharding.reshard)]
 
 
-def _along(w: AdaptedWeight, base, sharding: NamedSharding, place: Callable) -> AdaptedWeight:
+def _along(w: Followed, base: Any, sharding: NamedSharding, place: Callable) -> Followed:
     """The weight on its new base, each factor placed along the axes that it shares with it."""
 
-    def move(f):
+    def move(f: Factor) -> Factor:
         own = NamedSharding(sharding.mesh, spec_along(f.dims, sharding.spec))
         return Factor(place(f.value, own), f.dims)
 
     return w.moved(base, move, w.axes)
 
 
-@_shape_rule("all_gather")
-def _all_gather(eqn, w, base, rest):
+def _all_gather(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     p = eqn.params
     dim = p["all_gather_dimension"]
     if not p["tiled"] or p["axis_index_groups"] is not None:
         return None
 
-    def move(f):
-        if not f.has(dim):
+    def move(f: Factor) -> Factor:
+        if not f.has(dim):  # each device has all of it
             return f
         return Factor(
             lax.all_gather(f.value, p["axis_name"], axis=f.dims.index(dim), tiled=True), f.dims
@@ -298,7 +277,32 @@ def _all_gather(eqn, w, base, rest):
     return w.moved(base(), move, w.axes)
 
 
-@_shape_rule("pvary", "pcast")
-def _pvary(eqn, w, base, rest):
+def _pvary(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     axes = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
     return w.moved(base(), lambda f: Factor(compat.vary(f.value, axes), f.dims), w.axes)
+
+
+RULES: dict[str, Rule] = {
+    "transpose": every(_alone(_transpose), moves=True),
+    "squeeze": every(_alone(_squeeze), moves=True),
+    "broadcast_in_dim": every(_alone(_broadcast_in_dim), moves=True),
+    "reshape": every(_alone(_reshape), moves=True),
+    "slice": every(_alone(_slice), moves=True),
+    "dynamic_slice": read_first(_alone(_dynamic_slice)),
+    "rev": read_first(_alone(_rev)),
+    "convert_element_type": every(_alone(_convert), moves=True),
+    "copy": every(_alone(_identity), moves=True),
+    "copy_p": every(_alone(_identity), moves=True),
+    "name": every(_alone(_identity), moves=True),
+    "device_put": read_first(_alone(_identity)),
+    "neg": read_first(_alone(_neg), moves=True),
+    "mul": read_first(_mul, moves=True),
+    "div": read_first(_alone(_div), moves=True),
+    "concatenate": Rule(_concatenate, _concatenate_probes),
+    "optimization_barrier": read_first(_barrier),
+    "sharding_constraint": every(_sharding_constraint, moves=True),
+    "reshard": every(_reshard),
+    "all_gather": every(_alone(_all_gather)),
+    "pvary": read_first(_alone(_pvary)),
+    "pcast": read_first(_alone(_pvary)),
+}

@@ -10,21 +10,21 @@ does, and no rule but those of the products knows of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax._core.einsum import cast
 from lora_jax._core.geometry import RANK
-from lora_jax._nodes.weight import AdaptedWeight
+from lora_jax._nodes.weight import Probe
 
 
-def observed(w: AdaptedWeight, inner: Collection[int], x, product: Callable, *rest):
+def observed(w: Probe, inner: Collection[int], x: jax.Array, product: Callable, *rest) -> jax.Array:
     """x, such that the gradient of w.a is C·a whatever the cotangent.
 
     Args:
-      w: a weight with a, and no b.
+      w: a probe with a.
       inner: the axes of w that the product sums over.
       product: (x, a, *rest) -> x·a, linear in a.
       rest: integers that the product needs.
@@ -36,10 +36,11 @@ def observed(w: AdaptedWeight, inner: Collection[int], x, product: Callable, *re
         return x
 
     @jax.custom_vjp
-    def tap(x, a, rest):
+    def tap(x: jax.Array, a: jax.Array, rest: Sequence) -> jax.Array:
         return x
 
-    def forward(x, a, rest):
+    # The cotangent g goes on to x as it is; to a goes the moment, which needs no g.
+    def forward(x: jax.Array, a: jax.Array, rest: Sequence) -> tuple:
         h, back = jax.vjp(lambda a: product(cast(x, a.dtype), a, *rest), a)
         return x, back(h)[0]
 

@@ -45,17 +45,17 @@ class Flow:
         alone = {n for v in outs if len(v.products) == 1 for n in v.products}
         self.heads = {leaf for n in alone - self._read for leaf in self._leaves[n]}
 
-    def _walk(self, jaxpr, values) -> list[Value]:
+    def _walk(self, jaxpr: Any, values: list) -> list[Value]:
         env = dict(zip(jaxpr.invars, values))
 
-        def read(v):
+        def read(v: Any) -> Value:
             return Value() if isinstance(v, compat.Literal) else env.get(v, Value())
 
         for eqn in jaxpr.eqns:
             env.update(zip(eqn.outvars, self._equation(eqn, [read(v) for v in eqn.invars])))
         return [read(v) for v in jaxpr.outvars]
 
-    def _equation(self, eqn, ins) -> list[Value]:
+    def _equation(self, eqn: Any, ins: list[Value]) -> list[Value]:
         n = len(eqn.outvars)
         leaves = frozenset().union(*(v.leaves for v in ins))
         if not any(v.data for v in ins):

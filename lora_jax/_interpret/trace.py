@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from lora_jax._core import nnx
-from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._nodes.weight import Followed, is_weight
 from lora_jax._quantized.weight import is_quantized
 
 
@@ -30,7 +31,12 @@ _ARRAY = object()
 class Traceable:
     """A function, with its arguments split into arrays and constants of the trace."""
 
-    def __init__(self, fn, static_argnums=(), static_argnames=()):
+    def __init__(
+        self,
+        fn: Callable,
+        static_argnums: int | Sequence[int] = (),
+        static_argnames: str | Sequence[str] = (),
+    ):
         self.fn = fn
         self.static_argnums = (
             (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
@@ -41,7 +47,7 @@ class Traceable:
         # One function object for the lifetime of the transform: JAX caches its traces.
         self._trace = functools.partial(_rejoined, self)
 
-    def split(self, args, kwargs) -> tuple[_Constants, list]:
+    def split(self, args: Sequence, kwargs: dict[str, Any]) -> tuple[_Constants, list]:
         nums = {n % len(args) for n in self.static_argnums if -len(args) <= n < len(args)}
         static = tuple((i, args[i]) for i in sorted(nums)) + tuple(
             (k, kwargs[k]) for k in sorted(kwargs) if k in self.static_argnames
@@ -58,7 +64,7 @@ class Traceable:
         constants = tuple(_ARRAY if is_array(x) else x for x in leaves)
         return _Constants(treedef, constants, tuple(map(type, constants)), static), arrays
 
-    def call(self, constants: _Constants, arrays):
+    def call(self, constants: _Constants, arrays: Iterable) -> tuple:
         """(what the function returns, what it changed of the modules among its arguments)."""
         arrays = iter(arrays)
         leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
@@ -67,16 +73,16 @@ class Traceable:
             (args if isinstance(where, int) else kwargs)[where] = value
         return self.fn(*args, **kwargs), nnx.changes(modules)
 
-    def jaxpr(self, constants, arrays):
+    def jaxpr(self, constants: _Constants, arrays: Sequence) -> tuple:
         """The jaxpr of `call`, with plain arrays for adapted weights, and its output shapes."""
         bases = [x.base if is_weight(x) else x for x in arrays]
         bases = [x.abstract if is_quantized(x) else x for x in bases]
         return jax.make_jaxpr(self._trace, static_argnums=0, return_shape=True)(constants, *bases)
 
 
-def _rejoined(traceable: Traceable, constants, *arrays):
+def _rejoined(traceable: Traceable, constants: _Constants, *arrays: Any) -> tuple:
     return traceable.call(constants, arrays)
 
 
 def is_array(x: Any) -> bool:
-    return isinstance(x, AdaptedWeight | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return isinstance(x, Followed | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)

@@ -1,4 +1,4 @@
-"""The rules of the primitives that use a weight up: contractions, convolutions and look-ups.
+"""The rules of the primitives that multiply by a weight: contractions and convolutions.
 
 Each binds the primitive unchanged on the frozen base and adds the low-rank product beside it.
 """
@@ -6,110 +6,118 @@ Each binds the primitive unchanged on the frozen base and adds the low-rank prod
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._core.einsum import cast, contract, plus, times
+from lora_jax._core.einsum import Labels, cast, contract, plus, times
 from lora_jax._core.geometry import RANK, Factor
-from lora_jax._interpret.moves import rule
 from lora_jax._interpret.observe import observed
-from lora_jax._nodes.weight import AdaptedWeight, is_weight
+from lora_jax._interpret.rule import Context, Equation, Function, Rule
+from lora_jax._nodes.weight import AdaptedWeight, Coded, Probe, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
 from lora_jax._products.frozen import Frozen, product
 
 
-@rule("dot_general")
-def _dot_general(ctx, eqn, args):
+def _product_rule(fn: Callable) -> Function:
+    """The rule of dot_general: fn(ctx, eqn, side, w, x), where the weight w is operand `side`."""
+
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list:
+        left, right = args
+        if not is_weight(right):
+            return fn(ctx, eqn, 0, left, right)
+        # Of two weights the left one becomes an array: a choice, as both cannot stay in factors.
+        return fn(ctx, eqn, 1, right, ctx.materialise(left, eqn) if is_weight(left) else left)
+
+    return whole
+
+
+def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array) -> list:
     """Together with the products of the same input that come later in the program."""
-    if all(map(is_weight, args)):  # the right operand is the weight, by convention
-        args = [ctx.materialise(args[0], eqn), args[1]]
-    side = 0 if is_weight(args[0]) else 1  # which operand is the weight
-    if args[side].is_probe:
-        return _probed_dot(ctx, eqn, args, side)
-    if args[side].is_frozen:
-        return [_frozen(ctx, eqn, side, *args)]
-    x = args[1 - side]
-    xl = tuple(("x", d) for d in range(x.ndim))
-    uses = [(eqn, side, args[side])]
-    if _gains_input(*uses[0]):
-        w, wl = args[side], _labels(eqn, side, xl, args[side].ndim)
+    xl = _own_labels(x)
+    uses = [(eqn, side, w)]
+    if _gains_input(eqn, side, w):
+        wl = _labels(eqn, side, xl, w.ndim)
         if not {wl[d] for d in w.gain.dims if d != RANK} <= {*xl}:
             return None
-        x = w.gained(x, xl, wl)
+        x = w.gained(x, xl, wl)  # x·(g ∘ W) = (g ∘ x)·W, along the axes that are summed
         uses[0] = eqn, side, dataclasses.replace(w, gain=None)
     else:
         uses += [u for u in ctx.siblings(eqn, 1 - side) if not _gains_input(*u)]
+    # One group: q, k and v of an input share the product with A and what the plan makes of it.
     products = [_product(ctx, e, s, x, xl, w) for e, s, w in uses]
     outs = contracted(x, xl, products, ctx.plan)
     for (e, s, w), (_, plan) in zip(uses, outs):
-        ctx.used(w, e, "low-rank", *_parts_of(e, s, w.ndim), plan=str(plan))
-    for (e, *_), (y, _) in zip(uses[1:], outs[1:]):
+        ctx.used(w, e, _parts_of(e, s, w.ndim), plan=str(plan))
+    for (e, *_), (y, _) in zip(uses[1:], outs[1:]):  # the interpreter will pass over these
         ctx.made(e, [y])
     return [outs[0][0]]
 
 
-def _frozen(ctx, eqn, side: int, *args):
-    """By a quantised weight without an adapter."""
-    w, x = args[side], args[1 - side]
+def _coded_dot(ctx: Context, eqn: Equation, side: int, w: Coded, x: jax.Array) -> list:
     p = eqn.params
     if not jnp.issubdtype(x.dtype, jnp.floating) or p["out_sharding"] is not None:
-        return ctx.bind(eqn, [w.base if i == side else x for i in range(2)])[0]
-    xl = tuple(("x", d) for d in range(x.ndim))
-    wl, out = _labels(eqn, side, xl, w.ndim), _out_labels(eqn, side, xl, w.ndim)
+        # `product` has no rule for these; here the whole weight is read.
+        return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
+    xl = _own_labels(x)
     how = Frozen(
         xl,
-        wl,
-        out,
+        _labels(eqn, side, xl, w.ndim),
+        _out_labels(eqn, side, xl, w.ndim),
         jax.tree.structure(w.base),
         p["dimension_numbers"],
         side == 0,
         p["precision"],
         p["preferred_element_type"],
     )
-    return product(x, w.base, how)
+    return [product(x, w.base, how)]
 
 
-def _out_labels(eqn, side: int, xl, ndim: int):
-    contracting, batch = eqn.params["dimension_numbers"]
-    xc, xb = contracting[1 - side], batch[1 - side]
-    x_free = [d for i, d in enumerate(xl) if i not in xc and i not in xb]
-    w_free = [d for d in _labels(eqn, side, xl, ndim) if d not in xl]
-    return (*(xl[d] for d in xb), *(w_free + x_free if side == 0 else x_free + w_free))
-
-
-def _probed_dot(ctx, eqn, args, side):
-    x, w = args[1 - side], args[side]
-    ctx.used(w, eqn, "low-rank", *_parts_of(eqn, side, w.ndim))
+def _probed_dot(ctx: Context, eqn: Equation, side: int, w: Probe, x: jax.Array) -> list:
+    ctx.used(w, eqn, _parts_of(eqn, side, w.ndim))
     if w.a is not None:
-        xl = tuple(("x", d) for d in range(x.ndim))
+        xl = _own_labels(x)
         wl = _labels(eqn, side, xl, w.ndim)
         al = tuple(RANK if d == RANK else wl[d] for d in w.a.dims)
         met = eqn.params["dimension_numbers"][0][side]
         inner = {wl[d] for d in w.a.dims if d in met}
-        hl = [d for d in dict.fromkeys([*xl, *al]) if d not in inner]
+        hl = [d for d in dict.fromkeys([*xl, *al]) if d not in inner]  # of x·a
         down = lambda x, a: contract(x, xl, a, al, hl, precision=lax.Precision.HIGHEST)
         x = observed(w, met, x, down)
     return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
 
 
-def _parts_of(eqn, side: int, ndim: int):
+def _own_labels(x: jax.Array) -> Labels:
+    """The labels of the axes of x."""
+    return tuple(("x", d) for d in range(x.ndim))
+
+
+def _out_labels(eqn: Equation, side: int, xl: Labels, ndim: int) -> Labels:
+    """The result's: batch axes, then what is left of each operand, in their order."""
+    contracting, batch = eqn.params["dimension_numbers"]
+    xc, xb = contracting[1 - side], batch[1 - side]  # of x
+    x_free = [d for i, d in enumerate(xl) if i not in xc and i not in xb]
+    w_free = [d for d in _labels(eqn, side, xl, ndim) if d not in xl]
+    return (*(xl[d] for d in xb), *(w_free + x_free if side == 0 else x_free + w_free))
+
+
+def _parts_of(eqn: Equation, side: int, ndim: int) -> tuple:
     """The weight's contracted, free and batch axes in a dot_general."""
     contracting, batch = eqn.params["dimension_numbers"]
     wc, wb = contracting[side], batch[side]
     return wc, [d for d in range(ndim) if d not in wc and d not in wb], wb
 
 
-def _gains_input(eqn, side: int, w) -> bool:
+def _gains_input(eqn: Equation, side: int, w: AdaptedWeight) -> bool:
     """Whether the product sums over axes that the weight's gain runs along: x gets it then."""
     contracting, _ = eqn.params["dimension_numbers"]
     return w.gain is not None and any(map(w.gain.has, contracting[side]))
 
 
-def _labels(eqn, side: int, xl, ndim: int):
-    """Of the weight's axes: those of the axes of x that they meet, and labels of their own."""
+def _labels(eqn: Equation, side: int, xl: Labels, ndim: int) -> Labels:
+    """The weight's: an axis that meets one of x has its label, any other one of its own."""
     contracting, batch = eqn.params["dimension_numbers"]
     met = dict(zip(
         (*contracting[side], *batch[side]), (*contracting[1 - side], *batch[1 - side])
@@ -117,7 +125,9 @@ def _labels(eqn, side: int, xl, ndim: int):
     return tuple(xl[met[d]] if d in met else ("w", d) for d in range(ndim))
 
 
-def _product(ctx, eqn, side, x, xl, w) -> Product:
+def _product(
+    ctx: Context, eqn: Equation, side: int, x: jax.Array, xl: Labels, w: AdaptedWeight
+) -> Product:
     wl, out = _labels(eqn, side, xl, w.ndim), _out_labels(eqn, side, xl, w.ndim)
     operands = [w.base, x] if side == 0 else [x, w.base]
     return Product(
@@ -133,8 +143,13 @@ def _product(ctx, eqn, side, x, xl, w) -> Product:
     )
 
 
-@rule("conv_general_dilated")
-def _conv(ctx, eqn, args):
+def _conv_axes(eqn: Equation) -> tuple[int, list[int]]:
+    """The kernel's axis of output features, and those that are summed."""
+    out, *inner = eqn.params["dimension_numbers"].rhs_spec
+    return out, inner
+
+
+def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     """The convolution by A with `rank` output features, then B at each position.
 
     In a grouped convolution A is shared by the groups: it runs once in each of them.
@@ -144,40 +159,21 @@ def _conv(ctx, eqn, args):
     dn, groups = p["dimension_numbers"], p["feature_group_count"]
     if is_weight(x) or p["batch_group_count"] != 1:
         return None
-    out_dim, inner = dn.rhs_spec[0], list(dn.rhs_spec[1:])
-    if not w.is_probe:
-        first, second = (w.b, w.a) if w.a.has(out_dim) else (w.a, w.b)
-        if any(
-            first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
-        ) or not second.has(out_dim):
-            return None
-        if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
-            return None
-    ctx.used(w, eqn, "low-rank", inner, (out_dim,), ())
-
-    def down(x, first: Factor):
-        """The convolution by a factor without an axis of the output features."""
-        kernel = _insert(first, [d for d in inner if not first.has(d)])
-        kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(w.ndim))).value
-        return lax.conv_general_dilated(
-            _groups_to_batch(x, *dn.lhs_spec[:2], groups),
-            kernel,
-            p["window_strides"],
-            p["padding"],
-            p["lhs_dilation"],
-            p["rhs_dilation"],
-            dn,
-            precision=p["precision"],
-        )
-
-    if w.is_probe:
-        if w.a is not None:
-            x = observed(w, inner, x, lambda x, a: down(x, Factor(a, w.a.dims)))
-        return ctx.bind(eqn, [x, w.base])
+    out_dim, inner = _conv_axes(eqn)
+    first, second = (w.b, w.a) if w.a.has(out_dim) else (w.a, w.b)
+    # A must run along the window and the input features alone, B along the output features.
+    if any(
+        first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
+    ) or not second.has(out_dim):
+        return None
+    if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
+        return None
+    ctx.used(w, eqn, (inner, (out_dim,), ()))
     y = ctx.bind(eqn, [x, w.base])[0]
 
     x = dropout(x, w, ctx.use())
-    h = down(x, Factor(times(cast(first.value, x.dtype), w.scale), first.dims))
+    first = Factor(times(cast(first.value, x.dtype), w.scale), first.dims)
+    h = _conv_down(eqn, w.ndim, x, first)
     # h: (..., batch·groups, ..., rank, ...); B: (rank, out) -> (rank, groups, out / groups)
     batch, feature = dn.out_spec[:2]
     h = h.reshape(*h.shape[:batch], -1, groups, *h.shape[batch + 1 :])
@@ -197,11 +193,43 @@ def _conv(ctx, eqn, args):
         precision=p["precision"],
         preferred_element_type=p["preferred_element_type"],
     )
+    # y: (N, ..., out), with one label alone: that of the gain.
     along = [out_dim if d == feature else None for d in range(y.ndim)]
     return [w.gained(plus(y, delta.reshape(y.shape)), along)]
 
 
-def _groups_to_batch(x, batch: int, feature: int, groups: int):
+def _probed_conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+    x, w = args
+    if is_weight(x) or eqn.params["batch_group_count"] != 1:
+        return None
+    out_dim, inner = _conv_axes(eqn)
+    ctx.used(w, eqn, (inner, (out_dim,), ()))
+    if w.a is not None:
+        down = lambda x, a: _conv_down(eqn, w.ndim, x, Factor(a, w.a.dims))
+        x = observed(w, inner, x, down)
+    return ctx.bind(eqn, [x, w.base])
+
+
+def _conv_down(eqn: Equation, ndim: int, x: jax.Array, first: Factor) -> jax.Array:
+    """The convolution by a factor without an axis of the output features: its rank is theirs."""
+    p = eqn.params
+    dn = p["dimension_numbers"]
+    out_dim, inner = _conv_axes(eqn)
+    kernel = _insert(first, [d for d in inner if not first.has(d)])
+    kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(ndim))).value
+    return lax.conv_general_dilated(
+        _groups_to_batch(x, *dn.lhs_spec[:2], p["feature_group_count"]),
+        kernel,
+        p["window_strides"],
+        p["padding"],
+        p["lhs_dilation"],
+        p["rhs_dilation"],
+        dn,
+        precision=p["precision"],
+    )
+
+
+def _groups_to_batch(x: jax.Array, batch: int, feature: int, groups: int) -> jax.Array:
     """(N, ..., groups·c) as (N·groups, ..., c): one ordinary convolution for all groups."""
     if groups == 1:
         return x
@@ -210,15 +238,14 @@ def _groups_to_batch(x, batch: int, feature: int, groups: int):
     return x.reshape(*x.shape[:batch], -1, *x.shape[batch + 2 :])
 
 
-def _insert(f: Factor, dims) -> Factor:
+def _insert(f: Factor, dims: Sequence[int]) -> Factor:
     """The factor with axes of size 1 for `dims` in front."""
     return Factor(lax.expand_dims(f.value, range(len(dims))), (*dims, *f.dims)) if dims else f
 
 
-@rule("ragged_dot_general")
-def _ragged_dot(ctx, eqn, args):
-    """Experts: (tokens, in) by (experts, in, out), with A and B of each expert in turn."""
-    x, w, group_sizes = args[:3]
+def _ragged_axes(eqn: Equation, args: Sequence) -> tuple[int, int, int, bool] | None:
+    """(group, in, out) of the weight, and whether x is (tokens, in); None for other forms."""
+    x, w = args[:2]
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
     if (
@@ -235,24 +262,28 @@ def _ragged_dot(ctx, eqn, args):
         return None
     (group,), (inner,) = numbers.rhs_group_dimensions, wc
     (outer,) = {0, 1, 2} - {group, inner}
-    if not w.is_probe:
-        first, second = (w.a, w.b) if w.a.has(inner) else (w.b, w.a)
-        if set(first.dims) != {group, inner, RANK} or set(second.dims) != {group, outer, RANK}:
-            return None
-        if w.gain is not None and {*w.gain.dims} != {group, outer, RANK}:
-            return None
-    ctx.used(w, eqn, "low-rank", (inner,), (outer,), (group,))
-    if w.is_probe:
-        if w.a is not None:
-            down = functools.partial(_ragged_down, xc, group, inner, w.a.dims)
-            x = observed(w, (inner,), x, down, group_sizes)
-        return ctx.bind(eqn, [x, w.base, group_sizes])
+    return group, inner, outer, xc == (1,)
+
+
+def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+    """Experts: (tokens, in) by (experts, in, out), with A and B of each expert in turn."""
+    axes = _ragged_axes(eqn, args)
+    if axes is None:
+        return None
+    (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
+    first, second = (w.a, w.b) if w.a.has(inner) else (w.b, w.a)
+    if set(first.dims) != {group, inner, RANK} or set(second.dims) != {group, outer, RANK}:
+        return None
+    if w.gain is not None and {*w.gain.dims} != {group, outer, RANK}:
+        return None
+    ctx.used(w, eqn, ((inner,), (outer,), (group,)))
     y = ctx.bind(eqn, [x, w.base, group_sizes])[0]
-    x = dropout(x if xc == (1,) else x.T, w, ctx.use())
+    x = dropout(x if tokens_first else x.T, w, ctx.use())
     precision = eqn.params["precision"]
+    # A: (experts, in, rank), B: (experts, rank, out); the rows of x are sorted by expert.
     a = times(cast(first.order((group, inner, RANK)).value, x.dtype), w.scale)
     b = cast(second.order((group, RANK, outer)).value, x.dtype)
-    h = lax.ragged_dot(x, a, group_sizes, precision=precision)
+    h = lax.ragged_dot(x, a, group_sizes, precision=precision)  # (tokens, rank)
     y = plus(y, lax.ragged_dot(h, b, group_sizes, precision=precision))
     if w.gain is None:
         return [y]
@@ -261,71 +292,25 @@ def _ragged_dot(ctx, eqn, args):
     return [y + y * lax.ragged_dot(ones, gain, group_sizes, precision=lax.Precision.HIGHEST)]
 
 
-def _ragged_down(xc, group, inner, dims, x, a, group_sizes):
-    a = Factor(a, dims).order((group, inner, RANK)).value
-    highest = lax.Precision.HIGHEST
-    return lax.ragged_dot(x if xc == (1,) else x.T, a, group_sizes, precision=highest)
-
-
-@rule("gather")
-def _gather(ctx, eqn, args):
-    """Indexing picks weights from a stack (experts, layers) or rows of a table: both factors are
-    looked up, and multiplied where the rows are used."""
-    w, indices = args
-    p = eqn.params
-    dn = p["dimension_numbers"]
-    if not is_weight(w) or is_weight(indices) or dn.operand_batching_dims:
+def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+    axes = _ragged_axes(eqn, args)
+    if axes is None:
         return None
-    if w.is_frozen:
-        return ctx.bind(eqn, [w.base, indices])
-    indexed = tuple(dn.start_index_map)
-    rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
-    base = ctx.bind(eqn, [w.base, indices])[0]
-    label = dict(zip(rest, dn.offset_dims))
-    axes: list[tuple[int, ...]] = [()] * base.ndim
-    for old, new in label.items():
-        axes[new] = w.axes[old]
-    taken = tuple(dict.fromkeys(axis for d in indexed for axis in w.axes[d]))
-    picked = w.moved(base, lambda f: _gather_factor(f, w, indices, p, base.ndim), axes, taken)
+    (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
+    ctx.used(w, eqn, ((inner,), (outer,), (group,)))
 
-    if w.is_probe:
-        stack = sum(w.shape[d] > 1 for d in rest) > 1
-    else:
-        stack = all(f.has(d) for f in (w.a, w.b) for d in indexed)
-    if w.is_probe and not stack:
-        ctx.used(w, eqn, "low-rank", indexed, rest, ())
-        return [base]
-    # Rows, or weights picked from a stack? The next use tells: see `Interpreter.materialise`.
-    rows = w.is_probe or not stack
-    return [dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken})) if rows else picked]
+    def down(x: jax.Array, a: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        a = Factor(a, w.a.dims).order((group, inner, RANK)).value
+        highest = lax.Precision.HIGHEST
+        return lax.ragged_dot(x if tokens_first else x.T, a, group_sizes, precision=highest)
+
+    if w.a is not None:
+        x = observed(w, (inner,), x, down, group_sizes)
+    return ctx.bind(eqn, [x, w.base, group_sizes])
 
 
-def _gather_factor(f: Factor, w: AdaptedWeight, indices, p, out_ndim: int) -> Factor:
-    dn, f = p["dimension_numbers"], f.sorted()
-    sizes = [f.size(RANK) if d == RANK else p["slice_sizes"][d] for d in f.dims]
-    rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
-    label = dict(zip(rest, dn.offset_dims))
-    columns = [i for i, d in enumerate(dn.start_index_map) if f.has(d)]
-    if not columns:
-        value = lax.slice(f.value, [0] * f.value.ndim, sizes)
-        return Factor(value, f.dims).relabel(label)
-    kept = [d for d in f.dims if d not in dn.collapsed_slice_dims]
-    lead = indices.ndim - 1
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(lead, lead + len(kept))),
-        collapsed_slice_dims=tuple(i for i, d in enumerate(f.dims) if d in dn.collapsed_slice_dims),
-        start_index_map=tuple(f.dims.index(dn.start_index_map[i]) for i in columns),
-    )
-    every = len(columns) == len(dn.start_index_map)
-    value = lax.gather(
-        f.value,
-        indices if every else indices[..., jnp.asarray(columns)],
-        numbers,
-        sizes,
-        mode=p["mode"],
-        fill_value=0,
-        unique_indices=p["unique_indices"] and every,
-        indices_are_sorted=p["indices_are_sorted"] and every,
-    )
-    batch = [d for d in range(out_ndim) if d not in dn.offset_dims]
-    return Factor(value, (*batch, *(d if d == RANK else label[d] for d in kept)))
+RULES: dict[str, Rule] = {
+    "dot_general": Rule(_product_rule(_dot), _product_rule(_probed_dot), _product_rule(_coded_dot)),
+    "conv_general_dilated": Rule(_conv, _probed_conv),
+    "ragged_dot_general": Rule(_ragged_dot, _probed_ragged_dot),
+}

@@ -19,7 +19,7 @@ from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK, Factor, Geometry, static
 from lora_jax._core.keys import path_key
 from lora_jax._nodes.node import Node
-from lora_jax._nodes.weight import AdaptedWeight
+from lora_jax._nodes.weight import AdaptedWeight, own_axes
 from lora_jax._quantized.weight import is_quantized, value
 
 
@@ -56,7 +56,7 @@ class LowRank(Node):
             scale=self.scale,
             dropout=self.dropout,
             origin=path,
-            axes=tuple((d,) for d in range(len(base.shape))),
+            axes=own_axes(base),
         )
 
     def _seed(self, key: jax.Array | None, path: str) -> Factor | None:

@@ -1,4 +1,6 @@
-"""The adapted weight: one frozen base array and the low-rank factors that are added to it.
+"""Weights that are followed through a program: probes, those in codes, and adapted ones.
+
+An adapted weight is one frozen base array and the low-rank factors that are added to it.
 
 Each axis of a factor is labelled with the axis of the weight that it runs along, so that a
 transpose of the weight is a change of labels and costs nothing, and so that dense layers, attention
@@ -13,19 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax._core.einsum import cast, contract, plus, times, wide
 from lora_jax._core.errors import LoRAError, refuse_use
-from lora_jax._core.geometry import RANK, SEED_IMPL, Factor
-from lora_jax._quantized.weight import is_quantized, value
+from lora_jax._core.geometry import RANK, SEED_IMPL, Factor, static
+from lora_jax._quantized.weight import value
 
 
-def _unadapted(self, *_, **__):
+def _unadapted(self: Any, *_: Any, **__: Any) -> Any:
     raise LoRAError(
         f"the adapted weight '{self.origin}' was used as an array: the plain function was called "
         "with bound parameters. Adapt the function first: "
@@ -35,40 +37,27 @@ def _unadapted(self, *_, **__):
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class AdaptedWeight:
-    """A frozen weight with its low-rank update beside it: what `bind` puts in an array's place.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Followed:
+    """A frozen weight that the interpreter follows through a program, in the place of an array.
 
     It is a pytree, not an array: a function made by `adapt` understands it, and any other use is an
-    error that says so.
+    error that says so. What is beside the base tells the kinds apart: `Probe`, `Coded` and
+    `AdaptedWeight`.
 
     Attributes:
       base: the frozen array W, or a `Quantized` that stands for it.
-      a, b: labelled factors, or None for a weight that is only surveyed, or only quantised; a alone
-        for one whose inputs are observed, see `lora.methods.second_moments`.
-      seed: labelled key data for dropout, one key per stacked weight, or None.
-      gain: by how much more than 1 the sum of base and update is multiplied, along the axes that it
-        is labelled with, and an axis RANK of size 1; or None.
-      scale: the constant in front of the update.
-      dropout: the rate on the input of the low-rank branch, used only with a seed.
       origin: the path of the leaf, or a tuple of those that were concatenated.
       axes: for each axis of `base`, the axes of the original leaf that it came from.
       stacked: the axes of the original leaf that were consumed by a loop or an index.
       indexed: those of `stacked` that a gather consumed, with the look-up not yet decided.
     """
 
-    base: jax.Array
-    a: Factor | None
-    b: Factor | None
-    seed: Factor | None = None
-    gain: Factor | None = None
-    scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
-    dropout: float = dataclasses.field(default=0.0, metadata=dict(static=True))
-    origin: Any = dataclasses.field(default="", metadata=dict(static=True))
-    axes: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata=dict(static=True))
-    stacked: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
-    indexed: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
+    base: Any
+    origin: Any = static(default="", kw_only=True)  # noqa: RUF009
+    axes: tuple[tuple[int, ...], ...] = static(default=(), kw_only=True)
+    stacked: tuple[int, ...] = static(default=(), kw_only=True)
+    indexed: tuple[int, ...] = static(default=(), kw_only=True)
 
     lora_leaf = True  # for `_core.paths`: one leaf of a parameter tree
 
@@ -85,60 +74,130 @@ class AdaptedWeight:
         return math.prod(self.base.shape)
 
     @property
-    def dtype(self):
+    def dtype(self) -> Any:
         return self.base.dtype
 
     @property
-    def parts(self) -> dict[str, Factor | None]:
-        """What moves along with the base."""
-        return dict(a=self.a, b=self.b, seed=self.seed, gain=self.gain)
+    def parts(self) -> dict[str, Factor]:
+        """What there is that moves along with the base."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: f for name, f in fields.items() if isinstance(f, Factor)}
 
-    @property
-    def is_probe(self) -> bool:
-        """Whether the weight has no update: it is only followed, for a survey or its inputs."""
-        return self.b is None and not self.is_frozen
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether it is a quantised weight without an adapter."""
-        return self.a is None and is_quantized(self.base)
-
-    @property
-    def drops(self) -> bool:
-        """Whether the input of the low-rank branch has dropout."""
-        return self.seed is not None and self.dropout > 0
-
-    def moved(self, base, move: Callable[[Factor], Factor], axes, stacked=()) -> AdaptedWeight:
+    def moved(
+        self,
+        base: Any,
+        move: Callable[[Factor], Factor],
+        axes: Iterable[tuple[int, ...]],
+        stacked: Iterable[int] = (),
+    ) -> Self:
         """The weight after a change of shape: `move` carries each factor along."""
         return dataclasses.replace(
             self,
             base=base,
             axes=tuple(axes),
             stacked=tuple(sorted({*self.stacked, *stacked})),
-            **{name: f if f is None else move(f) for name, f in self.parts.items()},
+            **{name: move(f) for name, f in self.parts.items()},
         )
 
-    def relabelled(self, base, label: Mapping[int, int], stacked=()) -> AdaptedWeight:
+    def relabelled(self, base: Any, label: Mapping[int, int], stacked: Iterable[int] = ()) -> Self:
         """The weight after a change of shape that only renames or drops axes."""
         axes: list[tuple[int, ...]] = [()] * len(base.shape)
         for old, new in label.items():
             axes[new] = self.axes[old]
         return self.moved(base, lambda f: f.relabel(label), axes, stacked)
 
-    def with_base(self, base) -> AdaptedWeight:
+    def with_base(self, base: Any) -> Self:
         return dataclasses.replace(self, base=base)
 
-    def folded(self, n) -> AdaptedWeight:
+    def scaled(self, base: Any, scale: Callable[[jax.Array], jax.Array]) -> Self:
+        """The weight times a scalar: `base` is scaled already, `scale` does it to the update."""
+        return self.with_base(base)
+
+    def array(self) -> jax.Array:
+        """What an equation gets that knows arrays alone."""
+        return value(self.base)
+
+    def __repr__(self) -> str:
+        name, parts = type(self).__name__, self.parts
+        if not all(hasattr(x, "shape") for x in (self.base, *(f.value for f in parts.values()))):
+            # what jax.tree.map made of it: shapes, shardings, names
+            shown = {"base": self.base} | {n: f.value for n, f in parts.items()}
+            return f"{name}('{self.origin}', {', '.join(f'{n}={x}' for n, x in shown.items())})"
+        return (
+            f"{name}('{self.origin}', shape={tuple(self.shape)}, dtype={self.dtype}{self._more()})"
+        )
+
+    def _more(self) -> str:
+        return ""
+
+
+refuse_use(Followed, _unadapted)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Probe(Followed):
+    """A weight without an update: followed to see where it goes, as a survey does.
+
+    Attributes:
+      a: a labelled factor, where the inputs of the products are observed as well, see
+        `lora.methods.second_moments`; or None.
+    """
+
+    a: Factor | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Coded(Followed):
+    """A quantised weight without an adapter: it is read where it is used."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class AdaptedWeight(Followed):
+    """A frozen weight with its low-rank update beside it: what `bind` puts in an array's place.
+
+    It is a pytree, not an array: a function made by `adapt` understands it, and any other use is an
+    error that says so. Beyond the attributes of every weight that is followed (base, origin, axes,
+    stacked, indexed) it has
+
+    Attributes:
+      a, b: labelled factors.
+      seed: labelled key data for dropout, one key per stacked weight, or None.
+      gain: by how much more than 1 the sum of base and update is multiplied, along the axes that it
+        is labelled with, and an axis RANK of size 1; or None.
+      scale: the constant in front of the update.
+      dropout: the rate on the input of the low-rank branch, used only with a seed.
+    """
+
+    a: Factor
+    b: Factor
+    seed: Factor | None = None
+    gain: Factor | None = None
+    scale: float = static(default=1.0)
+    dropout: float = static(default=0.0)
+
+    @property
+    def drops(self) -> bool:
+        """Whether the input of the low-rank branch has dropout."""
+        return self.seed is not None and self.dropout > 0
+
+    def scaled(self, base: Any, scale: Callable[[jax.Array], jax.Array]) -> AdaptedWeight:
+        a = Factor(scale(self.a.value), self.a.dims)  # of A·B one factor is enough
+        return dataclasses.replace(self, base=base, a=a)
+
+    def folded(self, n: Any) -> AdaptedWeight:
         """The weight with other dropout masks: one for each n, and for each weight of the stack."""
         if self.seed is None:
             return self
-        data = self.seed.sorted()
+        data = self.seed.sorted()  # (*batch, 2)
         keys = jax.random.wrap_key_data(data.value.reshape(-1, 2), impl=SEED_IMPL)
         words = jax.random.key_data(jax.vmap(lambda k: jax.random.fold_in(k, n))(keys))
         seed = Factor(words.reshape(data.value.shape), data.dims)
         return dataclasses.replace(self, seed=seed)
 
-    def delta(self, dtype=jnp.float32) -> jax.Array:
+    def delta(self, dtype: Any = jnp.float32) -> jax.Array:
         """scale · A·B in the weight's shape, computed in `dtype`."""
         out = tuple(d for d in range(self.ndim) if self.a.has(d) or self.b.has(d))
         a, b = times(cast(self.a.value, dtype), self.scale), cast(self.b.value, dtype)
@@ -147,11 +206,7 @@ class AdaptedWeight:
 
     def materialise(self) -> jax.Array:
         """W + scale·A·B as a plain array, accumulated in fp32 (or wider) and rounded once."""
-        if self.is_probe:
-            return self.base
         base = value(self.base)
-        if self.is_frozen:
-            return base
         dtype = wide(base.dtype)
         total = base.astype(dtype) + self.delta(dtype)
         return self.gained(total, range(self.ndim)).astype(self.base.dtype)
@@ -159,11 +214,12 @@ class AdaptedWeight:
     def looked_up(self) -> jax.Array:
         """Rows of W + scale·A·B, in the model's own precision, as a product with B would be."""
         base = value(self.base)
-        if self.a is None:
-            return base
         return self.gained(plus(base, self.delta(base.dtype)), range(self.ndim))
 
-    def gained(self, y, labels, of: Sequence | None = None) -> jax.Array:
+    def array(self) -> jax.Array:
+        return self.looked_up() if self.indexed else self.materialise()
+
+    def gained(self, y: jax.Array, labels: Iterable, of: Sequence | None = None) -> jax.Array:
         """(1 + gain) · y, as y + gain·y: in low precision a small gain is not rounded away.
 
         Args:
@@ -180,26 +236,26 @@ class AdaptedWeight:
         dims = [i for i, label in enumerate(labels) if label in at]
         return jax.lax.add(y, jax.lax.mul(y, jax.lax.broadcast_in_dim(value, y.shape, dims)))
 
-    def __repr__(self):
-        rank = None if self.a is None else self.a.size(RANK)
-        return (
-            f"AdaptedWeight('{self.origin}', shape={tuple(self.shape)}, dtype={self.dtype}, "
-            f"rank={rank}, scale={self.scale})"
-        )
-
-
-refuse_use(AdaptedWeight, _unadapted)
+    def _more(self) -> str:
+        return f", rank={self.a.size(RANK)}, scale={self.scale}"
 
 
 def is_weight(x: Any) -> bool:
-    return isinstance(x, AdaptedWeight)
+    return isinstance(x, Followed)
 
 
-def origins(*weights: AdaptedWeight) -> tuple:
+def has_seed(x: Any) -> bool:
+    """Whether x is a weight whose dropout masks differ by use and by step of a loop."""
+    return isinstance(x, AdaptedWeight) and x.seed is not None
+
+
+def own_axes(base: Any) -> tuple[tuple[int, ...], ...]:
+    """The `axes` of a leaf that was not moved: each axis is itself."""
+    return tuple((d,) for d in range(len(base.shape)))
+
+
+def origins(*weights: Followed) -> tuple:
     """The leaves that weights come from: several, where a weight is a concatenation."""
     return tuple(
-        o
-        for w in weights
-        if not w.is_frozen
-        for o in (w.origin if isinstance(w.origin, tuple) else (w.origin,))
+        o for w in weights for o in (w.origin if isinstance(w.origin, tuple) else (w.origin,))
     )

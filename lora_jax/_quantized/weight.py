@@ -267,6 +267,8 @@ class Quantized:
             )
 
     def __repr__(self) -> str:
+        if not hasattr(self.codes, "shape"):  # what jax.tree.map made of it: shapes, shardings
+            return f"Quantized(codes={self.codes}, constants={self.constants}, {self.format!r})"
         arrays = all(hasattr(x, "size") for x in jax.tree.leaves(self))
         bits = f", {self.bits:.4g} bits" if arrays else ""
         return f"Quantized({self.shape}, {self.dtype}, {self.format!r}{bits})"

@@ -17,7 +17,7 @@ from lora_jax._core.geometry import Factor, Geometry
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.node import is_node
-from lora_jax._nodes.weight import AdaptedWeight
+from lora_jax._nodes.weight import Probe, own_axes
 from lora_jax.algebra._svd import from_svd
 from lora_jax.methods._start import as_node, lora_nodes, low_rank, off_the_base, plain_svd, positive
 
@@ -74,8 +74,7 @@ def second_moments(
             if path not in probes:
                 return base
             a = Factor(probes[path], nodes[path].geometry.a_dims)
-            axes = tuple((d,) for d in range(len(base.shape)))
-            return AdaptedWeight(base, a, None, origin=path, axes=axes)
+            return Probe(base, a, origin=path, axes=own_axes(base))
 
         return call(map_state(lambda tree: map_with_path(leaf, tree), params), *args, **kwargs)
 

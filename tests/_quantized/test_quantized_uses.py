@@ -138,6 +138,24 @@ def by_hand(rows, columns, spec, psum):
     return jax.shard_map(fn, mesh=mesh(2), in_specs=(specs, x), out_specs=out)
 
 
+def test_moved_codes_that_must_be_read_to_be_sent():
+    """Reshaped codes are no codes of what is gathered: an array, of a leaf without an adapter."""
+    q = {"w": quantized(W[:, :64], "nf4"), "v": W.T}
+
+    def fn(p, x):
+        def body(w, x):
+            w = lax.all_gather(w.reshape(64, 8, 8), "d", axis=0, tiled=True)
+            return x @ w.reshape(64, 64)
+
+        return jax.shard_map(
+            body, mesh=mesh(1), in_specs=(P(), P()), out_specs=P(), check_vma=False
+        )(p["w"], x) @ p["v"].T
+
+    plain = lora.quant.dequantize(q)
+    f, adapters = adapted(fn, plain, X, targets="v")
+    assert_close(f(lora.bind(q, adapters), X), fn(lora.merge(plain, adapters), X), factor=512)
+
+
 @pytest.mark.parametrize(
     "how", [(None, None, P("d", None), True), (None, None, P(None, "d"), False), (0, 0, P("d"), 0),
             (1, 1, P(None, "d"), False)], ids=["rows", "columns", "gathered", "gathered columns"],

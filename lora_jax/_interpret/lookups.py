@@ -1,0 +1,109 @@
+"""The rule of indexing: rows of a table, or weights of a stack."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax._core.geometry import RANK, Factor
+from lora_jax._interpret.rule import Context, Equation, Function, Rule
+from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight
+
+
+def _gather_rule(fn: Callable) -> Function:
+    """Indexing picks weights from a stack (experts, layers) or rows of a table: fn(ctx, eqn, w,
+    picked, indexed, rest), of the weight before and after, the axes that were indexed, and those
+    that were not."""
+
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+        (w, indices), p = args, eqn.params
+        dn = p["dimension_numbers"]
+        if not is_weight(w) or is_weight(indices) or dn.operand_batching_dims:
+            return None
+        indexed = tuple(dn.start_index_map)
+        rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
+        base = ctx.bind(eqn, [w.base, indices])[0]
+        axes: list[tuple[int, ...]] = [()] * base.ndim
+        for old, new in zip(rest, dn.offset_dims):
+            axes[new] = w.axes[old]
+        taken = tuple(axis for d in indexed for axis in w.axes[d])
+        move = lambda f: _gather_factor(f, w, indices, p, base.ndim)
+        return fn(ctx, eqn, w, w.moved(base, move, axes, taken), indexed, rest)
+
+    return whole
+
+
+def _gather(
+    ctx: Context, eqn: Equation, w: AdaptedWeight, picked: AdaptedWeight, indexed: tuple, rest: list
+) -> list:
+    """Both factors are looked up, and multiplied where the rows are used."""
+    # An index along in or out axes picks rows; along batch axes, which both factors have, weights.
+    stack = all(f.has(d) for f in (w.a, w.b) for d in indexed)
+    return [picked if stack else _undecided(w, picked, indexed)]
+
+
+def _probed_gather(
+    ctx: Context, eqn: Equation, w: Probe, picked: Probe, indexed: tuple, rest: list
+) -> list:
+    if sum(w.shape[d] > 1 for d in rest) > 1:  # what is left may be a matrix
+        return [_undecided(w, picked, indexed)]
+    ctx.used(w, eqn, (indexed, rest, ()))
+    return [picked.base]
+
+
+def _undecided(w: Followed, picked: Followed, indexed: tuple) -> Followed:
+    """Rows, or weights picked from a stack? The next use tells: see `Interpreter.materialise`."""
+    taken = {axis for d in indexed for axis in w.axes[d]}
+    return dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken}))
+
+
+def _coded_gather(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+    w, indices = args
+    if not is_weight(w) or is_weight(indices):
+        return None
+    return ctx.bind(eqn, [w.base, indices])
+
+
+def _gather_factor(
+    f: Factor, w: Followed, indices: jax.Array, p: Mapping[str, Any], out_ndim: int
+) -> Factor:
+    """The factor looked up as the weight is. indices: (*lead, n), n positions in a weight of ndim
+    axes; the result has the axes of `lead`, those of the factor that are left, and the rank."""
+    dn, f = p["dimension_numbers"], f.sorted()
+    sizes = [f.size(RANK) if d == RANK else p["slice_sizes"][d] for d in f.dims]
+    rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
+    label = dict(zip(rest, dn.offset_dims))
+    columns = [i for i, d in enumerate(dn.start_index_map) if f.has(d)]
+    if not columns:  # nothing that it has is indexed
+        value = lax.slice(f.value, [0] * f.value.ndim, sizes)
+        return Factor(value, f.dims).relabel(label)
+    kept = [d for d in f.dims if d not in dn.collapsed_slice_dims]  # the rank among them
+    lead = indices.ndim - 1
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(lead, lead + len(kept))),
+        collapsed_slice_dims=tuple(i for i, d in enumerate(f.dims) if d in dn.collapsed_slice_dims),
+        start_index_map=tuple(f.dims.index(dn.start_index_map[i]) for i in columns),
+    )
+    every = len(columns) == len(dn.start_index_map)
+    value = lax.gather(
+        f.value,
+        indices if every else indices[..., jnp.asarray(columns)],
+        numbers,
+        sizes,
+        mode=p["mode"],
+        fill_value=0,  # where the base gets NaN for what is out of bounds, 0 added keeps it
+        unique_indices=p["unique_indices"] and every,
+        indices_are_sorted=p["indices_are_sorted"] and every,
+    )
+    batch = [d for d in range(out_ndim) if d not in dn.offset_dims]
+    return Factor(value, (*batch, *(d if d == RANK else label[d] for d in kept)))
+
+
+RULES: dict[str, Rule] = {
+    "gather": Rule(_gather_rule(_gather), _gather_rule(_probed_gather), _coded_gather),
+}
