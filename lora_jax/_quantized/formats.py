@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ import numpy as np
 from jax import lax
 
 from lora_jax._core import compat
+
+SECOND = 256  # constants that share one of their own, with double quantisation
 
 # NF4 (arXiv:2305.14314, appendix E): quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
 NF4 = (
@@ -221,3 +223,45 @@ def blocks_of(size: int, block: int | None) -> tuple[int, int]:
     """(number of blocks, numbers in each) of an axis."""
     block = size if block is None else block
     return math.ceil(size / block), block
+
+
+def doubled(constants: jax.Array, stack: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """8 bits for each constant less their mean (arXiv:2305.14314, section 3), in groups of 256."""
+    lead = constants.shape[:stack]
+    flat = constants.reshape(*lead, -1)
+    mean = jnp.mean(flat, -1)
+    flat = flat - mean[..., None]
+    more = -flat.shape[-1] % SECOND
+    groups = jnp.pad(flat, [(0, 0)] * stack + [(0, more)]).reshape(*lead, -1, SECOND)
+    top = jnp.max(jnp.abs(groups), -1)
+    levels = dynamic_map()
+    middle = jnp.asarray((levels[1:] + levels[:-1]) / 2)
+    unit = groups / jnp.maximum(top, 1e-38)[..., None]
+    return jnp.searchsorted(middle, unit).astype(jnp.uint8), (top, mean)
+
+
+def undoubled(
+    codes: jax.Array,
+    second: tuple[jax.Array, jax.Array],
+    shape: Sequence[int],
+    stack: int,
+    level: Callable[[jax.Array], jax.Array] = dynamic_look_up,
+) -> jax.Array:
+    """The constants, of `shape`, from their codes, read by `level`."""
+    top, mean = second
+    lead, rest = shape[:stack], shape[stack:]
+    flat = level(codes) * top[..., None]
+    flat = flat.reshape(*lead, -1)[..., : math.prod(rest)] + mean[..., None]
+    return flat.reshape(shape)
+
+
+def read(
+    fmt: Format, codes: jax.Array, constants: jax.Array, shape: Sequence[int], dtype: Any
+) -> jax.Array:
+    """The weight of `shape` from codes (..., n), or (..., n / 2), and constants (..., blocks)."""
+    if fmt.block is None:
+        return (codes.astype(jnp.float32) * (constants * (1 / fmt.top))).astype(dtype)
+    codes = unpack(codes) if fmt.bits == 4 else codes
+    n, block = blocks_of(shape[-1], fmt.block)
+    w = decode(fmt, codes.reshape(*shape[:-1], n, block), constants, dtype)
+    return w.reshape(*shape[:-1], n * block)[..., : shape[-1]]

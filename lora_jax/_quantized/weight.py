@@ -23,15 +23,18 @@ from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError, refuse_use
 from lora_jax._core.geometry import names, static
 from lora_jax._core.order import ordered
-from lora_jax._quantized.codes import SECOND, doubled, read, undoubled
 from lora_jax._quantized.formats import (
     FORMATS,
+    SECOND,
     STORED,
     blocks_of,
     decode,
+    doubled,
     dynamic_level,
     encode,
     pack,
+    read,
+    undoubled,
 )
 
 

@@ -13,8 +13,7 @@ import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.paths import nearest
-from lora_jax._quantized.codes import SECOND
-from lora_jax._quantized.formats import NF4, dynamic_map
+from lora_jax._quantized.formats import NF4, SECOND, dynamic_map
 from lora_jax._quantized.weight import Quantized
 
 STATE = "quant_state.bitsandbytes__nf4"
