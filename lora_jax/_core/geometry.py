@@ -85,7 +85,7 @@ class Geometry:
 class Factor:
     """An array and, for each of its axes, the axis of the weight that it runs along (or RANK)."""
 
-    value: jax.Array
+    value: Any  # an array, or what a tree of specs or shardings has in its place
     dims: tuple[int, ...] = static()
 
     def has(self, dim: int) -> bool:

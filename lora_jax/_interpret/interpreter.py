@@ -72,7 +72,7 @@ class Interpreter:
     def __init__(self, plan: str = "auto"):
         self.plan = plan
         self.events: dict[tuple, Use] = {}
-        self._body: _Body | None = None
+        self._body = _Body([], {}, 0)
         self._jits: dict = {}  # see `once`
         self._uses = 0
 
@@ -121,7 +121,7 @@ class Interpreter:
         values = [self._body.env.get(v) for v in eqn.invars if not isinstance(v, compat.Literal)]
         return not eqn.effects and not any(is_weight(v) or is_quantized(v) for v in values)
 
-    def _repeated(self, run: Sequence, body: Body, first: Body) -> None:
+    def _repeated(self, run: list, body: Body, first: Body) -> None:
         """A run that equals an earlier one, by the function of that: JAX keeps its derivative."""
         args = [self._body.read(v) for v in body.invars]
         evaluate = functools.partial(self.run, first, (), scopes=first.scopes)
@@ -211,7 +211,7 @@ class Interpreter:
             return self.bind(eqn, values)
         rule = RULES.get(eqn.primitive.name)
         fn = rule.of(weights) if rule else None
-        if fn is None or fn is not rule.coded:  # codes are read for it
+        if rule is None or fn is None or fn is not rule.coded:  # codes are read first
             values = [v.array() if isinstance(v, Coded) else v for v in values]
         outs = fn(self, eqn, values) if fn else None
         if outs is None:
@@ -269,9 +269,9 @@ class Interpreter:
         """The same, in terms of the axes of the leaf; an axis has the first part that it is in."""
         inner, outer, batch = axes
         axes = inner, outer - inner, (batch | set(w.stacked)) - inner - outer
+        inner, outer, batch = (tuple(sorted(a)) for a in axes)
         dilated = max(eqn.params.get("rhs_dilation") or (1,)) > 1
-        parts = (tuple(sorted(a)) for a in axes)
-        use = Use(name, how, compat.source_line(eqn), *parts, plan, dilated)
+        use = Use(name, how, compat.source_line(eqn), inner, outer, batch, plan, dilated)
         self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
 
     def materialise(self, w: Followed, eqn: Equation, name: str | None = None) -> jax.Array:

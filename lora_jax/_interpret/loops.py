@@ -54,13 +54,8 @@ def _slice_of(w: Followed, leaves: Sequence) -> Followed:
     """One weight of a stack, in a step that got its part of `Operand.whole`."""
     base, *values = leaves
     factors = iter(values)
-    return dataclasses.replace(
-        w,
-        base=base.part() if is_quantized(base) else base,
-        axes=w.axes[1:],
-        stacked=tuple(sorted({*w.stacked, *w.axes[0]})),
-        **{name: _part(f, factors) for name, f in w.parts.items()},
-    )
+    base = base.part() if is_quantized(base) else base
+    return w.moved(base, lambda f: _part(f, factors), w.axes[1:], w.axes[0])
 
 
 def _lead(f: Factor) -> Factor:

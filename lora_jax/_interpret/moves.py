@@ -213,7 +213,7 @@ def _concatenate_probes(ctx: Context, eqn: Equation, args: Sequence) -> list | N
     return None if out is None else [dataclasses.replace(out, a=None)]
 
 
-def _side_by_side(ctx: Context, eqn: Equation, args: Sequence) -> Followed | None:
+def _side_by_side(ctx: Context, eqn: Equation, args: Sequence) -> Any:
     """The first weight with the base and the origins of all, if they came the same way."""
     weights = [w for w in args if is_weight(w)]
     if len({(w.axes, w.stacked, w.indexed) for w in weights}) > 1:
@@ -227,7 +227,8 @@ def _padded(f: Factor, dim: int, around: tuple[int, int], scale: float) -> jax.A
     if not f.has(dim):
         return value
     zero = jnp.zeros((), value.dtype)
-    return lax.pad(value, zero, [(*(around if d == dim else (0, 0)), 0) for d in f.dims])
+    ends = (around if d == dim else (0, 0) for d in f.dims)
+    return lax.pad(value, zero, [(low, high, 0) for low, high in ends])
 
 
 def _barrier(ctx: Context, eqn: Equation, args: Sequence) -> list | None:

@@ -16,23 +16,24 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._core.einsum import cast
-from lora_jax._core.geometry import RANK
-from lora_jax._nodes.weight import Probe
+from lora_jax._core.geometry import RANK, Factor
 
 
-def observed(w: Probe, inner: Collection[int], x: jax.Array, product: Callable, *rest) -> jax.Array:
-    """x, such that the gradient of w.a is C·a whatever the cotangent.
+def observed(
+    factor: Factor, inner: Collection[int], x: jax.Array, product: Callable, *rest
+) -> jax.Array:
+    """x, such that the gradient of a is C·a whatever the cotangent.
 
     Args:
-      w: a probe with a.
-      inner: the axes of w that the product sums over.
+      factor: a, of a probe.
+      inner: the axes of the weight that the product sums over.
       product: (x, a, *rest) -> x·a, linear in a.
       rest: integers that the product needs.
     """
-    a = w.a.value
-    size = math.prod(w.a.size(d) for d in inner if w.a.has(d))
+    a = factor.value
+    size = math.prod(factor.size(d) for d in inner if factor.has(d))
     # Part of a leaf, or used the other way round: x is not what the leaf's in axes meet.
-    if size != w.a.size(RANK) or not jnp.issubdtype(x.dtype, jnp.floating):
+    if size != factor.size(RANK) or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
 
     @jax.custom_vjp

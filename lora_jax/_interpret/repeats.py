@@ -31,7 +31,7 @@ class Body:
 class Repeats:
     """The runs of a jaxpr that were met so far."""
 
-    def __init__(self, jaxpr):
+    def __init__(self, jaxpr: Any):
         eqns = enumerate(jaxpr.eqns)
         self._last = {v: i for i, e in eqns for v in e.invars if not isinstance(v, Literal)}
         self._last |= dict.fromkeys(
@@ -40,7 +40,7 @@ class Repeats:
         self._at = {id(e): i for i, e in enumerate(jaxpr.eqns)}
         self._first: dict[Hashable, Body] = {}
 
-    def first(self, run) -> tuple[Body, Body] | None:
+    def first(self, run: list) -> tuple[Body, Body] | None:
         """(the run, an earlier one that equals it), or None if this is the first of its kind."""
         end = self._at[id(run[-1])]
         made = dict.fromkeys(v for e in run for v in e.outvars)
@@ -49,8 +49,8 @@ class Repeats:
         read_later = [v for v in made if self._last.get(v, -1) > end]
         body = Body(invars, run, read_later, len(scopes(run[0])))
         signature = _signature(body)
-        first = signature and self._first.setdefault(signature, body)
-        return (body, first) if first not in (None, body) else None
+        first = body if signature is None else self._first.setdefault(signature, body)
+        return None if first is body else (body, first)
 
 
 def _signature(body: Body) -> Hashable | None:
@@ -59,7 +59,7 @@ def _signature(body: Body) -> Hashable | None:
     for v in [*body.invars, *(v for e in body.eqns for v in e.outvars)]:
         number[v] = len(number)
 
-    def atom(v):
+    def atom(v: Any) -> tuple:
         if isinstance(v, Literal):
             value = np.asarray(v.val)
             return value.dtype, value.shape, value.tobytes(), v.aval

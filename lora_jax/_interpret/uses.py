@@ -34,11 +34,11 @@ def _product_rule(fn: Callable) -> Function:
     return whole
 
 
-def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array) -> list:
+def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array) -> list | None:
     """Together with the products of the same input that come later in the program."""
     xl = _own_labels(x)
     uses = [(eqn, side, w)]
-    if _gains_input(eqn, side, w):
+    if w.gain is not None and _gains_input(eqn, side, w):
         wl = _labels(eqn, side, xl, w.ndim)
         if not {wl[d] for d in w.gain.dims if d != RANK} <= {*xl}:
             return None
@@ -85,7 +85,7 @@ def _probed_dot(ctx: Context, eqn: Equation, side: int, w: Probe, x: jax.Array) 
         inner = {wl[d] for d in w.a.dims if d in met}
         hl = [d for d in dict.fromkeys([*xl, *al]) if d not in inner]  # of x·a
         down = lambda x, a: contract(x, xl, a, al, hl, precision=lax.Precision.HIGHEST)
-        x = observed(w, met, x, down)
+        x = observed(w.a, met, x, down)
     return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
 
 
@@ -177,7 +177,7 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     # h: (..., batch·groups, ..., rank, ...); B: (rank, out) -> (rank, groups, out / groups)
     batch, feature = dn.out_spec[:2]
     h = h.reshape(*h.shape[:batch], -1, groups, *h.shape[batch + 1 :])
-    out = [("x", d) for d in range(y.ndim)]
+    out: list = [("x", d) for d in range(y.ndim)]
     hl = list(out)
     hl[feature] = "rank"
     hl.insert(batch + 1, "group")
@@ -206,7 +206,7 @@ def _probed_conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     ctx.used(w, eqn, (inner, (out_dim,), ()))
     if w.a is not None:
         down = lambda x, a: _conv_down(eqn, w.ndim, x, Factor(a, w.a.dims))
-        x = observed(w, inner, x, down)
+        x = observed(w.a, inner, x, down)
     return ctx.bind(eqn, [x, w.base])
 
 
@@ -218,7 +218,7 @@ def _conv_down(eqn: Equation, ndim: int, x: jax.Array, first: Factor) -> jax.Arr
     kernel = _insert(first, [d for d in inner if not first.has(d)])
     kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(ndim))).value
     return lax.conv_general_dilated(
-        _groups_to_batch(x, *dn.lhs_spec[:2], p["feature_group_count"]),
+        _groups_to_batch(x, dn.lhs_spec[0], dn.lhs_spec[1], p["feature_group_count"]),
         kernel,
         p["window_strides"],
         p["padding"],
@@ -305,7 +305,7 @@ def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | No
         return lax.ragged_dot(x if tokens_first else x.T, a, group_sizes, precision=highest)
 
     if w.a is not None:
-        x = observed(w, (inner,), x, down, group_sizes)
+        x = observed(w.a, (inner,), x, down, group_sizes)
     return ctx.bind(eqn, [x, w.base, group_sizes])
 
 
