@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import RANK, Factor
 from lora_jax._core.keys import as_key, path_key
-from lora_jax._core.nnx import map_state, state_of
+from lora_jax._core.nnx import map_shared, state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, choose, is_node
 from lora_jax._nodes.factors import check_factors, without_frozen
@@ -76,7 +76,7 @@ def bind(
             return node.value.astype(base.dtype)
         return node.weight(base, path, _seed(key, path, node))
 
-    return map_state(lambda tree: map_with_path(leaf, tree), params)
+    return map_shared(lambda tree: map_with_path(leaf, tree), params, nodes)
 
 
 def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Any]:
