@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
@@ -105,7 +106,7 @@ def _likeness(one: LoRA, two: LoRA) -> Likeness:
     (a1, b1), (a2, b2) = matrices(one), matrices(two)
     (u1, s1, v1), (u2, s2, v2) = svd(one), svd(two)
     norms = jnp.stack([jnp.linalg.norm(s, axis=-1) for s in (s1, s2)])
-    inner = jnp.sum((a1.mT @ a2) * (b1 @ b2.mT), (-2, -1))  # ⟨A₁B₁, A₂B₂⟩
+    inner = jnp.sum(product(a1.mT, a2) * product(b1, b2.mT), (-2, -1))  # ⟨A₁B₁, A₂B₂⟩
     size = norms[0] * norms[1]
     cosine = jnp.where(size > 0, inner / jnp.where(size > 0, size, 1), 0)
     return Likeness(*map(np.asarray, (norms, cosine, _angles(u1, u2), _angles(v1.mT, v2.mT))))
@@ -115,8 +116,8 @@ def _angles(q1, q2):
     """Of the column spaces, small ones by their sines, which do not lose them to rounding."""
     if q2.shape[-1] > q1.shape[-1]:
         q1, q2 = q2, q1
-    product = q1.mT @ q2
-    cosines = jnp.linalg.svd(product, compute_uv=False)
-    sines = jnp.linalg.svd(q2 - q1 @ product, compute_uv=False)[..., ::-1]
+    inner = product(q1.mT, q2)
+    cosines = jnp.linalg.svd(inner, compute_uv=False)
+    sines = jnp.linalg.svd(q2 - product(q1, inner), compute_uv=False)[..., ::-1]
     small = jnp.arcsin(jnp.clip(sines, 0, 1))
     return jnp.degrees(jnp.where(cosines**2 > 0.5, small, jnp.arccos(jnp.clip(cosines, 0, 1))))

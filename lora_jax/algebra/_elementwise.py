@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import product, wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import path_key
 from lora_jax._core.nnx import state_of
@@ -128,8 +128,7 @@ def vector(part: Part) -> jax.Array:
     """weight · Δ in fp32 or wider: (n, in, out); (1, size, 1) of a leaf in full; (1, rows, d)."""
     node, weight = part.node, part.weight.reshape(-1, 1, 1)
     if isinstance(node, LoRA):
-        a, b = matrices(node)
-        node = jnp.matmul(a, b, precision="highest")
+        node = product(*matrices(node))
     elif not isinstance(node, jax.Array):
         index = slice(None) if isinstance(node, Full) else jnp.asarray(node.index)
         start = jnp.asarray(part.base)[index].astype(node.value.dtype)

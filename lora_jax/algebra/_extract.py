@@ -81,8 +81,7 @@ def _extracted(before, after, t, config, energy) -> tuple[LoRA, float]:
     g = t.geometry
     dtype = wide(after.dtype)
     change = jnp.asarray(after).astype(dtype) - jnp.asarray(before).astype(dtype)
-    order = (*g.batch_axes, *g.in_axes, *g.out_axes)
-    u, s, v = jnp.linalg.svd(change.transpose(order).reshape(g.sizes(t.shape)), full_matrices=False)
+    u, s, v = jnp.linalg.svd(g.matrices(change), full_matrices=False)
     rank = t.rank if energy is None else rank_for(s, energy)
     shapes = g.factor_shapes(t.shape, rank)
     blank = (jax.ShapeDtypeStruct(shape, config.dtype) for shape in shapes)

@@ -204,7 +204,7 @@ def learned(params: Any, adapters: Any) -> Learned:
     if params is None:
         nodes, leaves = flatten(linear(adapters), is_leaf=is_node), {}
     else:
-        nodes = adapter_nodes(params, adapters, "learned")
+        nodes = adapter_nodes(params, adapters, "algebra.learned")
         linear(adapters)
         leaves = flatten(state_of(params))
     arrays = jax.tree.leaves((adapters, [leaves[p] for p in nodes if p in leaves]))

@@ -10,20 +10,20 @@ back: the best adapter of a rank, or the whole as a leaf in full. KnOTS stays of
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import as_key
 from lora_jax._core.paths import nest
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax.algebra._combine import typed_alike
 from lora_jax.algebra._elementwise import Method, Part, Parts, cuts, merged, parts_of
-from lora_jax.algebra._svd import from_svd, matrices, range_svd, rank_for, share_kept
+from lora_jax.algebra._svd import as_node, from_svd, matrices, range_svd, rank_for, share_kept
 
 HOW = {  # which of its steps a method has: (trim, drop, elect signs)
     "sum": (False, False, False),
@@ -230,12 +230,7 @@ def knots(
         delta = merged(leaves, path, trimmed, key, method)
         if path in shared:
             like, b = shared[path]
-            shapes = like.geometry.factor_shapes(like.shape, b.shape[-2])
-            a, b = (
-                x.reshape(s).astype(f.dtype)
-                for x, s, f in zip((delta, b), shapes, (like.a, like.b))
-            )
-            out[path] = dataclasses.replace(like, a=a, b=b, scale=1.0)
+            out[path] = as_node(like, delta, b, 1.0)
         else:
             out[path] = _moved(parts, delta)
     return nest(out)
@@ -300,10 +295,7 @@ def _moved(parts: Parts, delta: jax.Array) -> Full | Rows:
         return Rows(value.astype(start.dtype), index, node.length)
     dtype = node.value.dtype if isinstance(node, Full) else delta.dtype
     if isinstance(node, LoRA):
-        g = node.geometry
-        order = (*g.batch_axes, *g.in_axes, *g.out_axes)
-        delta = delta.reshape([node.shape[d] for d in order])
-        delta = delta.transpose([order.index(d) for d in range(len(order))])
+        delta = node.geometry.leaf(delta, node.shape)
     start = base.astype(dtype)
     value = start.astype(delta.dtype) + delta.reshape(start.shape)
     return Full(value.astype(dtype))
@@ -325,7 +317,8 @@ def _shared(nodes: list[LoRA]) -> tuple[list[jax.Array], jax.Array]:
     q, r = jnp.linalg.qr(jnp.concatenate(b, -2).mT)  # all that any of them writes to
     ends = [sum(x.shape[-1] for x in a[: i + 1]) for i in range(len(a))]
     small = [  # Δₖ·q without the q of its QR, which changes no singular vector of the right
-        jnp.linalg.qr(x, mode="r") @ y.mT for x, y in zip(a, jnp.split(r, ends[:-1], axis=-1))
+        product(jnp.linalg.qr(x, mode="r"), y.mT)
+        for x, y in zip(a, jnp.split(r, ends[:-1], axis=-1))
     ]
-    v = jnp.linalg.svd(jnp.concatenate(small, -2), full_matrices=False)[2] @ q.mT
-    return [x @ (y @ v.mT) for x, y in zip(a, b)], v
+    v = product(jnp.linalg.svd(jnp.concatenate(small, -2), full_matrices=False)[2], q.mT)
+    return [product(x, product(y, v.mT)) for x, y in zip(a, b)], v

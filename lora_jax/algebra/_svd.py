@@ -7,17 +7,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import LoRAError
 from lora_jax._nodes.adapters import LoRA
 
 
 def matrices(node: LoRA) -> tuple[jax.Array, jax.Array]:
     """scale·A (n, in, r) and B (n, r, out) of the n weights of a stack, in fp32 or wider."""
-    n, i, o = node.geometry.sizes(node.shape)
-    dtype = wide(node.a.dtype)
-    a, b = node.a.astype(dtype), node.b.astype(dtype)
-    return a.reshape(n, i, node.rank) * node.scale, b.reshape(n, node.rank, o)
+    a, b = node.geometry.pair(widened(node.a), widened(node.b))
+    return a * node.scale, b
 
 
 def svd(node: LoRA) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -25,19 +23,20 @@ def svd(node: LoRA) -> tuple[jax.Array, jax.Array, jax.Array]:
     a, b = matrices(node)
     qa, ra = jnp.linalg.qr(a)
     qb, rb = jnp.linalg.qr(b.mT)
-    u, s, v = jnp.linalg.svd(ra @ rb.mT, full_matrices=False)
-    return qa @ u, s, v @ qb.mT
+    u, s, v = jnp.linalg.svd(product(ra, rb.mT), full_matrices=False)
+    return product(qa, u), s, product(v, qb.mT)
 
 
 def range_svd(x: jax.Array, rank: int, passes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """About the largest singular values and vectors of x (n, in, out), by subspace iteration from a
     random start, always the same (Halko, Martinsson and Tropp, arXiv:0909.4061, algorithm 4.4)."""
     width = min(rank + 10, *x.shape[-2:])
-    q = jnp.linalg.qr(x @ jax.random.normal(jax.random.key(0), (x.shape[-1], width), x.dtype))[0]
+    basis = lambda x, y: jnp.linalg.qr(product(x, y))[0]
+    q = basis(x, jax.random.normal(jax.random.key(0), (x.shape[-1], width), x.dtype))
     for _ in range(passes):
-        q = jnp.linalg.qr(x @ jnp.linalg.qr(x.mT @ q)[0])[0]
-    u, s, v = jnp.linalg.svd(q.mT @ x, full_matrices=False)
-    return q @ u, s, v
+        q = basis(x, basis(x.mT, q))
+    u, s, v = jnp.linalg.svd(product(q.mT, x), full_matrices=False)
+    return product(q, u), s, v
 
 
 def rank_for(s: jax.Array, energy: float) -> int:
@@ -63,6 +62,12 @@ def from_svd(like: LoRA, u, s, v, rank: int, scale: float = 1.0) -> LoRA:
     a, b = u[:, :, :keep] * root[:, None, :], root[:, :, None] * v[:, :keep]
     pad = [(0, rank - keep)]
     a, b = jnp.pad(a, [(0, 0), (0, 0), *pad]), jnp.pad(b, [(0, 0), *pad, (0, 0)])
-    a_shape, b_shape = like.geometry.factor_shapes(like.shape, rank)
-    a, b = a.reshape(a_shape).astype(like.a.dtype), b.reshape(b_shape).astype(like.b.dtype)
+    return as_node(like, a, b, scale)
+
+
+def as_node(like: LoRA, a: jax.Array, b: jax.Array, scale: float | None = None) -> LoRA:
+    """The node with matrices (n, in, r) and (n, r, out), in its own dtypes."""
+    a, b = like.geometry.factors(a, b, like.shape)
+    scale = like.scale if scale is None else scale
+    a, b = a.astype(like.a.dtype), b.astype(like.b.dtype)
     return dataclasses.replace(like, a=a, b=b, scale=scale)

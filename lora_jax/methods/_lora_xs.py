@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._config import LoRAConfig
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import RANK, Geometry, static
 from lora_jax._core.keys import as_key, path_key
@@ -132,12 +132,9 @@ def init_lora_xs(
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _principal(w: jax.Array, g: Geometry, rank: int, dtype) -> tuple[jax.Array, jax.Array]:
     """U·Σ (*batch, *in, rank) and Vᵀ (*batch, rank, *out) of the leaf's largest singular values."""
-    order = (*g.batch_axes, *g.in_axes, *g.out_axes)
-    flat = w.astype(wide(w.dtype)).transpose(order).reshape(g.sizes(w.shape))
-    u, s, v = jnp.linalg.svd(flat, full_matrices=False)
+    u, s, v = jnp.linalg.svd(g.matrices(widened(w)), full_matrices=False)
     u, s, v = u[:, :, :rank], s[:, :rank], v[:, :rank]
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), 1, keepdims=True), 1)
     sign = jnp.where(largest < 0, -1, 1).astype(u.dtype)  # (n, 1, rank)
-    a, b = u * (s[:, None] * sign), v * sign.mT
-    a_shape, b_shape = g.factor_shapes(w.shape, rank)
-    return a.reshape(a_shape).astype(dtype), b.reshape(b_shape).astype(dtype)
+    a, b = g.factors(u * (s[:, None] * sign), v * sign.mT, w.shape)
+    return a.astype(dtype), b.astype(dtype)
