@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +17,7 @@ from lora_jax._core.table import table
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import linear
+from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import matrices, svd
 
 
@@ -76,7 +78,8 @@ def compare(first: Any, second: Any) -> Comparison:
       first, second: adapters of one base; their ranks may differ.
 
     Raises:
-      LoRAError: these are no adapters, or DoRA's; a leaf has other axes or another shape in each.
+      LoRAError: these are no adapters, or DoRA's; a leaf has other axes or another shape in each;
+        values that are traced, or not finite.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> def node(row):
@@ -86,7 +89,12 @@ def compare(first: Any, second: Any) -> Comparison:
     >>> found.cosine.round(3), found.input_angles.round(), found.output_angles.round()
     (array([0.707], dtype=float32), array([[0.]], dtype=float32), array([[45.]], dtype=float32))
     """
-    one, two = (flatten(linear(tree), is_leaf=is_node) for tree in (first, second))
+    check_finite(linear(first), linear(second))
+    one, two = (flatten(tree, is_leaf=is_node) for tree in (first, second))
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((one, two))):
+        raise LoRAError(
+            "a comparison is of values, found traced ones: call lora.algebra.compare outside of jit"
+        )
     low_rank = lambda tree: {p for p, n in tree.items() if isinstance(n, LoRA)}
     both = low_rank(one) & low_rank(two)
     leaves = {}

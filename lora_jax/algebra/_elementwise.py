@@ -24,6 +24,7 @@ from lora_jax._core.paths import flatten
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import differ, weight_of
+from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import matrices
 
 DIGIT = 16  # bits of a magnitude that one pass over the leaves decides
@@ -66,6 +67,7 @@ def parts_of(adapters, weights, base, exact: bool = False) -> dict[str, Parts]:
         raise LoRAError(
             "expected several adapters, found one tree: lora.algebra.ties([first, second], …)"
         )
+    adapters = list(adapters)
     trees = [flatten(tree, is_leaf=is_node) for tree in adapters]
     weights = [1.0] * len(trees) if weights is None else list(weights)
     if not trees or len(trees) != len(weights):
@@ -83,6 +85,7 @@ def parts_of(adapters, weights, base, exact: bool = False) -> dict[str, Parts]:
         ),
         "as from lora.init(key, params, config)",
     )
+    check_finite(*adapters, weights=weights, base=base)
     starts = {} if base is None else flatten(state_of(base))
     failures: list[str] = []
     out: dict[str, Parts] = {}
@@ -166,10 +169,11 @@ def _merged(vectors, cuts, keys, rate, *, elect: bool, rows):
 def _sparse(x, cut, key, rate):
     rounding = 1 - 4 * jnp.finfo(x.dtype).eps  # what is equal but for it is kept together
     x = jnp.where(jnp.abs(x) < cut.astype(x.dtype) * rounding, 0, x)
+    x = jnp.where(jnp.isfinite(cut), x, jnp.nan)  # what is larger than infinity is not known
     if key is None:
         return x
     left = 1 - jnp.asarray(rate, x.dtype)
-    return jnp.where(jax.random.bernoulli(key, left, x.shape), x / left, 0)
+    return jnp.where(jax.random.bernoulli(key, left, x.shape), x / left, 0 * x)  # NaN stays NaN
 
 
 def _agreed(vectors):
@@ -179,7 +183,8 @@ def _agreed(vectors):
     sign = jnp.where(jnp.abs(total) <= rounding * size, 0, jnp.sign(total))
     agree = [x * sign > 0 for x in vectors]
     count = sum(a.astype(total.dtype) for a in agree)
-    return sum(jnp.where(a, x, 0) for a, x in zip(agree, vectors)) / jnp.maximum(count, 1)
+    mean = sum(jnp.where(a, x, 0) for a, x in zip(agree, vectors)) / jnp.maximum(count, 1)
+    return jnp.where(jnp.isfinite(total), mean, jnp.nan)
 
 
 def cuts(leaves: Mapping[str, Parts], method: Method) -> dict[str, list]:

@@ -26,6 +26,7 @@ from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized, value
 from lora_jax.algebra._combine import linear
+from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import svd
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def learned(params: Any, adapters: Any) -> Learned:
 
     Raises:
       LoRAError: adapters of another model, without values, or that add no update of their own
-        (DoRA; those for `factors`).
+        (DoRA; those for `factors`); values that are not finite, of the adapters or their bases.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> b = jnp.array([[3.0, 0, 0], [0, 1, 0]])
@@ -216,6 +217,7 @@ def learned(params: Any, adapters: Any) -> Learned:
             f"jit, on "
             "arrays"
         )
+    check_finite(adapters, base=params)
     bases = {p: x for p, x in leaves.items() if _has_values(x)}
     changes = {p: _change(node, bases.get(p)) for p, node in nodes.items()}
     known = {p: c for p, c in changes.items() if c is not None}
