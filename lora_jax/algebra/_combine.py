@@ -228,6 +228,8 @@ def _keeps(dtype, scale: float, weight: Any) -> bool:
 
 def _times(b, scale: float, weight: Any, geometry: Geometry):
     """scale · weight · B, the weight along the batch axes."""
+    if isinstance(weight, int | float):
+        weight, scale = weight * scale, 1.0  # in fp64
     weight = jnp.asarray(weight, b.dtype) * scale
     return b * weight.reshape(weight.shape + (1,) * (b.ndim - weight.ndim))
 
