@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import cast, contract, wide
 from lora_jax._core.errors import LoRAError
-from lora_jax._core.geometry import RANK, Factor, Geometry, static
+from lora_jax._core.geometry import RANK, Factor, Geometry, spec_along, static
 from lora_jax._core.keys import path_key
 from lora_jax._nodes.node import Node
 from lora_jax._nodes.weight import AdaptedWeight, own_axes
@@ -180,7 +181,12 @@ def norms(node: LowRank, base: Any) -> jax.Array:
     dtype = wide(base.dtype)
     a, b, w, other = cast(node.a, dtype), cast(node.b, dtype), cast(base, dtype), RANK - 1
     rename = lambda dims: tuple(other if d == RANK else d for d in dims)
-    product = functools.partial(contract, precision=jax.lax.Precision.HIGHEST)
+    where = compat.explicit_sharding(base)
+
+    def product(x, xl, y, yl, out):  # sharded as the base is along the axes of `out`
+        own = where and NamedSharding(where.mesh, spec_along(out, where.spec))
+        return contract(x, xl, y, yl, out, own, precision=jax.lax.Precision.HIGHEST)
+
     aw = product(a, g.a_dims, w, range(base.ndim), g.b_dims)
     aa = product(a, g.a_dims, a, rename(g.a_dims), (*g.batch_axes, RANK, other))
     aab = product(aa, (*g.batch_axes, RANK, other), b, rename(g.b_dims), g.b_dims)

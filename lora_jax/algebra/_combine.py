@@ -18,13 +18,14 @@ import jax.numpy as jnp
 from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
+from lora_jax._core.mesh import placed
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._finite import check_finite
-from lora_jax.algebra._svd import from_svd, rank_for, svd
+from lora_jax.algebra._svd import from_svd, leaf_sharding, rank_for, svd
 
 
 def combine(
@@ -142,7 +143,7 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
             return node
         u, s, v = svd(node)
         keep = rank if energy is None else rank_for(s, energy)
-        return from_svd(node, u, s, v, keep)
+        return placed(from_svd(node, u, s, v, keep), leaf_sharding(node))
 
     return jax.tree.map(leaf, adapters, is_leaf=is_node)
 

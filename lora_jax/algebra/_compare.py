@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.mesh import anywhere
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._nodes.adapters import LoRA
@@ -111,13 +112,18 @@ def compare(first: Any, second: Any) -> Comparison:
 
 
 def _likeness(one: LoRA, two: LoRA) -> Likeness:
+    return Likeness(*map(np.asarray, _numbers(one, two)))
+
+
+@anywhere
+def _numbers(one: LoRA, two: LoRA) -> tuple[jax.Array, ...]:
     (a1, b1), (a2, b2) = matrices(one), matrices(two)
     (u1, s1, v1), (u2, s2, v2) = svd(one), svd(two)
     norms = jnp.stack([jnp.linalg.norm(s, axis=-1) for s in (s1, s2)])
     inner = jnp.sum(product(a1.mT, a2) * product(b1, b2.mT), (-2, -1))  # ⟨A₁B₁, A₂B₂⟩
     size = norms[0] * norms[1]
     cosine = jnp.where(size > 0, inner / jnp.where(size > 0, size, 1), 0)
-    return Likeness(*map(np.asarray, (norms, cosine, _angles(u1, u2), _angles(v1.mT, v2.mT))))
+    return norms, cosine, _angles(u1, u2), _angles(v1.mT, v2.mT)
 
 
 def _angles(q1, q2):

@@ -19,6 +19,7 @@ from jax import lax
 from lora_jax._core.einsum import product, wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import path_key
+from lora_jax._core.mesh import anywhere
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.adapters import Full, LoRA, Rows
@@ -233,6 +234,7 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
     return lax.bitcast_convert_type(jnp.asarray(found), dtype).reshape(-1, 1, 1)
 
 
+@anywhere
 @jax.jit
 def _digits(x, found, shift):
     """How many magnitudes of each weight begin with the bits `found` and have each digit next."""

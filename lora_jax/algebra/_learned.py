@@ -19,6 +19,7 @@ import numpy as np
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.mesh import anywhere
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
@@ -244,19 +245,24 @@ def _change(node: Any, base: Any) -> Change | None:
     return Change("rows", (), min(node.value.shape), np.linalg.norm(s, axis=-1), size, s)
 
 
+@anywhere
 @jax.jit
 def _singular_values(node: LoRA) -> jax.Array:
     return svd(node)[1]
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _norms(x, batch: tuple[int, ...]) -> jax.Array:
     """Frobenius norms of the weights that are stacked along `batch`, in that order, (n,)."""
+    return anywhere(jax.jit(functools.partial(_each_norm, batch)))(x)
+
+
+def _each_norm(batch: tuple[int, ...], x) -> jax.Array:
     x, rest = value(x), tuple(d for d in range(x.ndim) if d not in batch)
     squares = jnp.sum(jnp.square(x.astype(wide(x.dtype))), rest)
     return jnp.sqrt(squares.transpose([sorted(batch).index(d) for d in batch]).reshape(-1))
 
 
+@anywhere
 @jax.jit
 def _difference(tuned, base) -> jax.Array:
     base = value(base)
@@ -264,6 +270,7 @@ def _difference(tuned, base) -> jax.Array:
     return tuned.astype(dtype) - base.astype(dtype)
 
 
+@anywhere
 @jax.jit
 def _rows(node: Rows, base) -> tuple[jax.Array, jax.Array]:
     """Singular values of the rows' change, (1, k), and the norm of what they were, (1,)."""

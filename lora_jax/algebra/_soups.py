@@ -10,6 +10,7 @@ back: the best adapter of a rank, or the whole as a leaf in full. KnOTS stays of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,21 @@ import jax.numpy as jnp
 from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import as_key
+from lora_jax._core.mesh import anywhere, placed
 from lora_jax._core.paths import nest
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax.algebra._combine import typed_alike
 from lora_jax.algebra._elementwise import Method, Part, Parts, cuts, merged, parts_of
-from lora_jax.algebra._svd import as_node, from_svd, matrices, range_svd, rank_for, share_kept
+from lora_jax.algebra._svd import (
+    as_node,
+    best_svd,
+    from_svd,
+    leaf_sharding,
+    matrices,
+    range_svd,
+    rank_for,
+    share_kept,
+)
 
 HOW = {  # which of its steps a method has: (trim, drop, elect signs)
     "sum": (False, False, False),
@@ -230,7 +241,7 @@ def knots(
         delta = merged(leaves, path, trimmed, key, method)
         if path in shared:
             like, b = shared[path]
-            out[path] = as_node(like, delta, b, 1.0)
+            out[path] = placed(as_node(like, delta, b, 1.0), leaf_sharding(like))
         else:
             out[path] = _moved(parts, delta)
     return nest(out)
@@ -269,13 +280,15 @@ def _elementwise(adapters, weights, method, key, rank, energy, passes, base):
         nodes = [p.node for p in parts if p is not None]
         kept[path] = jnp.ones(())
         if isinstance(nodes[0], LoRA) and not exact:
+            where = leaf_sharding(nodes[0])
             if passes is None:
-                u, s, v = jnp.linalg.svd(delta, full_matrices=False)
+                spread = where is not None and rank is not None
+                u, s, v = anywhere(functools.partial(best_svd, rank=rank, spread=spread))(delta)
             else:
-                u, s, v = _range_svd(delta, rank, passes)
+                u, s, v = anywhere(functools.partial(_range_svd, rank=rank, passes=passes))(delta)
             keep = rank_for(s, energy) if rank is None else rank
             kept[path] = share_kept(s, keep, jnp.sum(delta**2, (1, 2)))
-            out[path] = from_svd(typed_alike(nodes)[0], u, s, v, keep)
+            out[path] = placed(from_svd(typed_alike(nodes)[0], u, s, v, keep), where)
         else:
             out[path] = _moved(parts, delta)
     return nest(out), kept
@@ -310,6 +323,7 @@ def _aligned(parts: Parts) -> tuple[Parts, tuple[LoRA, jax.Array]]:
     return aligned, (typed_alike([p.node for p in have])[0], b)
 
 
+@anywhere
 @jax.jit
 def _shared(nodes: list[LoRA]) -> tuple[list[jax.Array], jax.Array]:
     """The SVD of updates one above the other, Δₖ = (Vₖ·Σ)·Uᵀ, from the QR of their factors."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.mesh import anywhere, placement
 from lora_jax._nodes.adapters import LoRA
 
 
@@ -18,6 +21,16 @@ def matrices(node: LoRA) -> tuple[jax.Array, jax.Array]:
     return a * node.scale, b
 
 
+def leaf_sharding(node: LoRA) -> NamedSharding | None:
+    """How the leaf is sharded that these factors run along, as far as they show it."""
+    sides = ((node.geometry.a_dims, placement(node.a)), (node.geometry.b_dims, placement(node.b)))
+    known = [(dims, s) for dims, s in sides if s is not None]
+    entry = {d: e for dims, s in known for d, e in zip(dims, s.spec) if e is not None}
+    spec = PartitionSpec(*(entry.get(d) for d in range(len(node.shape))))
+    return NamedSharding(known[0][1].mesh, spec) if known else None
+
+
+@anywhere
 def svd(node: LoRA) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U (n, in, k), σ (n, k) and Vᵀ (n, k, out) of the update, k = min(rank, in, out)."""
     a, b = matrices(node)
@@ -37,6 +50,48 @@ def range_svd(x: jax.Array, rank: int, passes: int) -> tuple[jax.Array, jax.Arra
         q = basis(x, basis(x.mT, q))
     u, s, v = jnp.linalg.svd(product(q.mT, x), full_matrices=False)
     return product(q, u), s, v
+
+
+def best_svd(x: jax.Array, rank: int, spread: bool):
+    """U, σ and Vᵀ of x (n, in, out), of which the largest `rank` are wanted: all, by LAPACK; of
+    what is spread over devices a few more, by products alone, so that no device gathers x."""
+    return spread_svd(x, rank) if spread else jnp.linalg.svd(x, full_matrices=False)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def spread_svd(x: jax.Array, rank: int, passes: int = 8):
+    """As `range_svd`, with bases from Gram matrices: each device keeps its part of x, and what is
+    sent has as many columns as twice the rank and 16. Exact where x has no more rows or columns."""
+    width = min(2 * rank + 16, *x.shape[-2:])
+    q = jax.random.normal(jax.random.key(0), (len(x), x.shape[-1], width), x.dtype)
+    for _ in range(passes):
+        p = _basis(product(x, q))
+        q = _basis(product(x.mT, p))
+    p = _basis(product(x, q))
+    u, s, v = jnp.linalg.svd(product(product(p.mT, x), q), full_matrices=False)  # width × width
+    return product(p, u), s, product(v, q.mT)
+
+
+def _basis(y: jax.Array) -> jax.Array:
+    """Orthonormal columns that span those of y (n, p, k), and zeros for what fp32 has lost.
+
+    The Gram matrix squares singular values, so what is small is found in a second turn, in what the
+    first leaves; together they see down to about 8·k·ε of the largest.
+    """
+
+    def turn(y):
+        y = y / jnp.maximum(jnp.max(jnp.abs(y), (1, 2), keepdims=True), jnp.finfo(y.dtype).tiny)
+        w, v = jnp.linalg.eigh(product(y.mT, y))  # rising
+        kept = (w > 2 * w.shape[-1] * jnp.finfo(w.dtype).eps * w[:, -1:])[:, None]
+        y = product(y, v)
+        root = jnp.where(kept, jnp.sqrt(jnp.where(kept, w[:, None], 1)), jnp.inf)
+        return y / root, jnp.where(kept, 0, y)
+
+    q, rest = turn(y)
+    outside = lambda y: y - product(q, product(q.mT, y))
+    found = jnp.any(rest != 0, (1, 2), keepdims=True)
+    more = jnp.where(found, turn(outside(outside(rest)))[0], 0)[..., ::-1]  # in the columns left
+    return turn(jnp.where(jnp.any(q != 0, 1, keepdims=True), q, more))[0]
 
 
 def rank_for(s: jax.Array, energy: float) -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.mesh import anywhere, placed, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._merge import unmerge
@@ -51,8 +52,13 @@ def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]
         "first the initialiser, of the plain parameters, then lora.quant.quantize(base, ...); or "
         "loftq",
     )
-    matrices = lambda path, node: node.geometry.matrices(widened(leaves[path]))
-    new = each(adapters, lambda path, node: make(path, node, matrices(path, node)))
+
+    def one(path, node):
+        w = jnp.asarray(leaves[path])
+        found = anywhere(lambda w: make(path, node, node.geometry.matrices(widened(w))))(w)
+        return placed(found, placement(w))
+
+    new = each(adapters, one)
     flat = flatten(new, is_leaf=is_node)
     return unmerge(params, nest({p: flat[p] for p in nodes})), new
 

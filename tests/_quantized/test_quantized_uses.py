@@ -147,9 +147,12 @@ def test_moved_codes_that_must_be_read_to_be_sent():
             w = lax.all_gather(w.reshape(64, 8, 8), "d", axis=0, tiled=True)
             return x @ w.reshape(64, 64)
 
-        return jax.shard_map(
-            body, mesh=mesh(1), in_specs=(P(), P()), out_specs=P(), check_vma=False
-        )(p["w"], x) @ p["v"].T
+        return (
+            jax.shard_map(body, mesh=mesh(1), in_specs=(P(), P()), out_specs=P(), check_vma=False)(
+                p["w"], x
+            )
+            @ p["v"].T
+        )
 
     plain = lora.quant.dequantize(q)
     f, adapters = adapted(fn, plain, X, targets="v")

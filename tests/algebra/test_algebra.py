@@ -274,7 +274,6 @@ def test_errors(call, match):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@settings(deadline=None, max_examples=24)
 @given(st.lists(st.sampled_from([1.0, -1.0, 0.0, 0.5, -4.0, 0.3, 1 / 3, 1.7]), min_size=1, max_size=3),
        st.sampled_from([1.0, 0.25, 1.5]), st.integers(0, 99))  # fmt: skip
 def test_combine_rounds_once(dtype, weights, scale, seed):
@@ -295,7 +294,6 @@ def test_combine_rounds_once(dtype, weights, scale, seed):
         assert mixed.b.dtype == dtype  # no more memory than it needs
 
 
-@settings(deadline=None, max_examples=24)
 @given(st.lists(st.floats(-2, 2, width=16), min_size=1, max_size=3), st.integers(0, 99))
 def test_combine_of_leaves_in_full_and_by_rows_rounds_once(weights, seed):
     normal = lambda i, shape: jax.random.normal(jax.random.key(seed + i), shape).astype(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import fails
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lora
@@ -67,7 +67,6 @@ def spoilt(two, value, k, path, name, index):
 
 
 @pytest.mark.parametrize("name", CALLS | VALUES)
-@settings(deadline=None, max_examples=16)
 @given(value=bad, at=place)
 def test_known_values_are_refused_by_name(name, value, at):
     k, path, *_ = at
@@ -83,7 +82,6 @@ JITTED = {name: jax.jit(call) for name, call in CALLS.items()}
 
 
 @pytest.mark.parametrize("name", CALLS)
-@settings(deadline=None, max_examples=16)
 @given(at=place, value=bad)
 def test_traced_values_pass_it_on(name, value, at):
     """The update of a leaf with one such number is not finite, those of others are."""
@@ -119,7 +117,6 @@ def test_no_comparison_under_jit():
         jax.jit(lambda x: algebra.compare(x, TWO[1]).leaves["w"].norms)(TWO[0])
 
 
-@settings(deadline=None, max_examples=16)
 @given(st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9), min_size=1))
 def test_rows_that_changed_and_are_not_extracted(changed, taken):
     base = {"table": jnp.zeros((10, 3))}
