@@ -176,8 +176,6 @@ def norm(node: Any) -> float | None:
     """
     if not isinstance(node, LoRA):  # of a DoRA the change depends on the base
         return None
-    n, i, o = node.geometry.sizes(node.shape)
-    a = np.asarray(node.a).astype(np.float64).reshape(n, i, node.rank)
-    b = np.asarray(node.b).astype(np.float64).reshape(n, node.rank, o)
+    a, b = node.geometry.pair(*(np.asarray(x).astype(np.float64) for x in (node.a, node.b)))
     squares = (a.swapaxes(1, 2) @ a) * (b @ b.swapaxes(1, 2))  # tr(AᵀA·BBᵀ)
     return float(abs(node.scale) * np.sqrt(max(squares.sum(), 0.0)))

@@ -25,6 +25,18 @@ def wide(dtype: Any) -> Any:
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x @ y of matrices, in full precision on every platform: what is no part of the model's own
+    passes is exact to its dtype."""
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+
+
+def widened(x: Any) -> jax.Array:
+    """x as an array in fp32, or wider."""
+    x = jnp.asarray(x)
+    return cast(x, wide(x.dtype))
+
+
 def times(x: jax.Array, scale: float) -> jax.Array:
     """`x` times a constant, in x's dtype."""
     return x if scale == 1.0 else lax.mul(x, np.asarray(scale, x.dtype))

@@ -68,6 +68,33 @@ class Geometry:
             for axes in (self.batch_axes, self.in_axes, self.out_axes)
         )
 
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return (*self.batch_axes, *self.in_axes, *self.out_axes)
+
+    def matrices(self, w: jax.Array) -> jax.Array:
+        """A leaf, or what has its shape, as (n, in, out)."""
+        return w.transpose(self._order).reshape(self.sizes(w.shape))
+
+    def leaf(self, m: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Matrices (n, in, out) in the leaf's shape."""
+        m = m.reshape([shape[d] for d in self._order])
+        return m.transpose([self._order.index(d) for d in range(len(shape))])
+
+    def pair(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The factors A and B as (n, in, r) and (n, r, out)."""
+        n = len(self.batch_axes)
+        batch, rank = math.prod(a.shape[:n]), a.shape[-1]
+        inner, outer = math.prod(a.shape[n:-1]), math.prod(b.shape[n + 1 :])
+        return a.reshape(batch, inner, rank), b.reshape(batch, rank, outer)
+
+    def factors(
+        self, a: jax.Array, b: jax.Array, shape: tuple[int, ...]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Matrices (n, in, r) and (n, r, out) as the factors of a leaf of this shape."""
+        a_shape, b_shape = self.factor_shapes(shape, a.shape[-1])
+        return a.reshape(a_shape), b.reshape(b_shape)
+
     def factor_shapes(
         self, shape: tuple[int, ...], rank: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import cast, contract, wide
 from lora_jax._core.errors import LoRAError
-from lora_jax._core.geometry import RANK, Factor, Geometry, static
+from lora_jax._core.geometry import RANK, Factor, Geometry, spec_along, static
 from lora_jax._core.keys import path_key
 from lora_jax._nodes.node import Node
 from lora_jax._nodes.weight import AdaptedWeight, own_axes
@@ -178,27 +179,22 @@ def norms(node: LowRank, base: Any) -> jax.Array:
     """
     g, base = node.geometry, value(base)
     dtype = wide(base.dtype)
-    a, b, other = cast(node.a, base.dtype), node.b.astype(dtype), RANK - 1
+    a, b, w, other = cast(node.a, dtype), cast(node.b, dtype), cast(base, dtype), RANK - 1
     rename = lambda dims: tuple(other if d == RANK else d for d in dims)
-    aw = _exact(a, g.a_dims, base, range(base.ndim), g.b_dims, dtype)
-    aa = _exact(a, g.a_dims, a, rename(g.a_dims), (*g.batch_axes, RANK, other), dtype)
-    aab = _exact(aa, (*g.batch_axes, RANK, other), b, rename(g.b_dims), g.b_dims, dtype)
+    where = compat.explicit_sharding(base)
+
+    def product(x, xl, y, yl, out):  # sharded as the base is along the axes of `out`
+        own = where and NamedSharding(where.mesh, spec_along(out, where.spec))
+        return contract(x, xl, y, yl, out, own, precision=jax.lax.Precision.HIGHEST)
+
+    aw = product(a, g.a_dims, w, range(base.ndim), g.b_dims)
+    aa = product(a, g.a_dims, a, rename(g.a_dims), (*g.batch_axes, RANK, other))
+    aab = product(aa, (*g.batch_axes, RANK, other), b, rename(g.b_dims), g.b_dims)
     low_rank = jnp.sum(b * (2 * node.scale * aw + node.scale**2 * aab), len(g.batch_axes))
-    squares = jnp.sum(base.astype(dtype) ** 2, g.in_axes)  # its axes in the leaf's order
+    squares = jnp.sum(w**2, g.in_axes)  # its axes in the leaf's order
     left = sorted((*g.batch_axes, *g.out_axes))
     squares = squares.transpose([left.index(d) for d in (*g.batch_axes, *g.out_axes)])
     return jnp.sqrt(jnp.maximum(squares + low_rank, 0))
-
-
-def _exact(x, xl, y, yl, out, dtype) -> jax.Array:
-    """`contract` with a result in `dtype`; on CPUs, where XLA has no product of bf16 with a result
-    in fp32 for some layouts, of operands in `dtype`."""
-    exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
-    narrow = lambda x, y: contract(x, xl, y, yl, out, **exact)
-    if x.dtype == y.dtype == dtype:
-        return narrow(x, y)
-    widened = lambda x, y: narrow(cast(x, dtype), cast(y, dtype))
-    return jax.lax.platform_dependent(x, y, cpu=widened, default=narrow)
 
 
 @jax.tree_util.register_dataclass

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.lax import Precision
 
 from lora_jax._core.einsum import cast, contract, plus, times, wide
 from lora_jax._core.errors import LoRAError, refuse_use
@@ -198,11 +199,11 @@ class AdaptedWeight(Followed):
         seed = Factor(words.reshape(data.value.shape), data.dims)
         return dataclasses.replace(self, seed=seed)
 
-    def delta(self, dtype: Any = jnp.float32) -> jax.Array:
+    def delta(self, dtype: Any = jnp.float32, precision: Any = Precision.HIGHEST) -> jax.Array:
         """scale · A·B in the weight's shape, computed in `dtype`."""
         out = tuple(d for d in range(self.ndim) if self.a.has(d) or self.b.has(d))
         a, b = times(cast(self.a.value, dtype), self.scale), cast(self.b.value, dtype)
-        delta = contract(a, self.a.dims, b, self.b.dims, out)
+        delta = contract(a, self.a.dims, b, self.b.dims, out, precision=precision)
         return jax.lax.broadcast_in_dim(delta, self.shape, out)
 
     def materialise(self) -> jax.Array:
@@ -215,7 +216,7 @@ class AdaptedWeight(Followed):
     def looked_up(self) -> jax.Array:
         """Rows of W + scale·A·B, in the model's own precision, as a product with B would be."""
         base = value(self.base)
-        return self.gained(plus(base, self.delta(base.dtype)), range(self.ndim))
+        return self.gained(plus(base, self.delta(base.dtype, None)), range(self.ndim))
 
     def array(self) -> jax.Array:
         return self.looked_up() if self.indexed else self.materialise()

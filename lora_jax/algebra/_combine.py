@@ -8,20 +8,24 @@ the best of a given rank. They work on the factors: the singular values of a pro
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
+from lora_jax._core.mesh import placed
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
-from lora_jax.algebra._svd import from_svd, rank_for, svd
+from lora_jax.algebra._finite import check_finite
+from lora_jax.algebra._svd import from_svd, leaf_sharding, rank_for, svd
 
 
 def combine(
@@ -44,11 +48,13 @@ def combine(
 
     Returns:
       An adapter tree; the weights are folded into B, and each scale is 1. Dropout is kept where
-      all agree on it, and 0 elsewhere.
+      all agree on it, and 0 elsewhere. Factors in 16 bits come back in fp32 where weight · scale
+      · B would be rounded: by all but 1, and powers of two in bf16.
 
     Raises:
       LoRAError: no adapters, another number of weights, adapters that do not fit each other, a leaf
-        trained in full without `base`; all of them at once. A `DoRA`, which adds no update.
+        trained in full without `base`; all of them at once. A `DoRA`, which adds no update. Values
+        that are not finite, by name; under jit they are not known, and the result is NaN there.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
@@ -57,6 +63,7 @@ def combine(
     Array([[-1.5, -1.5],
            [-1.5, -1.5]], dtype=float32)
     """
+    adapters = list(adapters)
     trees = [flatten(linear(tree), is_leaf=is_node) for tree in adapters]
     weights = [1.0] * len(trees) if weights is None else list(weights)
     if not trees or len(trees) != len(weights):
@@ -64,6 +71,7 @@ def combine(
             f"expected one weight for each of {len(trees)} adapters, found {len(weights)}: "
             "lora.algebra.combine([first, second], [0.5, 0.5])"
         )
+    check_finite(*adapters, weights=weights, base=base)
     leaves = {} if base is None else flatten(state_of(base))
     failures: list[str] = []
     out = {}
@@ -112,7 +120,8 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
       Adapters with scale 1 and balanced factors: A = U·√Σ, B = √Σ·Vᵀ.
 
     Raises:
-      LoRAError: neither or both of rank and energy, or one out of range; a `DoRA`.
+      LoRAError: neither or both of rank and energy, or one out of range; a `DoRA`; values that are
+        not finite.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((4, 3)), jnp.ones((3, 2)), 2.0, lora.Geometry((0,), (1,)))
@@ -127,14 +136,16 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
             "lora.algebra.resize(adapters, rank=8) or lora.algebra.resize(adapters, energy=0.95)"
         )
 
+    check_finite(linear(adapters))
+
     def leaf(node):
         if not isinstance(node, LoRA):
             return node
         u, s, v = svd(node)
         keep = rank if energy is None else rank_for(s, energy)
-        return from_svd(node, u, s, v, keep)
+        return placed(from_svd(node, u, s, v, keep), leaf_sharding(node))
 
-    return jax.tree.map(leaf, linear(adapters), is_leaf=is_node)
+    return jax.tree.map(leaf, adapters, is_leaf=is_node)
 
 
 def linear(adapters: Any) -> Any:
@@ -187,8 +198,10 @@ def differ(nodes: list, base: Any) -> str | None:
 
 
 def _side_by_side(parts: list[tuple[LoRA, Any]]) -> LoRA:
-    """[A₁ A₂ …] and [w₁s₁B₁; w₂s₂B₂; …]."""
+    """[A₁ A₂ …] and [w₁s₁B₁; w₂s₂B₂; …], in fp32 where w·s·B is no number of a narrower type."""
     nodes = typed_alike([n for n, _ in parts])
+    if not all(_keeps(n.b.dtype, n.scale, w) for n, (_, w) in zip(nodes, parts)):
+        nodes = [dataclasses.replace(n, a=widened(n.a), b=widened(n.b)) for n in nodes]
     b = [_times(n.b, n.scale, w, n.geometry) for n, (_, w) in zip(nodes, parts)]
     a = jnp.concatenate([n.a for n in nodes], -1)
     b = jnp.concatenate(b, len(nodes[0].geometry.batch_axes))
@@ -203,23 +216,38 @@ def typed_alike(nodes: list[LoRA]) -> list[LoRA]:
     return [dataclasses.replace(n, **cast(n), dropout=dropout) for n in nodes]
 
 
+def _keeps(dtype, scale: float, weight: Any) -> bool:
+    """Whether scale · weight · B keeps every bit of B in this type, but for rounding to fp32 or
+    wider. bf16 has the exponents of fp32, so there powers of two do."""
+    if jnp.finfo(dtype).bits > 16 or not isinstance(weight, int | float):
+        return jnp.finfo(dtype).bits > 16
+    factor = abs(scale * weight)
+    if dtype == jnp.bfloat16 and 2.0**-32 < factor < 2.0**32:
+        return math.frexp(factor)[0] == 0.5
+    return factor in (0.0, 1.0)
+
+
 def _times(b, scale: float, weight: Any, geometry: Geometry):
     """scale · weight · B, the weight along the batch axes."""
+    if isinstance(weight, int | float):
+        weight, scale = weight * scale, 1.0  # in fp64
     weight = jnp.asarray(weight, b.dtype) * scale
     return b * weight.reshape(weight.shape + (1,) * (b.ndim - weight.ndim))
 
 
 def _moved(parts: list[tuple[Any, Any]], base) -> Any:
-    """base + Σ w·(value − base), of leaves in full, or of all rows that any of the parts has."""
+    """base + Σ w·(value − base), of leaves in full, or of all rows that any of the parts has, in
+    fp32 or wider and rounded once."""
     first = parts[0][0]
-    base = jnp.asarray(base)
-    if isinstance(first, Full):
-        start = base.astype(first.value.dtype)
-        moves = [(n.value - start) * jnp.asarray(w, start.dtype) for n, w in parts]
-        return Full(sum(moves, start))
-    index = tuple(sorted({i for n, _ in parts for i in n.index}))
-    rows = start = base[jnp.asarray(index)].astype(first.value.dtype)
+    base, dtype = jnp.asarray(base), first.value.dtype
+    index = None
+    if isinstance(first, Rows):
+        index = tuple(sorted({i for n, _ in parts for i in n.index}))
+        base = base[jnp.asarray(index)]
+    total = start = widened(base.astype(dtype))  # what was not trained has not moved
     for node, w in parts:
-        at = jnp.asarray([index.index(i) for i in node.index])
-        rows = rows.at[at].add((node.value - start[at]) * jnp.asarray(w, start.dtype))
-    return Rows(rows, index, first.length)
+        at = ... if index is None else jnp.asarray([index.index(i) for i in node.index])
+        move = widened(node.value).astype(start.dtype) - start[at]
+        total = total.at[at].add(move * jnp.asarray(w, start.dtype))
+    total = total.astype(dtype)
+    return Full(total) if index is None else Rows(total, index, first.length)

@@ -6,15 +6,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.mesh import anywhere
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import linear
+from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import matrices, svd
 
 
@@ -75,7 +79,8 @@ def compare(first: Any, second: Any) -> Comparison:
       first, second: adapters of one base; their ranks may differ.
 
     Raises:
-      LoRAError: these are no adapters, or DoRA's; a leaf has other axes or another shape in each.
+      LoRAError: these are no adapters, or DoRA's; a leaf has other axes or another shape in each;
+        values that are traced, or not finite.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> def node(row):
@@ -85,7 +90,12 @@ def compare(first: Any, second: Any) -> Comparison:
     >>> found.cosine.round(3), found.input_angles.round(), found.output_angles.round()
     (array([0.707], dtype=float32), array([[0.]], dtype=float32), array([[45.]], dtype=float32))
     """
-    one, two = (flatten(linear(tree), is_leaf=is_node) for tree in (first, second))
+    check_finite(linear(first), linear(second))
+    one, two = (flatten(tree, is_leaf=is_node) for tree in (first, second))
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((one, two))):
+        raise LoRAError(
+            "a comparison is of values, found traced ones: call lora.algebra.compare outside of jit"
+        )
     low_rank = lambda tree: {p for p, n in tree.items() if isinstance(n, LoRA)}
     both = low_rank(one) & low_rank(two)
     leaves = {}
@@ -102,21 +112,26 @@ def compare(first: Any, second: Any) -> Comparison:
 
 
 def _likeness(one: LoRA, two: LoRA) -> Likeness:
+    return Likeness(*map(np.asarray, _numbers(one, two)))
+
+
+@anywhere
+def _numbers(one: LoRA, two: LoRA) -> tuple[jax.Array, ...]:
     (a1, b1), (a2, b2) = matrices(one), matrices(two)
     (u1, s1, v1), (u2, s2, v2) = svd(one), svd(two)
     norms = jnp.stack([jnp.linalg.norm(s, axis=-1) for s in (s1, s2)])
-    inner = jnp.sum((a1.mT @ a2) * (b1 @ b2.mT), (-2, -1))  # ⟨A₁B₁, A₂B₂⟩
+    inner = jnp.sum(product(a1.mT, a2) * product(b1, b2.mT), (-2, -1))  # ⟨A₁B₁, A₂B₂⟩
     size = norms[0] * norms[1]
     cosine = jnp.where(size > 0, inner / jnp.where(size > 0, size, 1), 0)
-    return Likeness(*map(np.asarray, (norms, cosine, _angles(u1, u2), _angles(v1.mT, v2.mT))))
+    return norms, cosine, _angles(u1, u2), _angles(v1.mT, v2.mT)
 
 
 def _angles(q1, q2):
     """Of the column spaces, small ones by their sines, which do not lose them to rounding."""
     if q2.shape[-1] > q1.shape[-1]:
         q1, q2 = q2, q1
-    product = q1.mT @ q2
-    cosines = jnp.linalg.svd(product, compute_uv=False)
-    sines = jnp.linalg.svd(q2 - q1 @ product, compute_uv=False)[..., ::-1]
+    inner = product(q1.mT, q2)
+    cosines = jnp.linalg.svd(inner, compute_uv=False)
+    sines = jnp.linalg.svd(q2 - product(q1, inner), compute_uv=False)[..., ::-1]
     small = jnp.arcsin(jnp.clip(sines, 0, 1))
     return jnp.degrees(jnp.where(cosines**2 > 0.5, small, jnp.arccos(jnp.clip(cosines, 0, 1))))

@@ -16,14 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import product, wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import path_key
+from lora_jax._core.mesh import anywhere
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import differ, weight_of
+from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import matrices
 
 DIGIT = 16  # bits of a magnitude that one pass over the leaves decides
@@ -66,6 +68,7 @@ def parts_of(adapters, weights, base, exact: bool = False) -> dict[str, Parts]:
         raise LoRAError(
             "expected several adapters, found one tree: lora.algebra.ties([first, second], …)"
         )
+    adapters = list(adapters)
     trees = [flatten(tree, is_leaf=is_node) for tree in adapters]
     weights = [1.0] * len(trees) if weights is None else list(weights)
     if not trees or len(trees) != len(weights):
@@ -83,6 +86,7 @@ def parts_of(adapters, weights, base, exact: bool = False) -> dict[str, Parts]:
         ),
         "as from lora.init(key, params, config)",
     )
+    check_finite(*adapters, weights=weights, base=base)
     starts = {} if base is None else flatten(state_of(base))
     failures: list[str] = []
     out: dict[str, Parts] = {}
@@ -128,8 +132,7 @@ def vector(part: Part) -> jax.Array:
     """weight · Δ in fp32 or wider: (n, in, out); (1, size, 1) of a leaf in full; (1, rows, d)."""
     node, weight = part.node, part.weight.reshape(-1, 1, 1)
     if isinstance(node, LoRA):
-        a, b = matrices(node)
-        node = jnp.matmul(a, b, precision="highest")
+        node = product(*matrices(node))
     elif not isinstance(node, jax.Array):
         index = slice(None) if isinstance(node, Full) else jnp.asarray(node.index)
         start = jnp.asarray(part.base)[index].astype(node.value.dtype)
@@ -167,10 +170,11 @@ def _merged(vectors, cuts, keys, rate, *, elect: bool, rows):
 def _sparse(x, cut, key, rate):
     rounding = 1 - 4 * jnp.finfo(x.dtype).eps  # what is equal but for it is kept together
     x = jnp.where(jnp.abs(x) < cut.astype(x.dtype) * rounding, 0, x)
+    x = jnp.where(jnp.isfinite(cut), x, jnp.nan)  # what is larger than infinity is not known
     if key is None:
         return x
     left = 1 - jnp.asarray(rate, x.dtype)
-    return jnp.where(jax.random.bernoulli(key, left, x.shape), x / left, 0)
+    return jnp.where(jax.random.bernoulli(key, left, x.shape), x / left, 0 * x)  # NaN stays NaN
 
 
 def _agreed(vectors):
@@ -180,7 +184,8 @@ def _agreed(vectors):
     sign = jnp.where(jnp.abs(total) <= rounding * size, 0, jnp.sign(total))
     agree = [x * sign > 0 for x in vectors]
     count = sum(a.astype(total.dtype) for a in agree)
-    return sum(jnp.where(a, x, 0) for a, x in zip(agree, vectors)) / jnp.maximum(count, 1)
+    mean = sum(jnp.where(a, x, 0) for a, x in zip(agree, vectors)) / jnp.maximum(count, 1)
+    return jnp.where(jnp.isfinite(total), mean, jnp.nan)
 
 
 def cuts(leaves: Mapping[str, Parts], method: Method) -> dict[str, list]:
@@ -229,6 +234,7 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
     return lax.bitcast_convert_type(jnp.asarray(found), dtype).reshape(-1, 1, 1)
 
 
+@anywhere
 @jax.jit
 def _digits(x, found, shift):
     """How many magnitudes of each weight begin with the bits `found` and have each digit next."""

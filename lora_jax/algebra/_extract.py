@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError, raise_all
@@ -13,6 +14,7 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._targets import Targets
+from lora_jax.algebra._finite import is_finite
 from lora_jax.algebra._svd import from_svd, rank_for, share_kept
 
 
@@ -32,13 +34,14 @@ def extract(
       targets: what `select` returned: leaves and their ranks; leaves of `full` are taken as they
         are in `tuned`, those of `rows` row by row.
       energy: instead of the targets' ranks, the smallest that keep this share of ‖W' − W‖².
-      drop: whether changes of leaves that are no targets may be lost.
+      drop: whether changes of leaves and rows that are no targets may be lost.
 
     Returns:
       (adapters with scale 1, {path: share of ‖W' − W‖² that is kept, the least of a stack}).
 
     Raises:
-      LoRAError: leaves that changed and are no targets (unless `drop`), or trees that differ.
+      LoRAError: leaves or rows that changed and are no targets (unless `drop`), trees that differ,
+        values of targets that are not finite.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> base, tuned = {"w": jnp.zeros((4, 4))}, {"w": jnp.diag(jnp.array([3.0, 1.0, 0.0, 0.0]))}
@@ -57,12 +60,27 @@ def extract(
     ]
     raise_all("these are not one model before and after:", sorted(failures))
     chosen = {*targets.lora, *targets.full, *targets.rows}
-    lost = [p for p in before if p not in chosen and bool(jnp.any(before[p] != after[p]))]
+    raise_all(
+        "these hold NaN or infinity:",
+        [
+            f"'{p}' of {name}"
+            for p in before
+            for name, tree in (("base", before), ("tuned", after))
+            if p in chosen and not is_finite(tree[p])
+        ],
+    )
     if not drop:
+        same = lambda p: not bool(jnp.any(before[p] != after[p]))
+        lost = [f"'{p}'" for p in before if p not in chosen and not same(p)]
+        for p, (_, index) in targets.rows.items():
+            changed = np.any(np.asarray(before[p] != after[p]), 1).nonzero()[0]
+            if rows := sorted({*changed.tolist()} - {*index}):
+                more = ", …" if len(rows) > 8 else ""
+                lost.append(f"'{p}': rows {', '.join(map(str, rows[:8]))}{more}")
         raise_all(
-            "these leaves changed, and are no targets:",
-            (f"'{p}'" for p in lost),
-            "select them too (`full=[...]`), or lora.algebra.extract(..., drop=True)",
+            "these changed, and are no targets:",
+            lost,
+            "select them too (`full=[...]`, `rows={...}`), or lora.algebra.extract(..., drop=True)",
         )
     flat: dict[str, Any] = {}
     kept: dict[str, float] = {}
@@ -81,8 +99,7 @@ def _extracted(before, after, t, config, energy) -> tuple[LoRA, float]:
     g = t.geometry
     dtype = wide(after.dtype)
     change = jnp.asarray(after).astype(dtype) - jnp.asarray(before).astype(dtype)
-    order = (*g.batch_axes, *g.in_axes, *g.out_axes)
-    u, s, v = jnp.linalg.svd(change.transpose(order).reshape(g.sizes(t.shape)), full_matrices=False)
+    u, s, v = jnp.linalg.svd(g.matrices(change), full_matrices=False)
     rank = t.rank if energy is None else rank_for(s, energy)
     shapes = g.factor_shapes(t.shape, rank)
     blank = (jax.ShapeDtypeStruct(shape, config.dtype) for shape in shapes)

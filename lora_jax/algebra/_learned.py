@@ -19,6 +19,7 @@ import numpy as np
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.mesh import anywhere
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
@@ -26,6 +27,7 @@ from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized, value
 from lora_jax.algebra._combine import linear
+from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import svd
 
 if TYPE_CHECKING:
@@ -187,7 +189,7 @@ def learned(params: Any, adapters: Any) -> Learned:
 
     Raises:
       LoRAError: adapters of another model, without values, or that add no update of their own
-        (DoRA; those for `factors`).
+        (DoRA; those for `factors`); values that are not finite, of the adapters or their bases.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> b = jnp.array([[3.0, 0, 0], [0, 1, 0]])
@@ -204,7 +206,7 @@ def learned(params: Any, adapters: Any) -> Learned:
     if params is None:
         nodes, leaves = flatten(linear(adapters), is_leaf=is_node), {}
     else:
-        nodes = adapter_nodes(params, adapters, "learned")
+        nodes = adapter_nodes(params, adapters, "algebra.learned")
         linear(adapters)
         leaves = flatten(state_of(params))
     arrays = jax.tree.leaves((adapters, [leaves[p] for p in nodes if p in leaves]))
@@ -216,6 +218,7 @@ def learned(params: Any, adapters: Any) -> Learned:
             f"jit, on "
             "arrays"
         )
+    check_finite(adapters, base=params)
     bases = {p: x for p, x in leaves.items() if _has_values(x)}
     changes = {p: _change(node, bases.get(p)) for p, node in nodes.items()}
     known = {p: c for p, c in changes.items() if c is not None}
@@ -242,19 +245,24 @@ def _change(node: Any, base: Any) -> Change | None:
     return Change("rows", (), min(node.value.shape), np.linalg.norm(s, axis=-1), size, s)
 
 
+@anywhere
 @jax.jit
 def _singular_values(node: LoRA) -> jax.Array:
     return svd(node)[1]
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _norms(x, batch: tuple[int, ...]) -> jax.Array:
     """Frobenius norms of the weights that are stacked along `batch`, in that order, (n,)."""
+    return anywhere(jax.jit(functools.partial(_each_norm, batch)))(x)
+
+
+def _each_norm(batch: tuple[int, ...], x) -> jax.Array:
     x, rest = value(x), tuple(d for d in range(x.ndim) if d not in batch)
     squares = jnp.sum(jnp.square(x.astype(wide(x.dtype))), rest)
     return jnp.sqrt(squares.transpose([sorted(batch).index(d) for d in batch]).reshape(-1))
 
 
+@anywhere
 @jax.jit
 def _difference(tuned, base) -> jax.Array:
     base = value(base)
@@ -262,6 +270,7 @@ def _difference(tuned, base) -> jax.Array:
     return tuned.astype(dtype) - base.astype(dtype)
 
 
+@anywhere
 @jax.jit
 def _rows(node: Rows, base) -> tuple[jax.Array, jax.Array]:
     """Singular values of the rows' change, (1, k), and the norm of what they were, (1,)."""

@@ -10,20 +10,31 @@ back: the best adapter of a rank, or the whole as a leaf in full. KnOTS stays of
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import as_key
+from lora_jax._core.mesh import anywhere, placed
 from lora_jax._core.paths import nest
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax.algebra._combine import typed_alike
 from lora_jax.algebra._elementwise import Method, Part, Parts, cuts, merged, parts_of
-from lora_jax.algebra._svd import from_svd, matrices, range_svd, rank_for, share_kept
+from lora_jax.algebra._svd import (
+    as_node,
+    best_svd,
+    from_svd,
+    leaf_sharding,
+    matrices,
+    range_svd,
+    rank_for,
+    share_kept,
+)
 
 HOW = {  # which of its steps a method has: (trim, drop, elect signs)
     "sum": (False, False, False),
@@ -230,12 +241,7 @@ def knots(
         delta = merged(leaves, path, trimmed, key, method)
         if path in shared:
             like, b = shared[path]
-            shapes = like.geometry.factor_shapes(like.shape, b.shape[-2])
-            a, b = (
-                x.reshape(s).astype(f.dtype)
-                for x, s, f in zip((delta, b), shapes, (like.a, like.b))
-            )
-            out[path] = dataclasses.replace(like, a=a, b=b, scale=1.0)
+            out[path] = placed(as_node(like, delta, b, 1.0), leaf_sharding(like))
         else:
             out[path] = _moved(parts, delta)
     return nest(out)
@@ -274,13 +280,15 @@ def _elementwise(adapters, weights, method, key, rank, energy, passes, base):
         nodes = [p.node for p in parts if p is not None]
         kept[path] = jnp.ones(())
         if isinstance(nodes[0], LoRA) and not exact:
+            where = leaf_sharding(nodes[0])
             if passes is None:
-                u, s, v = jnp.linalg.svd(delta, full_matrices=False)
+                spread = where is not None and rank is not None
+                u, s, v = anywhere(functools.partial(best_svd, rank=rank, spread=spread))(delta)
             else:
-                u, s, v = _range_svd(delta, rank, passes)
+                u, s, v = anywhere(functools.partial(_range_svd, rank=rank, passes=passes))(delta)
             keep = rank_for(s, energy) if rank is None else rank
             kept[path] = share_kept(s, keep, jnp.sum(delta**2, (1, 2)))
-            out[path] = from_svd(typed_alike(nodes)[0], u, s, v, keep)
+            out[path] = placed(from_svd(typed_alike(nodes)[0], u, s, v, keep), where)
         else:
             out[path] = _moved(parts, delta)
     return nest(out), kept
@@ -300,10 +308,7 @@ def _moved(parts: Parts, delta: jax.Array) -> Full | Rows:
         return Rows(value.astype(start.dtype), index, node.length)
     dtype = node.value.dtype if isinstance(node, Full) else delta.dtype
     if isinstance(node, LoRA):
-        g = node.geometry
-        order = (*g.batch_axes, *g.in_axes, *g.out_axes)
-        delta = delta.reshape([node.shape[d] for d in order])
-        delta = delta.transpose([order.index(d) for d in range(len(order))])
+        delta = node.geometry.leaf(delta, node.shape)
     start = base.astype(dtype)
     value = start.astype(delta.dtype) + delta.reshape(start.shape)
     return Full(value.astype(dtype))
@@ -318,6 +323,7 @@ def _aligned(parts: Parts) -> tuple[Parts, tuple[LoRA, jax.Array]]:
     return aligned, (typed_alike([p.node for p in have])[0], b)
 
 
+@anywhere
 @jax.jit
 def _shared(nodes: list[LoRA]) -> tuple[list[jax.Array], jax.Array]:
     """The SVD of updates one above the other, Δₖ = (Vₖ·Σ)·Uᵀ, from the QR of their factors."""
@@ -325,7 +331,8 @@ def _shared(nodes: list[LoRA]) -> tuple[list[jax.Array], jax.Array]:
     q, r = jnp.linalg.qr(jnp.concatenate(b, -2).mT)  # all that any of them writes to
     ends = [sum(x.shape[-1] for x in a[: i + 1]) for i in range(len(a))]
     small = [  # Δₖ·q without the q of its QR, which changes no singular vector of the right
-        jnp.linalg.qr(x, mode="r") @ y.mT for x, y in zip(a, jnp.split(r, ends[:-1], axis=-1))
+        product(jnp.linalg.qr(x, mode="r"), y.mT)
+        for x, y in zip(a, jnp.split(r, ends[:-1], axis=-1))
     ]
-    v = jnp.linalg.svd(jnp.concatenate(small, -2), full_matrices=False)[2] @ q.mT
-    return [x @ (y @ v.mT) for x, y in zip(a, b)], v
+    v = product(jnp.linalg.svd(jnp.concatenate(small, -2), full_matrices=False)[2], q.mT)
+    return [product(x, product(y, v.mT)) for x, y in zip(a, b)], v

@@ -3,41 +3,95 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.mesh import anywhere, placement
 from lora_jax._nodes.adapters import LoRA
 
 
 def matrices(node: LoRA) -> tuple[jax.Array, jax.Array]:
     """scale·A (n, in, r) and B (n, r, out) of the n weights of a stack, in fp32 or wider."""
-    n, i, o = node.geometry.sizes(node.shape)
-    dtype = wide(node.a.dtype)
-    a, b = node.a.astype(dtype), node.b.astype(dtype)
-    return a.reshape(n, i, node.rank) * node.scale, b.reshape(n, node.rank, o)
+    a, b = node.geometry.pair(widened(node.a), widened(node.b))
+    return a * node.scale, b
 
 
+def leaf_sharding(node: LoRA) -> NamedSharding | None:
+    """How the leaf is sharded that these factors run along, as far as they show it."""
+    sides = ((node.geometry.a_dims, placement(node.a)), (node.geometry.b_dims, placement(node.b)))
+    known = [(dims, s) for dims, s in sides if s is not None]
+    entry = {d: e for dims, s in known for d, e in zip(dims, s.spec) if e is not None}
+    spec = PartitionSpec(*(entry.get(d) for d in range(len(node.shape))))
+    return NamedSharding(known[0][1].mesh, spec) if known else None
+
+
+@anywhere
 def svd(node: LoRA) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U (n, in, k), σ (n, k) and Vᵀ (n, k, out) of the update, k = min(rank, in, out)."""
     a, b = matrices(node)
     qa, ra = jnp.linalg.qr(a)
     qb, rb = jnp.linalg.qr(b.mT)
-    u, s, v = jnp.linalg.svd(ra @ rb.mT, full_matrices=False)
-    return qa @ u, s, v @ qb.mT
+    u, s, v = jnp.linalg.svd(product(ra, rb.mT), full_matrices=False)
+    return product(qa, u), s, product(v, qb.mT)
 
 
 def range_svd(x: jax.Array, rank: int, passes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """About the largest singular values and vectors of x (n, in, out), by subspace iteration from a
     random start, always the same (Halko, Martinsson and Tropp, arXiv:0909.4061, algorithm 4.4)."""
     width = min(rank + 10, *x.shape[-2:])
-    q = jnp.linalg.qr(x @ jax.random.normal(jax.random.key(0), (x.shape[-1], width), x.dtype))[0]
+    basis = lambda x, y: jnp.linalg.qr(product(x, y))[0]
+    q = basis(x, jax.random.normal(jax.random.key(0), (x.shape[-1], width), x.dtype))
     for _ in range(passes):
-        q = jnp.linalg.qr(x @ jnp.linalg.qr(x.mT @ q)[0])[0]
-    u, s, v = jnp.linalg.svd(q.mT @ x, full_matrices=False)
-    return q @ u, s, v
+        q = basis(x, basis(x.mT, q))
+    u, s, v = jnp.linalg.svd(product(q.mT, x), full_matrices=False)
+    return product(q, u), s, v
+
+
+def best_svd(x: jax.Array, rank: int, spread: bool):
+    """U, σ and Vᵀ of x (n, in, out), of which the largest `rank` are wanted: all, by LAPACK; of
+    what is spread over devices a few more, by products alone, so that no device gathers x."""
+    return spread_svd(x, rank) if spread else jnp.linalg.svd(x, full_matrices=False)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def spread_svd(x: jax.Array, rank: int, passes: int = 8):
+    """As `range_svd`, with bases from Gram matrices: each device keeps its part of x, and what is
+    sent has as many columns as twice the rank and 16. Exact where x has no more rows or columns."""
+    width = min(2 * rank + 16, *x.shape[-2:])
+    q = jax.random.normal(jax.random.key(0), (len(x), x.shape[-1], width), x.dtype)
+    for _ in range(passes):
+        p = _basis(product(x, q))
+        q = _basis(product(x.mT, p))
+    p = _basis(product(x, q))
+    u, s, v = jnp.linalg.svd(product(product(p.mT, x), q), full_matrices=False)  # width × width
+    return product(p, u), s, product(v, q.mT)
+
+
+def _basis(y: jax.Array) -> jax.Array:
+    """Orthonormal columns that span those of y (n, p, k), and zeros for what fp32 has lost.
+
+    The Gram matrix squares singular values, so what is small is found in a second turn, in what the
+    first leaves; together they see down to about 8·k·ε of the largest.
+    """
+
+    def turn(y):
+        y = y / jnp.maximum(jnp.max(jnp.abs(y), (1, 2), keepdims=True), jnp.finfo(y.dtype).tiny)
+        w, v = jnp.linalg.eigh(product(y.mT, y))  # rising
+        kept = (w > 2 * w.shape[-1] * jnp.finfo(w.dtype).eps * w[:, -1:])[:, None]
+        y = product(y, v)
+        root = jnp.where(kept, jnp.sqrt(jnp.where(kept, w[:, None], 1)), jnp.inf)
+        return y / root, jnp.where(kept, 0, y)
+
+    q, rest = turn(y)
+    outside = lambda y: y - product(q, product(q.mT, y))
+    found = jnp.any(rest != 0, (1, 2), keepdims=True)
+    more = jnp.where(found, turn(outside(outside(rest)))[0], 0)[..., ::-1]  # in the columns left
+    return turn(jnp.where(jnp.any(q != 0, 1, keepdims=True), q, more))[0]
 
 
 def rank_for(s: jax.Array, energy: float) -> int:
@@ -63,6 +117,12 @@ def from_svd(like: LoRA, u, s, v, rank: int, scale: float = 1.0) -> LoRA:
     a, b = u[:, :, :keep] * root[:, None, :], root[:, :, None] * v[:, :keep]
     pad = [(0, rank - keep)]
     a, b = jnp.pad(a, [(0, 0), (0, 0), *pad]), jnp.pad(b, [(0, 0), *pad, (0, 0)])
-    a_shape, b_shape = like.geometry.factor_shapes(like.shape, rank)
-    a, b = a.reshape(a_shape).astype(like.a.dtype), b.reshape(b_shape).astype(like.b.dtype)
+    return as_node(like, a, b, scale)
+
+
+def as_node(like: LoRA, a: jax.Array, b: jax.Array, scale: float | None = None) -> LoRA:
+    """The node with matrices (n, in, r) and (n, r, out), in its own dtypes."""
+    a, b = like.geometry.factors(a, b, like.shape)
+    scale = like.scale if scale is None else scale
+    a, b = a.astype(like.a.dtype), b.astype(like.b.dtype)
     return dataclasses.replace(like, a=a, b=b, scale=scale)

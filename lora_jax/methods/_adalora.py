@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._config import LoRAConfig
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK
 from lora_jax._core.keys import as_key, path_key
@@ -20,6 +20,7 @@ from lora_jax._nodes.indirect import Indirect
 from lora_jax._nodes.node import is_node
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
+from lora_jax.algebra._svd import as_node
 from lora_jax.methods._tree import along_rank, static_of, targets_of, tree_of
 
 
@@ -122,12 +123,10 @@ def orthogonality(adapters: Any) -> jax.Array:
     """
     total = jnp.zeros((), jnp.float32)
     for node in adalora_nodes(adapters):
-        n, n_in, n_out = node.geometry.sizes(node.shape)
-        dtype = wide(node.p.dtype)
-        p = node.p.astype(dtype).reshape(n, n_in, node.rank)
-        q = node.q.astype(dtype).reshape(n, node.rank, n_out)
-        for gram in (p.mT @ p, q @ q.mT):
-            total = total + jnp.sum((gram - jnp.eye(node.rank, dtype=dtype)) ** 2)
+        p, q = node.geometry.pair(widened(node.p), widened(node.q))
+        for x in (p, q.mT):
+            gram = product(x.mT, x)
+            total = total + jnp.sum((gram - jnp.eye(node.rank, dtype=x.dtype)) ** 2)
     return total
 
 
@@ -169,12 +168,11 @@ def pruned(adapters: Any) -> dict:
 
 def _kept(node: LoRA, lam: jax.Array, rank: int) -> LoRA:
     """Columns of A and rows of B whose λ is not zero, in their order; `rank` of each weight."""
-    n, n_in, n_out = node.geometry.sizes(node.shape)
-    index = jnp.argsort(lam.reshape(n, -1) == 0, axis=-1, stable=True)[:, :rank]
-    a = jnp.take_along_axis(node.a.reshape(n, n_in, -1), index[:, None, :], 2)
-    b = jnp.take_along_axis(node.b.reshape(n, -1, n_out), index[:, :, None], 1)
-    a_shape, b_shape = node.geometry.factor_shapes(node.shape, rank)
-    return dataclasses.replace(node, a=a.reshape(a_shape), b=b.reshape(b_shape))
+    a, b = node.geometry.pair(node.a, node.b)
+    index = jnp.argsort(lam.reshape(len(a), -1) == 0, axis=-1, stable=True)[:, :rank]
+    a = jnp.take_along_axis(a, index[:, None, :], 2)
+    b = jnp.take_along_axis(b, index[:, :, None], 1)
+    return as_node(node, a, b)
 
 
 def adalora_nodes(tree: Any) -> list[AdaLoRA]:

@@ -41,7 +41,7 @@ def dora(params: Any, adapters: Any) -> dict:
     >>> adapters["q"].magnitude
     Array([5., 2.], dtype=float32)
     """
-    check_factors(adapter_nodes(params, adapters, "bind"))
+    check_factors(adapter_nodes(params, adapters, "methods.dora"))
     leaves = flatten(state_of(params))
 
     def leaf(path, node):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax._adapt import adapt
 from lora_jax._bind import adapter_nodes, bind
+from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import path_key
 from lora_jax._core.nnx import state_of
@@ -18,10 +19,8 @@ from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
 from lora_jax._targets import Targets
-from lora_jax.algebra._svd import from_svd, svd
+from lora_jax.algebra._svd import as_node, from_svd, svd
 from lora_jax.methods._start import (
-    as_matrices,
-    as_node,
     each,
     lora_nodes,
     low_rank,
@@ -71,7 +70,7 @@ def low_rank_gradients(
         raise LoRAError(f"expected rank and passes of at least 1, found {rank} and {passes}")
     nodes = low_rank(adapters)
     if not isinstance(adapters, Targets):
-        adapter_nodes(params, adapters, "low_rank_gradients")
+        adapter_nodes(params, adapters, "methods.low_rank_gradients")
     ranks = {p: rank or 2 * t.rank for p, t in nodes.items()}
     call = adapt(loss)
 
@@ -83,9 +82,9 @@ def low_rank_gradients(
     for i in range(passes):
         left = {p: jnp.linalg.qr(x)[0] for p, x in left.items()} if i else left
         g = gradients({p: _node(t, left[p], None) for p, t in nodes.items()})
-        q = {p: jnp.linalg.qr(_matrix(g[p].b, t).mT)[0] for p, t in nodes.items()}
+        q = {p: jnp.linalg.qr(_pair(g[p])[1].mT)[0] for p in nodes}
         g = gradients({p: _node(t, None, q[p].mT) for p, t in nodes.items()})
-        left = {p: _matrix(g[p].a, t, first=True) for p, t in nodes.items()}  # G·Q
+        left = {p: _pair(g[p])[0] for p in nodes}  # G·Q
     return nest({p: _best(_node(t, left[p], q[p].mT), ranks[p]) for p, t in nodes.items()})
 
 
@@ -96,20 +95,17 @@ def _random(path: str, t, rank: int) -> jax.Array:
     return jax.random.normal(path_key(jax.random.key(0), path), (n, i, width), jnp.float32)
 
 
-def _matrix(factor, t, first: bool = False) -> jax.Array:
-    """A as (n, in, k) or B as (n, k, out)."""
-    n, i, o = t.geometry.sizes(t.shape)
-    return factor.reshape((n, i, -1) if first else (n, -1, o))
+def _pair(node: LoRA) -> tuple[jax.Array, jax.Array]:
+    """A as (n, in, k) and B as (n, k, out)."""
+    return node.geometry.pair(node.a, node.b)
 
 
 def _node(t, a, b) -> LoRA:
     """A node of matrices (n, in, k) and (n, k, out); of one of them, the other is zero."""
-    rank = b.shape[1] if a is None else a.shape[2]
-    shapes = t.geometry.factor_shapes(t.shape, rank)
-    a, b = (
-        jnp.zeros(s, jnp.float32) if x is None else x.reshape(s) for x, s in zip((a, b), shapes)
-    )
-    return LoRA(a, b, 1.0, t.geometry, 0.0, t.embedding)
+    n, i, o = t.geometry.sizes(t.shape)
+    a = jnp.zeros((n, i, b.shape[1]), jnp.float32) if a is None else a
+    b = jnp.zeros((n, a.shape[2], o), jnp.float32) if b is None else b
+    return LoRA(*t.geometry.factors(a, b, t.shape), 1.0, t.geometry, 0.0, t.embedding)
 
 
 def _best(node: LoRA, rank: int) -> LoRA:
@@ -212,7 +208,8 @@ def _gradients(gradients: Any, nodes: Mapping[str, LoRA], rank: Callable) -> dic
         elif tuple(g.shape) != node.shape:
             failures.append(f"'{path}': expected one of {node.shape}, found {tuple(g.shape)}")
         else:
-            found[path] = svd(g) if isinstance(g, LoRA) else plain_svd(as_matrices(node, g))
+            matrices = node.geometry.matrices
+            found[path] = svd(g) if isinstance(g, LoRA) else plain_svd(matrices(widened(g)))
             if found[path][1].shape[-1] < need:
                 have = found[path][1].shape[-1]
                 failures.append(f"'{path}': {need} singular values are needed, it has {have}")

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapt import adapt
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import product, wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Factor, Geometry
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.node import is_node
 from lora_jax._nodes.weight import Probe, own_axes
-from lora_jax.algebra._svd import from_svd
-from lora_jax.methods._start import as_node, lora_nodes, low_rank, off_the_base, plain_svd, positive
+from lora_jax.algebra._svd import as_node, from_svd
+from lora_jax.methods._start import lora_nodes, low_rank, off_the_base, plain_svd, positive
 
 
 def second_moments(
@@ -232,7 +232,7 @@ def corda(
         c = moments[path].astype(w.dtype)
         mean = jnp.trace(c, axis1=1, axis2=2)[:, None, None] / c.shape[-1]
         c = c / jnp.where(mean > 0, mean, 1) + damping * jnp.eye(c.shape[-1], dtype=c.dtype)
-        u, s, v = plain_svd(jnp.matmul(c, w, precision="highest"))
+        u, s, v = plain_svd(product(c, w))
         take = slice(0, node.rank) if mode == "instruction" else slice(-node.rank, None)
         u, s, v = u[:, :, take], s[:, take], v[:, take]
         u = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(c), True), u)

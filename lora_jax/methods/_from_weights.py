@@ -6,20 +6,23 @@ as the plain one; they return the new base with the adapters. `on_original` goes
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import product, wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import as_key, path_key
+from lora_jax._core.mesh import placement
+from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import combine, linear
-from lora_jax.algebra._svd import from_svd, range_svd
-from lora_jax.methods._start import as_node, each, lora_nodes, off_the_base, plain_svd
+from lora_jax.algebra._svd import as_node, best_svd, from_svd, range_svd
+from lora_jax.methods._start import each, lora_nodes, off_the_base
 
 
 def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any, dict]:
@@ -53,8 +56,11 @@ def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any,
             f"expected niter >= 0 or None, found {niter}: lora.methods.pissa(..., niter=4)"
         )
 
+    spread = {p: placement(w) is not None for p, w in flatten(state_of(params)).items()}
+
     def make(path, node, w):
-        usv = plain_svd(w) if niter is None else range_svd(w, node.rank, niter)
+        svd = functools.partial(best_svd, spread=spread[path])
+        usv = svd(w, node.rank) if niter is None else range_svd(w, node.rank, niter)
         return from_svd(node, *usv, node.rank, node.scale)
 
     return off_the_base(params, adapters, make)
@@ -115,8 +121,8 @@ def orthogonal(key: jax.Array, adapters: Any, *, scale: float = 0.1) -> dict:
         r, dtype = node.rank, wide(node.a.dtype)
         to_q, to_a, to_b = jax.random.split(path_key(key, path), 3)
         q = jnp.linalg.qr(jax.random.normal(to_q, (n, r, r), dtype))[0]
-        a = jax.random.normal(to_a, (n, i, r // 2), dtype) @ q[:, 0::2]
-        b = q[:, 1::2].mT @ jax.random.normal(to_b, (n, r // 2, o), dtype)
+        a = product(jax.random.normal(to_a, (n, i, r // 2), dtype), q[:, 0::2])
+        b = product(q[:, 1::2].mT, jax.random.normal(to_b, (n, r // 2, o), dtype))
         return as_node(node, scale * a, scale * b)
 
     return each(adapters, make)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._config import LoRAConfig
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import RANK, Geometry, static
 from lora_jax._core.keys import as_key, path_key
+from lora_jax._core.mesh import anywhere, placed, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import LoRA
@@ -21,6 +22,7 @@ from lora_jax._nodes.indirect import Indirect
 from lora_jax._quantized.weight import value
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
+from lora_jax.algebra._svd import best_svd
 from lora_jax.methods._tree import CALL, constant, static_of, targets_of, tree_of
 
 
@@ -61,7 +63,7 @@ class LoRAXS(Indirect):
             raise LoRAError(f"expected singular vectors of {want}, found {found}")
         b = constant(frozen.b, self.r.dtype)
         flat = b.reshape(*b.shape[: len(self.geometry.batch_axes) + 1], -1)  # (*batch, rank, out)
-        b = jnp.matmul(self.r, flat, precision=jax.lax.Precision.HIGHEST).reshape(b.shape)
+        b = product(self.r, flat).reshape(b.shape)
         return self.lora(constant(frozen.a, self.r.dtype), b)
 
 
@@ -118,26 +120,25 @@ def init_lora_xs(
     def node(path: str, t: Target) -> LoRAXS:
         batch = tuple(t.shape[d] for d in t.geometry.batch_axes)
         r = std * jax.random.normal(path_key(key, path), (*batch, t.rank, t.rank), dtype)
-        return LoRAXS(r, shape=t.shape, **static_of(t))
+        return placed(LoRAXS(r, shape=t.shape, **static_of(t)), placement(leaves[path]))
 
-    def vectors(path: str, t: Target) -> LoRA:
+    def principal(path: str, t: Target) -> LoRA:
         w = jnp.asarray(value(leaves[path]))
-        a, b = _principal(w, t.geometry, t.rank, jnp.dtype(dtype))
-        return LoRA(a, b, t.scale, t.geometry, t.dropout, t.embedding)
+        where = placement(w)
+        static = (t.geometry, t.rank, jnp.dtype(dtype), where is not None)
+        a, b = anywhere(lambda w: _principal(w, *static))(w)
+        return placed(LoRA(a, b, t.scale, t.geometry, t.dropout, t.embedding), where)
 
-    frozen = {path: vectors(path, t) for path, t in targets.lora.items()}
+    frozen = {path: principal(path, t) for path, t in targets.lora.items()}
     return tree_of(key, params, targets, node), nest(frozen)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _principal(w: jax.Array, g: Geometry, rank: int, dtype) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _principal(w, g: Geometry, rank: int, dtype, spread: bool) -> tuple[jax.Array, jax.Array]:
     """U·Σ (*batch, *in, rank) and Vᵀ (*batch, rank, *out) of the leaf's largest singular values."""
-    order = (*g.batch_axes, *g.in_axes, *g.out_axes)
-    flat = w.astype(wide(w.dtype)).transpose(order).reshape(g.sizes(w.shape))
-    u, s, v = jnp.linalg.svd(flat, full_matrices=False)
+    u, s, v = best_svd(g.matrices(widened(w)), rank, spread)
     u, s, v = u[:, :, :rank], s[:, :rank], v[:, :rank]
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), 1, keepdims=True), 1)
     sign = jnp.where(largest < 0, -1, 1).astype(u.dtype)  # (n, 1, rank)
-    a, b = u * (s[:, None] * sign), v * sign.mT
-    a_shape, b_shape = g.factor_shapes(w.shape, rank)
-    return a.reshape(a_shape).astype(dtype), b.reshape(b_shape).astype(dtype)
+    a, b = g.factors(u * (s[:, None] * sign), v * sign.mT, w.shape)
+    return a.astype(dtype), b.astype(dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule, matches
+from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
@@ -23,7 +24,6 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Target
 from lora_jax.algebra._svd import svd
 from lora_jax.methods._from_inputs import checked_moments
-from lora_jax.methods._start import as_matrices
 
 BITS_PER_PARAMETER = 2.0  # what a parameter remembers (Allen-Zhu and Li, arXiv:2404.05405)
 
@@ -173,8 +173,8 @@ def _feature_norms(params, targets: Mapping[str, Target], moments) -> dict[str, 
     moments, leaves = checked_moments(moments, targets), flatten(state_of(params))
     out = {}
     for path, t in targets.items():
-        w, c = as_matrices(t, value(leaves[path])), moments[path]
-        aligned = jnp.sum(w * jnp.matmul(c, w, precision="highest"), (1, 2))
+        w, c = t.geometry.matrices(widened(value(leaves[path]))), moments[path]
+        aligned = jnp.sum(w * product(c, w), (1, 2))
         random = jnp.trace(c, axis1=1, axis2=2) * jnp.sum(w**2, (1, 2)) / w.shape[1]
         ratio = aligned / jnp.where(random > 0, random, 1)
         out[path] = float(jnp.mean(jnp.sqrt(jnp.maximum(ratio, 0))))

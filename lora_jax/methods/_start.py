@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._bind import adapter_nodes
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.mesh import anywhere, placed, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._merge import unmerge
@@ -52,28 +52,19 @@ def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]
         "first the initialiser, of the plain parameters, then lora.quant.quantize(base, ...); or "
         "loftq",
     )
-    new = each(adapters, lambda path, node: make(path, node, as_matrices(node, leaves[path])))
+
+    def one(path, node):
+        w = jnp.asarray(leaves[path])
+        found = anywhere(lambda w: make(path, node, node.geometry.matrices(widened(w))))(w)
+        return placed(found, placement(w))
+
+    new = each(adapters, one)
     flat = flatten(new, is_leaf=is_node)
     return unmerge(params, nest({p: flat[p] for p in nodes})), new
 
 
-def as_matrices(node: Any, w) -> jax.Array:
-    """A leaf as (n, in, out), in fp32 or wider."""
-    g = node.geometry
-    w = jnp.asarray(w).astype(wide(w.dtype))
-    order = (*g.batch_axes, *g.in_axes, *g.out_axes)
-    return w.transpose(order).reshape(g.sizes(node.shape))
-
-
 def plain_svd(w: jax.Array):
     return jnp.linalg.svd(w, full_matrices=False)
-
-
-def as_node(like: LoRA, a, b) -> LoRA:
-    """The node with matrices (n, in, r) and (n, r, out), in its own dtype."""
-    shapes = like.geometry.factor_shapes(like.shape, a.shape[-1])
-    a, b = (x.reshape(s).astype(like.a.dtype) for x, s in zip((a, b), shapes))
-    return dataclasses.replace(like, a=a, b=b)
 
 
 def positive(**numbers: float) -> None:

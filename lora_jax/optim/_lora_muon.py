@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import product, wide
 from lora_jax.optim._labels import decays
 from lora_jax.optim._pairs import (
     Out,
@@ -18,7 +18,6 @@ from lora_jax.optim._pairs import (
     on_factors,
     partition,
     power,
-    product,
     required,
     unzip,
     with_columns,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax._core.einsum import product
 from lora_jax.optim._labels import decays
 from lora_jax.optim._pairs import (
     Out,
@@ -22,7 +23,6 @@ from lora_jax.optim._pairs import (
     on_factors,
     partition,
     power,
-    product,
     required,
     unzip,
     with_columns,

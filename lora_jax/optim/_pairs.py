@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,21 +11,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import product, wide, widened
 from lora_jax._core.errors import LoRAError
 from lora_jax._nodes.adapters import DoRA, LowRank
 from lora_jax._nodes.node import is_node
 from lora_jax.optim._labels import FROZEN, labels
 
-product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
 
 def columns(node: LowRank) -> tuple[jax.Array, jax.Array]:
     """A (n, in, r) and Bᵀ (n, out, r) of the n weights of a stack, in fp32 or wider."""
-    n, i, o = node.geometry.sizes(node.shape)
-    dtype = wide(node.a.dtype)
-    a, b = node.a.astype(dtype), node.b.astype(dtype)
-    return a.reshape(n, i, node.rank), b.reshape(n, node.rank, o).mT
+    a, b = node.geometry.pair(widened(node.a), widened(node.b))
+    return a, b.mT
 
 
 def with_columns(like: LowRank, x=None, y=None, dtype: Any = None) -> LowRank:

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
 from lora_jax.optim._labels import FROZEN, labels
-from lora_jax.optim._pairs import columns, gram, power, product, stateless, with_columns
+from lora_jax.optim._pairs import columns, gram, power, stateless, with_columns
 
 
 def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:

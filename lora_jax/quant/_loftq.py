@@ -19,7 +19,7 @@ from lora_jax._nodes.adapters import LoRA
 from lora_jax._quantized.weight import Quantized, quantized
 from lora_jax._survey import Survey
 from lora_jax.algebra._svd import from_svd
-from lora_jax.methods._start import as_matrices, each, lora_nodes, plain_svd
+from lora_jax.methods._start import each, lora_nodes, plain_svd
 from lora_jax.quant._quantize import chosen_leaves, quantize_leaf, stacked
 
 
@@ -66,7 +66,7 @@ def loftq(
     """
     if iterations < 1:
         raise LoRAError(f"expected iterations >= 1, found {iterations}: lora.quant.loftq(..., 5)")
-    adapter_nodes(params, adapters, "loftq")
+    adapter_nodes(params, adapters, "quant.loftq")
     chosen = chosen_leaves(params, targets, format, survey)
     nodes = {p: n for p, n in lora_nodes(adapters).items() if p in chosen}
     if not nodes:
@@ -95,7 +95,7 @@ def _fit(w, node: LoRA, format, double, iterations) -> tuple[Quantized, LoRA]:
         rest = exact - node.weight(exact, "").delta(exact.dtype)
         q = quantized(rest, format, in_axes=g.in_axes, stack=stacked(g), double=double)
         q = dataclasses.replace(q, stored_dtype=w.dtype)
-        error = as_matrices(node, exact - q.value().astype(exact.dtype))
+        error = g.matrices(exact - q.value().astype(exact.dtype))
         return q, from_svd(node, *plain_svd(error), node.rank, node.scale)
 
     start = jax.tree.map(jnp.zeros_like, node)

@@ -271,3 +271,44 @@ def test_any_combination(data):
 def test_errors(call, match):
     with fails(match):
         call()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@given(st.lists(st.sampled_from([1.0, -1.0, 0.0, 0.5, -4.0, 0.3, 1 / 3, 1.7]), min_size=1, max_size=3),
+       st.sampled_from([1.0, 0.25, 1.5]), st.integers(0, 99))  # fmt: skip
+def test_combine_rounds_once(dtype, weights, scale, seed):
+    """In any type: w·s·B is exact, or in fp32 and rounded once there; A is as it was."""
+    g = lora.Geometry((0,), (1,))
+    normal = lambda i, shape: jax.random.normal(jax.random.key(seed + i), shape).astype(dtype)
+    nodes = [
+        lora.LoRA(normal(k, (6, 2)), normal(k + 9, (2, 5)), scale, g) for k in range(len(weights))
+    ]
+    mixed = lora.algebra.combine([{"w": n} for n in nodes], weights)["w"]
+    exact = lambda x: np.asarray(x, np.float64)
+    want = np.concatenate([w * scale * exact(n.b) for n, w in zip(nodes, weights)])
+    np.testing.assert_array_equal(exact(mixed.a), np.concatenate([exact(n.a) for n in nodes], -1))
+    np.testing.assert_allclose(exact(mixed.b), want, rtol=2.01 * 2.0**-24, atol=0)
+    if mixed.b.dtype != jnp.float32:
+        np.testing.assert_array_equal(exact(mixed.b), want)
+    if dtype == jnp.bfloat16 and {*weights} <= {1.0, -1.0, 0.0, 0.5, -4.0} and scale != 1.5:
+        assert mixed.b.dtype == dtype  # no more memory than it needs
+
+
+@given(st.lists(st.floats(-2, 2, width=16), min_size=1, max_size=3), st.integers(0, 99))
+def test_combine_of_leaves_in_full_and_by_rows_rounds_once(weights, seed):
+    normal = lambda i, shape: jax.random.normal(jax.random.key(seed + i), shape).astype(
+        jnp.bfloat16
+    )
+    base = {"full": normal(0, (6, 5)), "rows": normal(1, (9, 4))}
+    trees = [{"full": lora.Full(normal(k + 2, (6, 5))), "rows": lora.Rows(normal(k + 9, (2, 4)), (1, 7), 9)}
+             for k in range(len(weights))]  # fmt: skip
+    out = lora.algebra.combine(trees, weights, base=base)
+    for path, start in (("full", base["full"]), ("rows", base["rows"][jnp.array([1, 7])])):
+        start = np.asarray(start, np.float64)
+        moves = [
+            w * (np.asarray(t[path].value, np.float64) - start) for t, w in zip(trees, weights)
+        ]
+        want = start + sum(moves)
+        size = np.abs(start) + sum(map(np.abs, moves))
+        error = np.abs(np.asarray(out[path].value, np.float64) - want)
+        assert (error <= np.abs(want) * 2.0**-8 * (1 + 1e-3) + size * 2.0**-20).all()

@@ -187,3 +187,18 @@ def test_errors(call, match):
 
 def noisy_magnitude(n, shape):
     return lora.DoRA(n.a, n.b, n.scale, n.geometry, magnitude=jnp.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["matrix", "experts", "to heads"])
+def test_merged_into_a_base_of_16_bits_is_rounded_once(name, dtype):
+    """The norms are those of fp32 adapters, whatever the base's type: each element of the merged
+    weight is the nearest number of that type, but for what fp32 loses."""
+    shape, geometry = GEOMETRIES[name]
+    shape = tuple(8 * n for n in shape)
+    w = jax.random.normal(jax.random.key(0), shape).astype(dtype)
+    n = node(w, geometry, scale=3.0)
+    want = formula(n, w)
+    got = np.asarray(lora.merge({"w": w}, {"w": n})["w"], np.float64)
+    half = np.asarray(np.spacing(np.abs(want).astype(w.dtype)), np.float64) / 2
+    assert (np.abs(got - want) <= half + np.abs(want).max() * 2.0**-21).all()

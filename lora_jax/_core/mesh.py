@@ -1,0 +1,50 @@
+"""Arrays over several devices: where they lie, and functions of them on meshes of any kind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lora_jax._core import compat
+
+
+def placement(x: Any) -> NamedSharding | None:
+    """Where x lies over several devices, as far as it is known: of a tracer, by its type."""
+    if isinstance(x, jax.core.Tracer):
+        found = compat.explicit_sharding(x)
+    else:
+        found = getattr(x, "sharding", None)
+    return found if isinstance(found, NamedSharding) and found.mesh.size > 1 else None
+
+
+def anywhere(fn: Callable) -> Callable:
+    """`fn` of trees of arrays on meshes of any kind. Where shardings are part of types, inside the
+    compiler decides on them all the same, and the results are replicated."""
+
+    @functools.wraps(fn)
+    def call(*args):
+        arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+        where = next(filter(None, map(compat.explicit_sharding, arrays)), None)
+        if where is None:
+            return fn(*args)
+        mesh = where.mesh
+        explicit = [n for n, t in zip(mesh.axis_names, mesh.axis_types) if t == AxisType.Explicit]
+        replicated = NamedSharding(mesh, PartitionSpec())
+        run = jax.sharding.auto_axes(fn, axes=tuple(explicit), out_sharding=replicated)
+        return run(*args)
+
+    return call
+
+
+def placed(node: Any, where: NamedSharding | None) -> Any:
+    """An adapter's node where the leaf's sharding puts it (see `lora.parallel.shardings`)."""
+    if where is None:
+        return node
+    spec = PartitionSpec(*(None if x is PartitionSpec.UNCONSTRAINED else x for x in where.spec))
+    own = jax.tree.map(lambda s: NamedSharding(where.mesh, s), node.specs(spec))
+    explicit = AxisType.Explicit in where.mesh.axis_types
+    return jax.tree.map(jax.sharding.reshard if explicit else jax.device_put, node, own)
