@@ -86,7 +86,7 @@ class _Adapted(Traceable):
 
     def __call__(self, args, kwargs):
         constants, arrays = self.split(args, kwargs)
-        if not any(map(is_weight, arrays)):
+        if not any(map(is_weight, arrays)) and not nnx.is_bound((args, kwargs)):
             return self.fn(*args, **kwargs)
         try:
             hash(constants)

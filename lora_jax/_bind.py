@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import as_key
-from lora_jax._core.nnx import map_state, state_of
+from lora_jax._core.nnx import map_shared, state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node, is_node
@@ -58,7 +58,7 @@ def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) ->
             return _frozen(base)
         return node.weight(base, path, key)
 
-    return map_state(lambda tree: map_with_path(leaf, tree), params)
+    return map_shared(lambda tree: map_with_path(leaf, tree), params, nodes)
 
 
 def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:

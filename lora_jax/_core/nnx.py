@@ -1,24 +1,38 @@
 """The bridge to NNX: a module is its graph definition and a state, which is an ordinary tree.
 
 A module is also a pytree of its own, but one that forgets which variables are shared; `nnx.split`
-does not.
+does not. What a traced function changes of the objects among its arguments is written back as
+`nnx.jit` does: values, metadata, and the attributes that come and go.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from flax.errors import TraceContextError
 
 from lora_jax._core.errors import LoRAError
-from lora_jax._core.paths import whole
+from lora_jax._core.paths import path_of, whole
 
 
 def is_module(x: Any) -> bool:
     return isinstance(x, nnx.Module)
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _is_object(x: Any) -> bool:
+    """Whether x has an identity in NNX: a module, `Rngs`, an optimiser, a variable."""
+    return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
 def state_of(tree: Any) -> Any:
@@ -34,61 +48,248 @@ def map_state(fn: Callable[[Any], Any], tree: Any) -> Any:
     return nnx.merge(graph, fn(state))
 
 
+# ---------------------------------------------------------------- a module that shares variables
+# For each object of a bound module the one that it stands for, where attributes that a call creates
+# belong as well. It is kept beside the objects, by identity, since an attribute would be copied
+# with them; entries live as long as the bound module.
+_ORIGINALS: dict[int, weakref.ref] = {}
+
+
+def map_shared(fn: Callable[[Any], Any], tree: Any, replaced: Container[str]) -> Any:
+    """As `map_state`; but the new module shares the variables that `fn` has no new value for.
+
+    Args:
+      fn: from a tree to one of the same structure.
+      tree: a tree, of which nothing is shared, or a module.
+      replaced: the paths of the leaves with new values. What is one leaf by its class is new too.
+    """
+    if not is_module(tree):
+        return fn(tree)
+    graph, state = nnx.split(tree)
+
+    def either(keys, old, new):
+        if not _is_variable(old):
+            return old if path_of(keys) not in replaced else new
+        leaves = jax.tree_util.tree_leaves_with_path(new, is_leaf=whole())
+        changed = any(path_of((*keys, *k)) in replaced or whole()(x) for k, x in leaves)
+        return new if changed else old
+
+    state = jax.tree_util.tree_map_with_path(either, state, fn(state), is_leaf=_is_variable)
+    module = nnx.merge(graph, state)  # of these very variables
+    for new, old in zip(_members(module), _members(tree)):
+        if new is not old and not _is_variable(new):
+            _ORIGINALS[id(new)] = weakref.ref(old)
+            weakref.finalize(new, _ORIGINALS.pop, id(new), None)
+    return module
+
+
+def is_bound(args: Any) -> bool:
+    """Whether a module that `map_shared` made is among the arguments."""
+    return any(id(x) in _ORIGINALS for x in _objects(args))
+
+
+def _original(member: Any) -> Any:
+    ref = _ORIGINALS.get(id(member))
+    return None if ref is None else ref()
+
+
+def _objects(args: Any) -> list:
+    leaves = jax.tree.leaves(args, is_leaf=whole(_is_object))
+    return [x for x in leaves if _is_object(x)]
+
+
+def _members(root: Any) -> list:
+    """The objects below and variables, each once, in an order that `nnx.merge` keeps."""
+    return [x for _, x in nnx.iter_graph(root) if _is_object(x)]
+
+
+# ---------------------------------------------------------------- into a trace
+_OBJECT = object()  # stands in the arguments for what is in `Packed`
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A module among the arguments of a traced function."""
+    """The objects among some arguments, as one state: they may share variables."""
 
     state: Any
     graph: Any = dataclasses.field(metadata=dict(static=True))
 
 
-def pack(args: Any) -> Any:
-    """The arguments with each module as a `Packed`."""
-
-    def one(x):
-        if not is_module(x):
-            return x
-        graph, state = nnx.split(x)
-        return Packed(state, graph)
-
-    return jax.tree.map(one, args, is_leaf=whole(is_module))
-
-
-def unpack(args: Any) -> tuple[Any, list[tuple[tuple, Any]]]:
-    """The arguments with modules again, and each module beside the state that it was made of."""
-    modules = []
-
-    def one(x):
-        if not isinstance(x, Packed):
-            return x
-        flat = jax.tree.flatten(x.state, is_leaf=whole())  # before: a module may share variables
-        modules.append((flat, nnx.merge(x.graph, x.state)))
-        return modules[-1][1]
-
-    return jax.tree.map(one, args, is_leaf=lambda x: isinstance(x, Packed)), modules
+def pack(args: Any) -> tuple[Any, Packed]:
+    """(the arguments with a mark for each object, those objects)."""
+    objects = _objects(args)
+    graph, state = nnx.split(objects)
+    frozen = {
+        id(v)
+        for x in (_members(objects) if is_bound(objects) else ())
+        if (original := _original(x)) is not None
+        for v in jax.tree.leaves(vars(original), is_leaf=whole(_is_object))
+    }
+    stopped = lambda v: jax.tree.map(_stopped, v, is_leaf=whole()) if id(v) in frozen else v
+    marked = jax.tree.map(
+        lambda x: _OBJECT if _is_object(x) else x, args, is_leaf=whole(_is_object)
+    )
+    return marked, Packed(jax.tree.map(stopped, state, is_leaf=_is_variable), graph)
 
 
-def changes(modules: list[tuple[tuple, Any]]) -> list[dict[int, Any]]:
-    """For each module the leaves of its state that a call has changed, by number."""
-    return [_changed(*flat, module) for flat, module in modules]
+def _stopped(x):
+    """What a bound module shares is frozen: no gradient flows to it."""
+    floats = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.lax.stop_gradient(x) if floats else x
 
 
-def _changed(before, structure, module) -> dict[int, Any]:
-    after, now = jax.tree.flatten(nnx.split(module)[1], is_leaf=whole())
-    if structure != now:
+def unpack(marked: Any, packed: Packed) -> tuple[Any, list]:
+    """(the arguments with new objects, what the objects hold before the call)."""
+    objects = nnx.merge(packed.graph, packed.state)
+    each = iter(objects)
+    args = jax.tree.map(lambda x: next(each) if x is _OBJECT else x, marked)
+    return args, [(x, _contents(x)) for x in _members(objects)]
+
+
+def calling(fn: Callable, *args, **kwargs):
+    """`fn` of arguments that are new objects."""
+    try:
+        return fn(*args, **kwargs)
+    except TraceContextError as e:
         raise LoRAError(
-            f"{type(module).__name__} got or lost variables in the call; create them before, or "
-            "use `graphdef, state = nnx.split(module)` and return the state"
+            f"{e}: the adapted function changes a module, Rngs or state that it does not take as "
+            "an argument. Pass it: lora.adapt(lambda params, rest, x: nnx.merge(graph, params, "
+            "rest)(x)), or lora.adapt(lambda model, x: model(x))"
+        ) from None
+
+
+# ---------------------------------------------------------------- and out of it
+def _contents(x: Any) -> dict[str, tuple[list, Any]]:
+    """{attribute: (leaves, structure)} of an object; a variable has one, without a name."""
+    if _is_variable(x):
+        return {"": jax.tree.flatten(x, is_leaf=whole())}
+    return {k: _flat(v) for k, v in vars(x).items() if not k.startswith("_pytree__")}
+
+
+def _flat(value: Any) -> tuple[list, Any]:
+    try:
+        return jax.tree.flatten(value, is_leaf=whole(_is_object))
+    except (TypeError, ValueError):  # a constant of keys that cannot be sorted
+        return [value], jax.tree.structure(0)
+
+
+def _is_data(x: Any) -> bool:
+    return _is_object(x) or isinstance(x, jax.Array | np.ndarray)
+
+
+def _same(old: tuple[list, Any] | None, new: tuple[list, Any]) -> bool:
+    return (
+        old is not None
+        and old[1] == new[1]
+        and all(
+            a is b or not (_is_data(a) or _is_data(b)) and type(a) is type(b) and a == b
+            for a, b in zip(old[0], new[0])
         )
-    return {i: new for i, (old, new) in enumerate(zip(before, after)) if new is not old}
+    )
 
 
-def update(args: Any, changed: list[dict[int, Any]]) -> None:
-    """Writes such changes into the modules among the arguments, as `nnx.jit` does."""
-    modules = [x for x in jax.tree.leaves(args, is_leaf=whole(is_module)) if is_module(x)]
-    for module, new in zip(modules, changed):
-        if new:
-            leaves, structure = jax.tree.flatten(nnx.split(module)[1], is_leaf=whole())
-            leaves = [new.get(i, x) for i, x in enumerate(leaves)]
-            nnx.update(module, jax.tree.unflatten(structure, leaves))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What a call has changed of the objects among its arguments, which are numbered.
+
+    Attributes:
+      variables: {number: the variable with its new value}.
+      arrays: those among the values of the new attributes.
+      state: of the objects among these values; None for a variable that has a number already.
+      attributes: (number, name) of each attribute that is new or has a new value.
+      removed: (number, name) of each attribute that is gone.
+      values: the leaves of the values of `attributes`, with marks for arrays and objects, and their
+        structure.
+      graph, known: the graph of the objects among them; the numbers of the leaves of `state`.
+    """
+
+    variables: dict[int, Any]
+    arrays: list
+    state: Any
+    attributes: tuple = dataclasses.field(metadata=dict(static=True))
+    removed: tuple = dataclasses.field(metadata=dict(static=True))
+    values: tuple = dataclasses.field(metadata=dict(static=True))
+    graph: Any = dataclasses.field(metadata=dict(static=True))
+    known: tuple = dataclasses.field(metadata=dict(static=True))
+
+
+_ARRAY = object()
+
+
+def changes(before: list) -> Changes:
+    """The changes of a call, from what `unpack` returned."""
+    variables, new, removed = {}, {}, []
+    for i, (x, old) in enumerate(before):
+        now = _contents(x)
+        removed += [(i, k) for k in old if k not in now]
+        for k, content in now.items():
+            if _same(old.get(k), content):
+                continue
+            if _is_variable(x):
+                variables[i] = x
+            else:
+                new[i, k] = vars(x)[k]
+    leaves, structure = zip(*map(_flat, new.values())) if new else ((), ())
+    leaves = [x for each in leaves for x in each]
+    graph, state = nnx.split([x for x in leaves if _is_object(x)])
+    number = {id(x): i for i, (x, _) in enumerate(before)}
+    parts, treedef = jax.tree.flatten(state, is_leaf=_is_variable)
+    known = tuple(number.get(id(x)) for x in parts)
+    return Changes(
+        variables,
+        [x for x in leaves if _is_data(x) and not _is_object(x)],
+        [None if n is not None else x for n, x in zip(known, parts)],
+        tuple(new),
+        tuple(removed),
+        (
+            tuple(_OBJECT if _is_object(x) else _ARRAY if _is_data(x) else x for x in leaves),
+            structure,
+        ),
+        (graph, treedef),
+        known,
+    )
+
+
+def update(args: Any, new: Changes) -> None:
+    """Writes the changes into the objects among the arguments, as `nnx.jit` does."""
+    if not (new.variables or new.attributes or new.removed):
+        return
+    members = _members(_objects(args))
+    try:
+        for i, variable in new.variables.items():
+            members[i].update_from_state(variable)
+        for (i, name), value in zip(new.attributes, _values(members, new)):
+            data = any(map(_is_data, _flat(value)[0]))
+            for x in _both(members[i]):
+                setattr(x, name, nnx.data(value) if data else value)
+        for i, name in new.removed:
+            for x in _both(members[i]):
+                if hasattr(x, name):
+                    delattr(x, name)
+    except TraceContextError as e:
+        raise LoRAError(
+            f"{e}: the call changes the model's state, and the model was made outside of this "
+            "jax.grad, jax.jit or the like. Pass it through NNX's own: nnx.value_and_grad(lambda "
+            "adapters, model, x: loss(call(lora.bind(model, adapters), x)))(adapters, model, x)"
+        ) from None
+
+
+def _both(member: Any) -> list:
+    """An object, and the one that it stands for."""
+    return [x for x in (member, _original(member)) if x is not None]
+
+
+def _values(members: list, new: Changes) -> list:
+    graph, treedef = new.graph
+    parts = [x if n is None else members[n] for n, x in zip(new.known, new.state)]
+    objects = iter(nnx.merge(graph, jax.tree.unflatten(treedef, parts)))
+    arrays, (leaves, structures) = iter(new.arrays), new.values
+    filled = iter(
+        next(objects) if x is _OBJECT else next(arrays) if x is _ARRAY else x for x in leaves
+    )
+    return [
+        jax.tree.unflatten(each, [next(filled) for _ in range(each.num_leaves)])
+        for each in structures
+    ]

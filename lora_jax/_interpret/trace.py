@@ -65,13 +65,13 @@ class Traceable:
         return _Constants(treedef, constants, tuple(map(type, constants)), static), arrays
 
     def call(self, constants: _Constants, arrays: Iterable) -> tuple:
-        """(what the function returns, what it changed of the modules among its arguments)."""
+        """(what the function returns, what it changed of the NNX objects among its arguments)."""
         arrays = iter(arrays)
         leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
-        (args, kwargs), modules = nnx.unpack(jax.tree.unflatten(constants.treedef, leaves))
+        (args, kwargs), before = nnx.unpack(*jax.tree.unflatten(constants.treedef, leaves))
         for where, value in constants.static:
             (args if isinstance(where, int) else kwargs)[where] = value
-        return self.fn(*args, **kwargs), nnx.changes(modules)
+        return nnx.calling(self.fn, *args, **kwargs), nnx.changes(before)
 
     def jaxpr(self, constants: _Constants, arrays: Sequence) -> tuple:
         """The jaxpr of `call`, with plain arrays for adapted weights, and its output shapes."""
