@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule, as_patterns, describe, matches
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
-from lora_jax._core.nnx import state_of
+from lora_jax._core.nnx import state_of, survey_call
 from lora_jax._core.paths import flatten, module_of, nearest
 from lora_jax._survey import Leaf, Survey
 from lora_jax._targets import Target, Targets
 
 FIX = (
-    "to see every leaf: `print(lora.survey(model.apply, {'params': params}, x))`; patterns are "
+    "to see every leaf: `print({})`; patterns are "
     "suffixes ('q_proj'), globs ('*/attn/*'), `re.compile(...)` or functions (path, leaf) -> bool"
 )
 
@@ -58,9 +58,9 @@ class _Selection:
             )
         if survey is not None and not isinstance(survey, Survey):
             raise LoRAError(
-                f"expected a Survey, found {type(survey).__name__}: "
-                "survey = lora.survey(model.apply, {'params': params}, x)"
+                f"expected a Survey, found {type(survey).__name__}: survey = {survey_call(params)}"
             )
+        self.survey_call = survey_call(params)
         self.leaves = {p: x for p, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
         self.config = config
         self.survey = None if survey is None else survey.within(self.leaves)
@@ -94,7 +94,11 @@ class _Selection:
                     f"rule {describe(rule.pattern)} matches no adapted leaf; nearest: "
                     + ", ".join(nearest(str(rule.pattern), lora or self.leaves))
                 )
-        raise_all("cannot apply the configuration to these parameters:", self.failures, FIX)
+        raise_all(
+            "cannot apply the configuration to these parameters:",
+            self.failures,
+            FIX.format(self.survey_call),
+        )
         total = sum(math.prod(x.shape) for x in self.leaves.values())
         return Targets(lora, {p: tuple(self.leaves[p].shape) for p in full}, rows, config, total)
 
@@ -103,7 +107,7 @@ class _Selection:
             if self.survey is None:
                 raise LoRAError(
                     'targets="all-linear" needs to know how the function uses each leaf: '
-                    "lora.select(params, config, lora.survey(model.apply, {'params': params}, x))"
+                    f"lora.select(params, config, {self.survey_call})"
                 )
             linear = self._all_linear()
             patterns = tuple(p for p in patterns if p != ALL_LINEAR)
@@ -207,7 +211,7 @@ class _Selection:
                 f"({', '.join(dict.fromkeys(u.primitive for u in known.uses)) or 'unused'})"
                 if known
                 else f"'{path}' {shape}: which axes are in and out is ambiguous; pass a survey, "
-                "lora.init(key, params, config, lora.survey(model.apply, {'params': params}, x)), "
+                f"lora.init(key, params, config, {self.survey_call}), "
                 f"or say it: rules=[lora.Rule('{path}', in_axes=..., out_axes=...)]"
             )
             return None

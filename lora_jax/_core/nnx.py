@@ -40,6 +40,13 @@ def state_of(tree: Any) -> Any:
     return nnx.split(tree)[1] if is_module(tree) else tree
 
 
+def survey_call(params: Any) -> str:
+    """How to survey the function of these parameters, for a message."""
+    if is_module(params):
+        return "lora.survey(lambda model, x: model(x), model, x)"
+    return "lora.survey(model.apply, {'params': params}, x)"
+
+
 def map_state(fn: Callable[[Any], Any], tree: Any) -> Any:
     """`fn` of a tree, or of a module's state, as a new module."""
     if not is_module(tree):
@@ -183,7 +190,7 @@ def _same(old: tuple[list, Any] | None, new: tuple[list, Any]) -> bool:
         old is not None
         and old[1] == new[1]
         and all(
-            a is b or not (_is_data(a) or _is_data(b)) and type(a) is type(b) and a == b
+            a is b or (not (_is_data(a) or _is_data(b)) and type(a) is type(b) and a == b)
             for a, b in zip(old[0], new[0])
         )
     )

@@ -32,7 +32,8 @@ def _unadapted(self: Any, *_: Any, **__: Any) -> Any:
         f"the adapted weight '{self.origin}' was used as an array: the plain function was called "
         "with bound parameters. Adapt the function first: "
         "`apply = lora.adapt(model.apply)`, then "
-        "`apply({'params': lora.bind(params, adapters)}, x)`; "
+        "`apply({'params': lora.bind(params, adapters)}, x)`; of an NNX module `call = lora.adapt("
+        "lambda model, x: model(x))`, then `call(lora.bind(model, adapters), x)`; "
         "or, for plain arrays, `lora.merge(params, adapters)`."
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import Geometry
-from lora_jax._core.nnx import state_of
+from lora_jax._core.nnx import state_of, survey_call
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._interpret.reach import LOOK_UP
@@ -82,7 +82,7 @@ def leaf_infos(params: Any, survey: Survey | Targets | None) -> dict[str, LeafIn
     if not isinstance(survey, Survey | Targets | None):
         raise LoRAError(
             f"expected a Survey or Targets, found {type(survey).__name__}: "
-            "survey = lora.survey(model.apply, {'params': params}, x)"
+            f"survey = {survey_call(params)}"
         )
     leaves = {p: x for p, x in flatten(state_of(params)).items() if hasattr(x, "shape")}
     if isinstance(survey, Survey):
