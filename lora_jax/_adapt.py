@@ -35,6 +35,8 @@ def adapt(
     is a pure function, and composes with every JAX transformation. Without an adapted weight among
     the arguments it is `fn` itself.
 
+    What `fn` changes of NNX objects among its arguments is changed as by `nnx.jit`.
+
     `fn` is traced as `jax.jit` would: arrays are traced, and every other leaf of the arguments
     (Python numbers, booleans, strings, functions) is a constant of the trace. Repeated calls with
     arrays of the same types and equal constants do not trace again.
@@ -57,7 +59,8 @@ def adapt(
     Raises:
       LoRAError: an unknown plan; or "merged" with dropout, which is on the input of the branch.
         When called, if strict: lists every leaf that was materialised (with the primitive
-        and its source line) or unused.
+        and its source line) or unused. When called, if Variables of NNX are changed that are not
+        arguments, or were made outside of the `jax` transform around the call.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((4, 3))}

@@ -32,7 +32,10 @@ def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) ->
         Without one there is no dropout.
 
     Returns:
-      A tree like `params`; of an NNX module, a new module.
+      A tree like `params`; of an NNX module, a new module that shares each Variable without an
+      adapter: what an adapted call changes of them (random numbers, statistics, caches) or creates
+      is changed in `params` itself, as by `nnx.jit`. Of an `nnx.State`, a new state: there, return
+      what the call changes.
 
     Raises:
       LoRAError: adapters of another model (lists every path that does not exist and every shape

@@ -283,24 +283,6 @@ def test_nnx_stacked(wrap):
     assert targets["layers/attn/out/kernel"].geometry == lora.Geometry((1, 2), (3,), (0,))
 
 
-def test_nnx_module_keeps_its_state():
-    """Statistics and random numbers move on in the bound module as in a plain one."""
-    rngs = nnx.Rngs(0)
-    noise = [nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)]
-    model = nnx.Sequential(nnx.Linear(WIDTH, 8, rngs=rngs), *noise, nnx.Linear(8, 3, rngs=rngs))
-    fn = lambda m, x: m(x)
-    survey = lora.survey(fn, model, X)
-    adapters = noisy(lora.init(K, model, lora.LoRAConfig(rank=2, targets="kernel"), survey))
-    bound, merged = lora.bind(model, adapters), lora.merge(model, adapters)
-    statistics = lambda m: nnx.to_pure_dict(nnx.state(m, nnx.BatchStat))
-    before = statistics(model)
-    for _ in range(2):
-        assert_close(lora.adapt(fn)(bound, X), fn(merged, X))
-        assert_close(statistics(bound), statistics(merged))
-    jax.tree.map(np.testing.assert_array_equal, statistics(model), before)
-    assert not np.array_equal(statistics(bound)["layers"][1]["mean"], before["layers"][1]["mean"])
-
-
 # ---------------------------------------------------------------- bare arrays
 def arrays(shapes):
     flat, treedef = jax.tree.flatten(shapes, is_leaf=lambda s: isinstance(s, tuple))

@@ -92,7 +92,7 @@ def map_shared(fn: Callable[[Any], Any], tree: Any, replaced: Container[str]) ->
 
 def is_bound(args: Any) -> bool:
     """Whether a module that `map_shared` made is among the arguments."""
-    return any(id(x) in _ORIGINALS for x in _objects(args))
+    return any(_original(x) is not None for x in _members(_objects(args)))
 
 
 def _original(member: Any) -> Any:
@@ -127,23 +127,31 @@ def pack(args: Any) -> tuple[Any, Packed]:
     """(the arguments with a mark for each object, those objects)."""
     objects = _objects(args)
     graph, state = nnx.split(objects)
-    frozen = {
-        id(v)
-        for x in (_members(objects) if is_bound(objects) else ())
-        if (original := _original(x)) is not None
-        for v in jax.tree.leaves(vars(original), is_leaf=whole(_is_object))
-    }
-    stopped = lambda v: jax.tree.map(_stopped, v, is_leaf=whole()) if id(v) in frozen else v
+    leaves, structure = jax.tree.flatten(state, is_leaf=_is_variable)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaves)):
+        frozen = {
+            id(v)
+            for original in map(_original, _members(objects))
+            if original is not None
+            for values, _ in _contents(original).values()
+            for v in values
+        }
+        leaves = [_stopped(x) if id(x) in frozen else x for x in leaves]
+        state = jax.tree.unflatten(structure, leaves)
     marked = jax.tree.map(
         lambda x: _OBJECT if _is_object(x) else x, args, is_leaf=whole(_is_object)
     )
-    return marked, Packed(jax.tree.map(stopped, state, is_leaf=_is_variable), graph)
+    return marked, Packed(state, graph)
 
 
-def _stopped(x):
-    """What a bound module shares is frozen: no gradient flows to it."""
-    floats = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
-    return jax.lax.stop_gradient(x) if floats else x
+def _stopped(variable: Any) -> Any:
+    """A variable that a bound module shares is frozen: no gradient flows to it."""
+
+    def one(x):
+        floats = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.lax.stop_gradient(x) if floats else x
+
+    return jax.tree.map(one, variable, is_leaf=whole())
 
 
 def unpack(marked: Any, packed: Packed) -> tuple[Any, list]:
@@ -171,7 +179,7 @@ def _contents(x: Any) -> dict[str, tuple[list, Any]]:
     """{attribute: (leaves, structure)} of an object; a variable has one, without a name."""
     if _is_variable(x):
         return {"": jax.tree.flatten(x, is_leaf=whole())}
-    return {k: _flat(v) for k, v in vars(x).items() if not k.startswith("_pytree__")}
+    return {k: _flat(v) for k, v in vars(x).items() if not str(k).startswith("_pytree__")}
 
 
 def _flat(value: Any) -> tuple[list, Any]:
@@ -270,17 +278,22 @@ def update(args: Any, new: Changes) -> None:
         for (i, name), value in zip(new.attributes, _values(members, new)):
             data = any(map(_is_data, _flat(value)[0]))
             for x in _both(members[i]):
-                setattr(x, name, nnx.data(value) if data else value)
+                _set(x, name, nnx.data(value) if data else value)
         for i, name in new.removed:
             for x in _both(members[i]):
-                if hasattr(x, name):
-                    delattr(x, name)
+                if name in vars(x):
+                    delattr(x, name) if isinstance(name, str) else vars(x).pop(name)
     except TraceContextError as e:
         raise LoRAError(
             f"{e}: the call changes the model's state, and the model was made outside of this "
             "jax.grad, jax.jit or the like. Pass it through NNX's own: nnx.value_and_grad(lambda "
             "adapters, model, x: loss(call(lora.bind(model, adapters), x)))(adapters, model, x)"
         ) from None
+
+
+def _set(x: Any, name: str | int, value: Any) -> None:
+    """`setattr`; and for numbers, which the elements of Flax 0.12.2's lists have for names."""
+    setattr(x, name, value) if isinstance(name, str) else x._setattr(name, value)
 
 
 def _both(member: Any) -> list:

@@ -375,7 +375,8 @@ _jitted = jax.jit(quantized, static_argnames=("format", "in_axes", "stack", "dou
 def _unread(self: Quantized, *_: Any, **__: Any) -> None:
     raise LoRAError(
         f"a quantised weight, {self!r}, was used as an array. Bind the parameters and adapt the "
-        "function: lora.adapt(model.apply)({'params': lora.bind(params, adapters)}, x), with "
+        "function: lora.adapt(model.apply)({'params': lora.bind(params, adapters)}, x), of an NNX "
+        "module lora.adapt(lambda model, x: model(x))(lora.bind(model, adapters), x), with "
         "adapters None where there are none; or, for plain arrays, lora.quant.dequantize(params)"
     )
 
