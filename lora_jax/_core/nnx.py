@@ -171,7 +171,7 @@ def calling(fn: Callable, *args, **kwargs):
             f"{e}: the adapted function changes a module, Rngs or state that it does not take as "
             "an argument. Pass it: lora.adapt(lambda params, rest, x: nnx.merge(graph, params, "
             "rest)(x)), or lora.adapt(lambda model, x: model(x))"
-        ) from None
+        ) from e
 
 
 # ---------------------------------------------------------------- and out of it
