@@ -61,7 +61,14 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """How a function uses each leaf of its first argument. Print it for a table."""
+    """How a function uses each leaf of its first argument. Print it for a table.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {"params": {"w": jnp.ones((4, 3))}}
+    >>> found = lora.survey(lambda v, x: x @ v["params"]["w"], params, jnp.ones((2, 4)))
+    >>> found["w"].kind, found["w"].geometry
+    ('linear', Geometry(in_axes=(0,), out_axes=(1,), batch_axes=()))
+    """
 
     leaves: Mapping[str, Leaf]
 

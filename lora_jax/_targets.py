@@ -18,7 +18,14 @@ from lora_jax._nodes.node import is_node
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One adapted leaf."""
+    """One adapted leaf.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> config = lora.LoRAConfig(rank=2, alpha=8, targets="q")
+    >>> target = lora.select({"q": jnp.ones((4, 3))}, config)["q"]
+    >>> target.rank, target.scale, target.parameters  # 2 · (4 + 3)
+    (2, 4.0, 14)
+    """
 
     shape: tuple[int, ...]
     geometry: Geometry
@@ -45,6 +52,12 @@ class Targets:
       rows: {path: (shape, row numbers)} of the tables of which rows are trained.
       config: the configuration.
       total: the number of all parameters.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": jnp.ones((4, 3)), "norm": jnp.ones(3)}
+    >>> targets = lora.select(params, lora.LoRAConfig(rank=2, targets="q", full=["norm"]))
+    >>> list(targets), dict(targets.full), targets.parameters, targets.total
+    (['q'], {'norm': (3,)}, 17, 15)
     """
 
     lora: Mapping[str, Target]

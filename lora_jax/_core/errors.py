@@ -14,6 +14,13 @@ class LoRAError(ValueError):
     The message names each offending leaf by its full path, says what was expected and what was
     found, and shows the corrected call. The failures of one call are collected into one error; of
     many the first are shown.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> try:
+    ...     lora.select({"q": jnp.ones((4, 3))}, lora.LoRAConfig(rank=8, targets="q"))
+    ... except lora.LoRAError as error:
+    ...     print(str(error).splitlines()[1].partition("; ")[0])
+    - 'q' (4, 3): rank 8 exceeds min(in=4, out=3)
     """
 
 

@@ -22,6 +22,12 @@ class Use:
       in_axes, out_axes, batch_axes: the leaf's axes by their part in a contraction.
       plan: how the product was made; see `lora.adapt`.
       dilated: it is a convolution with a dilated kernel.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> found = lora.survey(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 3))}, jnp.ones((2, 4)))
+    >>> use = found["w"].uses[0]
+    >>> use.primitive, use.how, use.in_axes, use.out_axes
+    ('dot_general', 'low-rank', (0,), (1,))
     """
 
     primitive: str
@@ -49,6 +55,15 @@ class Coverage:
     Attributes:
       shapes: {path: shape} of the adapted leaves.
       uses: {path: its uses}; see `Use`.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"up": jnp.ones((4, 3)), "down": jnp.ones((3, 4))}
+    >>> config = lora.LoRAConfig(rank=2, targets=["up", "down"])
+    >>> bound = lora.bind(params, lora.init(jax.random.key(0), params, config))
+    >>> fn = lambda p, x: x @ p["up"] @ jnp.tanh(p["down"])  # tanh needs the sum itself
+    >>> found = lora.coverage(fn, bound, jnp.ones((2, 4)))
+    >>> found.low_rank, found.materialised, found.status("down")
+    (('up',), ('down',), 'materialised')
     """
 
     shapes: Mapping[str, tuple[int, ...]]

@@ -115,6 +115,15 @@ class LoRA(LowRank):
       geometry: which axes of the leaf are which.
       dropout: rate on the branch's input.
       embedding: whether the leaf is a look-up table.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> b = jnp.array([[1.0, 0.0, 2.0]])
+    >>> node = lora.LoRA(jnp.ones((2, 1)), b, scale=0.5, geometry=lora.Geometry((0,), (1,)))
+    >>> node.rank, node.shape
+    (1, (2, 3))
+    >>> lora.merge({"w": jnp.zeros((2, 3))}, {"w": node})["w"]
+    Array([[0.5, 0. , 1. ],
+           [0.5, 0. , 1. ]], dtype=float32)
     """
 
     def with_magnitude(self, magnitude: jax.Array) -> DoRA:
@@ -132,6 +141,13 @@ class DoRA(LowRank):
 
     Attributes:
       magnitude: m, (*batch, *out).
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.zeros((1, 2)), 1.0, lora.Geometry((0,), (1,)))
+    >>> node = node.with_magnitude(jnp.array([5.0, 10.0]))
+    >>> lora.merge({"w": jnp.array([[3.0, 3.0], [4.0, 4.0]])}, {"w": node})["w"]
+    Array([[3., 6.],
+           [4., 8.]], dtype=float32)
     """
 
     magnitude: jax.Array = dataclasses.field(kw_only=True)
@@ -200,7 +216,12 @@ def norms(node: LowRank, base: Any) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Full(Node):
-    """A leaf that is trained in full: `value` takes the place of the base's, cast to its dtype."""
+    """A leaf that is trained in full: `value` takes the place of the base's, cast to its dtype.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> lora.bind({"bias": jnp.zeros(2)}, {"bias": lora.Full(jnp.ones(2))})
+    {'bias': Array([1., 1.], dtype=float32)}
+    """
 
     value: jax.Array
 
@@ -232,7 +253,15 @@ class Full(Node):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows(Node):
-    """Rows of a table that are trained (new tokens): `value` (n, d) replaces rows `index`."""
+    """Rows of a table that are trained (new tokens): `value` (n, d) replaces rows `index`.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.Rows(jnp.ones((1, 2)), index=(2,), length=3)
+    >>> lora.merge({"table": jnp.zeros((3, 2))}, {"table": node})["table"]
+    Array([[0., 0.],
+           [0., 0.],
+           [1., 1.]], dtype=float32)
+    """
 
     value: jax.Array
     index: tuple[int, ...] = static()

@@ -171,6 +171,15 @@ class AdaptedWeight(Followed):
         is labelled with, and an axis RANK of size 1; or None.
       scale: the constant in front of the update.
       dropout: the rate on the input of the low-rank branch, used only with a seed.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 3)), 0.5, lora.Geometry((0,), (1,)))
+    >>> weight = lora.bind({"w": jnp.zeros((2, 3))}, {"w": node})["w"]
+    >>> weight
+    AdaptedWeight('w', shape=(2, 3), dtype=float32, rank=1, scale=0.5)
+    >>> weight.materialise()
+    Array([[0.5, 0.5, 0.5],
+           [0.5, 0.5, 0.5]], dtype=float32)
     """
 
     a: Factor

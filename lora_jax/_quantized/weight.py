@@ -57,6 +57,13 @@ class Quantized:
         or None; see `gathered`.
       moves: what is done to the weight when it is read, as (primitive, parameters), and moved_to,
         its shape and type then.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> w = lora.quant.quantize({"w": jnp.ones((128, 64))}, "w")["w"]
+    >>> w
+    Quantized((128, 64), float32, 'nf4', 4.5 bits)
+    >>> w.codes.shape, w.constants.shape, w.value().shape  # two codes in a byte, blocks of 64
+    ((128, 32), (128, 1), (128, 64))
     """
 
     lora_leaf = True  # for `_core.paths`: one leaf of a parameter tree

@@ -31,6 +31,12 @@ class Likeness:
       cosine: ⟨Δ₁, Δ₂⟩ / ‖Δ₁‖‖Δ₂‖, (n,); 0 where one of them is zero.
       input_angles, output_angles: the principal angles between the spaces that the two read from
         and write to, in degrees from the smallest on, (n, min(rank₁, rank₂)).
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
+    >>> found = lora.algebra.compare({"w": node}, {"w": node}).leaves["w"]
+    >>> found.norms.shape, found.cosine.round(3), found.input_angles.shape
+    ((2, 1), array([1.], dtype=float32), (1, 1))
     """
 
     norms: np.ndarray
@@ -46,6 +52,12 @@ class Comparison:
     Attributes:
       leaves: {path: `Likeness`} of the leaves that both have.
       first, second: paths that one of them has alone, or that are not low-rank in both.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
+    >>> found = lora.algebra.compare({"q": node, "k": node}, {"q": node})
+    >>> list(found.leaves), found.first, found.second
+    (['q'], ('k',), ())
     """
 
     leaves: Mapping[str, Likeness]

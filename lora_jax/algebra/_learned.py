@@ -46,6 +46,12 @@ class Change:
       norm: ‖ΔW‖ (Frobenius), (n,).
       base_norm: ‖W‖, (n,); None without the base's values.
       singular_values: of ΔW, from the largest on, (n, k); None in full.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.eye(4)[:, :2], jnp.eye(2), 3.0, lora.Geometry((0,), (1,)))
+    >>> change = lora.algebra.learned({"w": jnp.ones((4, 2))}, {"w": node}).leaves["w"]
+    >>> change.kind, change.singular_values, change.effective_rank.round(3), change.ratio.round(3)
+    ('lora', array([[3., 3.]], dtype=float32), array([2.]), array([1.5]))
     """
 
     kind: str
@@ -94,6 +100,13 @@ class Learned:
     Attributes:
       leaves: {path: `Change`}.
       unknown: the paths of leaves in full or by rows whose base has no values here.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> node = lora.LoRA(jnp.eye(4)[:, :2], jnp.eye(2), 3.0, lora.Geometry((0,), (1,)))
+    >>> adapters = {"w": node, "bias": lora.Full(jnp.ones(2))}
+    >>> found = lora.algebra.learned(None, adapters)  # without the base's values
+    >>> list(found.leaves), found.unknown
+    (['w'], ('bias',))
     """
 
     leaves: Mapping[str, Change]

@@ -92,6 +92,16 @@ def choose(stacked: Any, index: Any) -> Any:
 
     Returns:
       Adapters for `bind`; of an array, with an axis of B in front, for `jax.vmap`.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> def node(x):
+    ...     b = jnp.full((1, 2), x)
+    ...     return {"w": lora.LoRA(jnp.ones((2, 1)), b, 1.0, lora.Geometry((0,), (1,)))}
+    >>> stacked = lora.algebra.stack([node(1.0), node(10.0)])
+    >>> lora.algebra.choose(stacked, jnp.array([1, 0, -1]))["w"].b
+    Array([[[10., 10.]],
+           [[ 1.,  1.]],
+           [[ 0.,  0.]]], dtype=float32)
     """
     return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="fill"), stacked)
 

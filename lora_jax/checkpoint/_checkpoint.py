@@ -58,6 +58,16 @@ class Restored:
       config: the configuration that was saved; None if there was none, or if a function (a
         predicate, an initialiser) is part of it. After growing: the one of the grown adapters.
       base: the fingerprint of the base.
+
+    >>> import jax.numpy as jnp, lora_jax as lora, orbax.checkpoint as ocp, tempfile
+    >>> base, adapters = {"bias": jnp.zeros(2)}, {"bias": lora.Full(jnp.ones(2))}
+    >>> folder = tempfile.mkdtemp()
+    >>> with ocp.CheckpointManager(folder) as manager:
+    ...     lora.checkpoint.save(manager, 7, adapters, base=base, data={"epoch": 1})
+    True
+    >>> found = lora.checkpoint.restore(folder, base=base)
+    >>> found.step, found.data, found.adapters["bias"].value
+    (7, {'epoch': 1}, Array([1., 1.], dtype=float32))
     """
 
     step: int
@@ -213,7 +223,20 @@ def restore(
         or its base, configuration, adapters or state are others: every difference is listed.
         Nothing is changed on disk.
 
-    Example: see `save`.
+    >>> import jax.numpy as jnp, lora_jax as lora, orbax.checkpoint as ocp, tempfile
+    >>> base, folder = {"q": jnp.zeros((4, 3))}, tempfile.mkdtemp()
+    >>> geometry = lora.Geometry((0,), (1,))
+    >>> node = lambda a, b: lora.LoRA(a, b, 1.0, geometry)
+    >>> adapters = {"q": node(jnp.ones((4, 1)), jnp.ones((1, 3)))}
+    >>> with ocp.CheckpointManager(folder) as manager:
+    ...     lora.checkpoint.save(manager, 100, adapters, base=base)
+    True
+    >>> lora.checkpoint.restore(folder, base=base).adapters["q"].rank
+    1
+    >>> larger = {"q": node(jnp.ones((4, 2)), jnp.zeros((2, 3)))}
+    >>> lora.checkpoint.restore(folder, larger, base=base, rank="grow").adapters["q"].b
+    Array([[1., 1., 1.],
+           [0., 0., 0.]], dtype=float32)
     """
     if rank not in ("exact", "grow"):
         raise LoRAError(f"rank={rank!r}: expected 'exact' or 'grow'")

@@ -30,6 +30,11 @@ class Fingerprint:
     Attributes:
       leaves: {path: (shape, dtype)}.
       content: {path: checksum of the values}, or None.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> one, two = (lora.checkpoint.fingerprint({"w": jnp.ones((n, 2))}) for n in (2, 3))
+    >>> dict(one.leaves), one.differences(two)
+    ({'w': ((2, 2), 'float32')}, ["'w': expected float32(2, 2), found float32(3, 2)"])
     """
 
     leaves: Mapping[str, tuple[tuple[int, ...], str]]

@@ -34,6 +34,13 @@ class AdaLoRA(Indirect):
       p: P, (*batch, *in, rank).
       lam: the diagonal of Λ, (*batch, rank).
       q: Q, (*batch, rank, *out).
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> lam, geometry = jnp.array([3.0, 0.0]), lora.Geometry((0,), (1,))
+    >>> node = lora.methods.AdaLoRA(jnp.eye(3, 2), lam, jnp.eye(2), geometry=geometry)
+    >>> node.factors().b  # Λ·Q
+    Array([[3., 0.],
+           [0., 0.]], dtype=float32)
     """
 
     p: jax.Array

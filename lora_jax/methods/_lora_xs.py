@@ -35,6 +35,14 @@ class LoRAXS(Indirect):
     Attributes:
       r: R, (*batch, rank, rank).
       shape: of the leaf.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": jnp.eye(8, 4)}
+    >>> config = lora.LoRAConfig(rank=2, targets="q")
+    >>> adapters, frozen = lora.methods.init_lora_xs(jax.random.key(0), params, config)
+    >>> node = adapters["q"]
+    >>> node.r.shape, node.factors(frozen["q"]).a.shape
+    ((2, 2), (8, 2))
     """
 
     r: jax.Array

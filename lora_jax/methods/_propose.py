@@ -43,6 +43,14 @@ class Proposal:
       reasons: a sentence for each decision.
       scores: {module type: score} where targets were chosen, and empty where all are adapted.
       learning_rate: a first guess, where that of full fine-tuning was given.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {"up": jnp.ones((64, 256)), "head": jnp.ones((256, 2))}
+    >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["head"]
+    >>> survey = lora.survey(fn, params, jnp.ones((4, 64)))
+    >>> found = lora.methods.propose(params, survey, tokens=5_000, full_learning_rate=1e-4)
+    >>> found.config.rank, found.config.alpha, found.learning_rate, found.scores
+    (8, 32.0, 0.001, {})
     """
 
     config: LoRAConfig

@@ -31,6 +31,14 @@ class VeRA(Indirect):
       d: (*batch, rank).
       b: (*batch, *out).
       shape: of the leaf.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": jnp.ones((8, 4))}
+    >>> config = lora.LoRAConfig(rank=1, targets="q")
+    >>> adapters, frozen = lora.methods.init_vera(jax.random.key(0), params, config, rank=16)
+    >>> node = adapters["q"]
+    >>> node.d.shape, node.b.shape, node.factors(frozen).a.shape
+    ((16,), (4,), (8, 16))
     """
 
     d: jax.Array

@@ -36,6 +36,11 @@ class Forecast:
       its trip count, so of a scan over layers one layer; None where there is none (GPUs).
     collectives: the most bytes first. Their trip counts are known, other than those of the FLOPs.
     seconds: to compile.
+
+    >>> import jax, lora_jax as lora
+    >>> plan = lora.parallel.forecast(lambda x: x @ x, jax.ShapeDtypeStruct((8, 8), "float32"))
+    >>> plan.arguments, plan.outputs, plan.peak >= 512  # bytes
+    (256, 256, True)
     """
 
     device_kind: str

@@ -41,6 +41,11 @@ class Memory:
       parts: {"base", "constants" (of quantisation), "adapters", "gradients", "optimizer": `Bytes`}.
       leaves: {path: (shape, type or format, bytes of the base, bytes of constants)}.
       parameters: how many the base has.
+
+    >>> import jax, lora_jax as lora
+    >>> found = lora.parallel.memory({"w": jax.ShapeDtypeStruct((1024, 1024), "bfloat16")}, None)
+    >>> found.parts["base"].total, found.total, found.parameters
+    (2097152, 2097152, 1048576)
     """
 
     parts: Mapping[str, Bytes]

@@ -31,6 +31,15 @@ class PeftAdapter:
       adapters: the adapter tree, for `bind` and `merge`.
       config: adapter_config.json.
       mapping: which leaf each torch parameter is: print it, and give it to `lora.peft.save`.
+
+    >>> import jax.numpy as jnp, lora_jax as lora, tempfile
+    >>> params, folder = {"q_proj": {"kernel": jnp.zeros((4, 3))}}, tempfile.mkdtemp()
+    >>> node = lora.LoRA(jnp.ones((4, 2)), jnp.ones((2, 3)), 0.5, lora.Geometry((0,), (1,)))
+    >>> mapping = lora.peft.mapping({"q_proj.weight": (3, 4)}, params)
+    >>> lora.peft.save(folder, {"q_proj": {"kernel": node}}, mapping)
+    >>> found = lora.peft.load(folder, params)
+    >>> found.adapters["q_proj"]["kernel"].rank, found.config["lora_alpha"], list(found.mapping)
+    (2, 1, ['q_proj.weight'])
     """
 
     adapters: dict

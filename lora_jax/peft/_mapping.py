@@ -51,6 +51,12 @@ class TorchMapping:
       entries: {torch name: `Entry`}.
       untouched: {leaf: magnitudes (*batch, *out)} of `DoRA`s of which the file had a part: the rest
         are the base's norms, which `lora.peft.save` leaves out as long as they are as they were.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q_proj": {"kernel": jnp.zeros((4, 3))}}
+    >>> entry = lora.peft.mapping({"q_proj.weight": (3, 4)}, params)["q_proj.weight"]
+    >>> entry.kind, entry.layout, str(entry.blocks[0])
+    ('linear', 'out_in', 'q_proj/kernel')
     """
 
     entries: Mapping[str, Entry]
