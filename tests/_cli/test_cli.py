@@ -306,7 +306,7 @@ def test_convert_says_what_it_needs(tmp_path):
     (tmp_path / "m.json").write_text("[")
     path = params_file(tmp_path / "params", "llama_default")
     args = ("--params", path, "--mapping", tmp_path / "m.json")
-    assert "expected JSON" in run("convert", folder, out, *args, code=1)
+    assert "not the JSON" in run("convert", folder, out, *args, code=1)
     out.mkdir()
     assert "is there already" in run("convert", folder, out, "--params", path, code=1)
     assert not list(out.iterdir())

@@ -16,6 +16,7 @@ import tempfile
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import damage
 import damage_work
@@ -34,7 +35,7 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def limited(seconds):
-    def stop(_, frame):
+    def stop(_: int, frame: Any) -> None:
         while frame is not None:
             if "gc_callback" in frame.f_code.co_name:  # which would swallow it; a moment later
                 return signal.setitimer(signal.ITIMER_REAL, 0.01)
