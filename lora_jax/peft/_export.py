@@ -116,7 +116,7 @@ class Export:
                 )
 
     def _lora(self, entry: Entry, nodes: Sequence[LowRank | None]) -> None:
-        scale = next((n.scale for n in nodes if n is not None and n.scale), 1.0)
+        scale = next((n.scale for n in nodes if n is not None and n.scale), 0.0)
         if not all(math.isfinite(n.scale) for n in nodes if n is not None):
             self.failures.append(f"'{entry.name}': the scale of its adapter is not finite")
             return
@@ -199,9 +199,9 @@ class Export:
         if uniform is not True and uniform < rank:
             self.failures.append(f"uniform_rank={uniform}, but there is a rank {rank}")
         rank = rank if uniform is True else uniform
-        scale = collections.Counter(low.scale for low in self.low.values()).most_common(1)[0][0]
+        scales = collections.Counter(low.scale for low in self.low.values() if low.scale)
         for low in self.low.values():
-            low.scaled(scale)
+            low.scaled(scales.most_common(1)[0][0] if scales else 0.0)
             low.padded(rank)
 
     def _attention(self, module: str, low: _Low) -> None:
@@ -211,7 +211,7 @@ class Export:
             return
         if self.doubled:
             out.scale = out.scale / 2
-        out.scaled(low.scale)
+        out.scaled(low.scale) if low.scale else low.scaled(out.scale)
         rank = max(low.rank, out.rank)
         low.padded(rank)
         out.padded(rank)

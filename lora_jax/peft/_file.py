@@ -350,9 +350,7 @@ def _instead(folder: Path) -> str:
     return "the adapter is incomplete"
 
 
-def _stored(
-    name: str, entry: Any, base: int, size: int, failures: list[str]
-) -> Stored | None:
+def _stored(name: str, entry: Any, base: int, size: int, failures: list[str]) -> Stored | None:
     def wrong(what: str) -> None:
         failures.append(f"{name[:200]!a}: {what}")
 

@@ -16,7 +16,7 @@ from lora_jax.peft._parts import NewRows, Update
 WEIGHTS = ("kernel", "weight", "embedding", "scale", "w", "table")
 
 
-# First names that stand for the whole network, so that one side may have them and the other not. Any
+# First names that stand for the whole network: one side may have them and the other not. Any
 # other, such as "vision_tower" or "decoder", tells one part of a model from another.
 WRAPPERS = frozenset(
     """

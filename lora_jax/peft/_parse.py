@@ -256,9 +256,7 @@ class _Parser:
         value = values.get(name, Value(name, (update.n_out,), None))
         values[name] = dataclasses.replace(value, add=key, scale=update.scale)
 
-    def _whole(
-        self, name: str, key: str, values: dict[str, Value], tables: list[Value]
-    ) -> None:
+    def _whole(self, name: str, key: str, values: dict[str, Value], tables: list[Value]) -> None:
         plain, shape = plain_name(name), self.file.shape(key)
         if name.endswith(".base_layer.weight"):
             tables.append(Value(plain, shape, key))
