@@ -25,7 +25,7 @@ from lora_jax._targets import Targets
 from lora_jax.checkpoint._checkpoint import save as save_checkpoint
 from lora_jax.peft._blocks import LeafInfo, block
 from lora_jax.peft._config import unknown
-from lora_jax.peft._file import DTYPES, read_json
+from lora_jax.peft._file import DTYPES, opened, read_json
 from lora_jax.peft._find import Finder
 from lora_jax.peft._load import load
 from lora_jax.peft._mapping import Entry, TorchMapping, leaf_infos
@@ -205,6 +205,8 @@ def read_params(text: str) -> tuple[Any, Survey | Targets | None]:
         return nest({n.replace(separator, "/"): _abstract(t) for n, t in tensors.items()}), None
     if path.is_dir():
         return _of_orbax(path), None
+    if path.exists():
+        opened(path).close()  # says that it is a pipe or a device
     if ":" in text:
         return _called(text)
     raise LoRAError(f"--params {text}: there is no such file; expected {PARAMS}")

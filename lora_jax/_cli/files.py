@@ -20,12 +20,13 @@ def replacing(out: Path) -> Iterator[Path]:
         raise LoRAError(f"{out}: there is no folder {out.parent}")
     with writing(out):
         new = partial(out)
-        try:
-            yield new
-            if os.path.lexists(out):
-                raise LoRAError(
-                    f"{out} was made meanwhile, and is left as it is; give another path"
-                )
+    try:
+        yield new
+        if os.path.lexists(out):
+            raise LoRAError(f"{out} was made meanwhile, and is left as it is; give another path")
+        with writing(out):
             os.rename(new, out)
-        finally:
-            remove(new)
+    except LoRAError as e:  # of what is written there; the path beside `out` is gone by then
+        raise LoRAError(str(e).replace(str(new), str(out))) from e
+    finally:
+        remove(new)

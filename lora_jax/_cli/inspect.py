@@ -103,6 +103,8 @@ def kind_of(path: str | os.PathLike) -> Literal["peft", "orbax", "base"]:
         return "orbax"
     if any(path.glob("*.safetensors")):
         return "base"
+    if path.exists() and not path.is_dir():
+        opened(path).close()  # says so of a pipe or a device
     found = "there is nothing" if not path.exists() else "" if path.is_dir() else "it is a file"
     found = found or ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
     raise LoRAError(

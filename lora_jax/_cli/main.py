@@ -24,7 +24,8 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stopped)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax says that a reader cannot write
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: what is raised is said below
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
     app(prog_name="lora-jax")
 

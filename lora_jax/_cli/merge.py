@@ -17,7 +17,7 @@ from lora_jax._cli.torch_adapter import TorchAdapter, open_torch
 from lora_jax._cli.torch_base import on_base
 from lora_jax._core.errors import raise_all
 from lora_jax._merge import merge
-from lora_jax.peft._file import DTYPES, opened
+from lora_jax.peft._file import DTYPES, opened, writing
 from lora_jax.peft._parts import NewRows
 
 
@@ -84,12 +84,13 @@ def merge_files(
         if not base.path.is_dir():
             write_changed(base, base.path, new, changed, told)
             return placed, []
-        new.mkdir()
         copied, left = base.others()
-        for path in copied:
-            (new / path).parent.mkdir(parents=True, exist_ok=True)
-            with opened(base.path / path) as source, open(new / path, "wb") as target:
-                shutil.copyfileobj(source, target)
+        with writing(out):
+            new.mkdir()
+            for path in copied:
+                (new / path).parent.mkdir(parents=True, exist_ok=True)
+                with opened(base.path / path) as source, open(new / path, "wb") as target:
+                    shutil.copyfileobj(source, target)
         for file in base.files:
             write_changed(base, file, new / file.name, changed, told)
     return placed, left

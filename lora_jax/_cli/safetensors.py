@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax.peft._file import DTYPES, checked, opened, parse_json, read_json
+from lora_jax.peft._file import DTYPES, checked, opened, parse_json, read_json, writing
 
 INDEX, CHUNK = "model.safetensors.index.json", 8 << 20
 
@@ -180,7 +180,7 @@ def write_changed(
       progress: is told how many bytes were written, now and then.
     """
     tensors = {n: t for n, t in base.tensors.items() if t.file == file}
-    with opened(file) as source, open(out, "xb") as target:
+    with writing(out), opened(file) as source, open(out, "xb") as target:
 
         def copy(count: int) -> None:
             while count:

@@ -243,7 +243,7 @@ def checked(path: str | os.PathLike) -> Iterator[Any]:
         raise
     except (SafetensorError, OSError, ValueError) as e:
         text = ascii(str(e))[1:201]  # it may quote the file
-        raise LoRAError(f"{path}: not a valid safetensors file: {text}") from e
+        raise LoRAError(f"{path}: expected a safetensors file: {text}") from e
 
 
 @contextlib.contextmanager

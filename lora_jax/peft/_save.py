@@ -252,7 +252,9 @@ def _stored(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarr
         with np.errstate(over="ignore"):  # is looked for below
             cast = np.ascontiguousarray(value if kind is None else value.astype(kind))
         if not _finite(value):
-            failures.append(f"'{name}' holds NaN or infinity; take an earlier checkpoint")
+            failures.append(
+                f"'{name}' holds NaN or infinity; take an earlier checkpoint, or less of it"
+            )
         elif not _finite(cast):
             failures.append(f"'{name}' holds a number that {kind} does not: dtype='float32'")
         out[name] = cast

@@ -310,9 +310,9 @@ def other_file(w, draw):
 
 
 @st.composite
-def cases(draw):
+def cases(draw, name=None):
     """(golden, damages, Work): one to three damages of a golden adapter, ready to be written."""
-    w = Work.golden(draw(st.sampled_from(sorted(MODELS))))
+    w = Work.golden(name or draw(st.sampled_from(sorted(MODELS))))
     kinds = st.sampled_from([(i, n) for i, s in enumerate(STAGES) for n in s])
     most = draw(st.sampled_from([1, 1, 1, 2, 3]))
     chosen = draw(st.lists(kinds, min_size=1, max_size=most))
