@@ -136,7 +136,9 @@ def _settings(adapter: TorchAdapter) -> dict[str, Any]:
     }
 
 
-def _distance(one: TorchAdapter, two: TorchAdapter, name: str, common) -> float:
+def _distance(
+    one: TorchAdapter, two: TorchAdapter, name: str, common: Sequence[Mapping[str, Any]]
+) -> float:
     if name in common[0]:
         return _apart(name, *(tree[name] for tree in common))
     (entry, a), (other, b) = one.parts[name], two.parts[name]

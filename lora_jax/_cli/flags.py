@@ -16,6 +16,8 @@ CALL = re.compile(r"lora\.peft\.(?:load|mapping|save)\(\.\.\., ")
 WORDS = (
     (re.compile(r"\bmapping=(\{r?\"(?:[^\"\\]|\\.)*\": \"[^\"]*\"\})"), "--mapping FILE, with {}"),
     (re.compile(r"\bdtype='float32'()"), "--dtype fp32"),
+    (re.compile(r"\bconv1d=\[\]()"), "--conv1d none"),
+    (re.compile(r"\bconv1d=\['([\w.]+)'\]"), "--conv1d {}"),
     (re.compile(r"pass its values in `params`()"), "load it in Python, with the values of params"),
 )
 
@@ -72,4 +74,4 @@ def _flag(argument: ast.keyword) -> str:
 
 
 def _json(text: str) -> Any:
-    return json.dumps(ast.literal_eval(text)) if text else ""
+    return json.dumps(ast.literal_eval(text)) if text.startswith("{") else text

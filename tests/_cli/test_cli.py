@@ -503,7 +503,9 @@ def test_convert_experts(tmp_path, monkeypatch):
     (tmp_path / "user_moe.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     args = ["--params", "user_moe:both"]
-    assert "--experts gate_up_proj,down_proj" in run("convert", g.folder(name), "run", *args, code=1)
+    assert "--experts gate_up_proj,down_proj" in run(
+        "convert", g.folder(name), "run", *args, code=1
+    )
     order = ["--experts", "gate_up_proj,down_proj"]
     run("convert", g.folder(name), "run", *args, *order)
     run("convert", "run", "back")

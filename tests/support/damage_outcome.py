@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,9 @@ def loaded_by(name, folder):
     if name not in CACHE:
         CACHE[name] = (params := make(name)), survey(name, params, fn)
         loaded(name)  # what is only done once is not this folder's
-    return lora.peft.load(folder, *CACHE[name], mapping=mapping, **LOAD.get(name, {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of settings that were passed over
+        return lora.peft.load(folder, *CACHE[name], mapping=mapping, **LOAD.get(name, {}))
 
 
 def tried(w) -> Outcome:
