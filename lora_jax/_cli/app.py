@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from lora_jax._cli.flags import in_flags
 from lora_jax._core.errors import LoRAError
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -19,11 +21,15 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 class _Group(TyperGroup):
     """What a person can do something about is a message on stderr and status 1; Ctrl-C is 130."""
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: typer.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: typer.echo(
+                    f"warning: {in_flags(str(message))}", err=True
+                )
+                return super().invoke(ctx)
         except LoRAError as e:
-            typer.echo(f"error: {e}", err=True)
+            typer.echo(f"error: {in_flags(str(e))}", err=True)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except BrokenPipeError:
@@ -47,6 +53,30 @@ Ignore = Annotated[
     typer.Option(
         "--ignore", metavar="SETTING", help="A setting of adapter_config.json to pass over."
     ),
+]
+
+
+Rename = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="OLD=NEW",
+        help="Replace a regular expression in the names of PEFT's tensors, such as "
+        "^=base_model.model.",
+    ),
+]
+
+
+Conv1d = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES", help="Modules with a square weight stored (in, out); none for none."
+    ),
+]
+
+
+KeepBase = Annotated[
+    bool,
+    typer.Option("--keep-base", help="Keep the base's table where the adapter has another."),
 ]
 
 
@@ -74,6 +104,14 @@ def _all(
     ] = False,
 ) -> None:
     pass
+
+
+def _renamed(texts: list[str] | None) -> dict[str, str]:
+    """OLD=NEW, split at the last "=", which no name of a tensor has."""
+    odd = [t for t in texts or () if "=" not in t]
+    if odd:
+        raise typer.BadParameter(f"expected OLD=NEW, found {odd[0]!r}", param_hint="--rename")
+    return {old: new for old, _, new in (t.rpartition("=") for t in texts or ())}
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -106,11 +144,12 @@ def inspect(
     ],
     as_json: Json = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Show what is in an adapter: leaves, ranks, alphas, norms, sizes. No base model is needed."""
     from lora_jax._cli.inspect import inspect
 
-    found = inspect(path, ignore or ())
+    found = inspect(path, ignore or (), _renamed(rename))
     typer.echo(json.dumps(found.as_json()) if as_json else str(found))
 
 
@@ -144,7 +183,10 @@ def convert(
         str | None,
         typer.Option(metavar="SIDE", help="What PEFT's lora_A of experts runs along: in or out."),
     ] = None,
+    conv1d: Conv1d = None,
+    keep_base: KeepBase = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Convert a PEFT folder to a checkpoint directory of lora_jax, or back; prints the mapping."""
     if to not in (None, "peft", "orbax"):
@@ -152,7 +194,8 @@ def convert(
     from lora_jax._cli.convert import convert
 
     along = (_names(experts), experts_a)
-    typer.echo(str(convert(src, dst, params, mapping, torch, to, ignore or (), *along)))
+    more = {"rename": _renamed(rename), "conv1d": _names(conv1d), "keep_base": keep_base}
+    typer.echo(str(convert(src, dst, params, mapping, torch, to, ignore or (), *along, **more)))
 
 
 @app.command()
@@ -160,12 +203,11 @@ def merge(
     base: Annotated[Path, typer.Argument(help="A safetensors file, or a folder of transformers.")],
     adapter: Annotated[Path, typer.Argument(help="A PEFT folder.")],
     out: Annotated[Path, typer.Argument(help="The new file or folder; it must not exist.")],
-    conv1d: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES", help="Modules with a square weight stored (in, out); none for none."
-        ),
+    mapping: Annotated[
+        Path | None,
+        typer.Option(help="JSON: {torch name or regular expression: name in the base}."),
     ] = None,
+    conv1d: Conv1d = None,
     experts: Experts = None,
     experts_a: Annotated[
         str | None,
@@ -174,16 +216,15 @@ def merge(
             help="What lora_A of experts runs along: the first or the last axis of their weights.",
         ),
     ] = None,
-    keep_base: Annotated[
-        bool,
-        typer.Option("--keep-base", help="Keep the base's table where the adapter has another."),
-    ] = False,
+    keep_base: KeepBase = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Merge a PEFT adapter into a base model, one tensor at a time."""
     if experts_a not in (None, "first", "last"):
         raise typer.BadParameter("expected first or last", param_hint="--experts-a")
     from lora_jax._cli.merge import merge_files
+    from lora_jax.peft._file import read_json
 
     with _progress("merging") as progress:
         placed, left = merge_files(
@@ -195,6 +236,8 @@ def merge(
             experts_a=experts_a,
             keep_base=keep_base,
             ignore=ignore or (),
+            rename=_renamed(rename),
+            mapping=None if mapping is None else read_json(mapping),
             progress=progress,
         )
     if left:
@@ -219,12 +262,13 @@ def combine(
     density: Annotated[
         float | None, typer.Option(help="The share of elements that these keep.", min=0, max=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.", min=0, max=(1 << 32) - 1)] = 0,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="One rank and alpha for all, as vLLM needs.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="Of the tensors: fp32, bf16 or fp16.")] = "fp32",
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Write the weighted sum of adapters' updates, or a soup, exactly or of a smaller rank."""
     if dtype not in DTYPES:
@@ -242,7 +286,7 @@ def combine(
 
     folders, weights = zip(*map(_weighted, adapters))
     kept = {"rank": rank, "energy": energy, "uniform": uniform, "ignore": ignore or ()}
-    kept |= {"method": method, "density": density, "seed": seed}
+    kept |= {"method": method, "density": density, "seed": seed, "rename": _renamed(rename)}
     ranks = combine_folders(out, folders, weights, dtype=jnp.dtype(DTYPES[dtype]), **kept)
     span = "–".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))
     typer.echo(f"{out}: {len(ranks)} updates of rank {span}")
@@ -266,14 +310,16 @@ def diff(
     ] = 0.0,
     as_json: Json = False,
     ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
     """Compare two PEFT folders. Exits with 0 if they are equal, 1 if they differ, 2 on trouble."""
     from lora_jax._cli.diff import diff_folders
 
     try:
-        found = diff_folders(first, second, tolerance=tolerance, ignore=ignore or ())
+        more = {"ignore": ignore or (), "rename": _renamed(rename)}
+        found = diff_folders(first, second, tolerance=tolerance, **more)
     except (LoRAError, OSError) as e:
-        typer.echo(f"error: {e}", err=True)
+        typer.echo(f"error: {in_flags(str(e))}", err=True)
         raise typer.Exit(2) from None
     typer.echo(json.dumps(found.as_json()) if as_json else str(found))
     raise typer.Exit(0 if found.equal else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from lora_jax._cli.torch_adapter import TorchAdapter, expert_names, open_torch
 from lora_jax._core.errors import raise_all
 from lora_jax.algebra._combine import combine, resize
 from lora_jax.algebra._soups import dare, knots, ties
+from lora_jax.peft._config import unknown
 from lora_jax.peft._export import Export
 from lora_jax.peft._mapping import Entry, TorchMapping
 from lora_jax.peft._parse import PREFIX
@@ -37,6 +39,7 @@ def combine_folders(
     uniform: bool = False,
     dtype: Any = None,
     ignore: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
     """Writes Σ wₖ·Δₖ of PEFT folders, or a soup of them, as one, without the base model.
 
@@ -49,8 +52,8 @@ def combine_folders(
       density: the share of elements that stays; None for the method's default.
       seed: of what "dare" drops.
       uniform: one rank and alpha for all, as vLLM reads no patterns.
-      dtype: of the tensors; None for fp32.
-      ignore: settings of the configurations to pass over.
+      dtype: of the tensors, float32, bfloat16 or float16; None for fp32.
+      ignore, rename: as in `lora.peft.load`.
 
     Returns:
       {torch parameter: rank}.
@@ -58,7 +61,9 @@ def combine_folders(
     Raises:
       LoRAError: `out` exists, or something cannot be combined; all of that is listed.
     """
-    adapters = [open_torch(folder, ignore) for folder in folders]
+    odd = [f"{f}: its weight is {w}" for f, w in zip(folders, weights) if not math.isfinite(w)]
+    raise_all("the weights are to be finite:", odd)
+    adapters = [open_torch(folder, ignore, rename) for folder in folders]
     raise_all("these adapters cannot be combined:", _unfit(adapters))
     trees = [a.low_rank() for a in adapters]
     mixed = _mixed(trees, weights, method, density, seed, {"rank": rank, "energy": energy})
@@ -76,14 +81,21 @@ def combine_folders(
     raise_all("the sum cannot be written for PEFT:", export.failures)
     tensors = {PREFIX + k: v for k, v in export.tensors.items()}
     tensors |= {t.key: a.file.read(t.key) for a in adapters for t in a.parsed.tables}
-    low = lambda x: x if dtype is None else x.astype(dtype)
-    tensors = {k: np.ascontiguousarray(low(v)) for k, v in tensors.items()}
+    names = {k for a in adapters for k in unknown(a.file.config)}
+    more = {k: _shared(adapters, k) for k in names}
     with replacing(Path(out)) as new:
-        write_folder(new, tensors, settings)
+        write_folder(new, tensors, settings, dtype=dtype or np.float32, more=more)
     return {name: node.rank for name, node in nodes.items()}
 
 
-def _mixed(trees, weights, method, density, seed, kept) -> dict[str, Any]:
+def _mixed(
+    trees: Sequence[Mapping[str, Any]],
+    weights: Sequence[float],
+    method: str,
+    density: float | None,
+    seed: int,
+    kept: Mapping[str, Any],
+) -> dict[str, Any]:
     share = {} if density is None else {"density": density}
     if method == "ties":
         return ties(trees, weights, **share, **kept)[0]
@@ -135,7 +147,9 @@ def _unfit(adapters: Sequence[TorchAdapter]) -> list[str]:
     return lines
 
 
-def _named_as_peft(mixed: Mapping[str, Any], entries: Mapping[str, Entry], adapters):
+def _named_as_peft(
+    mixed: Mapping[str, Any], entries: Mapping[str, Entry], adapters: Sequence[TorchAdapter]
+) -> tuple[dict[str, Any], TorchMapping]:
     """The nodes and their mapping, with parameters of experts in their order, innermost first.
 
     Which of them is which is not known, and need not be: the file holds them by their depth.

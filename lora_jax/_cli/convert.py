@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from lora_jax._cli.files import replacing
-from lora_jax._cli.inspect import kind_of, restored
-from lora_jax._cli.safetensors import open_base
+from lora_jax._cli.inspect import kind_of, of_orbax, only_files, restored
+from lora_jax._cli.safetensors import Tensor, open_base
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten, nest
@@ -26,7 +25,8 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.checkpoint._checkpoint import save as save_checkpoint
 from lora_jax.peft._blocks import LeafInfo, block
-from lora_jax.peft._file import DTYPES
+from lora_jax.peft._config import unknown
+from lora_jax.peft._file import DTYPES, opened, read_json
 from lora_jax.peft._find import Finder
 from lora_jax.peft._load import load
 from lora_jax.peft._mapping import Entry, TorchMapping, leaf_infos
@@ -48,6 +48,7 @@ def to_orbax(
     ignore: Sequence[str] = (),
     experts: Sequence[str] | None = None,
     experts_a: str | None = None,
+    **options: Any,
 ) -> TorchMapping:
     """Writes the adapter of a PEFT folder as step 0 of a new checkpoint directory.
 
@@ -56,16 +57,18 @@ def to_orbax(
     Args:
       folder, params, survey, mapping, ignore, experts, experts_a: as in `lora.peft.load`.
       out: a new directory.
+      options: `rename`, `conv1d` and `keep_base` of `lora.peft.load`.
 
     Returns:
       The mapping that was found.
     """
-    order = {"experts": experts, "experts_a": experts_a}
-    found = load(folder, params, survey, mapping=mapping, ignore=ignore, **order)
+    options |= {"experts": experts, "experts_a": experts_a, "max_bytes": 1 << 62}
+    found = load(folder, params, survey, mapping=mapping, ignore=ignore, **options)
     data = {"peft": {"config": dict(found.config), "mapping": mapping_to_json(found.mapping)}}
-    with replacing(Path(out)) as new, ocp.CheckpointManager(new.absolute()) as manager:
-        save_checkpoint(manager, 0, found.adapters, base=params, data=data)
-        manager.wait_until_finished()
+    with replacing(Path(out)) as new, of_orbax(Path(out)):
+        with ocp.CheckpointManager(new.absolute()) as manager:
+            save_checkpoint(manager, 0, found.adapters, base=params, data=data)
+            manager.wait_until_finished()
     return found.mapping
 
 
@@ -95,19 +98,24 @@ def to_peft(
     """
     found = restored(directory, params)
     stored = found.data.get("peft") if isinstance(found.data, dict) else None
+    stored = stored if isinstance(stored, dict) else None
     if torch is None and stored is None:
         raise LoRAError(
             f"{directory}: the checkpoint does not say which torch parameters its leaves are; name "
             "the torch model, --torch model.safetensors"
         )
     if torch is None:
-        chosen = mapping_from_json(stored["mapping"])
+        try:
+            chosen = mapping_from_json(stored["mapping"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+            raise LoRAError(f"{directory}: its mapping is damaged: {e!r:.200}") from e
     else:
         chosen = _mapping(found.adapters, params, survey, mapping, torch, experts_a or "in")
         if experts is None:
             raise_all(f"{directory}: cannot be written for PEFT:", unordered(chosen.entries))
         chosen = TorchMapping(ordered(chosen.entries, list(experts or ())))
-    config = stored["config"] if stored else {}
+    config = stored.get("config") if stored else {}
+    config = config if isinstance(config, dict) else {}
     kept = {k: config.get(k) for k in ("task_type", "base_model_name_or_path")}
     with replacing(Path(out)) as new:
         save_adapter(
@@ -116,11 +124,19 @@ def to_peft(
             chosen,
             task_type=kept["task_type"],
             base_model_name=kept["base_model_name_or_path"],
+            config=unknown(config),
         )
     return chosen
 
 
-def _mapping(adapters, params, survey, table, torch, experts_a) -> TorchMapping:
+def _mapping(
+    adapters: Any,
+    params: Any,
+    survey: Survey | Targets | None,
+    table: Mapping[str, Any] | None,
+    torch: Mapping[str, Sequence[int]],
+    experts_a: str,
+) -> TorchMapping:
     """The torch parameters that lie on adapted leaves."""
     nodes = flatten(adapters, is_leaf=is_node)
     infos = leaf_infos(params, survey) if params is not None else {}
@@ -190,6 +206,8 @@ def read_params(text: str) -> tuple[Any, Survey | Targets | None]:
         return nest({n.replace(separator, "/"): _abstract(t) for n, t in tensors.items()}), None
     if path.is_dir():
         return _of_orbax(path), None
+    if path.exists():
+        opened(path).close()  # says that it is a pipe or a device
     if ":" in text:
         return _called(text)
     raise LoRAError(f"--params {text}: there is no such file; expected {PARAMS}")
@@ -198,23 +216,25 @@ def read_params(text: str) -> tuple[Any, Survey | Targets | None]:
 _OTHER = {"F64": "float64", "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool"}
 
 
-def _abstract(t) -> jax.ShapeDtypeStruct:
+def _abstract(t: Tensor) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(t.shape, DTYPES.get(t.dtype, _OTHER.get(t.dtype)))
 
 
 def _of_orbax(path: Path) -> Any:
+    only_files(path)
     steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     for root in (path, *steps[-1:]):
         for folder in (root, root / "default", root / "params"):
             if (folder / "_METADATA").is_file():
-                found = ocp.StandardCheckpointer().metadata(folder.absolute()).item_metadata
+                with of_orbax(folder):
+                    found = ocp.StandardCheckpointer().metadata(folder.absolute()).item_metadata
                 is_leaf = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
                 shapes = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
                 return jax.tree.map(shapes, found.tree, is_leaf=is_leaf)
     raise LoRAError(f"--params {path}: holds no parameters; expected {PARAMS}")
 
 
-def _called(text: str):
+def _called(text: str) -> tuple[Any, Survey | Targets | None]:
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -231,12 +251,7 @@ def _called(text: str):
 def read_table(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """({torch name or expression: leaf or leaves}, {torch name: shape}) of a JSON file that may
     hold both."""
-    try:
-        found = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as e:
-        raise LoRAError(f"{path}: expected JSON: {e}") from e
-    if not isinstance(found, dict):
-        raise LoRAError(f"{path}: expected an object {{torch name: leaf}}")
+    found = read_json(Path(path))
     is_shape = lambda x: isinstance(x, list) and all(type(n) is int for n in x)
     shapes = {k: v for k, v in found.items() if is_shape(v)}
     return {k: v for k, v in found.items() if k not in shapes}, shapes
@@ -248,7 +263,16 @@ def read_torch(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
 
 
 def convert(
-    src, dst, params, mapping=None, torch=None, to=None, ignore=(), experts=None, experts_a=None
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    params: str | None,
+    mapping: str | os.PathLike | None = None,
+    torch: str | os.PathLike | None = None,
+    to: str | None = None,
+    ignore: Sequence[str] = (),
+    experts: Sequence[str] | None = None,
+    experts_a: str | None = None,
+    **options: Any,
 ) -> TorchMapping:
     """Converts in the direction that `src` asks for; paths and texts as on the command line."""
     kind = kind_of(src)
@@ -263,7 +287,8 @@ def convert(
         raise LoRAError(f"--params is needed: {PARAMS}")
     tree, survey = (None, None) if params is None else read_params(params)
     if kind == "peft":
-        return to_orbax(src, dst, tree, survey, table or None, ignore, experts, experts_a)
+        along = (experts, experts_a)
+        return to_orbax(src, dst, tree, survey, table or None, ignore, *along, **options)
     known = torch is None or Path(torch).suffix == ".json"  # the order of the experts
     experts = () if known and experts is None else experts
     return to_peft(src, dst, tree, survey, table or None, shapes or None, experts, experts_a)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax._cli.torch_adapter import TorchAdapter, norm, open_torch
+from lora_jax._cli.torch_adapter import TorchAdapter, narrow, norm, open_torch
 from lora_jax._core.errors import LoRAError
 from lora_jax._nodes.adapters import DoRA, LoRA
 from lora_jax.algebra._compare import Comparison, compare
@@ -88,6 +88,7 @@ def diff_folders(
     *,
     tolerance: float = 0.0,
     ignore: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
 ) -> Difference:
     """What two PEFT folders of one base differ in; the base is not needed.
 
@@ -97,16 +98,19 @@ def diff_folders(
     Args:
       first, second: the folders.
       tolerance: up to which distance two parameters are equal; see `Difference`.
-      ignore: settings of the configurations to pass over.
+      ignore, rename: as in `lora.peft.load`. What was trained against a changed base (PiSSA, LoftQ)
+        is compared as it is.
 
     Raises:
       LoRAError: one of them cannot be read, or they are of different bases.
     """
-    one, two = (open_torch(folder, ignore) for folder in (first, second))
+    one, two = (
+        open_torch(folder, (*ignore, "init_lora_weights"), rename) for folder in (first, second)
+    )
     trees = [a.low_rank() for a in (one, two)]
     both = [n for n in one.parts if n in two.parts]
     common = [{n: t[n] for n in both if n in trees[0] and n in trees[1]} for t in trees]
-    plain = [{n: x for n, x in t.items() if isinstance(x, LoRA)} for t in common]
+    plain = [{n: narrow(x) for n, x in t.items() if isinstance(x, LoRA)} for t in common]
     likeness = compare(*plain) if plain[0] and plain[1] else Comparison({}, (), ())
     distances = {n: _distance(one, two, n, common) for n in both}
     settings = [_settings(a) for a in (one, two)]
@@ -132,7 +136,9 @@ def _settings(adapter: TorchAdapter) -> dict[str, Any]:
     }
 
 
-def _distance(one: TorchAdapter, two: TorchAdapter, name: str, common) -> float:
+def _distance(
+    one: TorchAdapter, two: TorchAdapter, name: str, common: Sequence[Mapping[str, Any]]
+) -> float:
     if name in common[0]:
         return _apart(name, *(tree[name] for tree in common))
     (entry, a), (other, b) = one.parts[name], two.parts[name]

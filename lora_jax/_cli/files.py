@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from lora_jax._core.errors import LoRAError
+from lora_jax.peft._file import partial, remove, writing
 
 
 @contextlib.contextmanager
-def replacing(out: Path):
+def replacing(out: Path) -> Iterator[Path]:
     """A path beside `out` for what becomes `out` if all goes well, and is removed otherwise."""
     if os.path.lexists(out):
         raise LoRAError(f"{out} is there already, and is left as it is; give another path")
     if not out.parent.is_dir():
         raise LoRAError(f"{out}: there is no folder {out.parent}")
-    new = out.parent / f".{out.name}.{os.getpid()}.partial"
+    with writing(out):
+        new = partial(out)
     try:
         yield new
         if os.path.lexists(out):
             raise LoRAError(f"{out} was made meanwhile, and is left as it is; give another path")
-        os.rename(new, out)
+        with writing(out):
+            os.rename(new, out)
+    except LoRAError as e:  # of what is written there; the path beside `out` is gone by then
+        raise LoRAError(str(e).replace(str(new), str(out))) from e
     finally:
-        if new.is_dir():
-            shutil.rmtree(new)
-        new.unlink(missing_ok=True)
+        remove(new)

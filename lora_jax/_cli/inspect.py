@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +15,15 @@ import jax
 
 from lora_jax._cli.safetensors import open_base
 from lora_jax._cli.torch_adapter import TorchAdapter, norm, open_torch
-from lora_jax._core.errors import LoRAError
+from lora_jax._core.errors import LoRAError, quoted
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._nodes.adapters import LowRank, Rows
 from lora_jax._nodes.node import is_node
-from lora_jax.checkpoint._checkpoint import restore
+from lora_jax.checkpoint._checkpoint import Restored, restore
 from lora_jax.checkpoint._describe import config_to_json
-from lora_jax.peft._file import CONFIG, TENSORS
+from lora_jax.peft._file import CONFIG, TENSORS, opened
+from lora_jax.peft._parse import split
 from lora_jax.peft._parts import NewRows, Update
 
 SHOWN = 160  # characters of a setting
@@ -102,7 +104,9 @@ def kind_of(path: str | os.PathLike) -> Literal["peft", "orbax", "base"]:
         return "orbax"
     if any(path.glob("*.safetensors")):
         return "base"
-    found = "there is nothing" if not path.exists() else "it is a file" if path.is_file() else ""
+    if path.exists() and not path.is_dir():
+        opened(path).close()  # says so of a pipe or a device
+    found = "there is nothing" if not path.exists() else "" if path.is_dir() else "it is a file"
     found = found or ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
     raise LoRAError(
         f"{path}: expected a PEFT folder ({CONFIG}), a checkpoint directory of "
@@ -115,27 +119,51 @@ def _is_step(path: Path) -> bool:
     return path.name.isdigit() and (path / "lora").is_dir()
 
 
-def restored(path: str | os.PathLike, base: Any = None):
+def restored(path: str | os.PathLike, base: Any = None) -> Restored:
     """A checkpoint directory's latest step, or the step that the path is."""
     path = Path(path)
-    if _is_step(path):
-        return restore(path.absolute().parent, base=base, step=int(path.name))
-    return restore(path, base=base)
+    only_files(path)
+    step = int(path.name) if _is_step(path) else None
+    with of_orbax(path):
+        return restore(path if step is None else path.absolute().parent, base=base, step=step)
 
 
-def inspect(path: str | os.PathLike, ignore: Sequence[str] = ()) -> Inspection:
+def only_files(folder: Path) -> None:
+    """Refuses a folder with a pipe or a device in it, which those who read it would wait for."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            opened(Path(root) / name).close()
+
+
+@contextlib.contextmanager
+def of_orbax(path: Path) -> Iterator[None]:
+    """Whatever orbax and its libraries raise over damaged files or a full disk, with the path."""
+    try:
+        yield
+    except LoRAError:
+        raise
+    except Exception as e:  # of their own kinds, and many
+        text = str(e).strip().partition("\n")[0]
+        raise LoRAError(f"{path}: {type(e).__name__}: {quoted(text, 300)}") from e
+
+
+def inspect(
+    path: str | os.PathLike, ignore: Sequence[str] = (), rename: Mapping[str, str] | None = None
+) -> Inspection:
     """What is in a PEFT folder, a checkpoint directory (or a step in it), or a base model.
 
     Args:
       path: see `kind_of`.
-      ignore: settings of a PEFT configuration to pass over.
+      ignore: settings of a PEFT configuration to pass over. Factors that were trained against a
+        changed base (PiSSA, LoftQ) are shown as they are.
+      rename: as in `lora.peft.load`.
 
     Raises:
       LoRAError: it is none of them, or damaged.
     """
     kind = kind_of(path)
     if kind == "peft":
-        adapter = open_torch(path, ignore)
+        adapter = open_torch(path, (*ignore, "init_lora_weights"), rename)
         rows = [_of_peft(adapter, name) for name in adapter.parts]
         rows += [
             _stored(adapter, t.name, "base table", t.shape, [t.key]) for t in adapter.parsed.tables
@@ -167,7 +195,7 @@ def _of_peft(adapter: TorchAdapter, name: str) -> dict[str, Any]:
         return row | {"kind": f"{len(what.index)} rows", "shape": list(what.shape)}
     if not isinstance(what, Update):
         return row | {"kind": "added to" if what.key is None else "full"}
-    module = what.a.removeprefix("base_model.model.").partition(".lora_")[0]
+    module, _ = split(what.a)
     alpha = adapter.config.alpha_of(module.replace(".base_layer.out_proj", ""))
     if what.magnitude is not None:
         row["kind"] += ", dora"
@@ -175,7 +203,9 @@ def _of_peft(adapter: TorchAdapter, name: str) -> dict[str, Any]:
     return row | {"rank": what.rank, "alpha": alpha, "scale": what.scale, "norm": size}
 
 
-def _stored(adapter: TorchAdapter, name, kind, shape, keys) -> dict[str, Any]:
+def _stored(
+    adapter: TorchAdapter, name: str, kind: str, shape: Sequence[int], keys: Sequence[str]
+) -> dict[str, Any]:
     tensors = [adapter.file.tensors[k] for k in keys]
     return {
         "name": name,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+from types import FrameType
 
 
 def main() -> None:
@@ -20,6 +22,15 @@ def main() -> None:
 
     if "JAX_PLATFORMS" not in os.environ:  # the work is the disk's; leave the accelerator alone
         jax.config.update("jax_platforms", "cpu")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax says that a reader cannot write
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stopped)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: what is raised is said below
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
     app(prog_name="lora-jax")
+
+
+def _stopped(number: int, frame: FrameType | None) -> None:
+    """Leaves as after an error, so that what is half written is removed on the way."""
+    signal.signal(number, signal.SIG_IGN)  # once is enough
+    raise SystemExit(128 + number)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from lora_jax._cli.torch_adapter import TorchAdapter, open_torch
 from lora_jax._cli.torch_base import on_base
 from lora_jax._core.errors import raise_all
 from lora_jax._merge import merge
-from lora_jax.peft._file import DTYPES
+from lora_jax.peft._file import DTYPES, opened, writing
 from lora_jax.peft._parts import NewRows
 
 
@@ -30,6 +31,8 @@ def merge_files(
     experts_a: str | None = None,
     keep_base: bool = False,
     ignore: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
+    mapping: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TorchAdapter, list[Path]]:
     """Writes the base with the adapter's changes in it, one tensor at a time.
@@ -45,7 +48,9 @@ def merge_files(
       conv1d, experts, experts_a: see `on_base`.
       keep_base: use the base's table although the adapter holds another one for an adapted
         embedding.
-      ignore: settings of the configuration to pass over.
+      ignore, rename: as in `lora.peft.load`.
+      mapping: {torch name of the adapter, or regular expression: name in the base}, of a parameter
+        or of a module for its weight; what it does not name is found by its own name.
       progress: is told (bytes written, bytes in all).
 
     Returns:
@@ -57,12 +62,13 @@ def merge_files(
     """
     base, out = open_base(base), Path(out)
     placed = on_base(
-        open_torch(adapter, ignore),
+        open_torch(adapter, ignore, rename),
         base.shapes,
         tied=tied_tables(base),
         conv1d=conv1d,
         experts=experts,
         experts_a=experts_a,
+        mapping=mapping,
     )
     _check(placed, base, keep_base)
     total = sum(file.stat().st_size for file in base.files)
@@ -78,11 +84,13 @@ def merge_files(
         if not base.path.is_dir():
             write_changed(base, base.path, new, changed, told)
             return placed, []
-        new.mkdir()
         copied, left = base.others()
-        for path in copied:
-            (new / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base.path / path, new / path)
+        with writing(out):
+            new.mkdir()
+            for path in copied:
+                (new / path).parent.mkdir(parents=True, exist_ok=True)
+                with opened(base.path / path) as source, open(new / path, "wb") as target:
+                    shutil.copyfileobj(source, target)
         for file in base.files:
             write_changed(base, file, new / file.name, changed, told)
     return placed, left
@@ -92,7 +100,8 @@ def tied_tables(base: Base) -> list[str]:
     """The table that is the model's output head as well, by config.json."""
     text = base.config.get("text_config")
     config = {**(text if isinstance(text, dict) else {}), **base.config}
-    kinds = config.get("architectures") or []
+    kinds = config.get("architectures")
+    kinds = kinds if isinstance(kinds, list) else []
     head = any("LM" in str(k) or "ForConditionalGeneration" in str(k) for k in kinds)
     if not head or config.get("tie_word_embeddings") is False:
         return []

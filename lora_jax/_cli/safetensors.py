@@ -8,17 +8,15 @@ time, whatever its size.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax.peft._file import DTYPES
+from lora_jax.peft._file import DTYPES, checked, opened, parse_json, read_json, writing
 
 INDEX, CHUNK = "model.safetensors.index.json", 8 << 20
 
@@ -42,10 +40,12 @@ class Tensor:
 
     def read(self) -> np.ndarray:
         """Its value, of a type that `DTYPES` has."""
-        count = (self.stop - self.start) // DTYPES[self.dtype].itemsize
-        return np.fromfile(self.file, DTYPES[self.dtype], count, offset=self.start).reshape(
-            self.shape
-        )
+        with opened(self.file) as file:
+            file.seek(self.start)
+            data = file.read(self.stop - self.start)
+        if len(data) != self.stop - self.start:
+            raise LoRAError(f"{self.file}: is cut off; copy the file again")
+        return np.frombuffer(data, DTYPES[self.dtype]).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,20 +112,17 @@ def open_base(path: str | os.PathLike) -> Base:
         ]
         tensors |= found
     if path.is_dir() and (path / INDEX).is_file():
-        for name, where in _json(path / INDEX).get("weight_map", {}).items():
+        for name, where in _weight_map(path).items():
             own = tensors[name].file.name if name in tensors else "no file"
             failures += [f"'{name}' is in {where} by the index, found in {own}"] * (own != where)
     raise_all(f"{path}: the files do not belong together:", failures[:20])
-    config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     return Base(path, starts, tensors, config)
 
 
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        names = sorted(set(map(str, _json(folder / INDEX).get("weight_map", {}).values())))
-        odd = [n for n in names if Path(n).name != n]
-        raise_all(f"{folder / INDEX}: expected names of files:", odd)
-        return [folder / n for n in names]
+        return [folder / n for n in sorted(set(_weight_map(folder).values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     found = sorted(folder.glob("*.safetensors"))
@@ -139,32 +136,32 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
+def _weight_map(folder: Path) -> dict[str, str]:
+    """{tensor: file} of a folder's index."""
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise LoRAError(f"{folder / INDEX}: expected weight_map, an object {{tensor: file}}")
+    odd = [
+        f"{name!a}: {file!a}"
+        for name, file in found.items()
+        if not isinstance(file, str) or Path(file).name != file or not file.isprintable()
+    ]
+    raise_all(f"{folder / INDEX}: expected names of files:", odd)
+    return found
+
+
 def _header(path: Path) -> tuple[int, dict[str, Tensor]]:
     """(where the tensors begin, {name: tensor} in the order in which they lie)."""
-    try:
-        with safe_open(path, "np"):  # the format's own checks: no gaps, nothing cut off
-            pass
-        with open(path, "rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8))
-    except (SafetensorError, OSError, ValueError) as e:
-        raise LoRAError(f"{path}: expected a safetensors file of the base model: {e}") from e
+    with checked(path), opened(path) as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(start - 8), f"{path}, its header")
     header.pop("__metadata__", None)
+    raise_all(f"{path}: names of tensors:", [ascii(n) for n in header if not n.isprintable()])
     at = lambda item: item[1]["data_offsets"]
     return start, {
         name: Tensor(path, t["dtype"], tuple(t["shape"]), *(start + n for n in t["data_offsets"]))
         for name, t in sorted(header.items(), key=at)
     }
-
-
-def _json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as e:
-        raise LoRAError(f"{path}: expected JSON: {e}") from e
-    if not isinstance(found, dict):
-        raise LoRAError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
 
 
 def write_changed(
@@ -183,7 +180,7 @@ def write_changed(
       progress: is told how many bytes were written, now and then.
     """
     tensors = {n: t for n, t in base.tensors.items() if t.file == file}
-    with open(file, "rb") as source, open(out, "xb") as target:
+    with writing(out), opened(file) as source, open(out, "xb") as target:
 
         def copy(count: int) -> None:
             while count:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core.errors import raise_all
@@ -95,7 +96,9 @@ class _OneLeaf(Mapping):
         return 1
 
 
-def open_torch(folder: str | os.PathLike, ignore: Sequence[str] = ()) -> TorchAdapter:
+def open_torch(
+    folder: str | os.PathLike, ignore: Sequence[str] = (), rename: Mapping[str, str] | None = None
+) -> TorchAdapter:
     """Opens a PEFT folder without its base model.
 
     A linear weight is taken to lie as in torch's Linear, (out, in). Which of several parameters of
@@ -103,12 +106,12 @@ def open_torch(folder: str | os.PathLike, ignore: Sequence[str] = ()) -> TorchAd
 
     Args:
       folder: holds adapter_config.json and adapter_model.safetensors.
-      ignore: settings of the configuration to pass over.
+      ignore, rename: as in `lora.peft.load`.
 
     Raises:
       LoRAError: as `lora.peft.load`, for what is wrong with the folder itself.
     """
-    file = open_adapter(folder)
+    file = open_adapter(folder, rename=rename)
     config = peft_config(file.config, file.folder / CONFIG, tuple(ignore), len(file.tensors))
     parsed = parse(file, config)
     parts: dict[str, tuple[Entry, Any]] = {}
@@ -160,7 +163,9 @@ def torch_shape(file: AdapterFile, u: Update) -> tuple[tuple[int, ...], Geometry
     return shape, Geometry(tuple(range(1, len(shape))), (0,))
 
 
-def entry(name, path, shape, geometry, kind) -> Entry:
+def entry(
+    name: str, path: str, shape: Sequence[int], geometry: Geometry | None, kind: str
+) -> Entry:
     """A whole tensor `path` as the place of the torch parameter `name`."""
     leaf = LeafInfo(path, tuple(shape), geometry, kind)
     return Entry(name, (Block(leaf, (None,) * len(shape)),), kind, "same", tuple(shape))
@@ -176,6 +181,30 @@ def norm(node: Any) -> float | None:
     """
     if not isinstance(node, LoRA):  # of a DoRA the change depends on the base
         return None
-    a, b = node.geometry.pair(*(np.asarray(x).astype(np.float64) for x in (node.a, node.b)))
-    squares = (a.swapaxes(1, 2) @ a) * (b @ b.swapaxes(1, 2))  # tr(AᵀA·BBᵀ)
-    return float(abs(node.scale) * np.sqrt(max(squares.sum(), 0.0)))
+    a, b = node.geometry.pair(np.asarray(node.a), np.asarray(node.b))
+    squares = sum(_square(x.astype(np.float64), y.astype(np.float64)) for x, y in zip(a, b))
+    return float(abs(node.scale) * np.sqrt(max(squares, 0.0)))
+
+
+def _square(a: np.ndarray, b: np.ndarray) -> float:
+    """‖A·B‖² of A (in, rank) and B (rank, out), in no more memory than A and B take.
+
+    tr(AᵀA·BBᵀ) is (rank, rank) twice, which is small where the rank is; where it is not, the
+    product is: in · out ≤ rank · (in + out) as soon as the rank is at least the smaller of the two.
+    """
+    if a.shape[1] <= min(a.shape[0], b.shape[1]):
+        return float(np.sum((a.T @ a) * (b @ b.T)))
+    return float(np.sum((a @ b) ** 2))
+
+
+def narrow(node: LoRA) -> LoRA:
+    """The same update with a rank of at most its smaller side, for what multiplies rank by rank."""
+    _, i, o = node.geometry.sizes(node.shape)
+    if node.rank <= min(i, o):
+        return node
+    a, b = node.geometry.pair(*(np.asarray(x, np.float32) for x in (node.a, node.b)))
+    product, one = a @ b, np.stack([np.eye(min(i, o), dtype=np.float32)] * len(a))
+    a, b = (one, product) if i <= o else (product, one)
+    shapes = node.geometry.factor_shapes(node.shape, min(i, o))
+    a, b = a.reshape(shapes[0]), b.reshape(shapes[1])
+    return dataclasses.replace(node, a=jnp.asarray(a), b=jnp.asarray(b))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_jax._cli.torch_adapter import (
@@ -19,6 +19,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import nearest
 from lora_jax.peft._experts import ways
+from lora_jax.peft._find import is_head, is_wrapper, looked_up
 from lora_jax.peft._mapping import Entry
 from lora_jax.peft._parts import Experts, NewRows, Update, Value
 
@@ -33,6 +34,7 @@ def on_base(
     conv1d: Sequence[str] | None = None,
     experts: Sequence[str] | None = None,
     experts_a: str | None = None,
+    mapping: Mapping[str, Any] | None = None,
 ) -> TorchAdapter:
     """The adapter with every parameter found in the base: its name there, its shape, its axes.
 
@@ -48,11 +50,12 @@ def on_base(
       experts_a: which axis of their weights (experts, first, last) lora_A runs along, where shapes
         do not say it: "last" since PEFT 0.19.1, but "first" where the module `is_transposed`; up
         to 0.19.0 it is "first".
+      mapping: as in `merge_files`.
 
     Raises:
       LoRAError: parameters that the base does not have, or that do not fit; all of them are listed.
     """
-    place = _Placing(adapter, shapes, tied, conv1d)
+    place = _Placing(adapter, shapes, tied, conv1d, mapping or {})
     for u in adapter.parsed.updates:
         place.update(u)
     for group in adapter.parsed.experts:
@@ -66,7 +69,15 @@ def on_base(
 
 
 class _Placing:
-    def __init__(self, adapter: TorchAdapter, shapes, tied, conv1d):
+    def __init__(
+        self,
+        adapter: TorchAdapter,
+        shapes: Mapping[str, tuple[int, ...]],
+        tied: Sequence[str],
+        conv1d: Sequence[str] | None,
+        mapping: Mapping[str, Any],
+    ):
+        self.mapping = mapping
         self.adapter, self.shapes, self.tied, self.conv1d = adapter, shapes, tied, conv1d
         self.failures: list[str] = []
         self.parts: dict[str, tuple[Entry, Any]] = {}
@@ -74,11 +85,12 @@ class _Placing:
         names = [x.name for x in (*parsed.updates, *parsed.values, *parsed.rows)]
         names += [f"{g.module}.{p}" for g in parsed.experts for p in g.parameters]
         self.rename = _rename(names, shapes)
+        self.far = _far(names, shapes)
         self.flag = IN_OUT if adapter.config.fan_in_fan_out else OUT_IN
 
     def find(self, name: str, what: str) -> tuple[str, tuple[int, ...]] | None:
         """(the base's name, shape) of a parameter."""
-        own = self.rename(name)
+        own = self.named(name)
         if own in self.shapes:
             return own, tuple(self.shapes[own])
         module = own.rpartition(".")[0]
@@ -93,9 +105,33 @@ class _Placing:
             )
         elif what == "saved in full":
             hint += "; if the module was added for training, save the base with it first"
+        far = self.far.get(name)
+        if far is not None:
+            hint = (
+                f"'{far}' has that name but for how it begins, as another part of a model has; if "
+                f"it is that one: lora.peft.load(..., mapping={{{name!r}: {far!r}}})"
+            )
         self.failures.append(f"'{name}' ({what}) is not in the base; {hint}")
+        return None
 
-    def add(self, name, own, shape, geometry, kind, what) -> None:
+    def named(self, name: str) -> str:
+        """The base's name: what the caller says, or the same but for a first name."""
+        found = looked_up(self.mapping, name)
+        if found is None:
+            return self.rename(name)
+        if len(found) != 1:
+            raise LoRAError(f"mapping: '{name}' is {found}, expected one tensor of the base")
+        return found[0] if found[0] in self.shapes else f"{found[0]}.{name.rpartition('.')[2]}"
+
+    def add(
+        self,
+        name: str,
+        own: str,
+        shape: tuple[int, ...],
+        geometry: Geometry | None,
+        kind: str,
+        what: Update | Value | NewRows,
+    ) -> None:
         if own in self.parts:
             self.failures.append(f"'{own}' is changed in two ways, by {name}")
         if own in self.tied and not isinstance(what, NewRows) and not self.adapter.config.tying:
@@ -120,11 +156,12 @@ class _Placing:
             or_so = f" or {expected[::-1]}" if u.kind == "linear" else ""
             return self.failures.append(
                 f"'{u.name}': the update is of a weight {expected}{or_so}; '{own}' is {shape}"
+                + _resized(u.name, shape, expected)
             )
         if fits[0] is not None:
             self.add(u.name, own, shape, fits[0], u.kind, u)
 
-    def _square(self, own: str, shape) -> Geometry | None:
+    def _square(self, own: str, shape: tuple[int, ...]) -> Geometry | None:
         """How a square weight lies. Conv1D always has a bias, and the lengths of the biases beside
         the base's other weights say which of the two it uses."""
         module = own.removesuffix(".weight")
@@ -146,7 +183,7 @@ class _Placing:
             f"--conv1d {module.rpartition('.')[2]}, or --conv1d none"
         )
 
-    def experts(self, group: Experts, order, along) -> None:
+    def experts(self, group: Experts, order: Sequence[str] | None, along: str | None) -> None:
         """The one assignment of pairs to parameters that the shapes allow."""
         axes = {None: ("last", "first"), "first": ("first",), "last": ("last",)}
         if along not in axes:
@@ -184,7 +221,8 @@ class _Placing:
             return
         own, shape = found
         if shape != v.shape:
-            self.failures.append(f"'{v.name}' {v.shape} is saved in full; '{own}' is {shape}")
+            more = _resized(v.name, shape, v.shape)
+            self.failures.append(f"'{v.name}' {v.shape} is saved in full; '{own}' is {shape}{more}")
         self.add(v.name, own, shape, None, "value", v)
 
     def rows(self, r: NewRows) -> None:
@@ -196,11 +234,14 @@ class _Placing:
         if len(shape) != 2 or shape[1] != r.shape[1] or highest >= shape[0]:
             self.failures.append(
                 f"'{r.name}': rows up to {highest} of {r.shape[1]} features; '{own}' is {shape}"
+                + _resized(r.name, shape, (highest + 1, r.shape[1]))
             )
         self.add(r.name, own, shape, None, "rows", r)
 
 
-def _expert(found, axis: str, parameter: str, u: Update) -> tuple[Update, Geometry] | None:
+def _expert(
+    found: Mapping[str, tuple[str, tuple[int, ...]]], axis: str, parameter: str, u: Update
+) -> tuple[Update, Geometry] | None:
     """The update and its axes, where lora_A runs along the first or the last axis behind the
     experts', if these sizes fit."""
     shape = found[parameter][1]
@@ -212,12 +253,36 @@ def _expert(found, axis: str, parameter: str, u: Update) -> tuple[Update, Geomet
     return u, EXPERTS_IN_OUT if axis == "first" else EXPERTS_OUT_IN
 
 
-def _rename(names: Sequence[str], shapes: Mapping[str, Any]):
-    """From the adapter's names to the base's: the same, or one first name less or more for all."""
-    ways = [lambda name: name]
-    for first in sorted({n.partition(".")[0] + "." for n in names}):
-        ways.append(lambda name, first=first: name.removeprefix(first))
-    for first in sorted({n.partition(".")[0] + "." for n in shapes}):
-        ways.append(lambda name, first=first: first + name)
+def _resized(name: str, have: tuple[int, ...], want: tuple[int, ...]) -> str:
+    """What to do where the adapter was trained with more tokens than the base has."""
+    table = "emb" in name.lower() or is_head(name)
+    if not table or have[1:] != want[1:] or len(have) != 2 or want[0] <= have[0]:
+        return ""
+    return f"; tokens were added: resize the base to {want[0]} rows"
+
+
+def _rename(names: Sequence[str], shapes: Mapping[str, Any]) -> Callable[[str], str]:
+    """From the adapter's names to the base's: the same, or one first name less or more for all, of
+    those that stand for the whole model."""
+    ways = [way for first, way in _ways(names, shapes) if is_wrapper([first])]
+    ways = [lambda name: name, *ways]
     best = max(ways, key=lambda way: sum(n in shapes or way(n) in shapes for n in names))
     return lambda name: name if name in shapes or best(name) not in shapes else best(name)
+
+
+def _far(names: Sequence[str], shapes: Mapping[str, Any]) -> dict[str, str]:
+    """{adapter's name: a name in the base} of what may be in another part of the model."""
+    ways = _ways(names, shapes)
+    return {n: way(n) for first, way in ways for n in names if n != way(n) and way(n) in shapes}
+
+
+def _ways(
+    names: Sequence[str], shapes: Mapping[str, Any]
+) -> list[tuple[str, Callable[[str], str]]]:
+    """(first name, from a name of the adapter to one of the base without it, or with it)."""
+    ways: list[tuple[str, Callable[[str], str]]] = []
+    for first in sorted({n.partition(".")[0] for n in names}):
+        ways.append((first, lambda name, first=first: name.removeprefix(first + ".")))
+    for first in sorted({n.partition(".")[0] for n in shapes}):
+        ways.append((first, lambda name, first=first: f"{first}.{name}"))
+    return ways

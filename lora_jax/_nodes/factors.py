@@ -77,7 +77,8 @@ def without_frozen(nodes: Mapping[str, Node], verb: str) -> dict[str, Any]:
 
 def check_factors(nodes: Mapping[str, Node]) -> None:
     """Raises for nodes that are no factors, nor values in the base's place."""
-    rest = {p: n for p, n in nodes.items() if not isinstance(n, LowRank | Full | Rows)}
+    plain = LowRank | Full | Rows
+    rest = {p: n for p, n in nodes.items() if is_node(n) and not isinstance(n, plain)}
     has_none = lambda n: type(n).factors is Node.factors
     raise_all(
         "these adapters are no factors yet:",

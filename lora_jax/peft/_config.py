@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lora_jax._core.errors import LoRAError, quoted, raise_all
@@ -40,7 +41,13 @@ REFUSED = {
 }
 
 
+NOTHING = ("none", "None", "null", "auto", "default", "off")  # what settings say for it
+
+
 MAX_SETTINGS = 1000  # PEFT 0.21 has 45
+
+
+MAX_PARTS = 64  # of a name, where all that is inside it is looked up
 
 
 MAX_TABLES = 1000  # of which rows are trained
@@ -69,6 +76,9 @@ class PeftConfig:
     tying: bool
     fan_in_fan_out: bool
     version: tuple[int, ...] | None
+    bias: str
+    in_full: frozenset[str]  # modules_to_save
+    any_rank: bool  # the tensors' ranks count, whatever `r` says
 
     def alpha_of(self, name: str) -> float:
         """By PEFT's rule: the first pattern, in the file's order, that ends the name.
@@ -80,6 +90,24 @@ class PeftConfig:
     def rank_of(self, name: str) -> int:
         """What the file says of the rank; needed only where no tensor does (experts)."""
         return self.r if self.adalora else self.rank_pattern.first(name, self.r)
+
+    def other_rank(self, name: str, rank: int) -> str | None:
+        """What is wrong with the rank of a module's tensors; PEFT would not load them."""
+        said = self.rank_of(name)
+        if self.adalora or self.any_rank or said == rank:  # AdaLoRA cuts ranks off
+            return None
+        return (
+            f"is of rank {rank}, and the configuration says {said}: tensors or configuration are "
+            "another adapter's, or rank_pattern was changed; if alpha belongs to the tensors' "
+            "rank: lora.peft.load(..., ignore=['r'])"
+        )
+
+    def saved(self, name: str) -> bool:
+        """Whether a parameter is of a module that is saved in full, or a bias that is."""
+        parts = name.split(".")
+        ends = (".".join(parts[i:j]) for j in range(1, len(parts)) for i in range(j))
+        in_full = len(parts) <= MAX_PARTS and any(end in self.in_full for end in ends)
+        return in_full or (parts[-1] == "bias" and self.bias != "none")
 
     def scale(self, name: str, rank: int) -> float:
         """The constant before B·A: alpha / rank, alpha / √rank (rsLoRA), or AdaLoRA's."""
@@ -145,8 +173,10 @@ def peft_config(
         check.value("ensure_weight_tying", bool, False),
         check.value("fan_in_fan_out", bool, False),
         check.version(),
+        check.value("bias", str, "none"),
+        frozenset(check.strings("modules_to_save")),
+        "r" in ignore,
     )
-    check.strings("modules_to_save")
     if config.dora and (adalora or raw.get("lora_bias") is True):
         with_what = "AdaLoRA" if adalora else "lora_bias"
         check.failures.append(f"use_dora with {with_what}, which PEFT does not have")
@@ -156,11 +186,23 @@ def peft_config(
     return config
 
 
-def _is_rank(x) -> bool:
+def unknown(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that PEFT 0.17 to 0.21 does not have."""
+    return {k: v for k, v in raw.items() if k not in HARMLESS and k not in REFUSED}
+
+
+def _switches(value: Any) -> bool:
+    """Whether a value may turn something on: anything but nothing, in whatever form."""
+    if isinstance(value, dict | list):
+        return any(map(_switches, value.values() if isinstance(value, dict) else value))
+    return bool(value) and value not in NOTHING
+
+
+def _is_rank(x: Any) -> bool:
     return type(x) is int and 1 <= x < 1 << 24
 
 
-def _is_number(x) -> bool:
+def _is_number(x: Any) -> bool:
     return type(x) in (int, float) and abs(x) < 1e12
 
 
@@ -171,17 +213,22 @@ class _Checks:
         self.raw, self.budget = raw, budget
         self.failures: list[str] = []
 
-    def supported(self, ignore) -> None:
+    def supported(self, ignore: Iterable[str]) -> None:
         """Nothing is set that changes the function in a way that is not known here."""
         for name, why in REFUSED.items():
             if self.raw.get(name) and name not in ignore:
                 self.failures.append(f"{name} is set, which is not supported: {why}")
-        for name, value in self.raw.items():
-            if value and name not in HARMLESS and name not in REFUSED and name not in ignore:
-                self.failures.append(
-                    f"{quoted(name)} is not a setting of PEFT 0.17 to 0.21; if it does not change "
-                    f"the function: lora.peft.load(..., ignore=[{quoted(name)}])"
-                )
+        new = {k: v for k, v in unknown(self.raw).items() if k not in ignore}
+        on = [k for k, v in new.items() if _switches(v)]
+        for name in on:
+            self.failures.append(
+                f"{quoted(name)} is not a setting of PEFT 0.17 to 0.21; if it does not change "
+                f"the function: lora.peft.load(..., ignore=[{quoted(name)}])"
+            )
+        if passed := ", ".join(quoted(k) for k in (*new,)[:20] if k not in on):
+            warnings.warn(
+                f"passed over: {passed}; PEFT 0.17 to 0.21 has no such settings", stacklevel=5
+            )
         init = self.raw.get("init_lora_weights")
         if (
             not (isinstance(init, bool | str | None) and init in PLAIN_INITS)
@@ -194,7 +241,7 @@ class _Checks:
                 "lora.peft.load(..., ignore=['init_lora_weights'])"
             )
 
-    def wrong(self, name, expected, default):
+    def wrong(self, name: str, expected: str, default: Any) -> Any:
         value = self.raw[name]
         text = type(value).__name__
         if isinstance(value, str | int | float):
@@ -202,25 +249,25 @@ class _Checks:
         self.failures.append(f"{name}: expected {expected}, found {text}")
         return default
 
-    def value(self, name, kind, default):
+    def value(self, name: str, kind: type, default: Any) -> Any:
         found = self.raw.get(name)
         if found is None:
             return default
         return found if isinstance(found, kind) else self.wrong(name, kind.__name__, default)
 
-    def number(self, name, default) -> float:
+    def number(self, name: str, default: float) -> float:
         found = self.raw.get(name)
         if found is None:
             return default
         return found if _is_number(found) else self.wrong(name, "a number", default)
 
-    def rank(self, name) -> int:
+    def rank(self, name: str) -> int:
         found = self.raw.get(name)
         if found is None:
             return 8
         return found if _is_rank(found) else self.wrong(name, "an integer >= 1", 8)
 
-    def strings(self, name) -> tuple[str, ...]:
+    def strings(self, name: str) -> tuple[str, ...]:
         found = self.raw.get(name)
         if found is None:
             return ()
@@ -228,7 +275,7 @@ class _Checks:
             return tuple(found)
         return self.wrong(name, "a list of strings", ())
 
-    def targets(self):
+    def targets(self) -> tuple[str | tuple[str, ...] | None, SafePattern | None, frozenset[str]]:
         """(the setting, its expression, its names)."""
         found, target = self.raw.get("target_modules"), None
         if not isinstance(found, str):
@@ -248,7 +295,7 @@ class _Checks:
             found.setdefault(module, []).append((place, name))
         return {module: tuple(names) for module, names in found.items()}
 
-    def patterns(self, name, is_value) -> Patterns:
+    def patterns(self, name: str, is_value: Callable[[Any], bool]) -> Patterns:
         found = self.raw.get(name) or {}
         if not isinstance(found, dict) or not all(map(is_value, found.values())):
             found = self.wrong(name, "a map of names to numbers", {})
@@ -258,7 +305,7 @@ class _Checks:
         self.failures += patterns.failures
         return patterns
 
-    def tokens(self):
+    def tokens(self) -> dict[str, tuple[int, ...]] | None:
         """{end of a module's name: row numbers}; a list is for whatever module has the tensor."""
         name = "trainable_token_indices"
         found = self.raw.get(name)

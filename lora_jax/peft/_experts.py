@@ -138,8 +138,8 @@ def on_leaves(group: Experts, finder, order=None, along=None) -> list[tuple[Any,
         f"'{group.module}' ({', '.join(names)}; {group.sizes}): "
         + (
             f"{len(found)} ways to assign its tensors fit, and the file does not say which: "
-            f"lora.peft.load(..., experts={names}, in the order of the torch module's parameters, "
-            "experts_a='in'), or 'out' where PEFT's lora_A runs along the outputs"
+            f"lora.peft.load(..., experts={names}, experts_a='in'), in the order of the torch "
+            "module's parameters, and 'out' where PEFT's lora_A runs along the outputs"
             if found
             else "no leaves have these names and sizes; where the experts' axis is not one of a "
             "stack in the survey, lora.peft.load(folder, params, targets) with targets = "

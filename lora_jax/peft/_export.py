@@ -22,11 +22,25 @@ VERSION = "0.21.2"
 PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "default")  # PEFT's, in its layers
 
 
+def times(b: np.ndarray, by: float) -> np.ndarray:
+    """The product in fp32, rounded once; what overflows is refused when it is written."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (b.astype(np.float32) * by).astype(b.dtype)
+
+
 class _Low:
     """A low-rank update of one torch parameter: A (batch, r, in), B (batch, out, r), and DoRA's
     magnitude (out), if it has one."""
 
-    def __init__(self, entry: Entry, a, b, scale: float, dropout: float, magnitude=None):
+    def __init__(
+        self,
+        entry: Entry,
+        a: np.ndarray,
+        b: np.ndarray,
+        scale: float,
+        dropout: float,
+        magnitude: np.ndarray | None = None,
+    ):
         self.entry, self.a, self.b, self.scale, self.dropout = entry, a, b, scale, dropout
         self.magnitude = magnitude
 
@@ -37,7 +51,7 @@ class _Low:
     def scaled(self, scale: float) -> None:
         """The same update with another constant before it."""
         if scale != self.scale:
-            self.b = (self.b.astype(np.float32) * (self.scale / scale)).astype(self.b.dtype)
+            self.b = times(self.b, self.scale / scale)
             self.scale = scale
 
     def padded(self, rank: int) -> None:
@@ -103,7 +117,10 @@ class Export:
                 )
 
     def _lora(self, entry: Entry, nodes: Sequence[LowRank | None]) -> None:
-        scale = next(n.scale for n in nodes if n is not None)
+        scale = next((n.scale for n in nodes if n is not None and n.scale), 0.0)
+        if not all(math.isfinite(n.scale) for n in nodes if n is not None):
+            self.failures.append(f"'{entry.name}': the scale of its adapter is not finite")
+            return
         dropout = next(n.dropout for n in nodes if n is not None)
         parts = []
         for block, node in zip(entry.blocks, nodes):
@@ -120,7 +137,7 @@ class Export:
             if entry.swapped:
                 a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
             if node.scale != scale:
-                b = (b.astype(np.float32) * (node.scale / scale)).astype(b.dtype)
+                b = times(b, node.scale / scale)
             parts.append((a, b))
         if entry.swapped and len(parts) > 1:
             self.failures.append(f"'{entry.name}': A runs along the outputs of several leaves")
@@ -183,9 +200,9 @@ class Export:
         if uniform is not True and uniform < rank:
             self.failures.append(f"uniform_rank={uniform}, but there is a rank {rank}")
         rank = rank if uniform is True else uniform
-        scale = collections.Counter(low.scale for low in self.low.values()).most_common(1)[0][0]
+        scales = collections.Counter(low.scale for low in self.low.values() if low.scale)
         for low in self.low.values():
-            low.scaled(scale)
+            low.scaled(scales.most_common(1)[0][0] if scales else 0.0)
             low.padded(rank)
 
     def _attention(self, module: str, low: _Low) -> None:
@@ -195,12 +212,12 @@ class Export:
             return
         if self.doubled:
             out.scale = out.scale / 2
-        out.scaled(low.scale)
+        out.scaled(low.scale) if low.scale else low.scaled(out.scale)
         rank = max(low.rank, out.rank)
         low.padded(rank)
         out.padded(rank)
 
-    def config(self, base_model_name, task_type) -> dict[str, Any]:
+    def config(self, base_model_name: str | None, task_type: str | None) -> dict[str, Any]:
         """The settings, and the tensors of what they depend on."""
         names: dict[str, tuple[int, float]] = {}
         experts: dict[str, list[str]] = {}
@@ -324,7 +341,7 @@ def _alpha(rank: int, scale: float) -> int | float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _patterns(values: Mapping[str, Any], default) -> dict[str, Any]:
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """{name: value} of what is not the default; each pattern matches its own name only."""
     out = {}
     for name, value in values.items():

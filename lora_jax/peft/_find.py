@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_jax._core.errors import SHOWN, LoRAError, raise_all
@@ -14,6 +14,16 @@ from lora_jax.peft._mapping import BIASES, Entry
 from lora_jax.peft._parts import NewRows, Update
 
 WEIGHTS = ("kernel", "weight", "embedding", "scale", "w", "table")
+
+
+# First names that stand for the whole network: one side may have them and the other not. Any
+# other, such as "vision_tower" or "decoder", tells one part of a model from another.
+WRAPPERS = frozenset(
+    """
+    params module base_model model transformer network net backbone lm
+    bert roberta distilbert albert electra deberta mpnet gpt_neox rwkv mobilebert esm vit
+    """.split()
+)
 
 
 TABLE = 'mapping={r"model\\.layers\\.(\\d+)\\.self_attn\\.q_proj": "layers_{1}/attn/query/kernel"}'
@@ -27,23 +37,35 @@ class _Names:
 
     def __init__(self):
         self.exact: dict[tuple[str, ...], list[str]] = {}
-        self.ends: dict[tuple[str, ...], list[str]] = {}
+        self.ends: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {}
 
     def add(self, tokens: tuple[str, ...], path: str) -> None:
         self.exact.setdefault(tokens, []).append(path)
-        for i in range(1, len(tokens)):
-            if tokens[i - 1].isdigit():
-                break
-            self.ends.setdefault(tokens[i:], []).append(path)
+        for first, rest in _shorter(tokens):
+            self.ends.setdefault(rest, []).append((first, path))
 
-    def find(self, tokens: tuple[str, ...]):
-        """(2 for the same name or 1 for a part of it, leaf)."""
-        yield from ((2, path) for path in self.exact.get(tokens, ()))
-        yield from ((1, path) for path in self.ends.get(tokens, ()))
-        for i in range(1, len(tokens)):
-            if tokens[i - 1].isdigit():
-                break
-            yield from ((1, path) for path in self.exact.get(tokens[i:], ()))
+    def find(self, tokens: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+        """(the first names that one side lacks, leaf)."""
+        yield from (((), path) for path in self.exact.get(tokens, ()))
+        yield from self.ends.get(tokens, ())
+        for first, rest in _shorter(tokens):
+            yield from ((first, path) for path in self.exact.get(rest, ()))
+
+
+def _shorter(tokens: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    for i in range(1, len(tokens)):
+        if tokens[i - 1].isdigit():
+            break
+        yield tokens[:i], tokens[i:]
+
+
+def is_wrapper(first: Sequence[str]) -> bool:
+    """Whether these first names say nothing of which part of a model it is.
+
+    >>> is_wrapper(("base_model", "model")), is_wrapper(("vision_tower", "model"))
+    (True, False)
+    """
+    return WRAPPERS.issuperset(first)
 
 
 class Finder:
@@ -65,16 +87,18 @@ class Finder:
             last = path.rpartition("/")[2].lower()
             self.modules.add(tokens[:-1] if last in (*WEIGHTS, *BIASES) else tokens, path)
         self.tied = [path for path, leaf in leaves.items() if leaf.tied]
+        self.near: list[str] = []  # why leaves with the name of what is looked for are not it
+        self.far: list[tuple[Block, ...]] = []  # of that name, but for the part of the model
         self.failures: list[str] = []
 
     def update(self, update: Update) -> tuple[Entry, Update] | None:
         """The entry, and the update as the leaf has it: turned where the leaf is also a table."""
 
-        def way(blocks):
+        def way(blocks: Sequence[Block]) -> Update:
             tied = len(blocks) == 1 and blocks[0].leaf.tied and update.kind == "linear"
             return update.turned() if tied else update
 
-        def problem(blocks):
+        def problem(blocks: Sequence[Block]) -> str | None:
             return _update_problem(way(blocks), blocks)
 
         experts = f", {update.batch} experts" if update.batch > 1 else ""
@@ -106,14 +130,29 @@ class Finder:
         there are others; of a stack (of experts) it is not known: an error if it is `needed`.
         """
 
-        def problem(blocks):
-            return None if layouts(shape, blocks) else f"of shape {shape}, does not fit"
+        def problem(blocks: Sequence[Block]) -> str | None:
+            if layouts(shape, blocks):
+                return None
+            table = len(shape) == 2 and (is_head(name) or "emb" in name.lower())
+            have = blocks[0].leaf.shape
+            if table and len(blocks) == 1 and shape[1] in have and len(have) == 2:
+                rows = math.prod(have) // shape[1]
+                if shape[0] > rows:
+                    return _resized(have, rows, shape[0])
+            return f"of shape {shape}, does not fit"
 
         blocks = self._one(name, problem, f"of shape {shape}")
         if not blocks:
             return None
         fits = layouts(shape, blocks)
-        if len(fits) > 1 and blocks[0].leaf.kind == "embedding":
+        leaf = blocks[0].leaf
+        large = [n for n in shape if n > 1]
+        unsure = leaf.kind == "?" and leaf.geometry is None and len(large) > len(set(large))
+        if unsure and leaf.path.rpartition("/")[2].lower() not in BIASES:
+            fits = [None]
+            if needed:
+                self.failures.append(f"'{name}' {shape}: {_unknown(leaf)}")
+        elif len(fits) > 1 and blocks[0].leaf.kind == "embedding":
             fits = ["in_out"]
         elif len(fits) > 1 and conv1d is None and (fan_in_fan_out or blocks[0].n_batch > 1):
             fits = [None]
@@ -132,7 +171,7 @@ class Finder:
     def rows(self, rows: NewRows) -> Entry | None:
         """A table of which rows are new: (rows, features), not a part of a leaf."""
 
-        def problem(blocks):
+        def problem(blocks: Sequence[Block]) -> str | None:
             leaf = blocks[0].leaf
             if len(blocks) > 1 or len(leaf.shape) != 2 or blocks[0].shape != leaf.shape:
                 return "not a table of (rows, features)"
@@ -141,9 +180,9 @@ class Finder:
                     f"a kernel (in, out) {leaf.shape}, whose columns are torch's rows; rows can be "
                     "trained of a table only: train this module in full in PEFT (modules_to_save)"
                 )
-            if leaf.shape[1] != rows.shape[1] or max(rows.index, default=0) >= leaf.shape[0]:
-                return f"a table of {leaf.shape}"
-            return None
+            if leaf.shape[1] == rows.shape[1] and highest >= leaf.shape[0]:
+                return _resized(leaf.shape, leaf.shape[0], highest + 1)
+            return None if leaf.shape[1] == rows.shape[1] else f"a table of {leaf.shape}"
 
         highest = max(rows.index, default=0)
         blocks = self._one(rows.name, problem, f"rows up to {highest} of {rows.shape[1]} features")
@@ -163,10 +202,11 @@ class Finder:
                 )
         return None
 
-    def _one(self, name: str, problem, what: str) -> tuple[Block, ...] | None:
+    def _one(
+        self, name: str, problem: Callable[[Sequence[Block]], str | None], what: str
+    ) -> tuple[Block, ...] | None:
         """The only blocks that fit; anything else is a failure that lists the candidates."""
-        groups = self._candidates(name)
-        tried = []
+        groups, tried = self._candidates(name), []
         for candidates in groups:
             fit = [c for c in candidates if problem(c) is None]
             if len(fit) == 1:
@@ -176,6 +216,14 @@ class Finder:
                 self.failures.append(f"'{name}' ({what}) may be: {several}")
                 return None
             tried += [f"{', '.join(map(str, c))}: {problem(c)}" for c in candidates]
+        far = [", ".join(map(str, c)) for c in self.far if problem(c) is None]
+        if far and not tried:
+            self.failures.append(
+                f"'{name}' ({what}) may be: {'; '.join(far[:5])}, but the names begin otherwise, "
+                "as those of another part of a model"
+            )
+            return None
+        tried += self.near
         few = len(self.failures) < SHOWN  # the rest is only counted
         near = nearest(name.rpartition(".")[0].replace(".", "/"), self.leaves, 3) if few else ()
         self.failures.append(
@@ -187,60 +235,47 @@ class Finder:
     def _candidates(self, name: str) -> list[list[tuple[Block, ...]]]:
         """Lists of blocks, the better kind of match first."""
         if self.given is not None:
-            found = self._given(name)
+            self.near, self.far, found = [], [], self._given(name)
             if found is None and name.endswith(".bias"):
                 found = self._bias(name)
             return [[found]] if found else [[]]
         exact, ends = [], []
+        self.near, self.far = [], []
         module, _, last = name.rpartition(".")
         parts = (module if last in ("weight", "bias") else name).split(".")
         parts = parts if parts != [""] else []
         places = [i for i, part in enumerate(parts) if part.isdigit()]
         for i in (None, *places):
             rest = parts if i is None else parts[:i] + parts[i + 1 :]
-            for score, path in self._named(_tokens(rest), last):
+            for first, path in self._named(_tokens(rest), last):
                 leaf = self.leaves[path]
                 whole = Block(leaf, (None,) * len(leaf.shape))
                 found = whole if i is None else _at(leaf, int(parts[i]))
                 if found is not None:
-                    (exact if score == 2 else ends).append((found,))
+                    kind = exact if not first else ends if is_wrapper(first) else self.far
+                    kind.append((found,))
+                elif len(leaf.shape) > 1:
+                    self.near.append(_no_stack(leaf, int(parts[i])))
         if not exact and not ends and len(self.tied) == 1 and is_head(name):
             leaf = self.leaves[self.tied[0]]
             ends.append((Block(leaf, (None,) * len(leaf.shape)),))
         return [exact, ends]
 
-    def _named(self, tokens: tuple[str, ...], last: str):
-        """(score, leaf) of the leaves that may be a parameter of this kind."""
+    def _named(self, tokens: tuple[str, ...], last: str) -> Iterator[tuple[tuple[str, ...], str]]:
+        """(first names that one side lacks, leaf) of those that may be a parameter of this kind."""
         if last not in ("weight", "bias"):
             yield from dict.fromkeys([*self.modules.find(tokens), *self.parameters.find(tokens)])
             return
         kind = WEIGHTS if last == "weight" else BIASES
-        for score, path in self.modules.find(tokens):
+        for first, path in self.modules.find(tokens):
             if path.rpartition("/")[2].lower() in kind:
-                yield score, path
+                yield first, path
 
     def _given(self, name: str) -> tuple[Block, ...] | None:
-        """What the table says of a parameter, by its module's name or its own."""
-        names = [name.removesuffix(".weight"), name]
-        exact = next((n for n in names if n in self.given), None)
-        table = self.given.items() if exact is None else [(re.escape(exact), self.given[exact])]
-        found = {}
-        for key, value in table:
-            try:
-                hit = next((h for n in names if (h := re.fullmatch(key, n))), None)
-                if hit:
-                    texts = (value,) if isinstance(value, str) else tuple(value)
-                    groups = [hit[0], *(x or "" for x in hit.groups())]
-                    found[tuple(t.format(*groups, **hit.groupdict()) for t in texts)] = key
-            except (re.error, IndexError, KeyError, ValueError, TypeError, AttributeError) as e:
-                raise LoRAError(
-                    f"mapping: {key!r}: {value!r} is not a regular expression and a leaf, or list "
-                    f"of leaves, with its groups ({e!r}): {TABLE}"
-                ) from None
+        """What the table says of a parameter."""
         try:
-            if len(found) > 1:
-                raise LoRAError(f"the keys {', '.join(map(repr, found.values()))} all match it")
-            return tuple(block(t, self.leaves) for t in next(iter(found))) if found else None
+            found = looked_up(self.given, name)
+            return None if found is None else tuple(block(t, self.leaves) for t in found)
         except LoRAError as e:
             self.failures.append(f"'{name}': {e}")
             return None
@@ -261,10 +296,70 @@ class Finder:
         return tuple(out) or None
 
 
+def looked_up(table: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
+    """What a `mapping` says of a torch parameter, by its module's name or its own.
+
+    >>> looked_up({r"h\\.(\\d+)\\.q": "layers/q[{1}]"}, "h.2.q.weight")
+    ('layers/q[2]',)
+
+    Raises:
+      LoRAError: the table is malformed, or several keys match.
+    """
+    names = [name.removesuffix(".weight"), name]
+    exact = next((n for n in names if n in table), None)
+    items = table.items() if exact is None else [(re.escape(exact), table[exact])]
+    found = {}
+    for key, value in items:
+        try:
+            hit = next((h for n in names if (h := re.fullmatch(key, n))), None)
+            if hit:
+                texts = (value,) if isinstance(value, str) else tuple(value)
+                groups = [hit[0], *(x or "" for x in hit.groups())]
+                found[tuple(t.format(*groups, **hit.groupdict()) for t in texts)] = key
+        except (re.error, IndexError, KeyError, ValueError, TypeError, AttributeError) as e:
+            raise LoRAError(
+                f"mapping: {key!r}: {value!r} is not a regular expression and a leaf, or list "
+                f"of leaves, with its groups ({e!r}): {TABLE}"
+            ) from None
+    if len(found) > 1:
+        raise LoRAError(f"the keys {', '.join(map(repr, found.values()))} all match it")
+    return next(iter(found), None)
+
+
 def is_head(name: str) -> bool:
     """Whether torch's name is a head's, which has no leaf of its own where it is the embedding."""
-    module, _, last = name.rpartition(".")
-    return last == "weight" and "head" in module.rpartition(".")[2]
+    *parents, module, last = ("", *name.split("."))
+    return last == "weight" and "head" in module and is_wrapper([p for p in parents if p])
+
+
+def _unknown(leaf: LeafInfo) -> str:
+    """What to do where nothing says in which order the axes of a leaf are."""
+    return (
+        f"{leaf.shape}, its axes are not known: its name is none of Flax, and the shape fits more "
+        "than one order; pass a survey of the function: "
+        "lora.peft.load(..., survey=lora.survey(fn, params, x))"
+    )
+
+
+def _resized(have: tuple[int, ...], rows: int, want: int) -> str:
+    return (
+        f"{have}, of {rows:,} rows, but the adapter was trained with {want:,}, as tokens were "
+        f"added: resize the base to {want} rows"
+    )
+
+
+def _no_stack(leaf: LeafInfo, i: int) -> str:
+    """Why position i of a leaf is not one of a stack's."""
+    g = leaf.geometry
+    if g is not None and g.batch_axes:
+        return f"{leaf.path} {leaf.shape}: a stack of {leaf.shape[g.batch_axes[0]]}, without {i}"
+    axes = "" if g is None else f" (in {g.in_axes}, out {g.out_axes})"
+    return (
+        f"{leaf.path} {leaf.shape}{axes} has no batch axis, and the file has one module for each "
+        f"of a stack; give it one: lora.Rule('{leaf.path}', batch_axes=(0,), in_axes=(1,), "
+        "out_axes=(2,)) in a LoRAConfig, and lora.select(params, config, survey) in the survey's "
+        "place"
+    )
 
 
 def _update_problem(update: Update, blocks: Sequence[Block]) -> str | None:
@@ -274,8 +369,17 @@ def _update_problem(update: Update, blocks: Sequence[Block]) -> str | None:
                 f"{b.leaf.shape}, used by no product: the survey gives it no axes; merge the "
                 "adapter in PEFT (merge_and_unload) and load the merged weights"
             )
+        if b.leaf.geometry is None and len(b.leaf.shape) > 2:
+            one = next((i for i in b.index if isinstance(i, int)), None)
+            return _unknown(b.leaf) if one is None else _no_stack(b.leaf, one)
         if b.leaf.geometry is None:
-            return f"{b.leaf.shape}, its axes are not known: pass a survey of the function"
+            return _unknown(b.leaf)
+        if len(blocks) == 1 and b.leaf.shape == b.shape:
+            pairs = ((b.n_in, update.n_in), (b.n_out, update.n_out))
+            (rows, want), rest = pairs if update.kind == "embedding" else pairs[::-1]
+            head = update.kind == "linear" and is_head(update.name)
+            if (update.kind == "embedding" or head) and rest[0] == rest[1] and want > rows:
+                return _resized(b.leaf.shape, rows, want)
         if b.n_in != update.n_in or b.n_batch != update.batch:
             sizes = f"in {b.n_in}, out {b.n_out}"
             return f"{b.leaf.shape}, {sizes}" + (f", {b.n_batch} stacked" * (b.n_batch > 1))

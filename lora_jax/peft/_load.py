@@ -14,7 +14,7 @@ from lora_jax._core.paths import flatten, nest
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._build import Build
-from lora_jax.peft._config import PeftConfig, peft_config
+from lora_jax.peft._config import PeftConfig, peft_config, unknown
 from lora_jax.peft._experts import on_leaves
 from lora_jax.peft._file import open_adapter
 from lora_jax.peft._find import Finder, finish
@@ -30,6 +30,7 @@ class PeftAdapter:
     Attributes:
       adapters: the adapter tree, for `bind` and `merge`.
       config: adapter_config.json.
+      unknown: what it holds that PEFT 0.17 to 0.21 does not know, for `lora.peft.save(config=)`.
       mapping: which leaf each torch parameter is: print it, and give it to `lora.peft.save`.
 
     >>> import jax.numpy as jnp, lora_jax as lora, tempfile
@@ -46,6 +47,10 @@ class PeftAdapter:
     config: Mapping[str, Any]
     mapping: TorchMapping
 
+    @property
+    def unknown(self) -> dict[str, Any]:
+        return unknown(self.config)
+
 
 def load(
     folder: str | os.PathLike,
@@ -60,6 +65,7 @@ def load(
     experts_a: str | None = None,
     keep_base: bool = False,
     ignore: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
     max_bytes: int | None = None,
 ) -> PeftAdapter:
     """Reads an adapter that PEFT saved, LoRA, DoRA or AdaLoRA, for the parameters of a JAX model.
@@ -72,12 +78,13 @@ def load(
       params: the base parameters. Their values are read only where the file changes a part of a
         leaf, or adds to a bias; else they may be abstract.
       survey: how the function uses each leaf, or the `Targets` made of it. Without one, matrices
-        are in × out, and all else is an error.
+        are in × out, but for square ones without a name of Flax's; all else is an error.
       mapping: {torch name, or regular expression for it: leaf, or list of leaves}. The name is a
         parameter's, or a module's for its weight. The leaf may use the expression's groups, and may
         be a part of a leaf: "layers/q/kernel[{1}]" is one of a stack, "qkv/kernel[:, 0]" one of a
         fused kernel. Several leaves are what a fused torch weight is split into, in the order of
-        its outputs. None: found by names and shapes, and an error where that is not certain.
+        its outputs. None: found by names and shapes, and an error where that is not certain; a name
+        may lack first parts such as "model" or "transformer", but none that tells parts apart.
       dtype: of the adapters; None for the type in which they are stored.
       doubled_out_proj: PEFT up to 0.21 adds the update of a MultiheadAttention's out_proj twice, in
         training as in inference; False for an adapter that was trained otherwise.
@@ -89,7 +96,9 @@ def load(
         Since PEFT 0.19.1 it is "in", but for parameters (experts, in, out) of a module without
         `is_transposed`; up to 0.18 it is the first of the two axes.
       keep_base: use `params` although the file holds another table for an adapted embedding.
-      ignore: settings of the configuration to pass over.
+      ignore: settings of the configuration to pass over; "r" where the tensors have other ranks.
+      rename: {regular expression: text} to be replaced in the names of the tensors, one after the
+        other, where they are not PEFT's: {"^": "base_model.model."}, {r"_orig_mod\\.": ""}.
       max_bytes: how large the tensors may be together; default twice the base in fp32.
 
     Returns:
@@ -116,7 +125,7 @@ def load(
     leaves = leaf_infos(params, survey)
     if max_bytes is None:
         max_bytes = max(8 * sum(math.prod(x.shape) for x in leaves.values()), 64 << 20)
-    file = open_adapter(folder, max_bytes)
+    file = open_adapter(folder, max_bytes, rename)
     config = peft_config(
         file.config, file.folder / "adapter_config.json", tuple(ignore), len(file.tensors)
     )
@@ -138,7 +147,14 @@ def load(
     return PeftAdapter(nest(nodes), dict(file.config), TorchMapping(entries, build.untouched))
 
 
-def _found(parsed: Parsed, finder: Finder, config: PeftConfig, conv1d, experts, along):
+def _found(
+    parsed: Parsed,
+    finder: Finder,
+    config: PeftConfig,
+    conv1d: Sequence[str] | None,
+    experts: Sequence[str] | None,
+    along: str | None,
+) -> list[tuple[Entry, Any]]:
     """[(entry, what the file holds for it)] of everything."""
     found: list[tuple[Entry | None, Any]] = [finder.update(u) or (None, u) for u in parsed.updates]
     for group in parsed.experts:

@@ -21,6 +21,9 @@ from lora_jax.peft._blocks import Block, LeafInfo
 BIASES = ("bias", "b")
 
 
+FLAX = ("kernel", "embedding")  # the names that say how a square matrix lies: (in, out)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One torch parameter.
@@ -84,7 +87,8 @@ class TorchMapping:
 
 
 def leaf_infos(params: Any, survey: Survey | Targets | None) -> dict[str, LeafInfo]:
-    """What is known of each leaf. Without a survey, only that a matrix is in × out."""
+    """What is known of each leaf. Without a survey, only that a matrix is in × out, unless it is
+    square and has no name of Flax's: torch's `weight` is out × in."""
     if not isinstance(survey, Survey | Targets | None):
         raise LoRAError(
             f"expected a Survey or Targets, found {type(survey).__name__}: "
@@ -96,16 +100,17 @@ def leaf_infos(params: Any, survey: Survey | Targets | None) -> dict[str, LeafIn
     infos = {}
     for path, x in leaves.items():
         shape = tuple(x.shape)
-        vector = path.rpartition("/")[2].lower() in BIASES  # of heads, too
-        matrix = len(shape) == 2 and not vector and not isinstance(survey, Survey)
-        geometry = Geometry((0,), (1,)) if matrix else None
-        kind, tied, dilated = "?", False, False
+        last = path.rpartition("/")[2].lower()
+        matrix = len(shape) == 2 and last not in BIASES  # those of heads, too
+        sure = matrix and (shape[0] != shape[1] or last in FLAX)
+        geometry = Geometry((0,), (1,)) if sure else None
+        kind, tied, dilated = "embedding" if sure and last == "embedding" else "?", False, False
         if isinstance(survey, Survey):
             leaf = survey[path]
             geometry, kind = leaf.geometry, leaf.kind
             tied = len({u.primitive == LOOK_UP for u in leaf.products}) == 2
             dilated = any(u.dilated for u in leaf.uses)
-        elif survey is not None and path in survey:
+        elif survey is not None and path in survey and _is_sure(survey, path, x, sure):
             geometry = survey[path].geometry
             kind = "embedding" if survey[path].embedding else "linear"
             kind = "conv" if "conv" in survey[path].primitive else kind
@@ -113,7 +118,13 @@ def leaf_infos(params: Any, survey: Survey | Targets | None) -> dict[str, LeafIn
     return infos
 
 
-def as_table(mapping: Mapping[str, Any] | TorchMapping | None):
+def _is_sure(targets: Targets, path: str, leaf: Any, sure: bool) -> bool:
+    """Whether targets say how a leaf lies: from a survey, from a rule, or from its name."""
+    surveyed = targets[path].primitive != "?" or len(leaf.shape) != 2
+    return sure or surveyed or targets.config.rule(path, leaf).in_axes is not None
+
+
+def as_table(mapping: Mapping[str, Any] | TorchMapping | None) -> Mapping[str, Any] | None:
     """A mapping that was found, as one that is given."""
     if not isinstance(mapping, Mapping | TorchMapping | None):
         raise LoRAError(f"mapping: expected a dict {{torch name: leaf}}, found {type(mapping)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lora_jax._core.errors import raise_all
 from lora_jax.peft._config import PeftConfig
@@ -37,6 +37,15 @@ TAILS = {
 }
 
 
+# The name of an adapter, which PEFT leaves out of its files, behind the name of a parameter.
+NAMED = re.compile(r"(\.(?:lora_(?:embedding_)?[ABE]|lora_magnitude_vector|trainable_tokens_delta))"
+                   r"\.(\w+?)(?=\.weight$|\.bias$|$)")  # fmt: skip
+
+
+# Of PEFT's own parameters, those of kinds that are not known here, such as KaSA's lora_diag.
+UNKNOWN = re.compile(r".*\.(lora_\w+|token_adapter)(\.\w+)*")
+
+
 COPY = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")
 
 
@@ -58,10 +67,44 @@ def parse(file: AdapterFile, config: PeftConfig, *, doubled_out_proj: bool = Tru
     return _Parser(file, config, doubled_out_proj).parsed()
 
 
+def split(key: str) -> tuple[str, str | None]:
+    """(module, one of `TAILS`' kinds) of a tensor, or (its whole name, None).
+
+    Modules may have names such as "lora_gate", so only the end says what PEFT put there.
+
+    >>> split("base_model.model.block.lora_gate.lora_A.default.weight")
+    ('block.lora_gate', 'a')
+    """
+    found = NAMED.search(name := key.removeprefix(PREFIX))
+    if found is not None and found[2] == "default":
+        name = name[: found.end(1)] + name[found.end() :]
+    tail = next((t for t in TAILS if name.endswith("." + t)), None)
+    return (name, None) if tail is None else (name.removesuffix("." + tail), TAILS[tail])
+
+
+def way_on(keys: Sequence[str]) -> str:
+    """What `rename` makes PEFT's names of these, or ""."""
+    ways: dict[str, str] = {}
+    for key in keys:
+        found = NAMED.search(key)
+        if "_orig_mod." in key:  # torch.compile's
+            ways[r"_orig_mod\."] = ""
+        if found is not None and found[2] not in ("weight", "bias", "default"):
+            ways[rf"(lora_\w+|_delta)\.{found[2]}\b"] = r"\1"
+        plain = key.replace("_orig_mod.", "")
+        before = plain.partition(PREFIX)[0] if PREFIX in plain else ""
+        if before:  # DistributedDataParallel's "module."
+            ways["^" + re.escape(before)] = ""
+        elif not plain.startswith(PREFIX):
+            ways[r"^(?!base_model\.model\.)"] = PREFIX
+    return f"lora.peft.load(..., rename={ways})" if ways else ""
+
+
 class _Parser:
     def __init__(self, file: AdapterFile, config: PeftConfig, doubled: bool):
         self.file, self.config, self.doubled = file, config, doubled
         self.failures: list[str] = []
+        self.odd: list[str] = []  # keys of which `rename` may make PEFT's
         self.adapted: dict[str, dict[str, str]] = {}  # module, as in the keys: {kind: key}
         self.whole: dict[str, str] = {}  # parameter: key
         self.copies: list[tuple[str, tuple[str, ...]]] = []  # (key, its parts)
@@ -88,6 +131,7 @@ class _Parser:
         raise_all(
             f"{self.file.folder}: tensors that cannot be used:",
             self.failures,
+            way_on(self.odd),
         )
         return Parsed(
             tuple(updates),
@@ -100,19 +144,23 @@ class _Parser:
 
     def _sort(self, key: str) -> None:
         shape = self.file.shape(key)
+        module, kind = split(key)
         if not key.startswith(PREFIX):
+            self.odd.append(key)
             return self._wrong(key, f"expected a name that begins with '{PREFIX}'; PEFT skips it")
+        if "_orig_mod." in key:
+            self.odd.append(key)
+            return self._wrong(key, "has a name of torch.compile in it; PEFT skips it")
         name = key.removeprefix(PREFIX)
-        name = re.sub(r"(\.(?:lora_\w+|trainable_tokens_delta))\.default(?=\.|$)", r"\1", name)
-        tail = next((t for t in TAILS if name.endswith("." + t)), None)
-        if tail is not None:
-            parts = self.adapted.setdefault(name.removesuffix("." + tail), {})
-            if TAILS[tail] in parts:
-                return self._wrong(key, f"the same tensor as '{parts[TAILS[tail]]}'")
+        if kind is not None:
+            parts = self.adapted.setdefault(module, {})
+            if kind in parts:
+                return self._wrong(key, f"the same tensor as '{parts[kind]}'")
             if 0 in shape and not self.config.adalora:
                 return self._wrong(key, "is empty: a shard that was not gathered when it was saved")
-            parts[TAILS[tail]] = key
-        elif re.search(r"\.(lora_|token_adapter)", name):
+            parts[kind] = key
+        elif UNKNOWN.fullmatch(name) and not self.config.saved(name):
+            self.odd.append(key)
             self._wrong(key, "not a tensor of plain LoRA, rsLoRA, AdaLoRA or trainable tokens")
         elif found := COPY.fullmatch(name):
             self.copies.append((key, found.groups()))
@@ -139,7 +187,7 @@ class _Parser:
     def _wrong(self, key: str, what: str) -> None:
         self.failures.append(f"'{key}' {self.file.shape(key)}: {what}")
 
-    def _pair(self, module, parts: Mapping[str, str]):
+    def _pair(self, module: str, parts: Mapping[str, str]) -> tuple[str, str, bool] | None:
         """(A, B, kind of its names) of a module, or None."""
         if not parts:
             return None
@@ -158,7 +206,9 @@ class _Parser:
             return None
         return parts[names[0]], parts[names[1]], table
 
-    def _update(self, module: str, parts, pair) -> list[Update]:
+    def _update(
+        self, module: str, parts: Mapping[str, str], pair: tuple[str, str, bool]
+    ) -> list[Update]:
         key_a, key_b, table = pair
         a, b = self.file.shape(key_a), self.file.shape(key_b)
         owner = SEPARATE.fullmatch(module)
@@ -172,6 +222,8 @@ class _Parser:
         if problem:
             self._wrong(key_a, problem)
             return []
+        if problem := self.config.other_rank(plain, a[0]):
+            self._wrong(key_a, problem)
         scale = self.config.scale(plain, a[0]) * (2 if owner and self.doubled else 1)
         name = module.replace(".base_layer.out_proj", ".out_proj") + ".weight"
         if f"{module}.base_layer.out_proj" in self.adapted:
@@ -194,7 +246,7 @@ class _Parser:
 
     def _bias(self, update: Update, values: dict[str, Value]) -> None:
         """lora_bias: b + scale · its own bias."""
-        module = update.a.removeprefix(PREFIX).partition(".lora_")[0]
+        module, _ = split(update.a)
         key = self.adapted[module].get("b_bias")
         if key is None:
             return
@@ -204,7 +256,7 @@ class _Parser:
         value = values.get(name, Value(name, (update.n_out,), None))
         values[name] = dataclasses.replace(value, add=key, scale=update.scale)
 
-    def _whole(self, name: str, key: str, values, tables) -> None:
+    def _whole(self, name: str, key: str, values: dict[str, Value], tables: list[Value]) -> None:
         plain, shape = plain_name(name), self.file.shape(key)
         if name.endswith(".base_layer.weight"):
             tables.append(Value(plain, shape, key))
@@ -226,7 +278,12 @@ class _Parser:
         return [NewRows(plain_name(module) + ".weight", shape, key, found[0])]
 
 
-def _misfit(a, b, e=None, magnitude=None) -> str | None:
+def _misfit(
+    a: tuple[int, ...],
+    b: tuple[int, ...],
+    e: tuple[int, ...] | None = None,
+    magnitude: tuple[int, ...] | None = None,
+) -> str | None:
     """What is wrong with the shapes of a pair, if anything."""
     if len(a) < 2 or len(b) < 2:
         return f"A {a} and B {b}: expected (rank, in) and (out, rank)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -126,5 +127,9 @@ class Parsed:
 
 
 def plain_name(name: str) -> str:
-    """A name without what PEFT puts into it around an adapted module."""
-    return name.replace(".base_layer", "")
+    """A name without what PEFT puts into it around an adapted module.
+
+    >>> plain_name("a.base_layer.base_layer_norm.weight")
+    'a.base_layer_norm.weight'
+    """
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
+from lora_jax.peft._config import peft_config
 from lora_jax.peft._export import Export
-from lora_jax.peft._file import CONFIG, TENSORS, read_shapes
+from lora_jax.peft._file import CONFIG, DTYPES, TENSORS, partial, read_shapes, remove, writing
 from lora_jax.peft._find import Finder, finish, is_head
 from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._parse import PREFIX
@@ -103,7 +104,7 @@ def _by_module(found: Mapping[str, Entry]) -> dict[str, list[str]]:
     return modules
 
 
-def unordered(found: Mapping[str, Entry]):
+def unordered(found: Mapping[str, Entry]) -> Iterator[str]:
     """What is to be said where `found` has experts in no order that means something."""
     for module, names in _by_module(found).items():
         if len(names) > 1:
@@ -155,13 +156,14 @@ def save(
         or the given one; smaller ones are padded with zeros. vLLM loads no leaf in full either.
       base_model_name: base_model_name_or_path of the configuration.
       task_type: such as "CAUSAL_LM".
-      dtype: of the tensors; None for the adapters' own.
+      dtype: of the tensors, float32, bfloat16 or float16; None for the adapters' own.
       doubled_out_proj: halve the update of a MultiheadAttention's out_proj, as PEFT adds it twice.
       config: further settings of adapter_config.json.
 
     Raises:
       LoRAError: a leaf that the mapping lacks, or of which it has a part only; a torch module that
-        PEFT cannot adapt so. Nothing is written then.
+        PEFT cannot adapt so; a number that is not finite, also in `dtype`; a full disk. Nothing is
+        written then.
 
     >>> import json, pathlib, tempfile, jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": {"kernel": jnp.zeros((4, 3))}}
@@ -182,34 +184,89 @@ def save(
     check_factors(nodes)
     out = Export(nodes, mapping, doubled_out_proj)
     out.run(uniform_rank)
-    settings = out.config(base_model_name, task_type) | dict(config or {})
-    if not out.tensors:
-        out.failures.append("the tree holds no adapter")
-    out.failures += [
-        f"'{k}' holds NaN or infinity; take an earlier checkpoint"
-        for k, v in out.tensors.items()
-        if not np.isfinite(v.astype(np.float32)).all()
-    ]
     raise_all("these adapters cannot be written for PEFT:", out.failures)
-    tensors = {
-        PREFIX + k: np.ascontiguousarray(v if dtype is None else v.astype(dtype))
-        for k, v in out.tensors.items()
-    }
-    write_folder(Path(folder), tensors, settings)
+    settings = out.config(base_model_name, task_type)
+    raise_all("these adapters cannot be written for PEFT:", out.failures)
+    tensors = {PREFIX + k: v for k, v in out.tensors.items()}
+    write_folder(Path(folder), tensors, settings, dtype=dtype, more=config or {})
 
 
-def write_folder(folder: Path, tensors: Mapping[str, np.ndarray], settings: Mapping) -> None:
-    """Writes both files of an adapter; they take their place once both are complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    new = [folder / f".{name}.{os.getpid()}" for name in (TENSORS, CONFIG)]
+def write_folder(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes both files of an adapter; they take their place once both are complete.
+
+    What is written is what `open_adapter` and `peft_config` would take.
+
+    Args:
+      folder: is made if need be.
+      tensors, settings: the contents of the two files.
+      dtype: of the tensors in the file; None for their own.
+      more: further settings, which are not checked.
+
+    Raises:
+      LoRAError: a tensor of a type that PEFT's files do not have here, or with a number that is not
+        finite in it; settings that could not be read again; a disk that is full.
+    """
+    stored = _stored(tensors, dtype)
+    peft_config(settings, folder / CONFIG)
+    text = json.dumps({**settings, **(more or {})}, indent=2, sort_keys=True)
+    with writing(folder):
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        new = [partial(folder / name) for name in (TENSORS, CONFIG)]
+        try:
+            save_file(stored, new[0], metadata={"format": "pt"})
+            new[1].write_text(text)
+            # never the settings of one adapter beside the tensors of another
+            (folder / CONFIG).unlink(missing_ok=True)
+            os.replace(new[0], folder / TENSORS)
+            os.replace(new[1], folder / CONFIG)
+            made = False
+        finally:
+            for path in new:
+                remove(path)
+            if made:
+                folder.rmdir()
+
+
+def _stored(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
+    """The tensors as the file holds them, checked after the cast."""
     try:
-        save_file(tensors, new[0], metadata={"format": "pt"})
-        new[1].write_text(json.dumps(settings, indent=2, sort_keys=True))
-        (folder / CONFIG).unlink(
-            missing_ok=True
-        )  # never the settings of one, the tensors of another
-        os.replace(new[0], folder / TENSORS)
-        os.replace(new[1], folder / CONFIG)
-    finally:
-        for path in new:
-            path.unlink(missing_ok=True)
+        kind = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        raise LoRAError(f"dtype={dtype!r}: expected one of {_types()}") from None
+    if kind is not None and kind not in DTYPES.values():
+        raise LoRAError(f"dtype={kind}: expected one of {_types()}")
+    failures = [] if tensors else ["the tree holds no adapter"]
+    out = {}
+    for name, value in tensors.items():
+        if kind is None and value.dtype not in DTYPES.values():
+            failures.append(f"'{name}' is {value.dtype}; write it as one of {_types()}: dtype=")
+            continue
+        with np.errstate(over="ignore"):  # is looked for below
+            cast = np.ascontiguousarray(value if kind is None else value.astype(kind))
+        if not _finite(value):
+            failures.append(
+                f"'{name}' holds NaN or infinity; take an earlier checkpoint, or less of it"
+            )
+        elif not _finite(cast):
+            failures.append(f"'{name}' holds a number that {kind} does not: dtype='float32'")
+        out[name] = cast
+    raise_all("these adapters cannot be written for PEFT:", failures)
+    return out
+
+
+def _finite(value: np.ndarray) -> bool:
+    """Whether the reader, which looks at them in fp32, takes these numbers."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(value.astype(np.float32)).all())
+
+
+def _types() -> str:
+    return ", ".join(map(str, DTYPES.values()))

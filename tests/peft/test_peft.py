@@ -327,6 +327,9 @@ def written(folder, tensors, **config):
     """An adapter as PEFT would write it: {name below the prefix: array}."""
     folder.mkdir(parents=True)
     base = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+    ranks = {k.partition(".lora_A")[0]: v.shape[0] for k, v in tensors.items() if ".lora_A" in k}
+    if not config.get("target_parameters"):
+        base["rank_pattern"] = {m: r for m, r in ranks.items() if r != config.get("r", 2)}
     (folder / "adapter_config.json").write_text(json.dumps(base | config))
     arrays = {"base_model.model." + k: np.ascontiguousarray(v) for k, v in tensors.items()}
     save_file(arrays, folder / "adapter_model.safetensors")

@@ -64,7 +64,7 @@ def test_a_pickle_is_refused_with_the_way_out(folder):
 def test_missing_files(tmp_path, folder):
     with fails("no adapter_config.json there"):
         open_adapter(tmp_path)
-    with fails("no adapter_config.json there"):
+    with fails("there is no such folder"):
         open_adapter(tmp_path / "nowhere")
     (folder / TENSORS).unlink()
     with fails("no adapter_model.safetensors, the adapter is incomplete"):

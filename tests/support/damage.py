@@ -74,6 +74,23 @@ def renamed(w, draw):
 
 
 @damage(0)
+def other_names(w, draw):
+    """All of them, or one, as another part of a model, a compiled one or another adapter has it."""
+    part = draw(st.sampled_from(["vision_tower.", "decoder.", "_orig_mod.", "model."]))
+    ways = [
+        lambda k: PREFIX + part + k.removeprefix(PREFIX),
+        lambda k: k.removeprefix(PREFIX),
+        lambda k: "module." + k,
+        lambda k: k.replace(".weight", ".default_0.weight"),
+        lambda k: k.replace(".lora_", "._orig_mod.lora_"),
+        lambda k: k.replace(PREFIX, PREFIX + "model.lora_gate."),
+    ]
+    way = some(draw, ways)
+    for t in w.tensors if draw(st.booleans()) else [some(draw, w.tensors)]:
+        t[0] = way(t[0])
+
+
+@damage(0)
 def names_exchanged(w, draw):
     a, b = some(draw, w.tensors), some(draw, w.tensors)
     a[0], b[0] = b[0], a[0]
@@ -310,9 +327,9 @@ def other_file(w, draw):
 
 
 @st.composite
-def cases(draw):
+def cases(draw, name=None):
     """(golden, damages, Work): one to three damages of a golden adapter, ready to be written."""
-    w = Work.golden(draw(st.sampled_from(sorted(MODELS))))
+    w = Work.golden(name or draw(st.sampled_from(sorted(MODELS))))
     kinds = st.sampled_from([(i, n) for i, s in enumerate(STAGES) for n in s])
     most = draw(st.sampled_from([1, 1, 1, 2, 3]))
     chosen = draw(st.lists(kinds, min_size=1, max_size=most))

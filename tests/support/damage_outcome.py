@@ -15,7 +15,9 @@ import sys
 import tempfile
 import time
 import tracemalloc
+import warnings
 from pathlib import Path
+from typing import Any
 
 import damage
 import damage_work
@@ -36,7 +38,7 @@ class TooLong(BaseException):
 def limited(seconds):
     """Stops what takes longer, in processor time: what else the machine does has no say."""
 
-    def stop(_, frame):
+    def stop(_: int, frame: Any) -> None:
         while frame is not None:
             if "gc_callback" in frame.f_code.co_name:  # which would swallow it; a moment later
                 return signal.setitimer(signal.ITIMER_PROF, 0.01)
@@ -131,7 +133,9 @@ def loaded_by(name, folder):
     if name not in CACHE:
         CACHE[name] = (params := make(name)), survey(name, params, fn)
         loaded(name)  # what is only done once is not this folder's
-    return lora.peft.load(folder, *CACHE[name], mapping=mapping, **LOAD.get(name, {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of settings that were passed over
+        return lora.peft.load(folder, *CACHE[name], mapping=mapping, **LOAD.get(name, {}))
 
 
 def tried(w) -> Outcome:

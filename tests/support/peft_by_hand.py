@@ -87,6 +87,10 @@ def low_rank(out, config, module, a, b, tail, magnitude=None):
     if 0 in a.shape:
         return None  # AdaLoRA, pruned
     rank = a.shape[0]
+    r = config.get("r")
+    said = first(config.get("rank_pattern"), owner, 8 if r is None else r)
+    if config.get("peft_type") != "ADALORA" and said != rank:
+        raise ValueError(f"a rank {rank}, where PEFT makes {said}")
     delta = b.reshape(-1, rank) @ a.reshape(rank, -1)
     turned = tail == "embedding_A" or TRANSPOSED.fullmatch(module)
     delta = (delta.T if turned else delta).reshape(out[name].shape)

@@ -1,0 +1,77 @@
+"""The library's messages, as the command line says them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+CALL = re.compile(r"lora\.peft\.(?:load|mapping|save)\(\.\.\., ")
+
+
+# What is said in other words than by a call.
+WORDS = (
+    (re.compile(r"\bmapping=(\{r?\"(?:[^\"\\]|\\.)*\": \"[^\"]*\"\})"), "--mapping FILE, with {}"),
+    (re.compile(r"\bdtype='float32'()"), "--dtype fp32"),
+    (re.compile(r"\bconv1d=\[\]()"), "--conv1d none"),
+    (re.compile(r"\bconv1d=\['([\w.]+)'\]"), "--conv1d {}"),
+    (re.compile(r"pass its values in `params`()"), "load it in Python, with the values of params"),
+)
+
+
+def in_flags(text: str) -> str:
+    """A message with flags in the place of the library's arguments.
+
+    >>> in_flags("if so: lora.peft.load(..., ignore=['a', 'b'], keep_base=True).")
+    'if so: --ignore a --ignore b --keep-base.'
+    >>> in_flags("lora.peft.load(..., rename={'^': 'base_model.model.'})")
+    "--rename '^=base_model.model.'"
+    """
+    out, at = "", 0
+    for start, stop, flags in _calls(text):
+        out, at = out + text[at:start] + flags, stop
+    out += text[at:]
+    for pattern, words in WORDS:
+        out = pattern.sub(lambda m, words=words: words.format(_json(m[1])), out)
+    return out
+
+
+def _calls(text: str) -> Iterator[tuple[int, int, str]]:
+    """(start, stop, the same in flags) of the calls in a message."""
+    for found in CALL.finditer(text):
+        ends = (m.end() for m in re.compile(r"\)").finditer(text, found.end()))
+        for stop in ends:  # of the call, or of something in it
+            try:
+                call = ast.parse(f"f({text[found.end() : stop]}", mode="eval").body
+            except SyntaxError:
+                continue
+            if isinstance(call, ast.Call):
+                yield found.start(), stop, " ".join(map(_flag, call.keywords))
+            break
+
+
+def _flag(argument: ast.keyword) -> str:
+    name = str(argument.arg)
+    flag = "--" + name.replace("_", "-")
+    try:
+        value = ast.literal_eval(argument.value)
+    except ValueError:  # code, such as survey=lora.survey(fn, params, x)
+        return "--params module:function, which returns (params, survey)"
+    if name == "mapping":
+        return f"--mapping FILE, with {json.dumps(value)}"
+    if value is True:
+        return flag
+    if name == "rename":
+        return " ".join(f"{flag} {shlex.quote(f'{k}={v}')}" for k, v in value.items())
+    if name == "ignore":
+        return " ".join(f"{flag} {shlex.quote(v)}" for v in value)
+    if isinstance(value, list):
+        return f"{flag} {','.join(map(str, value)) or 'none'}"
+    return f"{flag} {value}"
+
+
+def _json(text: str) -> Any:
+    return json.dumps(ast.literal_eval(text)) if text.startswith("{") else text
