@@ -205,7 +205,7 @@ def _concatenate(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
         for f, values in ((first.a, a), (first.b, b))
     )
     gain = Factor(functools.reduce(lax.add, gain), gains[0].dims) if gains else None
-    return [dataclasses.replace(out, a=a, b=b, gain=gain, scale=1.0)]
+    return [dataclasses.replace(out, a=a, b=b, gain=gain, rows=None, scale=1.0)]
 
 
 def _concatenate_probes(ctx: Context, eqn: Equation, args: Sequence) -> list | None:

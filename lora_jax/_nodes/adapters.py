@@ -278,7 +278,8 @@ class Rows(Node):
         return {"value": (RANK, *range(1, len(self.shape)))}
 
     def weight(self, base: Any, path: str, key: jax.Array | None = None) -> AdaptedWeight:
-        """`base` plus a one-hot (V, n) times the rows' change (n, d): a rank-n update, exactly."""
+        """`base` plus a one-hot (V, n) times the rows' change (n, d), an update of rank n; where
+        rows are looked up, `value` itself."""
         del key
         index = jnp.asarray(self.index)
         one_hot = jnp.zeros((self.length, len(self.index)), self.value.dtype)
@@ -289,6 +290,7 @@ class Rows(Node):
             base,
             Factor(one_hot, (0, RANK)),
             Factor(change, (RANK, 1)),
+            rows=Factor(self.value, (RANK, 1)),
             origin=path,
             axes=((0,), (1,)),
         )

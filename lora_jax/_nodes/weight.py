@@ -169,6 +169,8 @@ class AdaptedWeight(Followed):
       seed: labelled key data for dropout, one key per stacked weight, or None.
       gain: by how much more than 1 the sum of base and update is multiplied, along the axes that it
         is labelled with, and an axis RANK of size 1; or None.
+      rows: of a table some rows of which are trained, what stands in their place, labelled as b;
+        a is then one-hot and b the rows' change. What is looked up is this, and no sum.
       scale: the constant in front of the update.
       dropout: the rate on the input of the low-rank branch, used only with a seed.
 
@@ -186,6 +188,7 @@ class AdaptedWeight(Followed):
     b: Factor
     seed: Factor | None = None
     gain: Factor | None = None
+    rows: Factor | None = None
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
 
@@ -217,15 +220,23 @@ class AdaptedWeight(Followed):
 
     def materialise(self) -> jax.Array:
         """W + scale·A·B as a plain array, accumulated in fp32 (or wider) and rounded once."""
-        base = value(self.base)
-        dtype = wide(base.dtype)
-        total = base.astype(dtype) + self.delta(dtype)
+        total = self._sum(wide(self.base.dtype), Precision.HIGHEST)
         return self.gained(total, range(self.ndim)).astype(self.base.dtype)
 
     def looked_up(self) -> jax.Array:
         """Rows of W + scale·A·B, in the model's own precision, as a product with B would be."""
-        base = value(self.base)
-        return self.gained(plus(base, self.delta(base.dtype, None)), range(self.ndim))
+        return self.gained(self._sum(self.base.dtype, None), range(self.ndim))
+
+    def _sum(self, dtype: Any, precision: Any) -> jax.Array:
+        base = cast(value(self.base), dtype)
+        if self.rows is None:
+            return plus(base, self.delta(dtype, precision))
+        # Not W + (v − W): where W is much larger than v, that has lost v.
+        one_hot = self.a.sorted()
+        hit = jnp.any(one_hot.value != 0, -1)
+        hit = jax.lax.broadcast_in_dim(hit, self.shape, one_hot.dims[:-1])
+        new = dataclasses.replace(self, b=self.rows).delta(wide(dtype))
+        return jnp.where(hit, cast(new, dtype), base)
 
     def array(self) -> jax.Array:
         return self.looked_up() if self.indexed else self.materialise()
