@@ -76,7 +76,7 @@ def _basis(y: jax.Array) -> jax.Array:
     """Orthonormal columns that span those of y (n, p, k), and zeros for what fp32 has lost.
 
     The Gram matrix squares singular values, so what is small is found in a second turn, in what the
-    first leaves; together they see down to about 8·k·ε of the largest.
+    first leaves; together they see down to about 10⁻⁴ of the largest.
     """
 
     def turn(y):
