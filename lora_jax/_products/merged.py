@@ -42,5 +42,6 @@ def _merged_weight(al: Labels, m: Member, w: jax.Array, a: jax.Array, b: jax.Arr
     """W + s·A·B, added in fp32 (or wider) and rounded once."""
     dtype = wide(w.dtype)
     have = tuple(d for d in m.wl if d in al or d in m.bl)
-    update = contract(times(cast(a, dtype), m.scale), al, cast(b, dtype), m.bl, have)
+    a, b = times(cast(a, dtype), m.scale), cast(b, dtype)
+    update = contract(a, al, b, m.bl, have, precision=lax.Precision.HIGHEST)
     return cast(lax.add(cast(w, dtype), along(update, have, m.wl, w.shape)), w.dtype)
