@@ -24,6 +24,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         try:
             with warnings.catch_warnings():
+                warnings.simplefilter("default", UserWarning)
                 warnings.showwarning = lambda message, *_, **__: typer.echo(
                     f"warning: {in_flags(str(message))}", err=True
                 )

@@ -181,7 +181,7 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch, error, sharded):
     monkeypatch.setattr(_cli_merge, "merge", failing)
     (tmp_path / "to").mkdir()
     raised = LoRAError if isinstance(error, OSError) else type(error)
-    with pytest.raises(raised, match="cannot be written: disk full|^$"):
+    with pytest.raises(raised, match=r"cannot be written: disk full|^$"):
         merge_files(base, g.folder(name), tmp_path / "to" / "out")
     assert len(calls) == 3 and not list((tmp_path / "to").iterdir())
 
