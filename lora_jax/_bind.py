@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,11 @@ from lora_jax._nodes.node import Node, is_node
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
 from lora_jax._quantized.weight import is_quantized
 
+if TYPE_CHECKING:
+    import chex
 
-def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) -> Any:
+
+def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None) -> Any:
     """The parameter tree with its adapters in place, for a function made by `adapt`.
 
     Each adapted leaf becomes an `AdaptedWeight`; a leaf that is trained in full becomes its trained
@@ -53,7 +56,7 @@ def bind(params: Any, adapters: Any, *, dropout_key: jax.Array | None = None) ->
         nodes = without_frozen(adapter_nodes(params, adapters, "bind"), "bind")
     key = None if dropout_key is None else as_key(dropout_key)
 
-    def leaf(path, base):
+    def leaf(path: str, base: Any) -> Any:
         node = nodes.get(path)
         if node is None and is_quantized(base):
             return Coded(base, origin=path, axes=own_axes(base))

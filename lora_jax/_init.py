@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,12 @@ from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
 
+if TYPE_CHECKING:
+    import chex
+
 
 def init(
-    key: jax.Array, params: Any, config: LoRAConfig | Targets, survey: Survey | None = None
+    key: chex.PRNGKey, params: Any, config: LoRAConfig | Targets, survey: Survey | None = None
 ) -> dict:
     """The adapters of a parameter tree, such that the adapted function equals the plain one.
 
@@ -75,7 +78,7 @@ def init(
     return nest(flat)
 
 
-def _lora(key, path: str, t: Target, config: LoRAConfig, failures: list[str]) -> LoRA:
+def _lora(key: jax.Array, path: str, t: Target, config: LoRAConfig, failures: list[str]) -> LoRA:
     a_shape, b_shape = t.geometry.factor_shapes(t.shape, t.rank)
     random = _initialiser(config.init, fan_in=t.geometry.sizes(t.shape)[1], rank=t.rank)
     if t.embedding and not callable(config.init):
@@ -89,7 +92,7 @@ def _lora(key, path: str, t: Target, config: LoRAConfig, failures: list[str]) ->
     return LoRA(a, b, t.scale, t.geometry, t.dropout, t.embedding)
 
 
-def _initialiser(init, fan_in: int, rank: int) -> Callable:
+def _initialiser(init: str | Callable, fan_in: int, rank: int) -> Callable:
     if callable(init):
         return init
     if init == "gaussian":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -82,7 +82,7 @@ def is_unspecified(sharding: Any) -> bool:
 
 
 @contextlib.contextmanager
-def eqn_context(eqn: Any, scopes: slice = slice(None)) -> Iterator[None]:
+def eqn_context(eqn: Any, scopes: slice = slice(None)) -> Generator[None, None, None]:
     """Binds what follows under an equation's own scopes, source line and JAX configuration."""
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack[scopes]
     traceback = eqn.source_info.traceback
@@ -211,8 +211,9 @@ def primitive(
         return outs, [_zero(y) if t is None else t for y, t in zip(outs, touts)]
 
     def transpose_rule(cts: Sequence, *args: Any, **params: Any) -> list:
+        assert transpose is not None  # else this rule is not registered
         linear = [ad.is_undefined_primal(x) for x in args]
-        args = [x.aval if is_linear else x for x, is_linear in zip(args, linear)]
+        args = tuple(x.aval if is_linear else x for x, is_linear in zip(args, linear))
         cts = [_nonzero(ct) for ct in cts]
         some = any(ct is not None for ct in cts)
         outs = transpose(cts, *args, **params) if some else [None] * len(args)

@@ -61,7 +61,7 @@ def contract(
     yl: Labels,
     out: Labels,
     sharding: NamedSharding | PartitionSpec | None = None,
-    **params,
+    **params: Any,
 ) -> jax.Array:
     """Einstein summation of two arrays with labelled axes, as one dot_general: x (T, in) of labels
     `xl` and A (in, r) of labels `yl` give x·A (T, r) of labels `out`.
@@ -75,16 +75,17 @@ def contract(
     both = [d for d in xl if d in yl]
     batch = [d for d in both if d in out]
     summed = [d for d in both if d not in out]
-    dims = tuple(
-        tuple(tuple(labels.index(d) for d in group) for labels in (xl, yl))
-        for group in (summed, batch)
+    places = lambda labels, group: tuple(labels.index(d) for d in group)
+    dims = (
+        (places(xl, summed), places(yl, summed)),
+        (places(xl, batch), places(yl, batch)),
     )
     # dot_general gives the batch axes first, then what is left of x, then what is left of y
     zl = [*batch, *(d for d in xl if d not in both), *(d for d in yl if d not in both)]
     if sharding is not None:
-        axis = dict(zip(out, getattr(sharding, "spec", sharding)))
-        spec = PartitionSpec(*(axis.get(d) for d in zl))
         named = isinstance(sharding, NamedSharding)
+        axis = dict(zip(out, sharding.spec if named else sharding))
+        spec = PartitionSpec(*(axis.get(d) for d in zl))
         params["out_sharding"] = NamedSharding(sharding.mesh, spec) if named else spec
     z = lax.dot_general(x, y, dims, **params)
     order = [zl.index(d) for d in out]

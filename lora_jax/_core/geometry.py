@@ -63,10 +63,8 @@ class Geometry:
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(batch, in, out): how many weights `shape` stacks, and the size of each."""
-        return tuple(
-            math.prod(shape[d] for d in axes)
-            for axes in (self.batch_axes, self.in_axes, self.out_axes)
-        )
+        size = lambda axes: math.prod(shape[d] for d in axes)
+        return size(self.batch_axes), size(self.in_axes), size(self.out_axes)
 
     @property
     def _order(self) -> tuple[int, ...]:

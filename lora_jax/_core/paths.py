@@ -56,7 +56,9 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
     return flat
 
 
-def map_with_path(fn: Callable[[str, Any], Any], tree: Any, is_leaf=None) -> Any:
+def map_with_path(
+    fn: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
     """`jax.tree.map` that also passes the path; boxes are kept."""
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: fn(path_of(keys), leaf), tree, is_leaf=whole(is_leaf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
@@ -18,7 +19,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
     return "\n".join([lines[0], "  ".join("-" * w for w in width), *lines[1:]])
 
 
-def _text(cell) -> str:
+def _text(cell: Any) -> str:
     if isinstance(cell, int) and not isinstance(cell, bool):
         return f"{cell:,}"
     if isinstance(cell, float):

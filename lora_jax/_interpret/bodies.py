@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_jax._core import compat
 from lora_jax._core.geometry import Factor, spec_along
 from lora_jax._interpret.rule import Context, Equation, Rule, every
-from lora_jax._nodes.weight import Coded, is_weight
+from lora_jax._nodes.weight import Coded, Followed, is_weight
 from lora_jax._quantized.sending import cut
 from lora_jax._quantized.weight import is_quantized, value
 
@@ -74,13 +74,14 @@ def _sharding_of(sharding: Any, arg: Any) -> Any:
     if not is_weight(arg):
         return sharding
     if not isinstance(sharding, NamedSharding):  # it says nothing of single axes
-        return arg.moved(sharding, lambda f: Factor(None, f.dims), arg.axes, arg.stacked)
-    return arg.moved(
-        sharding,
-        lambda f: Factor(NamedSharding(sharding.mesh, spec_along(f.dims, sharding.spec)), f.dims),
-        arg.axes,
-        arg.stacked,
-    )
+        return _like(arg, sharding, lambda f: None)
+    of = lambda f: NamedSharding(sharding.mesh, spec_along(f.dims, sharding.spec))
+    return _like(arg, sharding, of)
+
+
+def _like(arg: Followed, base: Any, of: Callable[[Factor], Any]) -> Any:
+    """What is said of a weight, in its own structure: of the base, and `of` each factor."""
+    return arg.moved(base, lambda f: Factor(of(f), f.dims), arg.axes)
 
 
 def _remat(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
@@ -133,7 +134,7 @@ def _shard_map(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
         if not is_weight(arg):
             return s
         base = cut(arg.base, s, p["mesh"]) if is_quantized(arg.base) else s
-        return arg.moved(base, lambda f: Factor(spec_along(f.dims, s), f.dims), arg.axes)
+        return _like(arg, base, lambda f: spec_along(f.dims, s))
 
     fn = jax.shard_map(
         lambda *xs: tuple(arrays(ctx, eqn, ctx.run(jaxpr, consts, xs), "shard_map output")),

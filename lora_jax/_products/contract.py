@@ -122,6 +122,7 @@ def _multiplied(
     whole = first.whole and not first.w.drops
     (_, al), _ = parts[0]
     plan = _plan(x, xl, products, parts, mode, whole)
+    bases: list[jax.Array] = []
     if not whole:
         # x·W as the model wrote it, and the update of x as floats beside it
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else first.w.dtype
@@ -129,7 +130,7 @@ def _multiplied(
         x = dropout(cast(x, dtype), first.w, first.use)
     members = tuple(
         Member(
-            tuple(p.wl) if whole else None,
+            tuple(p.wl) if whole else (),
             bl,
             tuple(p.out),
             p.w.scale,
@@ -193,7 +194,7 @@ def _keeps_all_bits(p: Product, x: jax.Array) -> bool:
 
 def dropout(x: jax.Array, w: AdaptedWeight, use: int) -> jax.Array:
     """Inverted dropout on the branch's input; its mask is of the weight, its stack and the use."""
-    if not w.drops:
+    if w.seed is None or not w.drops:
         return x
     data = w.seed.sorted().value
     key = jax.random.wrap_key_data(data.reshape(-1, data.shape[-1])[0], impl=SEED_IMPL)

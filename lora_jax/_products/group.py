@@ -30,7 +30,7 @@ Term = tuple[jax.Array, Labels]  # of a sum, constant along the labels of the su
 class Member:
     """One weight of a group."""
 
-    wl: Labels | None  # of W; None: the update alone
+    wl: Labels  # of W; (): the update alone
     bl: Labels  # of B
     out: Labels  # of y
     scale: float
@@ -125,7 +125,7 @@ class Group:
         return [v.shape[self.al.index(RANK)] for v in a]
 
 
-def hidden(group: Group, x: jax.Array, a: Sequence[jax.Array]) -> list[jax.Array]:
+def hidden(group: Group, x: jax.Array, a: Sequence[jax.Array]) -> Sequence[jax.Array]:
     """s·(x·A) of each member, (T, r), in x's dtype."""
     scales, ranks = [m.scale for m in group.members], group.ranks(a)
     a = [cast(v, x.dtype) for v in a]

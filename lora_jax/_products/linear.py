@@ -98,11 +98,11 @@ Active = tuple[bool, bool, bool]  # whether x, any A, any B has a tangent
 
 def _parts(group: Group, active: Active, args: Sequence) -> tuple:
     """(tx, tA, tB), None where they are not active; then x·A, x, A, B, W."""
-    n, args = len(group.members), iter(args)
-    take = lambda size: [next(args) for _ in range(size)]
+    n, rest = len(group.members), iter(args)
+    take = lambda size: [next(rest) for _ in range(size)]
     tx, ta, tb = (take(size) if go else None for size, go in zip((1, n, n), active))
     x, h = take(1), take(n)
-    return (tx and tx[0], ta, tb), h, *group.split(x + list(args))
+    return (tx and tx[0], ta, tb), h, *group.split(x + list(rest))
 
 
 def _tangent(
@@ -128,7 +128,7 @@ def _tangent(
     return [m.sum(t) for m, t in zip(group.members, zip(*terms))]
 
 
-def _tangent_transpose(cts: Sequence, *args, group: Group, active: Active) -> list:
+def _tangent_transpose(cts: Sequence, *args: Any, group: Group, active: Active) -> list:
     _, h, x, a, b, w = _parts(group, active, args)
     live = [i for i, g in enumerate(cts) if g is not None]
     of_live = lambda values: [values[i] for i in live]
@@ -156,6 +156,7 @@ def _gradients(
     members, hl, xl, al = group.members, group.hl, group.xl, group.al
     merge = group.plan.backward and w[0] is not None
     dx = da = db = None
+    dh: list[jax.Array] = []
     if to_b:
         # (x·A)ᵀ·g: (r, T) · (T, out)
         db = [
@@ -210,7 +211,7 @@ def _adapted_batch(
     members = tuple(
         dataclasses.replace(
             m,
-            wl=m.wl and lead(m.wl, weights),
+            wl=lead(m.wl, weights) if m.wl else (),
             bl=lead(m.bl, factors),
             out=(new, *m.out),
             numbers=None,

@@ -36,14 +36,14 @@ def dot(
     wl: Labels,
     out: Labels,
     after: jax.Array | None,
-    **params,
+    **params: Any,
 ) -> jax.Array:
     """The product of x and a weight that may be quantised: `whole(x, array)`, or the same sum in
     halves or by rows. `after` as in `value`."""
     if not is_quantized(w):
         return whole(x, w)
     parts = _parts(w, x)
-    if parts > 1 and (_rows(w, wl) in xl) != (_rows(w, wl) in out):
+    if parts > 1 and (_label(w, wl, 0) in xl) != (_label(w, wl, 0) in out):
         return by_rows(x, xl, w, wl, out, parts, **params)
     if not _in_halves(w):
         return whole(x, value(w, after))
@@ -67,10 +67,10 @@ def halves(
     wl: Labels,
     out: Labels,
     after: jax.Array | None = None,
-    **params,
+    **params: Any,
 ) -> jax.Array:
     """From two products: with the even and with the odd numbers of the last axis."""
-    last = wl[q.order.index(q.codes.ndim - 1)]
+    last = _label(q, wl, q.codes.ndim - 1)
     ys = []
     for i, w in enumerate(q.each_half(after)):
         part = x
@@ -88,9 +88,10 @@ def halves(
     return y.reshape(*y.shape[:d], -1, *y.shape[d + 2 :])
 
 
-def _rows(q: Quantized, wl: Labels) -> Hashable:
-    """The label of the rows."""
-    return wl[q.order.index(0)]
+def _label(q: Quantized, wl: Labels, axis: int) -> Hashable:
+    """The label of an axis of the codes."""
+    assert q.order is not None  # as `_in_halves` and `_parts` have seen
+    return wl[q.order.index(axis)]
 
 
 def _parts(q: Quantized, x: jax.Array) -> int:
@@ -106,10 +107,10 @@ def _parts(q: Quantized, x: jax.Array) -> int:
 
 
 def by_rows(
-    x: jax.Array, xl: Labels, q: Quantized, wl: Labels, out: Labels, parts: int, **params
+    x: jax.Array, xl: Labels, q: Quantized, wl: Labels, out: Labels, parts: int, **params: Any
 ) -> jax.Array:
     """Each part of the rows gives a part of the result, or a term of it."""
-    label, count = _rows(q, wl), q.stored[0] // parts
+    label, count = _label(q, wl, 0), q.stored[0] // parts
     dtype = params.pop("preferred_element_type", None) or jnp.result_type(x, q.dtype)
     summed = label not in out
     # terms are added in fp32, whatever the result's type

@@ -97,6 +97,7 @@ def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     w = w.astype(jnp.float32)
     top = jnp.max(jnp.abs(w), -1)
     if fmt.power:
+        assert fmt.levels is not None  # as such a format has
         power = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(top, 2.0**-120) / 6)))
         codes = _nearest(fmt.levels, jnp.clip(w / (6 * power)[..., None], -1, 1))
         return codes, power.astype(jnp.float8_e8m0fnu)
@@ -110,8 +111,8 @@ def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _nearest(levels: Sequence[float], x: jax.Array) -> jax.Array:
     """The number of the nearest level; half way, the lower one."""
-    levels = np.asarray(levels, np.float32)
-    middle = (levels[1:] + levels[:-1]) / 2
+    values = np.asarray(levels, np.float32)
+    middle = (values[1:] + values[:-1]) / 2
     return jnp.searchsorted(jnp.asarray(middle), x, side="left").astype(jnp.uint8)
 
 
@@ -135,13 +136,13 @@ def level(levels: Sequence[float], codes: jax.Array) -> jax.Array:
     return lax.platform_dependent(codes, cuda=look_up, rocm=look_up, default=halving)
 
 
-def looked_up(levels: Sequence[float], codes: jax.Array) -> jax.Array:
+def looked_up(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.Array:
     """The levels of codes, of as many bits as there are levels for."""
     table, where = jnp.asarray(np.asarray(levels, np.float32)), compat.explicit_sharding(codes)
     return table.at[codes].get(out_sharding=where, mode="promise_in_bounds")
 
 
-def _by_halving(levels: Sequence[float], codes: jax.Array) -> jax.Array:
+def _by_halving(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.Array:
     values: list = [np.float32(x) for x in levels]
     bit = 0
     while len(values) > 1:

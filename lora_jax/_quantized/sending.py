@@ -30,6 +30,7 @@ def sent(q: Quantized, eqn: Any) -> Quantized | None:
 
 def _gathered(q: Quantized, p: Mapping[str, Any]) -> Quantized | None:
     """Each array gathered along an axis of the weight, from devices with a part as of `cut`."""
+    assert q.order is not None  # as `sent` has seen
     axis = q.order[p["all_gather_dimension"]]
     if not p["tiled"] or p["axis_index_groups"] is not None or not _splits(q, axis):
         return None

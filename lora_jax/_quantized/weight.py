@@ -196,7 +196,9 @@ class Quantized:
             even = [n > 1 and n % p == 0 for n, p in zip(x.shape, parts)]
             return PartitionSpec(*(e if fits else None for e, fits in zip(entries, even)))
 
-        arrays = dict(codes=fit(self.codes, own), constants=fit(self.constants, own))
+        arrays: dict[str, Any] = dict(
+            codes=fit(self.codes, own), constants=fit(self.constants, own)
+        )
         if self.second is not None:
             top, mean = self.second
             arrays["constants"] = fit(self.constants, [*stack, first, None])
@@ -293,6 +295,7 @@ class Quantized:
         """The numbers at even places of the stored weight's last axis, and those at odd ones, each
         as an array; for four bits and whole blocks."""
         q, fmt = self._there(after), STORED[self.format]
+        assert fmt.block is not None  # as all of four bits have
         shape = (*q.codes.shape[:-1], -1, fmt.block // 2)
         # upper and lower half of each byte: (..., blocks, block / 2)
         parts = (x.reshape(shape) for x in (q.codes >> 4, q.codes & 15))

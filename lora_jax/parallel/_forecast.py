@@ -65,9 +65,14 @@ class Forecast:
     def collective_bytes(self) -> int | None:
         """Bytes of all collectives in one call, loops counted; None where a loop's trips are not
         known, or nothing was compiled."""
-        if self.arguments is None or any(c.times is None for c in self.collectives):
+        if self.arguments is None:
             return None
-        return sum(c.bytes * c.count * c.times for c in self.collectives)
+        total = 0
+        for c in self.collectives:
+            if c.times is None:
+                return None
+            total += c.bytes * c.count * c.times
+        return total
 
     def __str__(self) -> str:
         names = ("arguments", "outputs", "aliased", "temporaries", "peak", "capacity")
@@ -154,11 +159,12 @@ def forecast(
     True
     """
     given = [d for d in (donate_argnums, out_shardings) if d not in ((), None)]
+    jitted: Any = fn
     if given or not hasattr(fn, "lower"):
-        fn = jax.jit(fn, donate_argnums=donate_argnums, out_shardings=out_shardings)
+        jitted = jax.jit(fn, donate_argnums=donate_argnums, out_shardings=out_shardings)
     devices = _devices((args, kwargs))
     device = min(devices, key=lambda d: d.id)
-    lowered = fn.lower(*args, **kwargs)
+    lowered = jitted.lower(*args, **kwargs)
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -166,12 +172,12 @@ def forecast(
         used, limit = _out_of_memory(str(e))
         if used is None:
             raise
-        sizes = dict(arguments=None, outputs=None, aliased=None, temporaries=None)
+        sizes: dict[str, Any] = dict(arguments=None, outputs=None, aliased=None, temporaries=None)
         sizes |= dict(peak=used, capacity=limit)
         costs: dict = {}
         text = ""
     else:
-        sizes = _sizes(compiled.memory_analysis()) | dict(capacity=capacity(device))
+        sizes = {**_sizes(compiled.memory_analysis()), "capacity": capacity(device)}
         costs = compiled.cost_analysis() or {}
         text = compiled.as_text()
     seconds = time.perf_counter() - start

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 KINDS = (
     "all-reduce",
@@ -54,6 +54,10 @@ class Instruction:
     root: bool
 
 
+Blocks = Mapping[str, Sequence[Instruction]]  # {computation: its instructions}
+Names = Mapping[str, Instruction]
+
+
 def collectives(text: str) -> tuple[Collective, ...]:
     """Of the text of a compiled program; the most bytes first.
 
@@ -75,7 +79,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
 
 def nbytes(array: str) -> int:
     """Bytes of an array such as `bf16[8,128]`: widths are in the names of all types but pred."""
-    dtype, dims = re.fullmatch(r"(\w+)\[([\d,]*)\]", array).groups()
+    dtype, _, dims = array.removesuffix("]").partition("[")
     bits = re.search(r"\d+", dtype)
     width = 8 if dtype == "pred" else int(bits[0]) if bits else 0
     return math.ceil(width * math.prod(int(d) for d in dims.split(",") if d) / 8)
@@ -84,6 +88,7 @@ def nbytes(array: str) -> int:
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """({computation: instructions}, the entry's name)."""
     blocks: dict[str, list[Instruction]] = {}
+    block: list[Instruction] = []
     entry = ""
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -100,7 +105,7 @@ def _channel(i: Instruction) -> str | None:
     return found and found[1]
 
 
-def _started(blocks) -> dict[str, str]:
+def _started(blocks: Blocks) -> dict[str | None, str]:
     """{channel: the computation which starts it}, of collectives that span several fusions."""
     return {
         _channel(i): name
@@ -111,7 +116,13 @@ def _started(blocks) -> dict[str, str]:
     }
 
 
-def _executed(blocks, names, started, computation: str, times: int | None) -> Iterator[tuple]:
+def _executed(
+    blocks: Blocks,
+    names: Names,
+    started: Mapping[str | None, str],
+    computation: str,
+    times: int | None,
+) -> Iterator[tuple[str, Instruction, int | None]]:
     """(kind, instruction, times) of the collectives in a computation and in those it calls."""
     for i in blocks.get(computation, ()):
         kind = i.op.removesuffix("-start")
@@ -129,7 +140,7 @@ def _executed(blocks, names, started, computation: str, times: int | None) -> It
                     yield from _executed(blocks, names, started, callee, times)
 
 
-def _arrays(i: Instruction, names: dict[str, Instruction]) -> list[str]:
+def _arrays(i: Instruction, names: Names) -> list[str]:
     """What a collective sends: of each operand and its result the larger."""
     parts = lambda shape: re.findall(r"\w+\[[\d,]*\]", shape)
     given = [part for name in i.operands for part in parts(names[name].shape)]
@@ -139,7 +150,7 @@ def _arrays(i: Instruction, names: dict[str, Instruction]) -> list[str]:
     return [max(pair, key=nbytes) for pair in zip(given, made)] or made
 
 
-def _trips(loop: Instruction, blocks, names) -> int | None:
+def _trips(loop: Instruction, blocks: Blocks, names: Names) -> int | None:
     """The trip count as the compiler notes it, or else of a count up by a constant.
 
     The TPU compiler drops its note.
@@ -164,10 +175,10 @@ def _trips(loop: Instruction, blocks, names) -> int | None:
     first, added = before.operands[int(index[1])], names[after.operands[int(index[1])]]
     start, stop = constant(first), constant(test.operands[1])
     step = next((n for n in map(constant, added.operands) if n), None)
-    if added.op != "add" or None in (start, stop, step):
+    if added.op != "add" or start is None or stop is None or step is None:
         return None
     return max(0, -((start - stop) // step))
 
 
 def _named(role: str, i: Instruction) -> str:
-    return re.search(rf"{role}=%?([\w.-]+)", i.rest)[1]
+    return re.findall(rf"{role}=%?([\w.-]+)", i.rest)[0]

@@ -126,7 +126,7 @@ def memory(params: Any, adapters: Any, optimizer: Any = None, *, shardings: Any 
     return Memory(parts, leaves, count)
 
 
-def _trained(adapters, optimizer, shardings) -> tuple[Bytes, Bytes, Bytes]:
+def _trained(adapters: Any, optimizer: Any, shardings: Any) -> tuple[Bytes, Bytes, Bytes]:
     """Of adapters, gradients and the state."""
     if adapters is None:
         return Bytes(), Bytes(), Bytes()
@@ -146,7 +146,7 @@ def _trained(adapters, optimizer, shardings) -> tuple[Bytes, Bytes, Bytes]:
     return own, own, _sum(state, at)
 
 
-def _each(tree, like) -> list:
+def _each(tree: Any, like: Any) -> list:
     return jax.tree.structure(like).flatten_up_to(tree)
 
 

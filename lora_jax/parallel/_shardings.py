@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -80,7 +80,7 @@ def shardings(
     if isinstance(adapters, Targets):
         adapters = _abstract(adapters)
 
-    def leaf(path, node):
+    def leaf(path: str, node: Any) -> Any:
         if not is_node(node):
             raise LoRAError(
                 f"expected adapters or Targets, found a tree with a {type(node).__name__} at "
@@ -123,13 +123,18 @@ def _abstract(targets: Targets) -> Any:
     return jax.eval_shape(lambda flat: init(jax.random.key(0), flat, targets), flat)
 
 
-def _says_where(x) -> bool:
+def _says_where(x: Any) -> bool:
     return x is None or isinstance(
         x, Sharding | PartitionSpec | nn.meta.AxisMetadata | nnx.Variable
     )
 
 
-def _base_sharding(base, path, mesh, rules) -> tuple[Any, str | None]:
+def _base_sharding(
+    base: Mapping[str, Any],
+    path: str,
+    mesh: Mesh | None,
+    rules: Sequence[tuple[str, Any]] | None,
+) -> tuple[Any, str | None]:
     """(sharding or spec of a base leaf, None), or (None, what is wrong)."""
     if path not in base:
         if any(p.startswith(path + "/") for p in base):
@@ -143,7 +148,7 @@ def _base_sharding(base, path, mesh, rules) -> tuple[Any, str | None]:
     if isinstance(found, PartitionSpec):
         rules = own_rules if rules is None else rules
         if rules is not None:
-            found = nn.logical_to_mesh_axes(tuple(found), rules)
+            found = nn.logical_to_mesh_axes(tuple(found), rules) or P()
         if mesh is None:
             return found, None
         names = [name for entry in found for name in _entry(entry)]
@@ -165,14 +170,14 @@ def _base_sharding(base, path, mesh, rules) -> tuple[Any, str | None]:
     return found, None
 
 
-def _own(x) -> Any:
+def _own(x: Any) -> Any:
     """An array's sharding; of a tracer, that of its type."""
     if isinstance(x, jax.core.Tracer):
         return jax.typeof(x).sharding
     return getattr(x, "sharding", None)
 
 
-def _names(x) -> tuple:
+def _names(x: Any) -> tuple:
     """(spec of names, value, logical rules, mesh) of a box, or of what needs none."""
     if isinstance(x, nn.Partitioned):
         return x.get_partition_spec(), x.value, getattr(x, "rules", None), x.mesh
@@ -187,25 +192,25 @@ def _names(x) -> tuple:
     return None, P() if x is None else x, None, None
 
 
-def _entry(entry) -> tuple[str, ...]:
+def _entry(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     if entry is None or entry is P.UNCONSTRAINED:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _too_long(found, ndim: int) -> str | None:
+def _too_long(found: Any, ndim: int) -> str | None:
     spec = getattr(found, "spec", found)
     if isinstance(spec, PartitionSpec) and len(spec) > ndim:
         return f"{spec} has {len(spec)} axes, the leaf {ndim}"
     return None
 
 
-def _even(adapters, result) -> tuple[Any, list[str]]:
+def _even(adapters: Any, result: Any) -> tuple[Any, list[str]]:
     """The shardings with axes that do not divide replicated, and a line for each of these."""
     dropped: list[str] = []
 
-    def leaf(keys, x, sharding):
+    def leaf(keys: tuple, x: Any, sharding: Any) -> Any:
         if not isinstance(sharding, NamedSharding):
             return sharding
         entries = list(sharding.spec)

@@ -62,7 +62,7 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
     if isinstance(some, NamedSharding):
         everywhere = NamedSharding(some.mesh, P())
 
-    def part(keys, x):
+    def part(keys: tuple, x: Any) -> Any:
         pairs = _matched(x, paired)
         if pairs is None:
             if is_node(x):
@@ -87,11 +87,11 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
 class _Pair:
     """A leaf and its sharding, as one leaf."""
 
-    def __init__(self, like, sharding):
+    def __init__(self, like: Any, sharding: Any):
         self.like, self.sharding = like, sharding
 
 
-def _along(shape, pair: _Pair, everywhere) -> Any:
+def _along(shape: tuple[int, ...], pair: _Pair, everywhere: Any) -> Any:
     """The sharding of an array of this shape that belongs to the leaf of the pair."""
     like, found = pair.like.shape, pair.sharding
     spec = getattr(found, "spec", found)
@@ -104,10 +104,10 @@ def _along(shape, pair: _Pair, everywhere) -> Any:
     return NamedSharding(found.mesh, spec) if isinstance(found, NamedSharding) else spec
 
 
-def _bare(tree):
+def _bare(tree: Any) -> Any:
     """The tree with each adapter as a dict of its arrays: its scale, which is static, aside."""
 
-    def arrays(x):
+    def arrays(x: Any) -> Any:
         if not is_node(x):
             return x
         leaves = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda child: child is not x)[0]
@@ -116,11 +116,11 @@ def _bare(tree):
     return jax.tree.map(arrays, tree, is_leaf=is_node)
 
 
-def _masked(x) -> bool:
+def _masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _matched(x, paired) -> list | None:
+def _matched(x: Any, paired: Any) -> list | None:
     """For each leaf of x its partner, if x has the structure of `paired`, or less of it; or more,
     where it has several arrays for each of a leaf's (codes and constants of moments in 8 bits)."""
     bare = _bare(x)
@@ -133,7 +133,7 @@ def _matched(x, paired) -> list | None:
     return partners if fits else None
 
 
-def _several(bare, paired) -> list | None:
+def _several(bare: Any, paired: Any) -> list | None:
     try:
         parts = jax.tree.structure(paired).flatten_up_to(bare)
     except ValueError:
