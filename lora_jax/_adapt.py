@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from lora_jax._core import compat, nnx
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._interpret.coverage import Coverage
 from lora_jax._interpret.interpreter import Interpreter
-from lora_jax._interpret.trace import Traceable
+from lora_jax._interpret.trace import Constants, Traceable
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, is_weight
 from lora_jax._products.plan import PLANS
 
@@ -73,21 +73,28 @@ def adapt(
     call = _Adapted(fn, strict, plan, static_argnums, static_argnames)
 
     @functools.wraps(fn, updated=())
-    def adapted(*args, **kwargs):
+    def adapted(*args: Any, **kwargs: Any) -> Any:
         return call(args, kwargs)
 
     return adapted
 
 
 class _Adapted(Traceable):
-    def __init__(self, fn, strict, plan, static_argnums=(), static_argnames=()):
+    def __init__(
+        self,
+        fn: Callable,
+        strict: bool,
+        plan: str,
+        static_argnums: int | Sequence[int] = (),
+        static_argnames: str | Sequence[str] = (),
+    ):
         super().__init__(fn, static_argnums, static_argnames)
         if plan not in PLANS:
             raise LoRAError(f"plan={plan!r} is not one of {', '.join(PLANS)}")
         self.strict, self.plan = strict, plan
         self._transform = functools.partial(_transformed, self)
 
-    def __call__(self, args, kwargs):
+    def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         constants, arrays = self.split(args, kwargs)
         if not any(map(is_weight, arrays)) and not nnx.is_bound((args, kwargs)):
             return self.fn(*args, **kwargs)
@@ -109,7 +116,7 @@ class _Adapted(Traceable):
         nnx.update((args, kwargs), changed)
         return out
 
-    def interpret(self, constants, arrays) -> tuple[Any, Coverage]:
+    def interpret(self, constants: Constants, arrays: Sequence) -> tuple[Any, Coverage]:
         """The outputs with adapted weights, and what became of each leaf."""
         jaxpr, shapes = self.jaxpr(constants, arrays)
         frozen = [_frozen(x) if is_weight(x) else x for x in _told_apart(arrays)]
@@ -143,7 +150,7 @@ def _frozen(w: Followed) -> Followed:
     return w.with_base(jax.lax.stop_gradient(w.base))
 
 
-def _told_apart(arrays):
+def _told_apart(arrays: Iterable) -> Iterator:
     """The arrays, with leaves of one path in two bound trees named differently."""
     seen: collections.Counter = collections.Counter()
     for x in arrays:
@@ -154,7 +161,7 @@ def _told_apart(arrays):
         yield x
 
 
-def _transformed(adapted: _Adapted, constants, *arrays):
+def _transformed(adapted: _Adapted, constants: Constants, *arrays: Any) -> Any:
     out, coverage = adapted.interpret(constants, arrays)
     if adapted.strict:
         coverage.check(getattr(adapted.fn, "__name__", repr(adapted.fn)))
@@ -162,7 +169,12 @@ def _transformed(adapted: _Adapted, constants, *arrays):
 
 
 def coverage(
-    fn: Callable, *args, plan="auto", static_argnums=(), static_argnames=(), **kwargs
+    fn: Callable,
+    *args: Any,
+    plan: str = "auto",
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    **kwargs: Any,
 ) -> Coverage:
     """What `adapt(fn)(*args, **kwargs)` does with each adapted leaf, without computing anything.
 

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -152,9 +152,12 @@ class LoRAConfig:
     def rule(self, path: str, leaf: Any = None) -> Rule:
         """The settings of one leaf: the first matching rule, completed from the configuration."""
         found = next((r for r in self.rules if matches(r.pattern, path, leaf)), Rule(path))
-        own = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+        own = lambda value, common: common if value is None else value
         return dataclasses.replace(
-            found, **{k: v for k, v in own.items() if getattr(found, k) is None}
+            found,
+            rank=own(found.rank, self.rank),
+            alpha=own(found.alpha, self.alpha),
+            dropout=own(found.dropout, self.dropout),
         )
 
     def scale(self, rank: int | None = None, alpha: float | None = None) -> float:
@@ -164,7 +167,7 @@ class LoRAConfig:
         return float(alpha / (math.sqrt(rank) if self.rank_stabilized else rank))
 
 
-def _bad_numbers(who: str, rank, alpha, dropout):
+def _bad_numbers(who: str, rank: Any, alpha: Any, dropout: Any) -> Iterator[str]:
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         yield f"{who}: rank={rank!r}, expected an integer >= 1"
     if alpha is not None and not (isinstance(alpha, int | float) and math.isfinite(alpha)):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule, as_patterns, describe, matches
+from lora_jax._config import ALL_LINEAR, LoRAConfig, Pattern, Rule, as_patterns, describe, matches
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import state_of, survey_call
@@ -50,7 +51,7 @@ def select(params: Any, config: LoRAConfig, survey: Survey | None = None) -> Tar
 
 
 class _Selection:
-    def __init__(self, params, config, survey):
+    def __init__(self, params: Any, config: LoRAConfig, survey: Survey | None):
         if not isinstance(config, LoRAConfig):
             raise LoRAError(
                 f"expected a LoRAConfig, found {type(config).__name__}: "
@@ -102,14 +103,14 @@ class _Selection:
         total = sum(math.prod(x.shape) for x in self.leaves.values())
         return Targets(lora, {p: tuple(self.leaves[p].shape) for p in full}, rows, config, total)
 
-    def _chosen(self, patterns) -> list[str]:
+    def _chosen(self, patterns: tuple[Pattern, ...]) -> list[str]:
         if ALL_LINEAR in patterns:
             if self.survey is None:
                 raise LoRAError(
                     'targets="all-linear" needs to know how the function uses each leaf: '
                     f"lora.select(params, config, {self.survey_call})"
                 )
-            linear = self._all_linear()
+            linear = self._all_linear(self.survey)
             patterns = tuple(p for p in patterns if p != ALL_LINEAR)
         else:
             linear = []
@@ -117,10 +118,10 @@ class _Selection:
         meant = {p for t in patterns for p in self._meant(t)}.union(linear)
         return [p for p in self.leaves if p in meant]
 
-    def _all_linear(self) -> list[str]:
+    def _all_linear(self, survey: Survey) -> list[str]:
         """Every contracted leaf; one that is contracted after something else was done to it is
         chosen too, so that it is an error and not left out."""
-        known = {p: self.survey[p] for p in self.leaves}
+        known = {p: survey[p] for p in self.leaves}
         heads = [p for p, leaf in known.items() if leaf.head]
         linear = [
             p for p, leaf in known.items()
@@ -131,7 +132,7 @@ class _Selection:
             self.failures.append(f'"all-linear" matches nothing: no leaf is contracted {only}')
         return linear
 
-    def _meant(self, pattern) -> list[str]:
+    def _meant(self, pattern: Pattern) -> list[str]:
         """The leaves that a target pattern means: the weights among its matches, if any are.
 
         A suffix that is the leaf's own name, or a predicate, means the leaf whatever it is. A
@@ -141,7 +142,7 @@ class _Selection:
         weights = [p for p in found if self._is_weight(pattern, p)]
         return weights or [p for p in found if len(self.leaves[p].shape) >= 2] or found
 
-    def _is_weight(self, pattern, path) -> bool:
+    def _is_weight(self, pattern: Pattern, path: str) -> bool:
         if callable(pattern) or (isinstance(pattern, str) and f"/{path}".endswith(f"/{pattern}")):
             return True
         if self.survey is None:
@@ -149,7 +150,7 @@ class _Selection:
         leaf = self.survey[path]
         return bool(leaf.products) or _derived(leaf)
 
-    def _all_match(self, what, patterns):
+    def _all_match(self, what: str, patterns: Sequence[Pattern]) -> None:
         for pattern in patterns:
             found = [p for p, x in self.leaves.items() if matches(pattern, p, x)]
             if not found:
@@ -158,13 +159,15 @@ class _Selection:
                     + ", ".join(nearest(str(pattern), self.leaves))
                 )
 
-    def _used(self, what, paths) -> None:
+    def _used(self, what: str, paths: Iterable[str]) -> None:
         """A leaf that is trained in full or by rows, and that the function does not use."""
-        for path in paths if self.survey is not None else ():
+        if self.survey is None:
+            return
+        for path in paths:
             if self.survey[path].kind == "unused":
                 self.failures.append(f"{what}: '{path}' is not used by the function")
 
-    def _target(self, path) -> Target | None:
+    def _target(self, path: str) -> Target | None:
         leaf, rule = self.leaves[path], self.config.rule(path, self.leaves[path])
         shape = tuple(leaf.shape)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -184,24 +187,28 @@ class _Selection:
         if geometry is None:
             return None
         _, inner, outer = geometry.sizes(shape)
-        if rule.rank > min(inner, outer):
+        rank, alpha, dropout = rule.rank, rule.alpha, rule.dropout
+        assert rank is not None and alpha is not None and dropout is not None  # by `rule`
+        if rank > min(inner, outer):
             self.failures.append(
-                f"'{path}' {shape}: rank {rule.rank} exceeds min(in={inner}, out={outer}); give it "
+                f"'{path}' {shape}: rank {rank} exceeds min(in={inner}, out={outer}); give it "
                 f"its own: rules=[lora.Rule('{path}', rank={min(inner, outer)})], or exclude it"
             )
             return None
         return Target(
             shape,
             geometry,
-            rule.rank,
-            rule.alpha,
-            self.config.scale(rule.rank, rule.alpha),
-            rule.dropout,
+            rank,
+            alpha,
+            self.config.scale(rank, alpha),
+            dropout,
             known is not None and known.kind == "embedding",
             ", ".join(dict.fromkeys(u.primitive for u in known.products)) if known else "?",
         )
 
-    def _geometry(self, path, shape, rule: Rule, known) -> Geometry | None:
+    def _geometry(
+        self, path: str, shape: tuple[int, ...], rule: Rule, known: Leaf | None
+    ) -> Geometry | None:
         found = known.geometry if known else None
         if found is None and rule.in_axes is None and len(shape) == 2 and known is None:
             found = Geometry((0,), (1,))  # Flax's convention: in × out
@@ -238,7 +245,7 @@ class _Selection:
             return None
         return geometry
 
-    def _full(self, lora) -> list[str]:
+    def _full(self, lora: Iterable[str]) -> list[str]:
         patterns = as_patterns(self.config.full)
         self._all_match("full", patterns)
         bias = self.config.bias
@@ -263,7 +270,7 @@ class _Selection:
             )
         return chosen
 
-    def _rows(self):
+    def _rows(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         rows = {}
         self._all_match("rows", tuple(self.config.rows))
         for pattern, index in self.config.rows.items():

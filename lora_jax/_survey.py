@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -142,7 +142,7 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
     constants, arrays = call.split((map_state(_probes, params), *args), kwargs)
     found: list = []
 
-    def trace(arrays):
+    def trace(arrays: Sequence) -> list:
         jaxpr, _ = call.jaxpr(constants, arrays)
         jaxpr, consts = compat.live(jaxpr)
         interpreter = Interpreter()
@@ -164,11 +164,11 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
     )
 
 
-def _probes(params):
+def _probes(params: Any) -> Any:
     return map_with_path(_probe, params)
 
 
-def _probe(path, x):
+def _probe(path: str, x: Any) -> Any:
     """A weight without factors in the place of a floating-point array."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         return x

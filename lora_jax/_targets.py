@@ -81,10 +81,10 @@ class Targets:
     def __iter__(self):
         return iter(self.lora)
 
-    def __contains__(self, path):
+    def __contains__(self, path: object) -> bool:
         return path in self.lora
 
-    def __getitem__(self, path) -> Target:
+    def __getitem__(self, path: str) -> Target:
         return self.lora[path]
 
     def check(self, adapters: Any) -> None:

@@ -26,7 +26,7 @@ def anywhere(fn: Callable) -> Callable:
     compiler decides on them all the same, and the results are replicated."""
 
     @functools.wraps(fn)
-    def call(*args):
+    def call(*args: Any):
         arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
         where = next(filter(None, map(compat.explicit_sharding, arrays)), None)
         if where is None:

@@ -74,7 +74,7 @@ def map_shared(fn: Callable[[Any], Any], tree: Any, replaced: Container[str]) ->
         return fn(tree)
     graph, state = nnx.split(tree)
 
-    def either(keys, old, new):
+    def either(keys: tuple, old: Any, new: Any):
         if not _is_variable(old):
             return old if path_of(keys) not in replaced else new
         leaves = jax.tree_util.tree_leaves_with_path(new, is_leaf=whole())
@@ -147,7 +147,7 @@ def pack(args: Any) -> tuple[Any, Packed]:
 def _stopped(variable: Any) -> Any:
     """A variable that a bound module shares is frozen: no gradient flows to it."""
 
-    def one(x):
+    def one(x: Any) -> Any:
         floats = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
         return jax.lax.stop_gradient(x) if floats else x
 
@@ -162,7 +162,7 @@ def unpack(marked: Any, packed: Packed) -> tuple[Any, list]:
     return args, [(x, _contents(x)) for x in _members(objects)]
 
 
-def calling(fn: Callable, *args, **kwargs):
+def calling(fn: Callable, *args: Any, **kwargs: Any):
     """`fn` of arguments that are new objects."""
     try:
         return fn(*args, **kwargs)

@@ -160,7 +160,7 @@ class Interpreter:
         if key not in self._jits:
             events: dict = {}
 
-            def body(*xs):
+            def body(*xs: Any) -> list:
                 with self.recording(events):
                     return run(xs)
 

@@ -20,7 +20,7 @@ from lora_jax._core.geometry import RANK, Factor
 
 
 def observed(
-    factor: Factor, inner: Collection[int], x: jax.Array, product: Callable, *rest
+    factor: Factor, inner: Collection[int], x: jax.Array, product: Callable, *rest: jax.Array
 ) -> jax.Array:
     """x, such that the gradient of a is C·a whatever the cotangent.
 

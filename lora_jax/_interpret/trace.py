@@ -16,7 +16,7 @@ from lora_jax._quantized.weight import is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
-class _Constants:
+class Constants:
     """What is not traced of a call: the structure and the leaves that are not arrays."""
 
     treedef: Any
@@ -47,7 +47,7 @@ class Traceable:
         # One function object for the lifetime of the transform: JAX caches its traces.
         self._trace = functools.partial(_rejoined, self)
 
-    def split(self, args: Sequence, kwargs: dict[str, Any]) -> tuple[_Constants, list]:
+    def split(self, args: Sequence, kwargs: dict[str, Any]) -> tuple[Constants, list]:
         nums = {n % len(args) for n in self.static_argnums if -len(args) <= n < len(args)}
         static = tuple((i, args[i]) for i in sorted(nums)) + tuple(
             (k, kwargs[k]) for k in sorted(kwargs) if k in self.static_argnames
@@ -62,9 +62,9 @@ class Traceable:
         leaves, treedef = jax.tree.flatten(rest, is_leaf=is_weight)
         arrays = [x for x in leaves if is_array(x)]
         constants = tuple(_ARRAY if is_array(x) else x for x in leaves)
-        return _Constants(treedef, constants, tuple(map(type, constants)), static), arrays
+        return Constants(treedef, constants, tuple(map(type, constants)), static), arrays
 
-    def call(self, constants: _Constants, arrays: Iterable) -> tuple:
+    def call(self, constants: Constants, arrays: Iterable) -> tuple:
         """(what the function returns, what it changed of the NNX objects among its arguments)."""
         arrays = iter(arrays)
         leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
@@ -73,14 +73,14 @@ class Traceable:
             (args if isinstance(where, int) else kwargs)[where] = value
         return nnx.calling(self.fn, *args, **kwargs), nnx.changes(before)
 
-    def jaxpr(self, constants: _Constants, arrays: Sequence) -> tuple:
+    def jaxpr(self, constants: Constants, arrays: Sequence) -> tuple:
         """The jaxpr of `call`, with plain arrays for adapted weights, and its output shapes."""
         bases = [x.base if is_weight(x) else x for x in arrays]
         bases = [x.abstract if is_quantized(x) else x for x in bases]
         return jax.make_jaxpr(self._trace, static_argnums=0, return_shape=True)(constants, *bases)
 
 
-def _rejoined(traceable: Traceable, constants: _Constants, *arrays: Any) -> tuple:
+def _rejoined(traceable: Traceable, constants: Constants, *arrays: Any) -> tuple:
     return traceable.call(constants, arrays)
 
 

@@ -199,7 +199,9 @@ def norms(node: LowRank, base: Any) -> jax.Array:
     rename = lambda dims: tuple(other if d == RANK else d for d in dims)
     where = compat.explicit_sharding(base)
 
-    def product(x, xl, y, yl, out):  # sharded as the base is along the axes of `out`
+    def product(
+        x: jax.Array, xl: tuple[int, ...], y: jax.Array, yl: tuple[int, ...], out: tuple[int, ...]
+    ):  # sharded as the base is along the axes of `out`
         own = where and NamedSharding(where.mesh, spec_along(out, where.spec))
         return contract(x, xl, y, yl, out, own, precision=jax.lax.Precision.HIGHEST)
 

@@ -138,11 +138,12 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
 
     check_finite(linear(adapters))
 
-    def leaf(node):
+    def leaf(node: Any) -> Any:
         if not isinstance(node, LoRA):
             return node
         u, s, v = svd(node)
         keep = rank if energy is None else rank_for(s, energy)
+        assert keep is not None  # one of the two is given
         return placed(from_svd(node, u, s, v, keep), leaf_sharding(node))
 
     return jax.tree.map(leaf, adapters, is_leaf=is_node)
@@ -216,7 +217,7 @@ def typed_alike(nodes: list[LoRA]) -> list[LoRA]:
     return [dataclasses.replace(n, **cast(n), dropout=dropout) for n in nodes]
 
 
-def _keeps(dtype, scale: float, weight: Any) -> bool:
+def _keeps(dtype: Any, scale: float, weight: Any) -> bool:
     """Whether scale · weight · B keeps every bit of B in this type, but for rounding to fp32 or
     wider. bf16 has the exponents of fp32, so there powers of two do."""
     if jnp.finfo(dtype).bits > 16 or not isinstance(weight, int | float):
@@ -227,7 +228,7 @@ def _keeps(dtype, scale: float, weight: Any) -> bool:
     return factor in (0.0, 1.0)
 
 
-def _times(b, scale: float, weight: Any, geometry: Geometry):
+def _times(b: jax.Array, scale: float, weight: Any, geometry: Geometry):
     """scale · weight · B, the weight along the batch axes."""
     if isinstance(weight, int | float):
         weight, scale = weight * scale, 1.0  # in fp64
@@ -235,7 +236,7 @@ def _times(b, scale: float, weight: Any, geometry: Geometry):
     return b * weight.reshape(weight.shape + (1,) * (b.ndim - weight.ndim))
 
 
-def _moved(parts: list[tuple[Any, Any]], base) -> Any:
+def _moved(parts: list[tuple[Any, Any]], base: Any) -> Any:
     """base + Σ w·(value − base), of leaves in full, or of all rows that any of the parts has, in
     fp32 or wider and rounded once."""
     first = parts[0][0]

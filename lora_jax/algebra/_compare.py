@@ -138,7 +138,7 @@ def _numbers(one: LoRA, two: LoRA) -> tuple[jax.Array, ...]:
     return norms, cosine, _angles(u1, u2), _angles(v1.mT, v2.mT)
 
 
-def _angles(q1, q2):
+def _angles(q1: jax.Array, q2: jax.Array) -> jax.Array:
     """Of the column spaces, small ones by their sines, which do not lose them to rounding."""
     if q2.shape[-1] > q1.shape[-1]:
         q1, q2 = q2, q1

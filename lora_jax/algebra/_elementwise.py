@@ -62,7 +62,9 @@ class Part:
 Parts = tuple[Part | None, ...]  # of one leaf, for each adapter; None where it has none
 
 
-def parts_of(adapters, weights, base, exact: bool = False) -> dict[str, Parts]:
+def parts_of(
+    adapters: Sequence[Any], weights: Sequence[Any] | None, base: Any, exact: bool = False
+) -> dict[str, Parts]:
     """{path: its part of each task vector}, checked."""
     if isinstance(adapters, Mapping):
         raise LoRAError(
@@ -112,7 +114,7 @@ def parts_of(adapters, weights, base, exact: bool = False) -> dict[str, Parts]:
     return out
 
 
-def _spread(path: str, node, weight) -> jax.Array:
+def _spread(path: str, node: Any, weight: Any) -> jax.Array:
     """A leaf's weight, one for each weight of a stack."""
     axes = node.geometry.batch_axes if isinstance(node, LoRA) else ()
     dtype = wide(jax.tree.leaves(node)[0].dtype)
@@ -157,17 +159,26 @@ def merged(
 
 
 @functools.partial(jax.jit, static_argnames=("elect", "rows"))
-def _merged(vectors, cuts, keys, rate, *, elect: bool, rows):
+def _merged(
+    vectors: list[jax.Array],
+    cuts: Sequence[jax.Array],
+    keys: Sequence[jax.Array | None],
+    rate: Any,
+    *,
+    elect: bool,
+    rows: tuple,
+) -> jax.Array:
     vectors = [_sparse(x, cut, key, rate) for x, cut, key in zip(vectors, cuts, keys)]
     if rows[0] is not None:
         union = sorted({i for index in rows for i in index})
         blank = jnp.zeros((1, len(union), vectors[0].shape[-1]), vectors[0].dtype)
         at = [jnp.asarray([union.index(i) for i in index]) for index in rows]
         vectors = [blank.at[:, i].set(x) for i, x in zip(at, vectors)]
-    return _agreed(vectors) if elect else sum(vectors)
+    total: Any = sum(vectors)
+    return _agreed(vectors) if elect else total
 
 
-def _sparse(x, cut, key, rate):
+def _sparse(x: jax.Array, cut: jax.Array, key: jax.Array | None, rate: Any) -> jax.Array:
     rounding = 1 - 4 * jnp.finfo(x.dtype).eps  # what is equal but for it is kept together
     x = jnp.where(jnp.abs(x) < cut.astype(x.dtype) * rounding, 0, x)
     x = jnp.where(jnp.isfinite(cut), x, jnp.nan)  # what is larger than infinity is not known
@@ -177,9 +188,10 @@ def _sparse(x, cut, key, rate):
     return jnp.where(jax.random.bernoulli(key, left, x.shape), x / left, 0 * x)  # NaN stays NaN
 
 
-def _agreed(vectors):
+def _agreed(vectors: Sequence[jax.Array]) -> jax.Array:
     """The mean of the elements that have the elected sign; zero has none, and is not counted."""
-    total, size = sum(vectors), sum(map(jnp.abs, vectors))
+    total: Any = sum(vectors)
+    size = sum(map(jnp.abs, vectors))
     rounding = 4 * jnp.finfo(total.dtype).eps  # of a sum that is no larger, the sign is unknown
     sign = jnp.where(jnp.abs(total) <= rounding * size, 0, jnp.sign(total))
     agree = [x * sign > 0 for x in vectors]
@@ -197,7 +209,7 @@ def cuts(leaves: Mapping[str, Parts], method: Method) -> dict[str, list]:
     if method.per_weight:
         cut = lambda part: part and _cut([part], method.density, per_weight=True)
         return {path: [cut(part) for part in parts] for path, parts in leaves.items()}
-    each = ([parts[k] for parts in leaves.values() if parts[k] is not None] for k in range(count))
+    each = ([p for x in leaves.values() if (p := x[k]) is not None] for k in range(count))
     found = [_cut(parts, method.density) for parts in each]
     return dict.fromkeys(leaves, found)
 
@@ -226,7 +238,7 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
     found = xp.zeros((weights,), f"uint{bits}")
     for shift in np.arange(bits - DIGIT, -1, -DIGIT, dtype=np.int32):
         each = (_digits(vector(part).astype(dtype), found, shift) for part in parts)
-        counts = sum(own(xp.asarray(c).astype(int)) for c in each)  # (weights, digits)
+        counts: Any = sum(own(xp.asarray(c).astype(int)) for c in each)  # (weights, digits)
         above = xp.cumsum(counts[:, ::-1], 1)[:, ::-1]  # those of this digit and of larger ones
         digit = xp.sum(above >= need[:, None], 1) - 1
         need = need - (at(above, digit) - at(counts, digit))
@@ -236,7 +248,7 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
 
 @anywhere
 @jax.jit
-def _digits(x, found, shift):
+def _digits(x: jax.Array, found: jax.Array, shift: Any) -> jax.Array:
     """How many magnitudes of each weight begin with the bits `found` and have each digit next."""
     word = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(x)), found.dtype)
     word = word.reshape(len(x), -1) >> shift.astype(word.dtype)

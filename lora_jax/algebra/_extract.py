@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._config import LoRAConfig
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import Full, LoRA, Rows
-from lora_jax._targets import Targets
+from lora_jax._targets import Target, Targets
 from lora_jax.algebra._finite import is_finite
 from lora_jax.algebra._svd import from_svd, rank_for, share_kept
 
@@ -94,14 +94,15 @@ def extract(
     return nest(flat), kept
 
 
-def _extracted(before, after, t, config, energy) -> tuple[LoRA, float]:
+def _extracted(
+    before: Any, after: Any, t: Target, config: LoRAConfig, energy: float | None
+) -> tuple[LoRA, float]:
     """The node of one leaf, and the share of its change that is kept."""
     g = t.geometry
     dtype = wide(after.dtype)
     change = jnp.asarray(after).astype(dtype) - jnp.asarray(before).astype(dtype)
     u, s, v = jnp.linalg.svd(g.matrices(change), full_matrices=False)
     rank = t.rank if energy is None else rank_for(s, energy)
-    shapes = g.factor_shapes(t.shape, rank)
-    blank = (jax.ShapeDtypeStruct(shape, config.dtype) for shape in shapes)
-    like = LoRA(*blank, 1.0, g, t.dropout, t.embedding)
+    a, b = (jnp.zeros(shape, config.dtype) for shape in g.factor_shapes(t.shape, rank))
+    like = LoRA(a, b, 1.0, g, t.dropout, t.embedding)
     return from_svd(like, u, s, v, rank), round(float(share_kept(s, rank)), 6)

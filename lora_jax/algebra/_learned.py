@@ -252,8 +252,8 @@ def _change(node: Any, base: Any) -> Change | None:
     if base is None:
         return None
     if isinstance(node, Full):
-        sizes = _norms(_difference(node.value, base), ()), _norms(base, ())
-        return Change("full", (), None, *map(np.asarray, sizes), None)
+        moved, size = np.asarray(_norms(_difference(node.value, base), ())), _norms(base, ())
+        return Change("full", (), None, moved, np.asarray(size), None)
     s, size = map(np.asarray, _rows(node, base))
     return Change("rows", (), min(node.value.shape), np.linalg.norm(s, axis=-1), size, s)
 
@@ -264,12 +264,12 @@ def _singular_values(node: LoRA) -> jax.Array:
     return svd(node)[1]
 
 
-def _norms(x, batch: tuple[int, ...]) -> jax.Array:
+def _norms(x: Any, batch: tuple[int, ...]) -> jax.Array:
     """Frobenius norms of the weights that are stacked along `batch`, in that order, (n,)."""
     return anywhere(jax.jit(functools.partial(_each_norm, batch)))(x)
 
 
-def _each_norm(batch: tuple[int, ...], x) -> jax.Array:
+def _each_norm(batch: tuple[int, ...], x: Any) -> jax.Array:
     x, rest = value(x), tuple(d for d in range(x.ndim) if d not in batch)
     squares = jnp.sum(jnp.square(x.astype(wide(x.dtype))), rest)
     return jnp.sqrt(squares.transpose([sorted(batch).index(d) for d in batch]).reshape(-1))
@@ -277,7 +277,7 @@ def _each_norm(batch: tuple[int, ...], x) -> jax.Array:
 
 @anywhere
 @jax.jit
-def _difference(tuned, base) -> jax.Array:
+def _difference(tuned: jax.Array, base: Any) -> jax.Array:
     base = value(base)
     dtype = max(wide(tuned.dtype), wide(base.dtype), key=lambda d: jnp.finfo(d).bits)
     return tuned.astype(dtype) - base.astype(dtype)
@@ -285,7 +285,7 @@ def _difference(tuned, base) -> jax.Array:
 
 @anywhere
 @jax.jit
-def _rows(node: Rows, base) -> tuple[jax.Array, jax.Array]:
+def _rows(node: Rows, base: Any) -> tuple[jax.Array, jax.Array]:
     """Singular values of the rows' change, (1, k), and the norm of what they were, (1,)."""
     index = jnp.asarray(node.index)
     before = base.at_rows(index) if is_quantized(base) else jnp.asarray(base)[index]

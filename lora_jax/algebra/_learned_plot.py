@@ -65,8 +65,8 @@ def figure(leaves: Mapping[str, Any]) -> Figure:
     else:
         width, height = 3.2 + 0.07 * max(map(len, names)), 0.26 * len(targets)
     width, height = min(max(width, 3.6), 24), min(max(height + 1, 3.4), 14 if in_layers else 40)
-    out = Figure((2 * width + 5, height), dpi=120, layout="constrained")
-    out.get_layout_engine().set(wspace=0.04)
+    out = Figure((2 * width + 5, height), dpi=120)
+    out.set_layout_engine("constrained", wspace=0.04)
     *panels, right = out.subplots(1, 3, width_ratios=[width, width, 3.6])
     for axes, title, key in zip(panels, titles, ("size", "effective")):
         value = {(c.layer, c.target): getattr(c, key) for c in cells}
@@ -144,7 +144,9 @@ def _distinct(names: Sequence[str], otherwise: Sequence[str]) -> list[str]:
     return list(names if fine else otherwise)
 
 
-def _heat_map(axes: Axes, grid, rows, names, title: str, from_zero: bool) -> None:
+def _heat_map(
+    axes: Axes, grid: np.ndarray, rows: Sequence, names: Sequence[str], title: str, from_zero: bool
+) -> None:
     """Rows are layers, columns are targets; what there is not stays grey."""
     norm = _scale(grid, from_zero)
     shown = axes.imshow(grid, MAP, norm, aspect="auto", interpolation="nearest")
@@ -170,7 +172,7 @@ def _heat_map(axes: Axes, grid, rows, names, title: str, from_zero: bool) -> Non
             axes.text(j, i, _text(x), ha="center", va="center", color=color, fontsize=7)
 
 
-def _bars(axes: Axes, values, names, title: str) -> None:
+def _bars(axes: Axes, values: Sequence, names: Sequence[str], title: str) -> None:
     """Where there are no layers: a bar for each leaf, from the top on."""
     at, finite = np.arange(len(names)), np.array([x if math.isfinite(x) else 0.0 for x in values])
     axes.barh(at, finite, color=colormaps[MAP](0.35), height=0.7)
@@ -240,16 +242,16 @@ def _scale(grid: np.ndarray, from_zero: bool) -> Normalize:
     return Normalize(0.0, high) if from_zero else Normalize(math.ceil(known.min()) - 1, high)
 
 
-def _ticks(place: Callable, labels: Sequence[str], most: int, **kwargs) -> None:
+def _ticks(place: Callable, labels: Sequence[str], most: int, **kwargs: Any) -> None:
     """A label for each, or for each k-th where there are more than can be read."""
     step = math.ceil(len(labels) / most)
     place(range(0, len(labels), step), labels[::step], fontsize=8 if len(labels) > 8 else 9,
           **kwargs)  # fmt: skip
 
 
-def _colors(n: int) -> Sequence:
+def _colors(n: int) -> np.ndarray:
     if n <= 10:
-        return colormaps["tab10"].colors[:n]
+        return colormaps["tab10"](np.arange(n))
     return colormaps["turbo"](np.linspace(0.03, 0.97, n))
 
 

@@ -247,7 +247,7 @@ def knots(
     return nest(out)
 
 
-def _method(how: str, density: float = 1.0, rate: float = 0.0, per_weight=False) -> Method:
+def _method(how: str, density: float = 1.0, rate: float = 0.0, per_weight: bool = False) -> Method:
     if how not in HOW:
         raise LoRAError(f"how={how!r}: expected one of {', '.join(map(repr, HOW))}")
     trim, drop, elect = HOW[how]
@@ -258,11 +258,20 @@ def _method(how: str, density: float = 1.0, rate: float = 0.0, per_weight=False)
     return Method(density if trim else 1.0, rate if drop else 0.0, elect, per_weight)
 
 
-def _elementwise(adapters, weights, method, key, rank, energy, passes, base):
+def _elementwise(
+    adapters: Sequence[Any],
+    weights: Sequence[Any] | None,
+    method: Method,
+    key: jax.Array | None,
+    rank: int | None,
+    energy: float | None,
+    passes: int | None,
+    base: Any,
+):
     exact = rank is None and energy is None
     if not exact:
-        fits = rank >= 1 if energy is None else rank is None and 0 < energy <= 1
-        if not fits:
+        of_rank = energy is None and rank is not None and rank >= 1
+        if not of_rank and not (rank is None and energy is not None and 0 < energy <= 1):
             raise LoRAError(
                 f"expected a rank >= 1 or an energy in (0, 1], found rank={rank}, energy={energy}"
             )
@@ -283,10 +292,13 @@ def _elementwise(adapters, weights, method, key, rank, energy, passes, base):
             where = leaf_sharding(nodes[0])
             if passes is None:
                 spread = where is not None and rank is not None
-                u, s, v = anywhere(functools.partial(best_svd, rank=rank, spread=spread))(delta)
+                u, s, v = anywhere(functools.partial(best_svd, rank=rank or 0, spread=spread))(
+                    delta
+                )
             else:
                 u, s, v = anywhere(functools.partial(_range_svd, rank=rank, passes=passes))(delta)
-            keep = rank_for(s, energy) if rank is None else rank
+            keep = rank if energy is None else rank_for(s, energy)
+            assert keep is not None  # one of the two is given
             kept[path] = share_kept(s, keep, jnp.sum(delta**2, (1, 2)))
             out[path] = placed(from_svd(typed_alike(nodes)[0], u, s, v, keep), where)
         else:

@@ -52,14 +52,17 @@ def range_svd(x: jax.Array, rank: int, passes: int) -> tuple[jax.Array, jax.Arra
     return product(q, u), s, v
 
 
-def best_svd(x: jax.Array, rank: int, spread: bool):
+def best_svd(x: jax.Array, rank: int, spread: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U, σ and Vᵀ of x (n, in, out), of which the largest `rank` are wanted: all, by LAPACK; of
     what is spread over devices a few more, by products alone, so that no device gathers x."""
-    return spread_svd(x, rank) if spread else jnp.linalg.svd(x, full_matrices=False)
+    if spread:
+        return spread_svd(x, rank)
+    u, s, v = jnp.linalg.svd(x, full_matrices=False)
+    return u, s, v
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def spread_svd(x: jax.Array, rank: int, passes: int = 8):
+def spread_svd(x: jax.Array, rank: int, passes: int = 8) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `range_svd`, with bases from Gram matrices: each device keeps its part of x, and what is
     sent has as many columns as twice the rank and 16. Exact where x has no more rows or columns."""
     width = min(2 * rank + 16, *x.shape[-2:])
@@ -79,7 +82,7 @@ def _basis(y: jax.Array) -> jax.Array:
     first leaves; together they see down to about 10⁻⁴ of the largest.
     """
 
-    def turn(y):
+    def turn(y: jax.Array):
         y = y / jnp.maximum(jnp.max(jnp.abs(y), (1, 2), keepdims=True), jnp.finfo(y.dtype).tiny)
         w, v = jnp.linalg.eigh(product(y.mT, y))  # rising
         kept = (w > 2 * w.shape[-1] * jnp.finfo(w.dtype).eps * w[:, -1:])[:, None]
@@ -110,7 +113,9 @@ def share_kept(s: jax.Array, rank: int, total: jax.Array | None = None) -> jax.A
     return jnp.min(jnp.where(total > 0, top / jnp.where(total > 0, total, 1), 1))
 
 
-def from_svd(like: LoRA, u, s, v, rank: int, scale: float = 1.0) -> LoRA:
+def from_svd(
+    like: LoRA, u: jax.Array, s: jax.Array, v: jax.Array, rank: int, scale: float = 1.0
+) -> LoRA:
     """A node like `like`, of this rank and scale, with the largest of these directions."""
     keep = min(rank, s.shape[-1])
     root = jnp.sqrt(s[:, :keep] / scale)

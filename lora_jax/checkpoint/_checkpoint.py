@@ -347,14 +347,14 @@ def _fingerprint(record: Mapping) -> Fingerprint:
     return Fingerprint(leaves, record["content"])
 
 
-def _other_base(record, base) -> list[str]:
+def _other_base(record: Mapping, base: Any) -> list[str]:
     if base is None:
         return []
     base = base if isinstance(base, Fingerprint) else fingerprint(base)
     return [f"base: {line}" for line in _fingerprint(record).differences(base)]
 
 
-def _other_config(record, config, grow: bool) -> list[str]:
+def _other_config(record: Mapping, config: LoRAConfig | Targets | None, grow: bool) -> list[str]:
     if config is None or record["config"] is None:
         return []
     mine = json.loads(json.dumps(config_to_json(_config(config))))

@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 @contextlib.contextmanager
-def opened(manager):
+def opened(manager: ocp.CheckpointManager | str | os.PathLike):
     """The manager; of a directory, one that cannot write."""
     if isinstance(manager, ocp.CheckpointManager):
         yield manager
@@ -45,7 +45,7 @@ def crc32(record: Mapping) -> int:
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
-def description(manager, step: int | None) -> tuple[int, dict]:
+def description(manager: ocp.CheckpointManager, step: int | None) -> tuple[int, dict]:
     """(step, what the checkpoint says about itself)."""
     step = manager.latest_step() if step is None else step
     if step is None:
@@ -72,7 +72,7 @@ def description(manager, step: int | None) -> tuple[int, dict]:
     return step, record
 
 
-def _read(manager, step: int, **items) -> Any:
+def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     """What orbax restores; whatever it raises for a file that is not as it should be is one error,
     which says what else is there."""
     try:
@@ -88,14 +88,17 @@ def _read(manager, step: int, **items) -> Any:
         ) from e
 
 
-def arrays_of(manager, step: int, name: str, targets: dict, where: str) -> dict:
+def arrays_of(
+    manager: ocp.CheckpointManager, step: int, name: str, targets: dict, where: str
+) -> dict:
     if not targets:
         return {}
     return _read(manager, step, **{name: ocp.args.StandardRestore(targets)})[name]
 
 
-def ours(manager, step: int) -> bool:
+def ours(manager: ocp.CheckpointManager, step: int) -> bool:
     try:
-        return "lora" in manager.metadata(step).item_handlers
+        metadata: Any = manager.metadata(step)
+        return "lora" in metadata.item_handlers
     except Exception:  # whatever a foreign or damaged file makes orbax raise
         return False

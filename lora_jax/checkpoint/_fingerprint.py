@@ -45,14 +45,13 @@ class Fingerprint:
         both have them."""
         lines = [f"'{p}' is missing" for p in self.leaves if p not in other.leaves]
         lines += [f"'{p}' is not expected" for p in other.leaves if p not in self.leaves]
+        mine, theirs = self.content or {}, other.content or {}
         for path in self.leaves.keys() & other.leaves.keys():
             want, found = (f"{dtype}{shape}" for shape, dtype in
                            (self.leaves[path], other.leaves[path]))  # fmt: skip
             if want != found:
                 lines.append(f"'{path}': expected {want}, found {found}")
-            elif _both(self.content, other.content, path) and (
-                self.content[path] != other.content[path]
-            ):
+            elif path in mine and path in theirs and mine[path] != theirs[path]:
                 lines.append(f"'{path}': has other values")
         return sorted(lines)
 
@@ -112,17 +111,13 @@ def _arrays(path: str, x: Any) -> list[tuple[str, Any]]:
     return list(zip([f"{path}/{name}" for name in names], jax.tree.leaves(x)))
 
 
-def _both(one, two, path) -> bool:
-    return bool(one and two and path in one and path in two)
-
-
 def checksums(flat: Mapping[str, Any]) -> dict[str, str]:
     """{path: 64 bits in hex} of arrays; all are started before the first is waited for."""
     sums = {p: _checksum(_summable(x)) for p, x in flat.items()}
     return {p: "".join(f"{int(n):08x}" for n in np.asarray(x)) for p, x in sums.items()}
 
 
-def _summable(x) -> Any:
+def _summable(x: Any) -> Any:
     """x where, and as, it can be summed: not in a device's host memory, not of 64 bits that jit
     would cut to 32."""
     if isinstance(x, jax.Array):
@@ -137,7 +132,7 @@ def _summable(x) -> Any:
 
 
 @jax.jit
-def _checksum(x) -> jax.Array:
+def _checksum(x: jax.Array) -> jax.Array:
     """(2,) uint32: the sum, modulo 2³², of a mixture of each word with its position, twice.
 
     The mixture is one to one in the word, so that no change of a single word is lost.
@@ -148,7 +143,7 @@ def _checksum(x) -> jax.Array:
     ).astype(jnp.uint32)
 
 
-def _words(x) -> jax.Array:
+def _words(x: jax.Array) -> jax.Array:
     """The bits of each element as a uint32, or as two along a new last axis."""
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(x)
@@ -171,7 +166,7 @@ def _index(shape: tuple[int, ...]) -> jax.Array:
     return index
 
 
-def _mix(x) -> jax.Array:
+def _mix(x: jax.Array) -> jax.Array:
     """MurmurHash3's finaliser: one to one, and every bit of x reaches every bit of the result."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

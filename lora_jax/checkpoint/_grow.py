@@ -21,7 +21,9 @@ def growing(tree: Any, saved: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
     found = {}
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
         owner = _owner(path_of(keys), saved)
-        if not isinstance(node, LowRank) or not isinstance(saved.get(owner), LowRank):
+        if owner is None or not isinstance(node, LowRank):
+            continue
+        if not isinstance(saved[owner], LowRank):
             continue
         of = {"a": len(node.geometry.a_dims) - 1, "b": len(node.geometry.batch_axes)}
         at = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -71,7 +73,7 @@ def kept(adapters: Any, saved: Mapping[str, Any], paths: set[str]) -> tuple[set[
 def with_scales(tree: Any, saved: Mapping[str, Any]) -> Any:
     """The tree, its adapters (or their moments) with the scales that were saved."""
 
-    def node(keys, x):
+    def node(keys: tuple, x: Any) -> Any:
         owner = _owner(path_of(keys), saved)
         if not isinstance(x, LowRank) or owner is None:
             return x
@@ -92,6 +94,7 @@ def config_of(config: LoRAConfig, adapters: Any) -> LoRAConfig:
             rules.append(dataclasses.replace(rule, alpha=alpha))
     first: Rule = rules[0] if rules else Rule("")
     if all((r.rank, r.alpha) == (first.rank, first.alpha) for r in rules) and not config.rules:
+        assert first.rank is not None and first.alpha is not None
         return dataclasses.replace(config, rank=first.rank, alpha=first.alpha)
     return dataclasses.replace(config, rules=tuple(rules))
 

@@ -44,7 +44,7 @@ def dora(params: Any, adapters: Any) -> dict:
     check_factors(adapter_nodes(params, adapters, "methods.dora"))
     leaves = flatten(state_of(params))
 
-    def leaf(path, node):
+    def leaf(path: str, node: Any) -> Any:
         if not isinstance(node, LoRA):
             return node
         base = leaves[path] if is_quantized(leaves[path]) else jnp.asarray(leaves[path])

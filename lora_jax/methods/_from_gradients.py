@@ -16,9 +16,9 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import path_key
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import LoRA
+from lora_jax._nodes.adapters import LoRA, LowRank
 from lora_jax._nodes.node import is_node
-from lora_jax._targets import Targets
+from lora_jax._targets import Target, Targets
 from lora_jax.algebra._svd import as_node, from_svd, svd
 from lora_jax.methods._start import (
     each,
@@ -74,11 +74,12 @@ def low_rank_gradients(
     ranks = {p: rank or 2 * t.rank for p, t in nodes.items()}
     call = adapt(loss)
 
-    def gradients(factors):
+    def gradients(factors: Mapping[str, LoRA]) -> dict[str, LoRA]:
         of = lambda ad: call(bind(params, ad), *args)
         return flatten(jax.grad(of)(nest(factors)), is_leaf=lambda x: isinstance(x, LoRA))
 
     left = {p: _random(p, t, ranks[p]) for p, t in nodes.items()}
+    q: dict[str, jax.Array] = {}
     for i in range(passes):
         left = {p: jnp.linalg.qr(x)[0] for p, x in left.items()} if i else left
         g = gradients({p: _node(t, left[p], None) for p, t in nodes.items()})
@@ -88,7 +89,7 @@ def low_rank_gradients(
     return nest({p: _best(_node(t, left[p], q[p].mT), ranks[p]) for p, t in nodes.items()})
 
 
-def _random(path: str, t, rank: int) -> jax.Array:
+def _random(path: str, t: Target | LowRank, rank: int) -> jax.Array:
     """(n, in, about rank), always the same."""
     n, i, o = t.geometry.sizes(t.shape)
     width = min(rank + OVERSAMPLED, i, o)
@@ -100,17 +101,20 @@ def _pair(node: LoRA) -> tuple[jax.Array, jax.Array]:
     return node.geometry.pair(node.a, node.b)
 
 
-def _node(t, a, b) -> LoRA:
+def _node(t: Target | LowRank, a: jax.Array | None, b: jax.Array | None) -> LoRA:
     """A node of matrices (n, in, k) and (n, k, out); of one of them, the other is zero."""
     n, i, o = t.geometry.sizes(t.shape)
-    a = jnp.zeros((n, i, b.shape[1]), jnp.float32) if a is None else a
+    if a is None:
+        assert b is not None
+        a = jnp.zeros((n, i, b.shape[1]), jnp.float32)
     b = jnp.zeros((n, a.shape[2], o), jnp.float32) if b is None else b
     return LoRA(*t.geometry.factors(a, b, t.shape), 1.0, t.geometry, 0.0, t.embedding)
 
 
 def _best(node: LoRA, rank: int) -> LoRA:
     _, i, o = node.geometry.sizes(node.shape)
-    return from_svd(node, *svd(node), min(rank, i, o))
+    u, s, v = svd(node)
+    return from_svd(node, u, s, v, min(rank, i, o))
 
 
 def lora_ga(params: Any, adapters: Any, gradients: Any, *, gamma: float = 16.0) -> tuple[Any, dict]:
@@ -147,7 +151,7 @@ def lora_ga(params: Any, adapters: Any, gradients: Any, *, gamma: float = 16.0) 
     nodes = lora_nodes(adapters)
     found = _gradients(gradients, nodes, lambda node: 2 * node.rank)
 
-    def make(path, node, w):
+    def make(path: str, node: LoRA, w: jax.Array) -> LoRA:
         r = node.rank
         u, _, v = found[path]
         c = w.shape[-1] ** 0.25 / math.sqrt(gamma)
@@ -188,7 +192,7 @@ def lora_one(
     nodes = lora_nodes(adapters)
     found = _gradients(gradients, nodes, lambda node: node.rank)
 
-    def make(path, node):
+    def make(path: str, node: LoRA) -> LoRA:
         u, s, v = found[path]
         top = s[:, :1] if normalized else jnp.ones_like(s[:, :1])
         s = s / jnp.where(top > 0, top, 1) * (node.scale / gamma)

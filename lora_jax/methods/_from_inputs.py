@@ -16,6 +16,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Factor, Geometry
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path, nest
+from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
 from lora_jax._nodes.weight import Probe, own_axes
 from lora_jax.algebra._svd import as_node, from_svd
@@ -69,8 +70,8 @@ def second_moments(
     probes = {p: _identity(t.geometry, t.shape, leaves[p].dtype) for p, t in nodes.items()}
     call = adapt(fn, strict=False)
 
-    def run(probes):
-        def leaf(path, base):
+    def run(probes: Mapping[str, jax.Array]) -> Any:
+        def leaf(path: str, base: Any) -> Any:
             if path not in probes:
                 return base
             a = Factor(probes[path], nodes[path].geometry.a_dims)
@@ -109,13 +110,13 @@ def checked_moments(moments: Any, nodes: Mapping[str, Any]) -> dict[str, jax.Arr
     return {p: moments[p] for p in nodes}
 
 
-def _says_something(c) -> bool:
+def _says_something(c: jax.Array) -> bool:
     """An expert may have seen nothing, but not all of them."""
     with jax.ensure_compile_time_eval():  # it may be a constant of a jitted function
         return bool(jnp.isfinite(c).all() & (jnp.trace(c, axis1=1, axis2=2) > 0).any())
 
 
-def _identity(g: Geometry, shape, dtype) -> jax.Array:
+def _identity(g: Geometry, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """(*batch, *in, in): the identity, for each weight of the stack."""
     batch, inner = ([shape[d] for d in axes] for axes in (g.batch_axes, g.in_axes))
     n = g.sizes(shape)[1]
@@ -123,7 +124,7 @@ def _identity(g: Geometry, shape, dtype) -> jax.Array:
     return jnp.broadcast_to(eye, (*batch, *inner, n))
 
 
-def _no_cotangent(y):
+def _no_cotangent(y: Any) -> Any:
     if jnp.issubdtype(y.dtype, jnp.inexact):
         return jnp.zeros(y.shape, y.dtype)
     return np.zeros(y.shape, jax.dtypes.float0)
@@ -228,7 +229,7 @@ def corda(
     positive(damping=damping)
     moments = checked_moments(moments, lora_nodes(adapters))
 
-    def make(path, node, w):
+    def make(path: str, node: LoRA, w: jax.Array) -> LoRA:
         c = moments[path].astype(w.dtype)
         mean = jnp.trace(c, axis1=1, axis2=2)[:, None, None] / c.shape[-1]
         c = c / jnp.where(mean > 0, mean, 1) + damping * jnp.eye(c.shape[-1], dtype=c.dtype)
@@ -250,7 +251,9 @@ def _principal(c: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.mean(values / jnp.where(total > 0, total, 1), 0), vectors
 
 
-def _ranks(shares: Mapping[str, jax.Array], nodes, rho: float) -> dict[str, int]:
+def _ranks(
+    shares: Mapping[str, jax.Array], nodes: Mapping[str, LoRA], rho: float
+) -> dict[str, int]:
     """How many directions each leaf keeps: the largest shares first, while the budget lasts."""
     budget, each, most = 0, {}, []
     for i, (path, node) in enumerate(nodes.items()):
@@ -266,6 +269,6 @@ def _ranks(shares: Mapping[str, jax.Array], nodes, rho: float) -> dict[str, int]
     return ranks
 
 
-def _started(node, vectors: jax.Array, rank: int):
+def _started(node: LoRA, vectors: jax.Array, rank: int) -> LoRA:
     n, _, o = node.geometry.sizes(node.shape)
     return as_node(node, vectors[:, :, :rank], jnp.zeros((n, rank, o), vectors.dtype))

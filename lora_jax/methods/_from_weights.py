@@ -58,7 +58,7 @@ def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any,
 
     spread = {p: placement(w) is not None for p, w in flatten(state_of(params)).items()}
 
-    def make(path, node, w):
+    def make(path: str, node: LoRA, w: jax.Array) -> LoRA:
         svd = functools.partial(best_svd, spread=spread[path])
         usv = svd(w, node.rank) if niter is None else range_svd(w, node.rank, niter)
         return from_svd(node, *usv, node.rank, node.scale)
@@ -80,7 +80,7 @@ def olora(params: Any, adapters: Any) -> tuple[Any, dict]:
     True
     """
 
-    def make(path, node, w):
+    def make(path: str, node: LoRA, w: jax.Array) -> LoRA:
         q, r = jnp.linalg.qr(w.mT)  # (n, out, k), (n, k, in)
         return as_node(node, r[:, : node.rank].mT, q[:, :, : node.rank].mT)
 
@@ -116,7 +116,7 @@ def orthogonal(key: jax.Array, adapters: Any, *, scale: float = 0.1) -> dict:
         (f"'{p}' has rank {n.rank}" for p, n in lora_nodes(adapters).items() if n.rank % 2),
     )
 
-    def make(path, node):
+    def make(path: str, node: LoRA) -> LoRA:
         n, i, o = node.geometry.sizes(node.shape)
         r, dtype = node.rank, wide(node.a.dtype)
         to_q, to_a, to_b = jax.random.split(path_key(key, path), 3)

@@ -142,7 +142,9 @@ def init_lora_xs(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _principal(w, g: Geometry, rank: int, dtype, spread: bool) -> tuple[jax.Array, jax.Array]:
+def _principal(
+    w: Any, g: Geometry, rank: int, dtype: Any, spread: bool
+) -> tuple[jax.Array, jax.Array]:
     """U·Σ (*batch, *in, rank) and Vᵀ (*batch, rank, *out) of the leaf's largest singular values."""
     u, s, v = best_svd(g.matrices(widened(w)), rank, spread)
     u, s, v = u[:, :, :rank], s[:, :rank], v[:, :rank]

@@ -163,7 +163,7 @@ def module_type(path: str) -> str:
     return re.sub(r"\d+", "*", path)
 
 
-def _check(tokens, rate, moments, gradients, keep):
+def _check(tokens: Any, rate: Any, moments: Any, gradients: Any, keep: Any):
     failures = []
     if tokens is not None and not tokens >= 1:
         failures.append(f"tokens={tokens}: expected at least 1")
@@ -176,7 +176,9 @@ def _check(tokens, rate, moments, gradients, keep):
     raise_all("nothing can be proposed:", failures)
 
 
-def _feature_norms(params, targets: Mapping[str, Target], moments) -> dict[str, float]:
+def _feature_norms(
+    params: Any, targets: Mapping[str, Target], moments: Mapping[str, Any]
+) -> dict[str, float]:
     """{path: √(Σ‖xW‖² / Σ‖xR‖²)}, R random with the norm of W: E‖xR‖² = ‖x‖²·‖W‖² / in."""
     moments, leaves = checked_moments(moments, targets), flatten(state_of(params))
     out = {}
@@ -189,7 +191,7 @@ def _feature_norms(params, targets: Mapping[str, Target], moments) -> dict[str, 
     return out
 
 
-def _gains(targets: Mapping[str, Target], gradients) -> dict[str, float]:
+def _gains(targets: Mapping[str, Target], gradients: Any) -> dict[str, float]:
     """{path: ‖G‖² for each parameter of an adapter of rank 1}."""
     flat = flatten(state_of(gradients), is_leaf=is_node)
     raise_all(

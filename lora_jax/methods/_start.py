@@ -53,7 +53,7 @@ def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]
         "loftq",
     )
 
-    def one(path, node):
+    def one(path: str, node: LoRA) -> LoRA:
         w = jnp.asarray(leaves[path])
         found = anywhere(lambda w: make(path, node, node.geometry.matrices(widened(w))))(w)
         return placed(found, placement(w))
@@ -63,8 +63,9 @@ def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]
     return unmerge(params, nest({p: flat[p] for p in nodes})), new
 
 
-def plain_svd(w: jax.Array):
-    return jnp.linalg.svd(w, full_matrices=False)
+def plain_svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    u, s, v = jnp.linalg.svd(w, full_matrices=False)
+    return u, s, v
 
 
 def positive(**numbers: float) -> None:

@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -108,14 +109,14 @@ def adalora(
     tx = optax.with_extra_args_support(tx)
     end = steps - tfinal
 
-    def budget_at(mask, step):
+    def budget_at(mask: Any, step: jax.Array):
         """b(t) of a traced t: how many of the steps at which it falls are still to come."""
         lams = [n.lam for n in adalora_nodes(mask)]
         start, matrices = (sum(math.prod(x.shape[:d]) for x in lams) for d in (None, -1))
         falls = _falls(start, round(target_rank * matrices), tinit, end)
         return start - len(falls) + jnp.sum(jnp.asarray(falls, jnp.int32) >= step)
 
-    def init(params):
+    def init(params: optax.Params):
         nodes = adalora_nodes(params)
         low = [n.rank for n in nodes if n.rank < target_rank]
         if low:
@@ -133,7 +134,12 @@ def adalora(
             tx.init(params),
         )
 
-    def update(updates, state, params=None, **extra):
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ):
         if params is None:
             raise LoRAError("adalora needs the parameters: tx.update(grads, state, adapters)")
         adalora_nodes(params)
@@ -147,7 +153,7 @@ def adalora(
         holds = allocates | (step > end)
         updates, inner = tx.update(updates, state.inner, params, **extra)
 
-        def pruning(node, u, m):
+        def pruning(node: Any, u: Any, m: Any):
             if not isinstance(node, AdaLoRA):
                 return u
             lam = jnp.where(m.lam | ~holds, u.lam, -node.lam.astype(u.lam.dtype))
@@ -174,7 +180,9 @@ def budget(t: int, *, start: int, target: int, tinit: int, end: int) -> int:
     return target + (start - target) * left**3 // (end - tinit) ** 3
 
 
-def _check(target_rank, steps, tinit, tfinal, interval, beta1, beta2) -> None:
+def _check(
+    target_rank: Any, steps: int, tinit: int, tfinal: int, interval: int, beta1: float, beta2: float
+) -> None:
     failures = []
     numbers = dict(target_rank=target_rank, steps=steps, tinit=tinit, tfinal=tfinal)
     numbers |= dict(interval=interval, beta1=beta1, beta2=beta2)
@@ -208,14 +216,14 @@ def _falls(start: int, target: int, tinit: int, end: int) -> list[int]:
     return [tinit - 1 + at_least(k) for k in range(target + 1, start + 1)]
 
 
-def _map(fn, tree: Any) -> Any:
+def _map(fn: Callable, tree: Any) -> Any:
     """`fn` of each AdaLoRA node; nothing of all else."""
     nothing = lambda x: jax.tree.map(lambda _: optax.MaskedNode(), x)
     one = lambda x: fn(x) if isinstance(x, AdaLoRA) else nothing(x)
     return jax.tree.map(one, tree, is_leaf=is_node)
 
 
-def _each(fn, node: AdaLoRA, *others: AdaLoRA) -> AdaLoRA:
+def _each(fn: Callable, node: AdaLoRA, *others: AdaLoRA) -> AdaLoRA:
     values = {x: fn(*(getattr(n, x) for n in (node, *others))) for x in ("p", "lam", "q")}
     return dataclasses.replace(node, **values)
 
@@ -225,16 +233,18 @@ def _lam(node: AdaLoRA, value: Any) -> AdaLoRA:
     return dataclasses.replace(node, p=nothing, lam=value, q=nothing)
 
 
-def _means(grads, params, state: AdaLoRAState, beta1: float, beta2: float) -> tuple[Any, Any]:
+def _means(
+    grads: optax.Updates, params: optax.Params, state: AdaLoRAState, beta1: float, beta2: float
+) -> tuple[Any, Any]:
     """Eq. 9 and 10: the moving means of I = |w·g| and of |I − Ī|."""
 
-    def entry(g, w, mean, spread):
+    def entry(g: jax.Array, w: jax.Array, mean: jax.Array, spread: jax.Array):
         now = jnp.abs(w.astype(mean.dtype) * g.astype(mean.dtype))
         mean = beta1 * mean + (1 - beta1) * now
         return mean, beta2 * spread + (1 - beta2) * jnp.abs(now - mean)
 
-    def node(i):
-        def of(w, g, mean, spread):
+    def node(i: int):
+        def of(w: Any, g: Any, mean: Any, spread: Any):
             if not isinstance(w, AdaLoRA):
                 return mean
             return _each(lambda w, g, m, s: entry(g, w, m, s)[i], w, g, mean, spread)

@@ -99,7 +99,7 @@ def galore(
     """
     tx = scale_by_galore(rank, update_proj_gap, scale, b1, b2, eps, targets)
 
-    def kinds(params):
+    def kinds(params: optax.Params):
         geometry = _geometries(params, targets)
         return map_with_path(lambda path, _: "galore" if path in geometry else "adam", params)
 
@@ -131,13 +131,13 @@ def scale_by_galore(
             'optax.inject_hyperparams(lora.optim.galore, static_args=("rank", "update_proj_gap"))'
         )
 
-    def init(params):
+    def init(params: optax.Params):
         geometry = _geometries(params, targets)
         leaf = lambda path, x: _start(x, geometry.get(path), rank)
         _, *parts = unzip(map_with_path(leaf, params), _Leaf)
         return ScaleByGaloreState(jnp.zeros((), jnp.int32), *parts)
 
-    def update(updates, state, params=None):
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         del params
         treedef = jax.tree.structure(updates)
         flat, geometry = flatten(updates), _geometries(updates, targets)
@@ -150,9 +150,9 @@ def scale_by_galore(
         new = state.count % update_proj_gap == 0
         projectors = functools.partial(_projectors, sides)
         ps = jax.lax.cond(new, projectors, lambda sources, old: old, sources, old)
-        count = optax.safe_increment(state.count)
+        count: Any = optax.safe_increment(state.count)
 
-        def leaf(g, side, p, mu, nu):
+        def leaf(g: jax.Array, side: _Sides | None, p: Any, mu: Any, nu: Any):
             if _masked(mu):
                 return _Leaf(g, p, mu, nu)
             low = g.astype(mu.dtype)
@@ -200,27 +200,26 @@ class _Sides:
         """Of such an array, the axes of size 1 aside."""
         return tuple(self.rank if d == gone[0] else d for d in self.all if d not in gone[1:])
 
-    def squeezed(self, x, gone: tuple[int, ...]) -> tuple:
+    def squeezed(self, x: jax.Array, gone: tuple[int, ...]) -> tuple:
         return jnp.squeeze(x, gone[1:]), self.labels(gone)
 
-    def project(self, g, p) -> jax.Array:
+    def project(self, g: jax.Array, p: jax.Array) -> jax.Array:
         """Pᵀ·G of a gradient, in the shape of the moments."""
         low = einsum(g, self.all, *self.squeezed(p, self.cols), self.labels(self.rows))
         return low.reshape(self.shape_with(p.shape[self.cols[0]], self.rows))
 
-    def back(self, low, p) -> jax.Array:
+    def back(self, low: jax.Array, p: jax.Array) -> jax.Array:
         """P·N, in the shape of the leaf."""
-        low, p = self.squeezed(low, self.rows), self.squeezed(p, self.cols)
-        return einsum(*low, *p, self.all)
+        return einsum(*self.squeezed(low, self.rows), *self.squeezed(p, self.cols), self.all)
 
-    def gram(self, x, labels: tuple[int, ...], rows: tuple[int, ...]) -> jax.Array:
+    def gram(self, x: jax.Array, labels: tuple[int, ...], rows: tuple[int, ...]) -> jax.Array:
         """x·xᵀ (n, m, m) over the columns, of an array with these labels and these as its rows."""
         spare = {d: self.rank + 1 + i for i, d in enumerate(rows)}
         other = [spare.get(d, d) for d in labels]
         out = (*self.batch, *rows, *spare.values())
         return einsum(x, labels, x, other, out).reshape(self.n, self.m, self.m)
 
-    def vectors(self, g, r: int) -> jax.Array:
+    def vectors(self, g: jax.Array, r: int) -> jax.Array:
         """The left singular vectors of the r largest values, in the shape of the projector.
 
         They are eigenvectors of G·Gᵀ, which are cheaper than an SVD. But G·Gᵀ squares the singular
@@ -250,13 +249,13 @@ class _Sides:
         return u.reshape(self.shape_with(r, self.cols))
 
 
-def _eigh(x) -> tuple[jax.Array, jax.Array]:
+def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, falling, and vectors of symmetric matrices (n, m, m)."""
     w, v = jnp.linalg.eigh(x)
     return w[:, ::-1], v[:, :, ::-1]
 
 
-def _start(x, g: Geometry | None, rank: int) -> _Leaf:
+def _start(x: jax.Array, g: Geometry | None, rank: int) -> _Leaf:
     """The state of a leaf."""
     if g is None:
         return _Leaf(*[optax.MaskedNode()] * 4)
@@ -268,7 +267,7 @@ def _start(x, g: Geometry | None, rank: int) -> _Leaf:
     return _Leaf(None, p, low, jnp.zeros_like(low))
 
 
-def _masked(x) -> bool:
+def _masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
@@ -276,7 +275,7 @@ def _projectors(sides: list, gradients: list, old: list) -> list:
     """The left singular vectors of each gradient, as many as of old. The moments are kept, and mean
     something only if a vector's sign, which is open, is that of the one before it."""
 
-    def one(side, g, p):
+    def one(side: _Sides, g: jax.Array, p: Any):
         if _masked(p):
             return p
         u = side.vectors(g.astype(p.dtype), p.shape[side.cols[0]])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._core.einsum import product, wide
+from lora_jax._nodes.adapters import LowRank
 from lora_jax.optim._labels import decays
 from lora_jax.optim._pairs import (
     Out,
@@ -84,11 +85,11 @@ def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
     >>> tx = optax.chain(lora.optim.scale_by_lora_muon(), optax.scale_by_learning_rate(1e-2))
     """
 
-    def init(params):
+    def init(params: optax.Params):
         return ScaleByLoraMuonState(on_factors(zeros_like, params, other=masked_like))
 
-    def update(updates, state, params=None):
-        def leaf(g, node, mu):
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
+        def leaf(g: LowRank, node: LowRank, mu: LowRank):
             m = [b1 * old + (1 - b1) * new for old, new in zip(columns(mu), columns(g))]
             step = [_muon(*side, node.scale) for side in zip(m, columns(node)[::-1])]
             return Out(with_columns(g, *step), with_columns(mu, *m, dtype=m[0].dtype))
@@ -101,7 +102,7 @@ def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _muon(m, y, scale):
+def _muon(m: jax.Array, y: jax.Array, scale: float):
     """½·msign(m·R)·R / s of a factor's momentum m (n, p, r) and the other factor y (n, q, r)."""
     root = power(gram(y), -0.5)
     peak = jnp.max(jnp.abs(m), (-2, -1), keepdims=True)  # of no other effect than to keep squares
@@ -112,12 +113,12 @@ def _muon(m, y, scale):
 def _split_decay(learning_rate: Any, weight_decay: float) -> optax.GradientTransformation:
     """(ρ − 1)·factor − (η/ρ)·step, ρ = √(1 − λη)."""
 
-    def update(updates, state, params=None):
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate, jnp.float32)
         keep = jnp.sqrt(1 - weight_decay * rate)
 
-        def leaf(step, x):
+        def leaf(step: jax.Array, x: jax.Array):
             fp32 = wide(x.dtype)
             new = (keep - 1).astype(fp32) * x.astype(fp32)
             return (new - (rate / keep).astype(fp32) * step.astype(fp32)).astype(step.dtype)

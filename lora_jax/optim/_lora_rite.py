@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._core.einsum import product
+from lora_jax._nodes.adapters import LowRank
 from lora_jax.optim._labels import decays
 from lora_jax.optim._pairs import (
     Out,
@@ -108,23 +109,25 @@ def scale_by_lora_rite(
     >>> tx = optax.chain(lora.optim.scale_by_lora_rite(), optax.scale_by_learning_rate(2e-4))
     """
 
-    def init(params):
+    def init(params: optax.Params):
         squares = lambda node: zeros_like(node, node.rank)
         numbers = lambda node: zeros_like(node, 1)
         kinds = (zeros_like, zeros_like, squares, numbers)
         mu, basis, nu, escaped = (on_factors(fn, params, other=masked_like) for fn in kinds)
         return ScaleByLoraRiteState(jnp.zeros((), jnp.int32), mu, basis, nu, escaped)
 
-    def update(updates, state, params=None):
-        count = optax.safe_increment(state.count)
-        decay = [_decay(beta, count) for beta in (b1, b2)]
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
+        count: Any = optax.safe_increment(state.count)
+        d1, d2 = _decay(b1, count), _decay(b2, count)
 
-        def leaf(g, node, mu, basis, nu, escaped):
+        def leaf(
+            g: LowRank, node: LowRank, mu: LowRank, basis: LowRank, nu: LowRank, escaped: LowRank
+        ):
             squares = [x.reshape(-1, node.rank, node.rank) for x in (nu.a, nu.b)]
             numbers = [x.ravel() for x in (escaped.a, escaped.b)]
             y, u = columns(node)[::-1], columns(basis)[::-1]
             of = zip(columns(g), y, columns(mu), u, squares, numbers)
-            sides = [_rite(*side, node.scale, *decay, eps) for side in of]
+            sides = [_rite(*side, scale=node.scale, d1=d1, d2=d2, eps=eps) for side in of]
             step, m, u, v, e = zip(*sides)
             fp32 = m[0].dtype
             return Out(
@@ -144,7 +147,18 @@ def scale_by_lora_rite(
     return optax.GradientTransformation(init, update)
 
 
-def _rite(g, y, m, u_old, v, escaped, scale, d1, d2, eps):
+def _rite(
+    g: jax.Array,
+    y: jax.Array,
+    m: jax.Array,
+    u_old: jax.Array,
+    v: jax.Array,
+    escaped: jax.Array,
+    scale: float,
+    d1: jax.Array,
+    d2: jax.Array,
+    eps: float,
+):
     """One side of the algorithm: gradient g and moment m (n, p, r) of a factor, the other factor y
     and its old basis (n, q, r), second moment v (n, r, r), escaped mass (n,)."""
     d1, d2 = d1.astype(g.dtype), d2.astype(g.dtype)
@@ -164,7 +178,7 @@ def _rite(g, y, m, u_old, v, escaped, scale, d1, d2, eps):
     return product(m, root) / scale, m, u, v, escaped
 
 
-def _decay(beta: float, count):
+def _decay(beta: float, count: jax.Array):
     """β·(1 − β^(t−1)) / (1 − β^t): with it a moving average needs no correction of its bias."""
     t = count.astype(jnp.float32)
     return beta * (1 - beta ** (t - 1)) / (1 - beta**t)

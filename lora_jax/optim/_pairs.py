@@ -24,7 +24,9 @@ def columns(node: LowRank) -> tuple[jax.Array, jax.Array]:
     return a, b.mT
 
 
-def with_columns(like: LowRank, x=None, y=None, dtype: Any = None) -> LowRank:
+def with_columns(
+    like: LowRank, x: jax.Array | None = None, y: jax.Array | None = None, dtype: Any = None
+) -> LowRank:
     """`like` with these A (n, in, r) and Bᵀ (n, out, r), in its shapes and dtypes, or `dtype`."""
     a = like.a if x is None else x.reshape(like.a.shape).astype(dtype or like.a.dtype)
     b = like.b if y is None else y.mT.reshape(like.b.shape).astype(dtype or like.b.dtype)
@@ -81,7 +83,7 @@ def required(params: Any, name: str) -> Any:
 
 
 def stateless(leaf: Callable, name: str) -> optax.GradientTransformation:
-    def update(updates, state, params=None):
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         return on_factors(leaf, updates, required(params, name)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -97,7 +99,9 @@ class Out(NamedTuple):
     escaped: Any = None
 
 
-def partition(tx, other) -> optax.GradientTransformation:
+def partition(
+    tx: optax.GradientTransformation, other: optax.GradientTransformation
+) -> optax.GradientTransformation:
     """`tx` for factors, `other` for the adapters' other leaves, nothing for frozen ones."""
     own = {"a", "b", "embedding_a", "embedding_b"}
     kind = lambda label: "factor" if label in own else label if label == FROZEN else "other"
@@ -107,21 +111,23 @@ def partition(tx, other) -> optax.GradientTransformation:
     )
 
 
-def zeros_like(node, size: int | None = None):
+def zeros_like(node: LowRank, size: int | None = None) -> LowRank:
     """Zeros for A and B, or of each of their weights (size, size); nothing for a magnitude."""
     n = len(node.geometry.batch_axes)
     square = lambda x: (*x.shape[:n], size, *(1,) * (x.ndim - n - 2), size)
     shape = lambda x: x.shape if size is None else square(x)
-    zeros = {k: jnp.zeros(shape(x), wide(x.dtype)) for k, x in (("a", node.a), ("b", node.b))}
+    zeros: dict[str, Any] = {
+        k: jnp.zeros(shape(x), wide(x.dtype)) for k, x in (("a", node.a), ("b", node.b))
+    }
     if isinstance(node, DoRA):
         zeros["magnitude"] = optax.MaskedNode()
     return dataclasses.replace(node, **zeros)
 
 
-def with_node(like, a, b):
+def with_node(like: LowRank, a: jax.Array, b: jax.Array) -> LowRank:
     """`like` with these values in its shapes."""
     return dataclasses.replace(like, a=a.reshape(like.a.shape), b=b.reshape(like.b.shape))
 
 
-def masked_like(x, *_):
+def masked_like(x: Any, *_: Any) -> optax.MaskedNode:
     return optax.MaskedNode()

@@ -9,7 +9,7 @@ s·(dA·B + A·dB). P_A projects on A's columns, P_B on B's rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import optax
 
 from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
+from lora_jax._nodes.adapters import LowRank
 from lora_jax.optim._labels import FROZEN, labels
 from lora_jax.optim._pairs import columns, gram, power, stateless, with_columns
 
@@ -49,7 +50,7 @@ def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
     >>> tx = optax.chain(lora.optim.riemannian(), optax.adam(1e-3))
     """
 
-    def leaf(g, node):
+    def leaf(g: LowRank, node: LowRank):
         (x, y), (gx, gy) = columns(node), columns(g)
         dx = product(gx, power(gram(y), -1, delta))
         dy = product(gy, power(gram(x), -1, delta))
@@ -95,7 +96,7 @@ def lora_pro(
     if x not in FREE:
         raise LoRAError(f"x={x!r}: expected one of {', '.join(map(repr, FREE))}")
 
-    def leaf(g, node):
+    def leaf(g: LowRank, node: LowRank):
         (a, bt), (ga, gbt) = columns(node), columns(g)
         da, db = nearest_gradients(a, bt.mT, ga, gbt.mT, node.scale, FREE[x], delta)
         return with_columns(g, da, db.mT)
@@ -103,7 +104,15 @@ def lora_pro(
     return stateless(leaf, "lora_pro")
 
 
-def nearest_gradients(a, b, ga, gb, scale: float, free: Callable, delta: float):
+def nearest_gradients(
+    a: jax.Array,
+    b: jax.Array,
+    ga: jax.Array,
+    gb: jax.Array,
+    scale: float,
+    free: Callable,
+    delta: float,
+):
     """dA (n, in, r) and dB (n, r, out) of LoRA-Pro; `free` gives X of AᵀA, BBᵀ, both inverses,
     Aᵀ·g_A and s."""
     aa, bb = gram(a), gram(b.mT)
@@ -115,7 +124,9 @@ def nearest_gradients(a, b, ga, gb, scale: float, free: Callable, delta: float):
     return da, db
 
 
-def _sylvester(aa, bb, aa_inv, bb_inv, aga, scale):
+def _sylvester(
+    aa: jax.Array, bb: jax.Array, aa_inv: jax.Array, bb_inv: jax.Array, aga: jax.Array, scale: float
+):
     """AᵀA·X + X·BBᵀ = C in the eigenbases of both, where it is a division."""
     (wa, va), (wb, vb) = jnp.linalg.eigh(aa), jnp.linalg.eigh(bb)
     c = -product(aga, bb_inv) / scale**2
@@ -168,7 +179,7 @@ def lora_fa(
     33
     """
 
-    def trained(tree):
+    def trained(tree: Any):
         frozen = (FROZEN, "a", "embedding_b")
         return jax.tree.map(lambda x: FROZEN if x in frozen else "trained", labels(tree))
 
@@ -176,7 +187,7 @@ def lora_fa(
     if not corrected:
         return alone
 
-    def leaf(g, node):
+    def leaf(g: LowRank, node: LowRank):
         (x, y), (gx, gy) = columns(node), columns(g)
         fix = lambda g, other: product(g, power(gram(other), -1, delta)) / node.scale**2
         return with_columns(g, fix(gx, y)) if node.embedding else with_columns(g, None, fix(gy, x))

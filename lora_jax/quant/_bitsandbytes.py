@@ -96,7 +96,7 @@ def _one(tensors: Mapping[str, Any], name: str) -> Quantized:
     return Quantized(codes, jnp.asarray(constants), second, "nf4", dtype)
 
 
-def _problems(tensors, name: str, state: Mapping):
+def _problems(tensors: Mapping[str, Any], name: str, state: Mapping):
     if state["quant_type"] != "nf4" or not _same(tensors[f"{name}.quant_map"], NF4):
         yield f"its levels are those of {state['quant_type']}, and not NF4's"
     if state["blocksize"] != BLOCK or state["shape"][-1] % BLOCK:

@@ -43,7 +43,7 @@ def gathered(params: Any, axes: str | Sequence[str]) -> Any:
     failures: list[str] = []
     found = []
 
-    def leaf(path, q):
+    def leaf(path: str, q: Any) -> Any:
         if not is_quantized(q):
             return q
         where = getattr(q.codes, "sharding", None)

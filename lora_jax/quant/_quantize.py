@@ -60,7 +60,7 @@ def quantize(
     """
     chosen = chosen_leaves(params, targets, format, survey)
 
-    def leaf(path, w):
+    def leaf(path: str, w: Any) -> Any:
         w = w if load is None else load(path)
         return quantize_leaf(w, chosen[path].geometry, format, double) if path in chosen else w
 
@@ -122,7 +122,7 @@ def errors(params: Any, other: Any) -> dict[str, float]:
 
 
 @jax.jit
-def _error(one, two):
+def _error(one: Any, two: Any):
     one, two = (x.value() if is_quantized(x) else jnp.asarray(x) for x in (one, two))
     one, two = one.astype(jnp.float32), two.astype(jnp.float32)
     return jnp.linalg.norm((one - two).ravel()) / jnp.linalg.norm(one.ravel())
