@@ -22,7 +22,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 class _Group(TyperGroup):
     """What a person can do something about is a message on stderr and status 1; Ctrl-C is 130."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("default", UserWarning)
@@ -287,7 +287,12 @@ def combine(
     from lora_jax._cli.combine import combine_folders
 
     folders, weights = zip(*map(_weighted, adapters))
-    kept = {"rank": rank, "energy": energy, "uniform": uniform, "ignore": ignore or ()}
+    kept: dict[str, Any] = {
+        "rank": rank,
+        "energy": energy,
+        "uniform": uniform,
+        "ignore": ignore or (),
+    }
     kept |= {"method": method, "density": density, "seed": seed, "rename": _renamed(rename)}
     ranks = combine_folders(out, folders, weights, dtype=jnp.dtype(DTYPES[dtype]), **kept)
     span = "–".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))

@@ -96,11 +96,11 @@ def _mixed(
     seed: int,
     kept: Mapping[str, Any],
 ) -> dict[str, Any]:
-    share = {} if density is None else {"density": density}
+    share: dict[str, Any] = {} if density is None else {"density": density}
     if method == "ties":
         return ties(trees, weights, **share, **kept)[0]
     if method == "dare":
-        rate = {} if density is None else {"rate": 1 - density}
+        rate: dict[str, Any] = {} if density is None else {"rate": 1 - density}
         return dare(jax.random.key(seed), trees, weights, **rate, **kept)[0]
     mixed = knots(trees, weights, **share) if method == "knots" else combine(trees, weights)
     return mixed if set(kept.values()) == {None} else resize(mixed, **kept)

@@ -159,7 +159,7 @@ def _mapping(
     finder, found = Finder(infos, table), {}
     for name, shape in torch.items():
         finder.failures.clear()
-        entry = finder.value(name, tuple(shape), False)
+        entry = finder.value(name, tuple(shape), ())
         if entry is None or not {b.leaf.path for b in entry.blocks} & nodes.keys():
             continue
         if finder.failures:
@@ -237,7 +237,9 @@ def _of_orbax(path: Path) -> Any:
         for folder in (root, root / "default", root / "params"):
             if (folder / "_METADATA").is_file():
                 with of_orbax(folder):
-                    found = ocp.StandardCheckpointer().metadata(folder.absolute()).item_metadata
+                    found: Any = (
+                        ocp.StandardCheckpointer().metadata(folder.absolute()).item_metadata
+                    )
                 is_leaf = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
                 shapes = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
                 return jax.tree.map(shapes, found.tree, is_leaf=is_leaf)

@@ -115,7 +115,7 @@ def diff_folders(
     distances = {n: _distance(one, two, n, common) for n in both}
     settings = [_settings(a) for a in (one, two)]
     keys = sorted((settings[0].keys() | settings[1].keys()) - {*ignore})
-    pairs = {k: tuple(s.get(k) for s in settings) for k in keys}
+    pairs = {k: (settings[0].get(k), settings[1].get(k)) for k in keys}
     return Difference(
         likeness,
         distances,
@@ -157,7 +157,7 @@ def _apart(name: str, one: LoRA | DoRA, two: LoRA | DoRA) -> float:
         return float("inf")
     if (one.shape, one.geometry) != (two.shape, two.geometry):
         raise LoRAError(f"'{name}' has another shape in each; compare adapters of one base")
-    if isinstance(one, LoRA):
+    if isinstance(one, LoRA) or isinstance(two, LoRA):
         return _between(one, two)
     m, n = (np.asarray(x.magnitude, np.float64) for x in (one, two))
     size = max(np.linalg.norm(m), np.linalg.norm(n))
@@ -165,7 +165,7 @@ def _apart(name: str, one: LoRA | DoRA, two: LoRA | DoRA) -> float:
     return max(_between(*plain), float(np.linalg.norm(m - n) / size) if size else 0.0)
 
 
-def _between(one: Any, two: Any) -> float:
+def _between(one: LoRA, two: LoRA) -> float:
     """‖Δ₁ − Δ₂‖ / max(‖Δ₁‖, ‖Δ₂‖) from the factors; 0 where these are equal."""
     a, b = np.asarray(one.a), np.asarray(one.b)
     if one.scale == two.scale and np.array_equal(a, two.a) and np.array_equal(b, two.b):

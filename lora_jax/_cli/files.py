@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from lora_jax._core.errors import LoRAError
@@ -12,7 +12,7 @@ from lora_jax.peft._file import partial, remove, writing
 
 
 @contextlib.contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path) -> Generator[Path, None, None]:
     """A path beside `out` for what becomes `out` if all goes well, and is removed otherwise."""
     if os.path.lexists(out):
         raise LoRAError(f"{out} is there already, and is left as it is; give another path")

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from lora_jax._cli.torch_adapter import TorchAdapter, norm, open_torch
 from lora_jax._core.errors import LoRAError, quoted
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
-from lora_jax._nodes.adapters import LowRank, Rows
+from lora_jax._nodes.adapters import LoRA, LowRank, Rows
 from lora_jax._nodes.node import is_node
 from lora_jax.checkpoint._checkpoint import Restored, restore
 from lora_jax.checkpoint._describe import config_to_json
@@ -136,7 +136,7 @@ def only_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def of_orbax(path: Path) -> Iterator[None]:
+def of_orbax(path: Path) -> Generator[None, None, None]:
     """Whatever orbax and its libraries raise over damaged files or a full disk, with the path."""
     try:
         yield
@@ -190,6 +190,7 @@ def _natural(row: Mapping[str, Any]) -> list:
 
 def _of_peft(adapter: TorchAdapter, name: str) -> dict[str, Any]:
     entry, what = adapter.parts[name]
+    assert entry.shape is not None  # as `open_torch` makes them
     row = _stored(adapter, name, entry.kind, entry.shape, adapter.keys(name))
     if isinstance(what, NewRows):
         return row | {"kind": f"{len(what.index)} rows", "shape": list(what.shape)}
@@ -199,8 +200,13 @@ def _of_peft(adapter: TorchAdapter, name: str) -> dict[str, Any]:
     alpha = adapter.config.alpha_of(module.replace(".base_layer.out_proj", ""))
     if what.magnitude is not None:
         row["kind"] += ", dora"
-    size = norm(adapter.node(name, dtype="float32"))
+    size = _norm(adapter.node(name, dtype="float32"))
     return row | {"rank": what.rank, "alpha": alpha, "scale": what.scale, "norm": size}
+
+
+def _norm(node: LowRank) -> float | None:
+    """None where it depends on the base, as that of a DoRA does."""
+    return norm(node) if isinstance(node, LoRA) else None
 
 
 def _stored(
@@ -231,7 +237,7 @@ def _of_checkpoint(path: str | os.PathLike) -> Inspection:
             "bytes": sum(x.nbytes for x in arrays),
         }
         if isinstance(node, LowRank):
-            row |= {"rank": node.rank, "scale": node.scale, "norm": norm(node)}
+            row |= {"rank": node.rank, "scale": node.scale, "norm": _norm(node)}
         if isinstance(node, Rows):
             row["kind"] = f"{len(node.index)} rows"
         rows.append(row)

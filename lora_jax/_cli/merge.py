@@ -60,18 +60,18 @@ def merge_files(
       LoRAError: `out` exists; a tensor of the adapter that does not fit; a type that is neither
         fp32, fp16 nor bf16. Nothing is written then.
     """
-    base, out = open_base(base), Path(out)
+    model, out = open_base(base), Path(out)
     placed = on_base(
         open_torch(adapter, ignore, rename),
-        base.shapes,
-        tied=tied_tables(base),
+        model.shapes,
+        tied=tied_tables(model),
         conv1d=conv1d,
         experts=experts,
         experts_a=experts_a,
         mapping=mapping,
     )
-    _check(placed, base, keep_base)
-    total = sum(file.stat().st_size for file in base.files)
+    _check(placed, model, keep_base)
+    total = sum(file.stat().st_size for file in model.files)
     done = 0
 
     def told(count: int) -> None:
@@ -81,18 +81,18 @@ def merge_files(
 
     with replacing(out) as new:
         changed = {n: functools.partial(_merged, placed, n) for n in placed.parts}
-        if not base.path.is_dir():
-            write_changed(base, base.path, new, changed, told)
+        if not model.path.is_dir():
+            write_changed(model, model.path, new, changed, told)
             return placed, []
-        copied, left = base.others()
+        copied, left = model.others()
         with writing(out):
             new.mkdir()
             for path in copied:
                 (new / path).parent.mkdir(parents=True, exist_ok=True)
-                with opened(base.path / path) as source, open(new / path, "wb") as target:
+                with opened(model.path / path) as source, open(new / path, "wb") as target:
                     shutil.copyfileobj(source, target)
-        for file in base.files:
-            write_changed(base, file, new / file.name, changed, told)
+        for file in model.files:
+            write_changed(model, file, new / file.name, changed, told)
     return placed, left
 
 

@@ -171,16 +171,13 @@ def entry(
     return Entry(name, (Block(leaf, (None,) * len(shape)),), kind, "same", tuple(shape))
 
 
-def norm(node: Any) -> float | None:
-    """‖ΔW‖ (Frobenius, of a stack of all its weights) from the factors, without ΔW; None where the
-    base would be needed.
+def norm(node: LoRA) -> float:
+    """‖ΔW‖ (Frobenius, of a stack of all its weights) from the factors, without ΔW.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> norm(lora.LoRA(jnp.ones((2, 2)), jnp.ones((2, 8)), 0.5, OUT_IN))  # of 16 ones
     4.0
     """
-    if not isinstance(node, LoRA):  # of a DoRA the change depends on the base
-        return None
     a, b = node.geometry.pair(np.asarray(node.a), np.asarray(node.b))
     squares = sum(_square(x.astype(np.float64), y.astype(np.float64)) for x, y in zip(a, b))
     return float(abs(node.scale) * np.sqrt(max(squares, 0.0)))

@@ -188,8 +188,9 @@ class _Placing:
         axes = {None: ("last", "first"), "first": ("first",), "last": ("last",)}
         if along not in axes:
             raise LoRAError(f"experts_a={along!r}: expected 'first' or 'last'")
-        found = {p: self.find(f"{group.module}.{p}", "experts") for p in group.parameters}
-        if None in found.values():
+        places = {p: self.find(f"{group.module}.{p}", "experts") for p in group.parameters}
+        found = {p: place for p, place in places.items() if place is not None}
+        if len(found) < len(places):
             return
         version = self.adapter.config.version
         if along is None and version is not None and version < (0, 19, 1):

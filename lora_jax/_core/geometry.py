@@ -10,9 +10,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 
 
@@ -24,6 +25,9 @@ def names(entry: Any) -> tuple[str, ...]:
 
 
 static = functools.partial(dataclasses.field, metadata=dict(static=True))
+
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 RANK = -1  # the label of a factor's rank axis, and of a seed's words
@@ -79,11 +83,12 @@ class Geometry:
         m = m.reshape([shape[d] for d in self._order])
         return m.transpose([self._order.index(d) for d in range(len(shape))])
 
-    def pair(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def pair(self, a: Array, b: Array) -> tuple[Array, Array]:
         """The factors A and B as (n, in, r) and (n, r, out)."""
         n = len(self.batch_axes)
         batch, rank = math.prod(a.shape[:n]), a.shape[-1]
         inner, outer = math.prod(a.shape[n:-1]), math.prod(b.shape[n + 1 :])
+        # pyrefly: ignore[bad-return]  # reshape keeps the kind of array, which its stubs do not say
         return a.reshape(batch, inner, rank), b.reshape(batch, rank, outer)
 
     def factors(

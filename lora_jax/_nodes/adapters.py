@@ -200,9 +200,9 @@ def norms(node: LowRank, base: Any) -> jax.Array:
     where = compat.explicit_sharding(base)
 
     def product(
-        x: jax.Array, xl: tuple[int, ...], y: jax.Array, yl: tuple[int, ...], out: tuple[int, ...]
+        x: jax.Array, xl: Sequence[int], y: jax.Array, yl: Sequence[int], out: Sequence[int]
     ):  # sharded as the base is along the axes of `out`
-        own = where and NamedSharding(where.mesh, spec_along(out, where.spec))
+        own = where and NamedSharding(where.mesh, spec_along(tuple(out), where.spec))
         return contract(x, xl, y, yl, out, own, precision=jax.lax.Precision.HIGHEST)
 
     aw = product(a, g.a_dims, w, range(base.ndim), g.b_dims)

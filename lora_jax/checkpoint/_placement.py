@@ -16,7 +16,7 @@ from lora_jax.parallel._shardings import shardings
 from lora_jax.parallel._state_shardings import state_shardings
 
 
-def placement(x):
+def placement(x: Any):
     """The sharding that a leaf is committed to, or None."""
     if isinstance(x, jax.Array) and not x.committed:
         return None

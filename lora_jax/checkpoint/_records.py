@@ -7,7 +7,7 @@ be one file and one of them lost; here dots are escaped.
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,9 @@ def recorded(tree: Any, what: str) -> tuple[dict[str, dict], dict[str, Any]]:
     return entries, {escaped(p): x for p, x in arrays.items() if x.size}
 
 
-def differences(entries, like: Any, what: str, growing: Mapping[str, int] | None) -> list[str]:
+def differences(
+    entries: Mapping[str, dict], like: Any, what: str, growing: Mapping[str, int] | None
+) -> list[str]:
     """A line for each leaf that is saved and not expected, or the other way round, or of another
     kind, type or shape (`growing`: {path: axis along which it may be larger}; None: any shape)."""
     wanted = named(like)
@@ -108,12 +110,12 @@ def other_nodes(described: Mapping[str, Any], adapters: Any, growing: Set[str]) 
     return lines
 
 
-def abstract(entries, like: Any) -> dict[str, Any]:
+def abstract(entries: Mapping[str, dict], like: Any) -> dict[str, Any]:
     """{escaped path: what orbax is to restore}: shapes as saved, placed as `like`.
 
     What `like` puts on no device in particular is read into host memory.
     """
-    targets = {}
+    targets: dict[str, Any] = {}
     for path, x in named(like).items():
         if "value" in entries[path] or 0 in entries[path]["array"][1]:
             continue
@@ -130,7 +132,11 @@ def abstract(entries, like: Any) -> dict[str, Any]:
 
 
 def rebuilt(
-    entries, like: Any, arrays: Mapping[str, Any], growing: Mapping[str, tuple], where: str
+    entries: Mapping[str, dict],
+    like: Any,
+    arrays: Mapping[str, Any],
+    growing: Mapping[str, tuple],
+    where: str,
 ) -> Any:
     """The tree with what was read; raises if a value is not what was saved.
 
@@ -151,38 +157,38 @@ def rebuilt(
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _type(x) -> list:
+def _type(x: Any) -> list:
     return [str(x.dtype), list(x.shape)]
 
 
-def _is_plain(x) -> bool:
+def _is_plain(x: Any) -> bool:
     """Whether a leaf is kept as JSON. (NumPy's float64 is a float of Python's, and is not.)"""
     return isinstance(x, bool | int | float | str) and not isinstance(x, np.generic)
 
 
-def _said(entry) -> str:
+def _said(entry: Mapping) -> str:
     if "value" in entry:
         return f"a {type(entry['value']).__name__}"
     dtype, shape = entry["array"]
     return f"{dtype}{tuple(shape)}" if shape else f"a {dtype}"
 
 
-def _is_key(x) -> bool:
+def _is_key(x: Any) -> TypeGuard[jax.Array]:
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _is_storable(x) -> bool:
+def _is_storable(x: Any) -> bool:
     if _is_key(x):
         return x.size > 0
     return x.dtype == np.bool_ or jnp.issubdtype(x.dtype, np.number)
 
 
-def _own(x):
+def _own(x: Any):
     """Of host memory a copy: it may be changed while it is written."""
     return x if isinstance(x, jax.Array) else np.array(x)
 
 
-def _leaf(entry, value, like, axis: int | None, keep: bool):
+def _leaf(entry: Mapping, value: Any, like: Any, axis: int | None, keep: bool):
     """A restored leaf of the kind of `like`, padded along `axis` to its size."""
     if _is_plain(like):
         return entry["value"] if "value" in entry else type(like)(np.asarray(value)[()])
@@ -201,10 +207,10 @@ def _leaf(entry, value, like, axis: int | None, keep: bool):
     return value[()] if isinstance(like, np.generic) else value
 
 
-def _padded(value, like, axis: int, keep: bool):
+def _padded(value: Any, like: Any, axis: int, keep: bool):
     """`value` with the rest of `like` behind it along `axis`, or zeros."""
 
-    def pad(value, like):
+    def pad(value: Any, like: Any):
         rest = jax.lax.slice_in_dim(like, value.shape[axis], like.shape[axis], axis=axis)
         return jnp.concatenate([value, rest if keep else jnp.zeros_like(rest)], axis)
 
@@ -215,7 +221,7 @@ def _padded(value, like, axis: int, keep: bool):
     return jax.jit(pad, out_shardings=placement(like))(value, like)
 
 
-def _is_number(entry) -> bool:
+def _is_number(entry: Mapping) -> bool:
     """Whether it is a number, or an array of one: a count may be saved as the one of the other."""
     if "value" in entry:
         return isinstance(entry["value"], int | float) and not isinstance(entry["value"], bool)

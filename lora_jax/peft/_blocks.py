@@ -37,9 +37,15 @@ class LeafInfo:
     dilated: bool = False
 
     @property
+    def axes(self) -> Geometry:
+        """The geometry, where the caller knows that there is one."""
+        assert self.geometry is not None, self.path
+        return self.geometry
+
+    @property
     def in_axes(self) -> tuple[int, ...]:
         """The in axes in torch's order: for a convolution the channels come first."""
-        g = self.geometry
+        g = self.axes
         inner = tuple(sorted(g.in_axes))
         last = max(g.in_axes + g.out_axes)
         if self.kind == "conv" and g.out_axes == (last,):  # (*window, in, out)
@@ -48,7 +54,7 @@ class LeafInfo:
 
     @property
     def out_axes(self) -> tuple[int, ...]:
-        return tuple(sorted(self.geometry.out_axes))
+        return tuple(sorted(self.axes.out_axes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Block:
 
     @property
     def n_batch(self) -> int:
-        return math.prod(self.sizes(self.leaf.geometry.batch_axes))
+        return math.prod(self.sizes(self.leaf.axes.batch_axes))
 
     def region(self, axes: Sequence[int]) -> tuple[slice, ...]:
         return tuple(self.slices[d] for d in axes)
@@ -129,7 +135,7 @@ def _position(part: str, size: int, text: str) -> int | tuple[int, int] | None:
 
 def factor_a(array: np.ndarray, b: Block) -> np.ndarray:
     """A (batch, rank, in) as (*batch, *in, rank) in the leaf's order."""
-    g = b.leaf.geometry
+    g = b.leaf.axes
     labels = (*g.batch_axes, RANK, *b.leaf.in_axes)
     sizes = (*b.sizes(g.batch_axes), array.shape[1], *b.sizes(b.leaf.in_axes))
     return array.reshape(sizes).transpose([labels.index(d) for d in g.a_dims])
@@ -137,7 +143,7 @@ def factor_a(array: np.ndarray, b: Block) -> np.ndarray:
 
 def factor_b(array: np.ndarray, b: Block) -> np.ndarray:
     """B (batch, out, rank) as (*batch, rank, *out)."""
-    g = b.leaf.geometry
+    g = b.leaf.axes
     labels = (*g.batch_axes, *b.leaf.out_axes, RANK)
     sizes = (*b.sizes(g.batch_axes), *b.sizes(b.leaf.out_axes), array.shape[2])
     return array.reshape(sizes).transpose([labels.index(d) for d in g.b_dims])
@@ -145,7 +151,7 @@ def factor_b(array: np.ndarray, b: Block) -> np.ndarray:
 
 def torch_a(a: np.ndarray, b: Block) -> np.ndarray:
     """The block's A of a leaf's, as (batch, rank, in)."""
-    g = b.leaf.geometry
+    g = b.leaf.axes
     a = a[(*b.region((*g.batch_axes, *g.in_axes)), slice(None))]
     a = a.transpose([g.a_dims.index(d) for d in (*g.batch_axes, RANK, *b.leaf.in_axes)])
     return a.reshape(b.n_batch, a.shape[len(g.batch_axes)], b.n_in)
@@ -153,7 +159,7 @@ def torch_a(a: np.ndarray, b: Block) -> np.ndarray:
 
 def torch_b(value: np.ndarray, b: Block) -> np.ndarray:
     """The block's B of a leaf's, as (batch, out, rank)."""
-    g = b.leaf.geometry
+    g = b.leaf.axes
     value = value[(*b.region(g.batch_axes), slice(None), *b.region(g.out_axes))]
     value = value.transpose([g.b_dims.index(d) for d in (*g.batch_axes, *b.leaf.out_axes, RANK)])
     return value.reshape(b.n_batch, b.n_out, value.shape[-1])
@@ -199,7 +205,7 @@ def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
 
 
-def to_leaf(array: np.ndarray, layout: str, blocks: Sequence[Block]) -> list[np.ndarray]:
+def to_leaf(array: np.ndarray, layout: str | None, blocks: Sequence[Block]) -> list[np.ndarray]:
     """A torch tensor as the contents of the blocks, each in its block's shape."""
     if layout in ("same", "vector"):
         cuts = np.cumsum([math.prod(b.shape) for b in blocks])[:-1]
@@ -212,7 +218,7 @@ def to_leaf(array: np.ndarray, layout: str, blocks: Sequence[Block]) -> list[np.
     cuts = np.cumsum([b.n_out for b in blocks])[:-1]
     out = []
     for piece, b in zip(np.split(array, cuts, axis=1), blocks):
-        labels = (*b.leaf.geometry.batch_axes, *b.leaf.out_axes, *b.leaf.in_axes)
+        labels = (*b.leaf.axes.batch_axes, *b.leaf.out_axes, *b.leaf.in_axes)
         piece = piece.reshape(b.sizes(labels))
         out.append(piece.transpose([labels.index(d) for d in range(len(labels))]))
     return out
@@ -226,7 +232,7 @@ def from_leaf(
         return np.concatenate([p.reshape(-1) for p in pieces]).reshape(shape)
     flat = []
     for piece, b in zip(pieces, blocks):
-        labels = (*b.leaf.geometry.batch_axes, *b.leaf.out_axes, *b.leaf.in_axes)
+        labels = (*b.leaf.axes.batch_axes, *b.leaf.out_axes, *b.leaf.in_axes)
         flat.append(piece.transpose(labels).reshape(b.n_batch, b.n_out, b.n_in))
     array = np.concatenate(flat, axis=1)
     return (array.swapaxes(1, 2) if layout == "in_out" else array).reshape(shape)
@@ -243,7 +249,7 @@ def own_factors(
     out_axes = node.geometry.out_axes
     regions = {tuple(x.index[d] for d in out_axes): x for x in blocks}
     mine = own_b.any(axis=(0, 1))
-    keep = own_a.any(axis=(0, 2)) | mine
+    keep: Any = own_a.any(axis=(0, 2)) | mine
     if len(regions) > 1:
         used = np.array([torch_b(b, x).any(axis=(0, 1)) for x in _whole(regions.values())])
         if (used.sum(axis=0) <= 1).all():  # block-diagonal: each rank is one region's
@@ -257,7 +263,7 @@ def changes_outside(node: LowRank, blocks: Iterable[Block], magnitude: Any = Non
     """Whether it changes the leaf where no torch parameter is: B is not zero there, or a DoRA's
     magnitude is not `magnitude`, the base's norms."""
     g = node.geometry
-    changed = np.asarray(node.b != 0).any(axis=g.b_dims.index(RANK))
+    changed: Any = np.asarray(node.b != 0).any(axis=g.b_dims.index(RANK))
     if isinstance(node, DoRA):
         changed = changed | (True if magnitude is None else np.asarray(node.magnitude) != magnitude)
     for block in blocks:
@@ -268,7 +274,7 @@ def changes_outside(node: LowRank, blocks: Iterable[Block], magnitude: Any = Non
 def _whole(regions: Iterable[Block]) -> list[Block]:
     """The same out axes for all of the stack."""
     return [
-        Block(b.leaf, tuple(None if d in b.leaf.geometry.batch_axes else i
+        Block(b.leaf, tuple(None if d in b.leaf.axes.batch_axes else i
                             for d, i in enumerate(b.index)))
         for b in regions
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from lora_jax.peft._blocks import LeafInfo, factor_a, factor_b, to_leaf
 from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._file import AdapterFile
 from lora_jax.peft._mapping import Entry
-from lora_jax.peft._parts import NewRows, Update, Value
+from lora_jax.peft._parts import NewRows, Table, Update, Value
 
 # What falls on a leaf: the entry, the place of the leaf among its blocks, what the file holds.
 Piece = tuple[Entry, int, Any]
@@ -30,8 +30,7 @@ class Build:
         self.file, self.config, self.params, self.dtype = file, config, params, dtype
         self.failures: list[str] = []
         self.leaves: dict[str, LeafInfo] = {}
-        # leaf: [(entry, position among its blocks, what)]
-        self.on: dict[str, list[tuple[Entry, int, Any]]] = {}
+        self.on: dict[str, list[tuple[Entry, int, Any]]] = {}  # by leaf
         self.untouched: dict[str, np.ndarray] = {}  # see `TorchMapping`
 
     def add(self, entry: Entry, what: Any) -> None:
@@ -103,7 +102,7 @@ class Build:
         out axes get a range of ranks each, and B is block-diagonal.
         """
         leaf = self.leaves[path]
-        g = leaf.geometry
+        g = leaf.axes
         if leaf.tied and len(pieces) > 1:
             pieces = self._once(path, pieces)
         taken = np.zeros([leaf.shape[d] for d in (*g.batch_axes, *g.out_axes)], bool)
@@ -134,7 +133,7 @@ class Build:
             b[(*block.region(g.batch_axes), at, *block.region(g.out_axes))] = factor_b(own_b, block)
         embedding = leaf.kind == "embedding" or pieces[0][0].kind == "embedding"
         node = LoRA(self._cast(a), self._cast(b), float(scale), g, self.config.dropout, embedding)
-        return self._dora(path, pieces, node, taken.all()) if self.config.dora else node
+        return self._dora(path, pieces, node, bool(taken.all())) if self.config.dora else node
 
     def _dora(self, path: str, pieces: Sequence[Piece], node: LoRA, whole: bool) -> DoRA:
         """The node with the magnitudes of all parts; where there is none, the norms themselves."""
@@ -201,6 +200,7 @@ class Build:
     def _value(self, entry: Entry, v: Value) -> np.ndarray:
         """The parameter's new value, as torch would have it."""
         if v.add is None:
+            assert v.key is not None  # it has one of the two
             return self.file.read(v.key)
         add = self.file.read(v.add).astype(np.float32) * np.float32(v.scale)
         if v.key is not None:
@@ -222,7 +222,7 @@ class Build:
             self.failures.append(f"'{path}': rows of it are there twice, '{others[0][0].name}'")
         return Rows(self._cast(self.file.read(r.key)), r.index, entry.blocks[0].leaf.shape[0])
 
-    def compare(self, entry: Entry | None, table: Value) -> None:
+    def compare(self, entry: Entry | None, table: Table) -> None:
         """PEFT stores the frozen table beside an adapted embedding, and puts it in the base's
         place; here it must be the base's."""
         if entry is None:

@@ -51,8 +51,8 @@ def read_experts(
       wrong: is told (key, what is wrong with it).
     """
     modules: dict[str, list[tuple[str, str]]] = {}
-    for module, *keys in sorted(found, key=lambda f: f[0].count(".base_layer")):
-        modules.setdefault(plain_name(module), []).append(tuple(keys))
+    for module, key_a, key_b in sorted(found, key=lambda f: f[0].count(".base_layer")):
+        modules.setdefault(plain_name(module), []).append((key_a, key_b))
     for module, pairs in modules.items():
         names = config.parameters_of(module)
         if config.dora:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,12 @@ class Export:
             if len(kinds) > 1:
                 self.failures.append(f"'{entry.name}': its leaves are trained in different ways")
             elif kinds:
-                make = {LoRA: self._lora, DoRA: self._lora, Full: self._full, Rows: self._rows}
+                make: dict[type, Callable] = {
+                    LoRA: self._lora,
+                    DoRA: self._lora,
+                    Full: self._full,
+                    Rows: self._rows,
+                }
                 make[kinds.pop()](entry, nodes)
         self._ranks(uniform)
 
@@ -122,7 +127,7 @@ class Export:
             self.failures.append(f"'{entry.name}': the scale of its adapter is not finite")
             return
         dropout = next(n.dropout for n in nodes if n is not None)
-        parts = []
+        parts: list[tuple[np.ndarray | None, np.ndarray]] = []
         for block, node in zip(entry.blocks, nodes):
             if node is None:
                 parts.append((None, np.zeros((block.n_batch, block.n_out, 0), np.float32)))
@@ -143,14 +148,14 @@ class Export:
             self.failures.append(f"'{entry.name}': A runs along the outputs of several leaves")
             return
         a, b = together(parts)
-        magnitude = (
-            self._magnitude(entry, nodes) if any(isinstance(n, DoRA) for n in nodes) else None
-        )
+        scaled = [n if isinstance(n, DoRA) else None for n in nodes]
+        magnitude = self._magnitude(entry, scaled) if any(scaled) else None
         self.low[entry.name] = _Low(entry, a, b, scale, dropout, magnitude)
 
     def _magnitude(self, entry: Entry, nodes: Sequence[DoRA | None]) -> np.ndarray | None:
         """The magnitudes of a torch parameter, (out,)."""
-        if None in nodes:
+        known = [n for n in nodes if n is not None]
+        if len(known) < len(nodes):
             lacking = [b.leaf.path for b, n in zip(entry.blocks, nodes) if n is None]
             self.failures.append(
                 f"'{entry.name}' is a DoRA, but {', '.join(lacking)}, which belongs to it in "
@@ -165,16 +170,17 @@ class Export:
             return None
         parts = [
             torch_b(np.expand_dims(np.asarray(n.magnitude), len(n.geometry.batch_axes)), b)
-            for b, n in zip(entry.blocks, nodes)
+            for b, n in zip(entry.blocks, known)
         ]
         return np.concatenate([p[0, :, 0] for p in parts])
 
     def _full(self, entry: Entry, nodes: Sequence[Full | None]) -> None:
-        if entry.layout is None or None in nodes:
+        known = [n for n in nodes if n is not None]
+        if entry.layout is None or entry.shape is None or len(known) < len(nodes):
             what = "its shape in torch" if entry.layout is None else "the others of its leaves"
             self.failures.append(f"'{entry.name}' is trained in full, but {what} are not known")
             return
-        pieces = [np.asarray(n.value)[b.slices] for b, n in zip(entry.blocks, nodes)]
+        pieces = [np.asarray(n.value)[b.slices] for b, n in zip(entry.blocks, known)]
         self.values[entry.name] = from_leaf(pieces, entry.layout, entry.blocks, entry.shape)
 
     def _rows(self, entry: Entry, nodes: Sequence[Rows]) -> None:
@@ -277,6 +283,7 @@ class Export:
             self.tensors |= {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b}
         else:
             if low.entry.kind == "conv":
+                assert low.entry.shape is not None  # as that of a convolution is
                 window = low.entry.shape[1:]
                 ones = [1] * (len(window) - 1)
                 a, b = a.reshape(low.rank, *window), b.reshape(*b.shape, *ones)

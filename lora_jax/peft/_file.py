@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -233,7 +233,7 @@ def opened(path: str | os.PathLike) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def checked(path: str | os.PathLike) -> Iterator[Any]:
+def checked(path: str | os.PathLike) -> Generator[Any, None, None]:
     """A safetensors file after the format's own checks: no gaps, nothing cut off."""
     opened(path).close()
     try:
@@ -247,7 +247,7 @@ def checked(path: str | os.PathLike) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
+def writing(path: str | os.PathLike) -> Generator[None, None, None]:
     """A full disk, a limit on files or a right that lacks is an error that names the path."""
     try:
         yield

@@ -186,7 +186,7 @@ class Finder:
 
         highest = max(rows.index, default=0)
         blocks = self._one(rows.name, problem, f"rows up to {highest} of {rows.shape[1]} features")
-        return blocks and Entry(rows.name, blocks, "rows")
+        return Entry(rows.name, blocks, "rows") if blocks else None
 
     def expert(self, update: Update, swapped: bool) -> tuple[Entry, Update] | None:
         """The entry of one parameter of a module of experts, if one leaf fits it best."""
@@ -254,7 +254,7 @@ class Finder:
                 if found is not None:
                     kind = exact if not first else ends if is_wrapper(first) else self.far
                     kind.append((found,))
-                elif len(leaf.shape) > 1:
+                elif i is not None and len(leaf.shape) > 1:
                     self.near.append(_no_stack(leaf, int(parts[i])))
         if not exact and not ends and len(self.tied) == 1 and is_head(name):
             leaf = self.leaves[self.tied[0]]
@@ -274,7 +274,7 @@ class Finder:
     def _given(self, name: str) -> tuple[Block, ...] | None:
         """What the table says of a parameter."""
         try:
-            found = looked_up(self.given, name)
+            found = looked_up(self.given or {}, name)
             return None if found is None else tuple(block(t, self.leaves) for t in found)
         except LoRAError as e:
             self.failures.append(f"'{name}': {e}")

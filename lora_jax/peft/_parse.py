@@ -16,7 +16,7 @@ from lora_jax._core.errors import raise_all
 from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._experts import is_inside, read_experts
 from lora_jax.peft._file import AdapterFile
-from lora_jax.peft._parts import NewRows, Parsed, Update, Value, plain_name
+from lora_jax.peft._parts import NewRows, Parsed, Table, Update, Value, plain_name
 
 PREFIX = "base_model.model."
 
@@ -256,10 +256,10 @@ class _Parser:
         value = values.get(name, Value(name, (update.n_out,), None))
         values[name] = dataclasses.replace(value, add=key, scale=update.scale)
 
-    def _whole(self, name: str, key: str, values: dict[str, Value], tables: list[Value]) -> None:
+    def _whole(self, name: str, key: str, values: dict[str, Value], tables: list[Table]) -> None:
         plain, shape = plain_name(name), self.file.shape(key)
         if name.endswith(".base_layer.weight"):
-            tables.append(Value(plain, shape, key))
+            tables.append(Table(plain, shape, key))
         elif plain in values:
             self._wrong(key, f"'{plain}' is there twice")
         else:

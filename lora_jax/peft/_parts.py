@@ -91,6 +91,15 @@ class Value:
 
 
 @dataclasses.dataclass(frozen=True)
+class Table:
+    """A frozen table of the base, which PEFT stores beside an adapted embedding."""
+
+    name: str
+    shape: tuple[int, ...]
+    key: str
+
+
+@dataclasses.dataclass(frozen=True)
 class NewRows:
     """Rows `index` of a table, replaced by the rows of `key`."""
 
@@ -104,7 +113,7 @@ class NewRows:
 class Parsed:
     """All that a file holds.
 
-    `tables` are frozen base tables, which PEFT stores beside an adapted embedding; `copies` are
+    `copies` are
     pairs of keys that must hold the same, maybe transposed (with bias="all", it stores a saved
     module's bias twice, with ensure_weight_tying the factors of embedding and head).
     """
@@ -113,7 +122,7 @@ class Parsed:
     experts: tuple[Experts, ...]
     values: tuple[Value, ...]
     rows: tuple[NewRows, ...]
-    tables: tuple[Value, ...]
+    tables: tuple[Table, ...]
     copies: tuple[tuple[str, str, bool], ...] = ()
 
     def unequal(self, file: AdapterFile) -> list[str]:

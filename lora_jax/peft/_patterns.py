@@ -82,7 +82,15 @@ class SafePattern:
     False
     """
 
-    def __init__(self, text: str, where="pattern", budget=None, *, before="", after=""):
+    def __init__(
+        self,
+        text: str,
+        where: str = "pattern",
+        budget: Budget | None = None,
+        *,
+        before: str = "",
+        after: str = "",
+    ):
         self.budget = budget or Budget(where)
         if len(text) > MAX_LENGTH:
             raise LoRAError(f"{where}: a regular expression of {len(text):,} characters")

@@ -92,7 +92,7 @@ def _kind(entry: Entry) -> str:
         return "linear"
     if leaf.kind == "embedding":
         return "embedding"
-    return "conv" if len(entry.shape) > 2 else "linear"
+    return "conv" if len(entry.shape or ()) > 2 else "linear"
 
 
 def _by_module(found: Mapping[str, Entry]) -> dict[str, list[str]]:

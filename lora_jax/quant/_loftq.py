@@ -75,7 +75,7 @@ def loftq(
         )
     found: dict[str, LoRA] = {}
 
-    def leaf(path, w):
+    def leaf(path: str, w: Any) -> Any:
         if path not in chosen:
             return w
         if path not in nodes:
@@ -88,10 +88,12 @@ def loftq(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _fit(w, node: LoRA, format, double, iterations) -> tuple[Quantized, LoRA]:
+def _fit(
+    w: jax.Array, node: LoRA, format: str, double: bool, iterations: int
+) -> tuple[Quantized, LoRA]:
     exact, g = w.astype(wide(w.dtype)), node.geometry
 
-    def once(node):
+    def once(node: LoRA) -> tuple[Quantized, LoRA]:
         rest = exact - node.weight(exact, "").delta(exact.dtype)
         q = quantized(rest, format, in_axes=g.in_axes, stack=stacked(g), double=double)
         q = dataclasses.replace(q, stored_dtype=w.dtype)

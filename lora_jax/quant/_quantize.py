@@ -89,7 +89,9 @@ def quantize_leaf(w: Any, g: Geometry, format: str, double: bool) -> Quantized:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantized(w, format, in_axes, stack, double) -> Quantized:
+def _quantized(
+    w: jax.Array, format: str, in_axes: tuple[int, ...], stack: int, double: bool
+) -> Quantized:
     return quantized(w, format, in_axes=in_axes, stack=stack, double=double)
 
 
