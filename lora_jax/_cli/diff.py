@@ -165,7 +165,7 @@ def _apart(name: str, one: LoRA | DoRA, two: LoRA | DoRA) -> float:
     return max(_between(*plain), float(np.linalg.norm(m - n) / size) if size else 0.0)
 
 
-def _between(one: LoRA, two: LoRA) -> float:
+def _between(one: Any, two: Any) -> float:
     """‖Δ₁ − Δ₂‖ / max(‖Δ₁‖, ‖Δ₂‖) from the factors; 0 where these are equal."""
     a, b = np.asarray(one.a), np.asarray(one.b)
     if one.scale == two.scale and np.array_equal(a, two.a) and np.array_equal(b, two.b):
