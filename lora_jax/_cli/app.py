@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,7 +124,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(what: str) -> Generator[Callable[[int, int], None], None, None]:
     """A bar on stderr, if a person sees it; yields progress(done, total)."""
     if not sys.stderr.isatty():
         yield lambda done, total: None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from lora_jax._core.keys import path_key
 from lora_jax._nodes.node import Node
 from lora_jax._nodes.weight import AdaptedWeight, own_axes
 from lora_jax._quantized.weight import is_quantized, value
+
+if TYPE_CHECKING:
+    import chex
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +50,7 @@ class LowRank(Node):
     def shape(self) -> tuple[int, ...]:
         return self.spanned()
 
-    def weight(self, base: Any, path: str, key: jax.Array | None = None) -> AdaptedWeight:
+    def weight(self, base: Any, path: str, key: chex.PRNGKey | None = None) -> AdaptedWeight:
         """`base` with this update beside it; nothing is computed but the masks' key data."""
         return AdaptedWeight(
             base,
@@ -158,7 +161,7 @@ class DoRA(LowRank):
     def dims(self) -> dict[str, tuple[int, ...]]:
         return super().dims | {"magnitude": (*self.geometry.batch_axes, *self.geometry.out_axes)}
 
-    def weight(self, base: Any, path: str, key: jax.Array | None = None) -> AdaptedWeight:
+    def weight(self, base: Any, path: str, key: chex.PRNGKey | None = None) -> AdaptedWeight:
         """`base` with this update and m / ‖V‖ beside it; only the norms are computed."""
         varying = compat.varying(base) if isinstance(base, jax.core.Tracer) else ()
         if varying:
@@ -237,7 +240,7 @@ class Full(Node):
     def dims(self) -> dict[str, tuple[int, ...]]:
         return {"value": tuple(range(len(self.shape)))}
 
-    def weight(self, base: Any, path: str, key: jax.Array | None = None) -> jax.Array:
+    def weight(self, base: Any, path: str, key: chex.PRNGKey | None = None) -> jax.Array:
         del path, key
         return self.value.astype(base.dtype)
 
@@ -279,7 +282,7 @@ class Rows(Node):
     def dims(self) -> dict[str, tuple[int, ...]]:
         return {"value": (RANK, *range(1, len(self.shape)))}
 
-    def weight(self, base: Any, path: str, key: jax.Array | None = None) -> AdaptedWeight:
+    def weight(self, base: Any, path: str, key: chex.PRNGKey | None = None) -> AdaptedWeight:
         """`base` plus a one-hot (V, n) times the rows' change (n, d), an update of rank n; where
         rows are looked up, `value` itself."""
         del key

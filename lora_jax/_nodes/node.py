@@ -12,6 +12,9 @@ from jax.sharding import PartitionSpec
 from lora_jax._core.geometry import RANK, spec_along
 from lora_jax._nodes.weight import is_weight
 
+if TYPE_CHECKING:
+    import chex
+
 
 class Node:
     """What stands at the path of a trained leaf. Its arrays are trained; all else is static.
@@ -66,7 +69,7 @@ class Node:
         del frozen
         return self
 
-    def weight(self, base: Any, path: str, key: jax.Array | None = None) -> Any:
+    def weight(self, base: Any, path: str, key: chex.PRNGKey | None = None) -> Any:
         """What `bind` puts there: an `AdaptedWeight`, or an array in the base's place, of its
         dtype.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ from lora_jax.algebra._svd import (
     rank_for,
     share_kept,
 )
+
+if TYPE_CHECKING:
+    import chex
 
 HOW = {  # which of its steps a method has: (trim, drop, elect signs)
     "sum": (False, False, False),
@@ -134,7 +137,7 @@ def prune(
 
 
 def dare(
-    key: jax.Array,
+    key: chex.PRNGKey,
     adapters: Sequence[Any],
     weights: Sequence[Any] | None = None,
     *,
@@ -184,7 +187,7 @@ def knots(
     how: str = "ties",
     density: float = 0.2,
     per_weight: bool = False,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     rate: float = 0.9,
     base: Any = None,
 ) -> dict:

@@ -7,7 +7,7 @@ last slot is always empty (the base model), so that the number -1 means no adapt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import checked
+
+if TYPE_CHECKING:
+    import chex
 
 
 def stack(
@@ -82,7 +85,7 @@ def stack(
     return nest(out)
 
 
-def choose(stacked: Any, index: Any) -> Any:
+def choose(stacked: Any, index: int | chex.Array) -> Any:
     """The adapters of a number, or of an array of numbers, one for each example; -1 for none.
 
     Args:
@@ -106,7 +109,7 @@ def choose(stacked: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="fill"), stacked)
 
 
-def put(stacked: Any, index: Any, adapters: Any | None) -> Any:
+def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
     """The stack with other adapters, or none, under a number: to add, replace or remove one.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
 from lora_jax.algebra._svd import as_node
 from lora_jax.methods._tree import along_rank, static_of, targets_of, tree_of
+
+if TYPE_CHECKING:
+    import chex
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +70,7 @@ class AdaLoRA(Indirect):
 
 
 def init_adalora(
-    key: jax.Array, params: Any, config: LoRAConfig | Targets, survey: Survey | None = None
+    key: chex.PRNGKey, params: Any, config: LoRAConfig | Targets, survey: Survey | None = None
 ) -> dict:
     """AdaLoRA (arXiv:2303.10512, eq. 3): adapters P·Λ·Q, whose singular values `adalora` prunes.
 

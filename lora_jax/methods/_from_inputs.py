@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from lora_jax._nodes.node import is_node
 from lora_jax._nodes.weight import Probe, own_axes
 from lora_jax.algebra._svd import as_node, from_svd
 from lora_jax.methods._start import lora_nodes, low_rank, off_the_base, plain_svd, positive
+
+if TYPE_CHECKING:
+    import chex
 
 
 def second_moments(
@@ -130,7 +133,7 @@ def _no_cotangent(y: Any) -> Any:
     return np.zeros(y.shape, jax.dtypes.float0)
 
 
-def eva(adapters: Any, moments: Mapping[str, jax.Array], *, rho: float = 2.0) -> dict:
+def eva(adapters: Any, moments: Mapping[str, chex.Array], *, rho: float = 2.0) -> dict:
     """A has the leading right singular vectors of the leaf's inputs X, and B is zero (EVA, Paischer
     2024, arXiv:2410.07170, section 3). The ranks are redistributed: of all leaves' directions those
     are kept that explain the largest shares σ²/Σσ² of their leaf's second moment (eq. 6 has Σσ;
@@ -190,7 +193,7 @@ def eva(adapters: Any, moments: Mapping[str, jax.Array], *, rho: float = 2.0) ->
 def corda(
     params: Any,
     adapters: Any,
-    moments: Mapping[str, jax.Array],
+    moments: Mapping[str, chex.Array],
     *,
     mode: Literal["instruction", "knowledge"],
     damping: float = 0.01,

@@ -7,7 +7,7 @@ as the plain one; they return the new base with the adapters. `on_original` goes
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import combine, linear
 from lora_jax.algebra._svd import as_node, best_svd, from_svd, range_svd
 from lora_jax.methods._start import each, lora_nodes, off_the_base
+
+if TYPE_CHECKING:
+    import chex
 
 
 def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any, dict]:
@@ -87,7 +90,7 @@ def olora(params: Any, adapters: Any) -> tuple[Any, dict]:
     return off_the_base(params, adapters, make)
 
 
-def orthogonal(key: jax.Array, adapters: Any, *, scale: float = 0.1) -> dict:
+def orthogonal(key: chex.PRNGKey, adapters: Any, *, scale: float = 0.1) -> dict:
     """A and B that are not zero, with a product that is (PEFT's "orthogonal"): of an orthogonal
     matrix (r, r) one half of the rows, Q₁, goes into A = scale·X·Q₁, the other into
     B = scale·Q₂ᵀ·Y, with X and Y normal; A·B = 0 as Q₁·Q₂ᵀ is. The base stays.

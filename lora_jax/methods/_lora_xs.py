@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
 from lora_jax.algebra._svd import best_svd
 from lora_jax.methods._tree import CALL, constant, static_of, targets_of, tree_of
+
+if TYPE_CHECKING:
+    import chex
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +79,7 @@ class LoRAXS(Indirect):
 
 
 def init_lora_xs(
-    key: jax.Array,
+    key: chex.PRNGKey,
     params: Any,
     config: LoRAConfig | Targets,
     survey: Survey | None = None,

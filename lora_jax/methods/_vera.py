@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from lora_jax._nodes.indirect import Indirect
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
 from lora_jax.methods._tree import CALL, along_rank, constant, static_of, targets_of, tree_of
+
+if TYPE_CHECKING:
+    import chex
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +86,7 @@ def _check_shared(frozen: Any, **need: tuple[int, int]) -> None:
 
 
 def init_vera(
-    key: jax.Array,
+    key: chex.PRNGKey,
     params: Any,
     config: LoRAConfig | Targets,
     survey: Survey | None = None,

@@ -42,7 +42,7 @@ class ScaleByGaloreState(NamedTuple):
 
 
 def galore(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
     update_proj_gap: int = 200,
     scale: float = 0.25,

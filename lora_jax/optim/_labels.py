@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -57,7 +57,11 @@ def trained_only(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def lora_plus(
-    make: Any, learning_rate: Any, *, ratio: float = 16.0, embedding_learning_rate: Any = None
+    make: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    ratio: float = 16.0,
+    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformation:
     """LoRA+ (arXiv:2402.12354): B learns `ratio` times as fast as A.
 
@@ -75,8 +79,8 @@ def lora_plus(
     >>> import optax, lora_jax as lora
     >>> tx = lora.optim.lora_plus(optax.adam, 1e-4, ratio=16)
     """
-    scheduled = lambda step: ratio * learning_rate(step)
-    fast = scheduled if callable(learning_rate) else ratio * learning_rate
+    times = lambda rate: lambda step: ratio * rate(step)
+    fast = times(learning_rate) if callable(learning_rate) else ratio * learning_rate
     slow = make(learning_rate)
     own = make(learning_rate if embedding_learning_rate is None else embedding_learning_rate)
     of: dict[Hashable, optax.GradientTransformation] = {

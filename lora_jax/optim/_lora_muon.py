@@ -33,7 +33,7 @@ class ScaleByLoraMuonState(NamedTuple):
 
 
 def lora_muon(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     b1: float = 0.95,
     weight_decay: float = 0.0,
     other: optax.GradientTransformation | None = None,
@@ -110,7 +110,9 @@ def _muon(m: jax.Array, y: jax.Array, scale: float):
     return product(product(m, power(gram(m), -0.5)), root) / (2 * scale)
 
 
-def _split_decay(learning_rate: Any, weight_decay: float) -> optax.GradientTransformation:
+def _split_decay(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float
+) -> optax.GradientTransformation:
     """(ρ − 1)·factor − (η/ρ)·step, ρ = √(1 − λη)."""
 
     def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):

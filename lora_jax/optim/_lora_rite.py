@@ -52,7 +52,7 @@ class ScaleByLoraRiteState(NamedTuple):
 
 
 def lora_rite(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,

@@ -30,7 +30,7 @@ class Build:
         self.file, self.config, self.params, self.dtype = file, config, params, dtype
         self.failures: list[str] = []
         self.leaves: dict[str, LeafInfo] = {}
-        self.on: dict[str, list[tuple[Entry, int, Any]]] = {}  # by leaf
+        self.on: dict[str, list[Piece]] = {}  # by leaf
         self.untouched: dict[str, np.ndarray] = {}  # see `TorchMapping`
 
     def add(self, entry: Entry, what: Any) -> None:
