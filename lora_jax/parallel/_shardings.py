@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest, path_of
+from lora_jax._core.placement import check_placed
 from lora_jax._init import init
 from lora_jax._nodes.node import is_node
 from lora_jax._targets import Targets
@@ -66,7 +67,7 @@ def shardings(
     Raises:
       LoRAError: a base leaf that says nothing of its sharding (under `jax.jit`, where the compiler
         decides on it), that is missing, or that names an axis which the mesh does not have; an axis
-        that does not divide. All of them are listed.
+        that does not divide; base leaves that do not lie on the same devices. All are listed.
 
     >>> import jax, lora_jax as lora
     >>> from jax.sharding import PartitionSpec as P
@@ -92,6 +93,8 @@ def shardings(
                 f"'{path}': {CALL}"
             )
     slots = _slot_axes(flat, base)
+    # With a mesh, each leaf below is found to be on it.
+    places = {} if mesh is not None else {p: _names(x)[1] for p, x in base.items()}
 
     def leaf(path, node):
         found, problem = _base_sharding(base, path, mesh, rules)
@@ -102,8 +105,9 @@ def shardings(
             failures.append(f"'{path}': {problem}")
             return node
         spec = getattr(found, "spec", found)
-        if not isinstance(spec, PartitionSpec):
-            return jax.tree.map(lambda _: found, node)  # one device
+        if not isinstance(spec, PartitionSpec):  # one device
+            return jax.tree.map(lambda _: found.with_memory_kind(None), node)
+        places[path] = found
         spec = P(*(None if x is P.UNCONSTRAINED else x for x in spec))
         specs = jax.tree.map(lambda own: P(*(None,) * slots[path], *own), node.specs(spec))
         if isinstance(found, PartitionSpec):
@@ -112,6 +116,7 @@ def shardings(
 
     result = map_with_path(leaf, adapters, is_leaf=is_node)
     raise_all("the base does not say how these leaves are sharded:", failures, CALL)
+    check_placed(places, flat)
     result, dropped = _even(adapters, result)
     if dropped and uneven == "error":
         raise_all(
@@ -198,7 +203,8 @@ def _base_sharding(base, path, mesh, rules) -> tuple[Any, str | None]:
         return NamedSharding(mesh, found), None
     if not isinstance(found, Sharding):
         return None, f"a {type(value).__name__} without a sharding"
-    if isinstance(value, jax.core.Tracer) and (left := _left_to_the_compiler(found.mesh)):
+    traced = any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(value))
+    if traced and (left := _left_to_the_compiler(found.mesh)):
         return None, (
             f"is traced, and the compiler decides how it lies along {', '.join(left)}: call "
             "shardings outside of jax.jit, or pass specs"
