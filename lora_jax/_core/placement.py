@@ -34,7 +34,7 @@ def check_placed(
         return
     count = collections.Counter(places[s] for s in known[0] or known[1])
     most = max(known[0] or known[1], key=lambda s: (count[places[s]], len(s.device_set)))
-    spread = len(most.device_set) > 1
+    spread = bool(known[0]) and len(most.device_set) > 1
 
     def wrong(s: Sharding | None, path: str) -> bool:
         return (spread and path in adapted) if s is None else places[s] != places[most]
