@@ -11,6 +11,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import as_key
 from lora_jax._core.nnx import map_shared, state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest
+from lora_jax._core.placement import check_placed
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node, is_node
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
@@ -43,7 +44,8 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
     Raises:
       LoRAError: adapters of another model (lists every path that does not exist and every shape
         that differs), parameters where adapters belong, or parameters that are bound already;
-        adapters that need frozen arrays, see `factors`.
+        adapters that need frozen arrays, see `factors`; leaves and adapters that do not lie on the
+        same devices.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": {"kernel": jnp.ones((64, 32))}}
@@ -95,6 +97,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
         elif (problem := node.misfit(tuple(leaves[path].shape))) is not None:
             failures.append(f"'{path}': {problem}")
     raise_all("the adapters do not belong to these parameters:", failures, call)
+    check_placed(leaves, flat, flat)
     return flat
 
 

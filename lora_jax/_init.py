@@ -14,6 +14,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
+from lora_jax._core.placement import check_placed
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._quantized.weight import value
 from lora_jax._select import select
@@ -44,8 +45,8 @@ def init(
       (*batch, *in, rank) and b (*batch, rank, *out), a `Full` or a `Rows`. It holds arrays only.
 
     Raises:
-      LoRAError: as `select`; or the arguments are not a key, parameters and a configuration; or an
-        init function returned another shape.
+      LoRAError: as `select`; or the arguments are not a key, parameters and a configuration; an
+        init function returned another shape; or leaves that do not lie on the same devices.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": {"kernel": jnp.ones((64, 32))}}
@@ -61,6 +62,7 @@ def init(
     key = as_key(key)
     targets = config if isinstance(config, Targets) else select(params, config, survey)
     config, leaves = targets.config, flatten(state_of(params))
+    check_placed(leaves, {*targets.lora, *targets.full, *targets.rows})
     flat: dict[str, Any] = {}
     failures: list[str] = []
     for path, t in targets.lora.items():

@@ -25,6 +25,7 @@ __all__ = [
     "is_unspecified",
     "jaxpr_as_fun",
     "live",
+    "lowered_for",
     "manual",
     "one_device",
     "opened",
@@ -157,6 +158,12 @@ def one_device(x: Any) -> bool:
         size == 1 or kind == jax.sharding.AxisType.Manual
         for size, kind in zip(mesh.axis_sizes, mesh.axis_types)
     )
+
+
+def lowered_for(lowered: Any) -> tuple[jax.Device, ...]:
+    """The devices that a function was lowered for, by its arguments' shardings and its own."""
+    lowered = getattr(lowered, "lowered", lowered)  # as in Flax's wrapper
+    return tuple(getattr(getattr(lowered, "_lowering", None), "_device_list", None) or ())
 
 
 def staging() -> bool:

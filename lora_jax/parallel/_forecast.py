@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from lora_jax._core import compat
 from lora_jax._core.table import table
 from lora_jax.parallel._hlo import Collective, collectives
 from lora_jax.parallel._topology import capacity
@@ -107,13 +108,14 @@ def forecast(
     out_shardings: Any = None,
     **kwargs: Any,
 ) -> Forecast:
-    """Compiles a function for the devices of its arguments' shardings, and executes nothing.
+    """Compiles a function for the devices of its arguments' shardings, or of its own
+    `in_shardings`, and executes nothing.
 
     So it says, before there is a pod, whether a step fits there and what it takes. Compiling needs
     neither the devices nor the memory of the model: arguments are shapes.
 
     Args:
-      fn: any function of arrays, or one that `jax.jit` returned.
+      fn: any function of arrays, or one that `jax.jit`, `jax.pmap` or `nnx.jit` returned.
       *args, **kwargs: arrays or `jax.ShapeDtypeStruct`s with shardings on one mesh, which may be
         one of `topology_mesh`.
       donate_argnums, out_shardings: as of `jax.jit`. An output that is to take the place of a
@@ -162,9 +164,9 @@ def forecast(
     jitted: Any = fn
     if given or not hasattr(fn, "lower"):
         jitted = jax.jit(fn, donate_argnums=donate_argnums, out_shardings=out_shardings)
-    devices = _devices((args, kwargs))
-    device = min(devices, key=lambda d: d.id)
     lowered = jitted.lower(*args, **kwargs)
+    devices = compat.lowered_for(lowered) or _devices((args, kwargs))
+    device = min(devices, key=lambda d: d.id)
     start = time.perf_counter()
     try:
         compiled = lowered.compile()

@@ -16,11 +16,12 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest, path_of
+from lora_jax._core.placement import check_placed
 from lora_jax._init import init
 from lora_jax._nodes.node import is_node
 from lora_jax._targets import Targets
@@ -47,10 +48,14 @@ def shardings(
       params: the base, in any form that says how it is sharded: arrays or `jax.ShapeDtypeStruct`s
         with shardings, a tree of `NamedSharding`s or `PartitionSpec`s (None: replicated), boxes of
         Linen (`nn.Partitioned`, `nn.LogicallyPartitioned`), or an NNX module or state.
-      adapters: what `init` returned, arrays or shapes; or the `Targets` that `select` returned.
+      adapters: what `init` returned, arrays or shapes; or the `Targets` that `select` returned; or
+        a stack of adapters, whose axis of slots is replicated. Specs do not say how many axes a
+        leaf has, so a stack of leaves that are all trained in full or by rows needs arrays or
+        shapes as `params`.
       mesh: of specs and of names in boxes; with it, names go before the arrays' own sharding.
       rules: pairs (logical axis, mesh axis or axes), for specs and boxes of logical names, as in
-        `nn.logical_to_mesh_axes`; an axis without a rule is replicated.
+        `nn.logical_to_mesh_axes`. Without a rule, a name of the mesh's own axes stands for itself,
+        and any other axis is replicated.
       uneven: what to do with an axis that the devices do not divide: raise, or replicate it and
         warn once, with all such leaves.
 
@@ -60,8 +65,9 @@ def shardings(
       given; a base array's own sharding where it is on one device.
 
     Raises:
-      LoRAError: a base leaf that says nothing of its sharding, that is missing, or that names an
-        axis which the mesh does not have; an axis that does not divide. All of them are listed.
+      LoRAError: a base leaf that says nothing of its sharding (under `jax.jit`, where the compiler
+        decides on it), that is missing, or that names an axis which the mesh does not have; an axis
+        that does not divide; base leaves that do not lie on the same devices. All are listed.
 
     >>> import jax, lora_jax as lora
     >>> from jax.sharding import PartitionSpec as P
@@ -79,29 +85,38 @@ def shardings(
     failures: list[str] = []
     if isinstance(adapters, Targets):
         adapters = _abstract(adapters)
-
-    def leaf(path: str, node: Any) -> Any:
+    flat = flatten(adapters, is_leaf=is_node)
+    for path, node in flat.items():
         if not is_node(node):
             raise LoRAError(
                 f"expected adapters or Targets, found a tree with a {type(node).__name__} at "
                 f"'{path}': {CALL}"
             )
+    slots = _slot_axes(flat, base)
+    # With a mesh, each leaf below is found to be on it.
+    places = {} if mesh is not None else {p: _names(x)[1] for p, x in base.items()}
+
+    def leaf(path, node):
         found, problem = _base_sharding(base, path, mesh, rules)
+        node = _slot(node, slots[path])
         if problem is None:
             problem = _too_long(found, len(node.shape))
         if problem is not None:
             failures.append(f"'{path}': {problem}")
             return node
         spec = getattr(found, "spec", found)
-        if not isinstance(spec, PartitionSpec):
-            return jax.tree.map(lambda _: found, node)  # one device
+        if not isinstance(spec, PartitionSpec):  # one device
+            return jax.tree.map(lambda _: found.with_memory_kind(None), node)
+        places[path] = found
         spec = P(*(None if x is P.UNCONSTRAINED else x for x in spec))
+        specs = jax.tree.map(lambda own: P(*(None,) * slots[path], *own), node.specs(spec))
         if isinstance(found, PartitionSpec):
-            return node.specs(spec)
-        return jax.tree.map(lambda own: NamedSharding(found.mesh, own), node.specs(spec))
+            return specs
+        return jax.tree.map(lambda own: NamedSharding(found.mesh, own), specs)
 
     result = map_with_path(leaf, adapters, is_leaf=is_node)
     raise_all("the base does not say how these leaves are sharded:", failures, CALL)
+    check_placed(places, flat)
     result, dropped = _even(adapters, result)
     if dropped and uneven == "error":
         raise_all(
@@ -121,6 +136,33 @@ def _abstract(targets: Targets) -> Any:
     shapes |= {path: shape for path, (shape, _) in targets.rows.items()}
     flat = {p: jax.ShapeDtypeStruct(s, targets.config.dtype) for p, s in shapes.items()}
     return jax.eval_shape(lambda flat: init(jax.random.key(0), flat, targets), flat)
+
+
+def _slot(node: Any, n: int) -> Any:
+    """The shapes of one slot, of adapters with n axes of slots in front."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[n:], x.dtype), node)
+
+
+def _slot_axes(nodes: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, int]:
+    """{path: how many axes of slots stand before those that the node knows of}.
+
+    A node says it by its `dims`, or the base by its shape. Where neither does, as in a leaf trained
+    in full of which there is a spec alone, it is as in the rest of the tree.
+    """
+
+    def fits(node: Any, n: int, ndim: int | None) -> bool:
+        one = _slot(node, n)
+        known = all(len(dims) == len(getattr(one, name).shape) for name, dims in one.dims.items())
+        return known and ndim in (None, len(one.shape))
+
+    possible = {}
+    for path, node in nodes.items():
+        shape = getattr(_names(base[path])[1] if path in base else None, "shape", None)
+        ndim = None if shape is None else len(shape)
+        most = min((len(x.shape) for x in jax.tree.leaves(node)), default=0)
+        possible[path] = {n for n in range(most + 1) if fits(node, n, ndim)}
+    common = set.intersection(*filter(None, possible.values())) if any(possible.values()) else {0}
+    return {path: min(own & common or own, default=0) for path, own in possible.items()}
 
 
 def _says_where(x: Any) -> bool:
@@ -148,7 +190,10 @@ def _base_sharding(
     if isinstance(found, PartitionSpec):
         rules = own_rules if rules is None else rules
         if rules is not None:
-            found = nn.logical_to_mesh_axes(tuple(found), rules) or P()
+            try:
+                found = _ruled(found, rules, () if mesh is None else mesh.axis_names)
+            except ValueError as problem:
+                return None, f"{found}: {problem}"
         if mesh is None:
             return found, None
         names = [name for entry in found for name in _entry(entry)]
@@ -163,6 +208,12 @@ def _base_sharding(
         return NamedSharding(mesh, found), None
     if not isinstance(found, Sharding):
         return None, f"a {type(value).__name__} without a sharding"
+    traced = any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(value))
+    if traced and (left := _left_to_the_compiler(found.mesh)):
+        return None, (
+            f"is traced, and the compiler decides how it lies along {', '.join(left)}: call "
+            "shardings outside of jax.jit, or pass specs"
+        )
     if mesh is not None and (not isinstance(found, NamedSharding) or found.mesh != mesh):
         return None, f"is sharded as {found}, and not over the mesh that was passed"
     if not isinstance(found, NamedSharding) and len(found.device_set) > 1:
@@ -170,11 +221,27 @@ def _base_sharding(
     return found, None
 
 
+def _ruled(names: PartitionSpec, rules: Sequence, own: Sequence[str]) -> PartitionSpec:
+    """Logical names as mesh axes; the mesh's own names stand for themselves."""
+    entries = tuple(None if x is P.UNCONSTRAINED else x for x in names)
+    own = set(own) - {name for name, _ in rules}
+    kept = [(x, x) for x in entries if _entry(x) and own.issuperset(_entry(x))]
+    return nn.logical_to_mesh_axes(entries, [*rules, *kept])
+
+
 def _own(x: Any) -> Any:
     """An array's sharding; of a tracer, that of its type."""
-    if isinstance(x, jax.core.Tracer):
-        return jax.typeof(x).sharding
-    return getattr(x, "sharding", None)
+    return (
+        jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    )
+
+
+def _left_to_the_compiler(mesh: Any) -> list[str]:
+    return [
+        name
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+        if size > 1 and kind == AxisType.Auto
+    ]
 
 
 def _names(x: Any) -> tuple:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pod
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lora
@@ -46,6 +47,30 @@ def test_the_sizes_are_those_of_one_shard(mesh):
     assert plan.peak == plan.arguments + plan.outputs + plan.temporaries
     assert plan.flops == 2 * 8 * 32 * 16
     assert plan.capacity is None and plan.fits is None
+
+
+DEVICES_OF = {  # functions that say themselves where they run, of arguments that do not
+    "in_shardings": lambda mesh, fn: jax.jit(fn, in_shardings=NamedSharding(mesh, P("data"))),
+    "jit inside": lambda mesh, fn: lambda x: DEVICES_OF["in_shardings"](mesh, fn)(x),
+    "constraint": lambda mesh, fn: lambda x: fn(
+        jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("data")))
+    ),
+    "shard_map": lambda mesh, fn: jax.shard_map(fn, mesh=mesh, in_specs=P("data"), out_specs=P("data")),
+    "pmap": lambda mesh, fn: jax.pmap(fn, devices=list(mesh.devices.flat)),
+    "nnx.jit": lambda mesh, fn: nnx.jit(fn, in_shardings=NamedSharding(mesh, P("data"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("name", DEVICES_OF)
+def test_devices_of_the_function(name, n):
+    """They are counted where its arguments say nothing: as many, and with the sizes of a shard."""
+    fn = DEVICES_OF[name](Mesh(jax.devices()[:n], "data"), lambda x: x * 2)
+    shape = (n, 8, 4) if name == "pmap" else (n * 8, 4)
+    given = jnp.ones(shape) if name == "nnx.jit" else size(shape, "float32")
+    plan = lora.parallel.forecast(fn, given)
+    assert plan.devices == n
+    assert plan.outputs == 8 * 4 * 4
 
 
 def test_donated_arguments_are_counted_once(mesh):

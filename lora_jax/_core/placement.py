@@ -1,0 +1,98 @@
+"""Whether arrays that one program takes lie on the same devices: else JAX refuses them later."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Container, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
+
+from lora_jax._core.errors import raise_all
+
+
+def check_placed(
+    leaves: Mapping[str, Any], adapted: Container[str], nodes: Mapping[str, Any] | None = None
+) -> None:
+    """Raises for parameters and adapters that do not lie on the same devices, as `jax.jit` would.
+
+    What is traced has no place yet. Arrays that are not committed to a device go where the others
+    are; but a leaf with an adapter has to say where that lies, if the others are spread.
+
+    Args:
+      leaves: {path: leaf of the base}, arrays, shapes or shardings.
+      adapted: the paths of those with an adapter.
+      nodes: {path: adapter}.
+    """
+    base = {path: _shardings(x) for path, x in leaves.items()}
+    own = {path: _shardings(x) for path, x in (nodes or {}).items()}
+    known = [[s for each in of.values() for s in each if s is not None] for of in (base, own)]
+    places = {s: _place(s) for s in {*known[0], *known[1]}}
+    if not places:
+        return
+    count = collections.Counter(places[s] for s in known[0] or known[1])
+    most = max(known[0] or known[1], key=lambda s: (count[places[s]], len(s.device_set)))
+    spread = bool(known[0]) and len(most.device_set) > 1
+
+    def wrong(s: Sharding | None, path: str) -> bool:
+        return (spread and path in adapted) if s is None else places[s] != places[most]
+
+    def lines(of: Mapping[str, list], what: str) -> list[str]:
+        odd = {p: next((s for s in each if wrong(s, p)), 0) for p, each in of.items()}
+        return [f"{what}'{p}' is {_named(s)}" for p, s in odd.items() if s != 0]
+
+    own = {path: [s for s in each if s is not None] for path, each in own.items()}
+    of_base, of_nodes = lines(base, ""), lines(own, "the adapter of ")
+    fixes = [
+        "params = jax.device_put(params, shardings), with all shardings of one mesh",
+        "adapters = jax.device_put(adapters, lora.parallel.shardings(params, adapters))",
+    ]
+    raise_all(
+        f"parameters and adapters have to lie on the same devices; others are {_named(most)}:",
+        [*of_base, *of_nodes],
+        "; ".join(fix for fix, odd in zip(fixes, (of_base, of_nodes)) if odd),
+    )
+
+
+def _shardings(x: Any) -> list[Sharding | None]:
+    """The sharding of each array, None of one that is on no device in particular."""
+    found: list[Sharding | None] = []
+    for leaf in jax.tree.leaves(x):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        if isinstance(leaf, jax.Array):
+            found.append(leaf.sharding if leaf.committed else None)
+        elif isinstance(leaf, np.ndarray):
+            found.append(None)
+        elif isinstance(leaf, Sharding):
+            found.append(leaf)
+        elif isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
+            found.append(leaf.sharding)
+    return found
+
+
+def _place(sharding: Sharding) -> tuple:
+    """What has to be equal among the arguments of one program: the devices in their order, and the
+    mesh where that is part of types."""
+    mesh = getattr(sharding, "mesh", None)
+    typed = mesh is not None and mesh.size > 1 and AxisType.Explicit in mesh.axis_types
+    if isinstance(mesh, Mesh):
+        return tuple(mesh.devices.flat), mesh.abstract_mesh if typed else None
+    if mesh is not None:  # an abstract one: of no devices
+        return mesh, None
+    return tuple(sorted(sharding.device_set, key=lambda d: d.id)), None
+
+
+def _named(sharding: Sharding | None) -> str:
+    if sharding is None:
+        return "on no device in particular"
+    if isinstance(sharding, NamedSharding):
+        ids = [d.id for d in sharding.mesh.devices.flat] if isinstance(sharding.mesh, Mesh) else []
+        some = f", devices {', '.join(map(str, ids[:8]))}{', ...' * (len(ids) > 8)}" if ids else ""
+        kinds = sorted({kind.name for kind in sharding.mesh.axis_types})
+        sizes = dict(sharding.mesh.shape)
+        return f"at {sharding.spec} of the mesh {sizes} ({'/'.join(kinds)}{some})"
+    devices = sorted(sharding.device_set, key=lambda d: d.id)
+    return f"on {', '.join(map(str, devices[:8]))}{', ...' * (len(devices) > 8)}"
