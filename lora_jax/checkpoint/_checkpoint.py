@@ -20,25 +20,37 @@ from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
 
 from lora_jax._bind import adapter_nodes
 from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import LowRank
 from lora_jax._nodes.node import is_node
 from lora_jax._targets import Targets
 from lora_jax.checkpoint._describe import (
     adapters_to_json,
+    another_config,
+    as_config,
     config_from_json,
     config_to_json,
     nodes_from_json,
+    other_config,
 )
 from lora_jax.checkpoint._directory import FORMAT, arrays_of, crc32, description, opened, ours
 from lora_jax.checkpoint._fingerprint import Fingerprint, fingerprint
 from lora_jax.checkpoint._grow import config_of, growing, kept, with_scales
-from lora_jax.checkpoint._placement import beside, placed_as
-from lora_jax.checkpoint._records import abstract, differences, other_nodes, rebuilt, recorded
+from lora_jax.checkpoint._records import (
+    abstract,
+    differences,
+    other_nodes,
+    placement,
+    rebuilt,
+    recorded,
+)
+from lora_jax.parallel._shardings import shardings
+from lora_jax.parallel._state_shardings import state_shardings
 
 SAVE = "lora.checkpoint.save(manager, step, adapters, base=params, config=config, state=opt_state)"
 
@@ -144,7 +156,7 @@ def save(
     if config is not None:
         raise_all(
             "the configuration is not that of these adapters:",
-            _another_config(_config(config), adapters),
+            another_config(as_config(config), adapters),
             "pass the one that made them, or config=None",
         )
     latest = manager.latest_step()
@@ -160,7 +172,7 @@ def save(
     record: dict = {
         "format": FORMAT,
         "step": step,
-        "config": None if config is None else config_to_json(_config(config)),
+        "config": None if config is None else config_to_json(as_config(config)),
         "base": {p: [dtype, list(shape)] for p, (shape, dtype) in base.leaves.items()},
         "content": base.content and dict(base.content),
         "nodes": adapters_to_json(adapters),
@@ -247,15 +259,15 @@ def restore(
         where = f"checkpoint {step} in {manager.directory}"
         saved = nodes_from_json(record["nodes"], adapters, where)
         if adapters is None:
-            adapters = placed_as(nest(saved), base)
+            adapters = _placed_as(nest(saved), base)
         likes = {"adapters": adapters}
         if state is not None:
-            likes["state"] = beside(state, adapters)
+            likes["state"] = _beside(state, adapters)
         larger = {n: growing(t, saved) if rank == "grow" else {} for n, t in likes.items()}
         owners = {owner for owner, _ in larger["adapters"].values()}
         keep, unfit = kept(adapters, saved, owners)
         others = other_nodes(record["nodes"], adapters, owners) + unfit
-        failures = _other_base(record, base) + _other_config(record, config, rank == "grow")
+        failures = _other_base(record, base) + other_config(record, config, rank == "grow")
         for name, tree in likes.items():
             axes = {p: axis for p, (_, axis) in larger[name].items()}
             # the shapes of adapters, and of their moments if they differ, are said by `others`
@@ -272,7 +284,7 @@ def restore(
     own = record["config"] and config_from_json(record["config"])
     if rank == "grow":
         found = {name: with_scales(tree, saved) for name, tree in found.items()}
-        own = own if config is None else _config(config)
+        own = own if config is None else as_config(config)
         own = own and config_of(own, found["adapters"])
     return Restored(
         step=step,
@@ -285,29 +297,40 @@ def restore(
     )
 
 
-def _config(config: LoRAConfig | Targets) -> LoRAConfig:
-    config = config.config if isinstance(config, Targets) else config
-    if not isinstance(config, LoRAConfig):
-        raise LoRAError(
-            f"expected a LoRAConfig or Targets, found {type(config).__name__}: "
-            "config=lora.LoRAConfig(rank=8)"
-        )
-    return config
+def _placed_as(saved: Any, base: Any) -> Any:
+    """Shapes of the adapters, sharded as the base where it says how."""
+    if base is None or isinstance(base, Fingerprint):
+        return saved
+    leaves = flatten(state_of(base))
+    own = {p: placement(leaves[p]) for p in flatten(saved, is_leaf=is_node) if p in leaves}
+    if all(where is None for where in own.values()):
+        return saved
+    raise_all(
+        "these leaves of the base are on no device in particular, and others are placed:",
+        (f"'{p}'" for p, where in own.items() if where is None),
+        "place all of them, jax.device_put(params, shardings), or pass adapters that are placed",
+    )
+    if own.keys() != flatten(saved, is_leaf=is_node).keys():
+        return saved  # another base, as is about to be said
+    return _at(saved, shardings(nest(own), saved))
 
 
-def _another_config(config: LoRAConfig, adapters: Any) -> list[str]:
-    """A line for each adapter whose rank, scale or dropout is not the configuration's."""
-    lines = []
-    for path, node in flatten(adapters, is_leaf=is_node).items():
-        if isinstance(node, LowRank):
-            rule = config.rule(path, jax.ShapeDtypeStruct(node.shape, node.a.dtype))
-            want = (rule.rank, config.scale(rule.rank, rule.alpha), rule.dropout)
-            found = (node.rank, node.scale, node.dropout)
-            if want != found:
-                lines.append(
-                    f"'{path}': rank, scale and dropout {want} by the configuration, found {found}"
-                )
-    return lines
+def _beside(state: Any, adapters: Any) -> Any:
+    """The state, of which shapes that are nowhere go where the adapters' shardings say."""
+    leaves = jax.tree.leaves(adapters)
+    placed = [isinstance(placement(x), NamedSharding) for x in leaves]
+    nowhere = lambda x: isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None
+    if not placed or not all(placed) or not any(map(nowhere, jax.tree.leaves(state))):
+        return state
+    at = state_shardings(state, adapters, jax.tree.map(placement, adapters))
+    place = lambda x, s: _at(x, s) if nowhere(x) else x
+    return jax.tree.map(place, state, at)
+
+
+def _at(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
 
 
 def _shapes(base: Fingerprint) -> dict[str, Any]:
@@ -352,15 +375,3 @@ def _other_base(record: Mapping, base: Any) -> list[str]:
         return []
     base = base if isinstance(base, Fingerprint) else fingerprint(base)
     return [f"base: {line}" for line in _fingerprint(record).differences(base)]
-
-
-def _other_config(record: Mapping, config: LoRAConfig | Targets | None, grow: bool) -> list[str]:
-    if config is None or record["config"] is None:
-        return []
-    mine = json.loads(json.dumps(config_to_json(_config(config))))
-    ignored = ("rank", "alpha", "rules", "init") if grow else ()
-    return [
-        f"config: {name}={value!r} was saved, found {mine.get(name)!r}"
-        for name, value in record["config"].items()
-        if mine.get(name) != value and name not in ignored
-    ]

@@ -18,7 +18,6 @@ from lora_jax._core.paths import flatten
 from lora_jax._nodes.node import is_node
 from lora_jax.checkpoint._describe import node_to_json
 from lora_jax.checkpoint._fingerprint import checksums
-from lora_jax.checkpoint._placement import placement
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -155,6 +154,13 @@ def rebuilt(
         for p, x in named(like).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def placement(x: Any) -> Any:
+    """The sharding that a leaf is committed to, or None."""
+    if isinstance(x, jax.Array) and not x.committed:
+        return None
+    return getattr(x, "sharding", None)
 
 
 def _type(x: Any) -> list:
