@@ -52,6 +52,8 @@ class Targets:
       rows: {path: (shape, row numbers)} of the tables of which rows are trained.
       config: the configuration.
       total: the number of all parameters.
+      left: {path: reason} of the leaves that are contracted or looked up, and that "all-linear"
+        leaves out: heads, embeddings, and what is excluded by name.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": jnp.ones((4, 3)), "norm": jnp.ones(3)}
@@ -65,6 +67,7 @@ class Targets:
     rows: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     config: LoRAConfig
     total: int
+    left: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -154,4 +157,6 @@ class Targets:
         ]
         head = ("leaf", "shape", "primitive", "in", "out", "batch", "rank", "alpha", "parameters")
         share = f" ({self.parameters / self.total:.3%})" if self.total else ""
-        return f"{table(head, rows)}\ntrained: {self.parameters:,} of {self.total:,}{share}"
+        trained = f"trained: {self.parameters:,} of {self.total:,}{share}"
+        left = (f"left out: {path}, {reason}" for path, reason in self.left.items())
+        return "\n".join([table(head, rows), *left, trained])
