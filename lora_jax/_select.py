@@ -227,7 +227,8 @@ class _Selection:
             self.failures.append(
                 f"'{path}' {shape} is used by no contraction, convolution or look-up "
                 f"({', '.join(dict.fromkeys(u.primitive for u in known.uses)) or 'unused'})"
-                + f", but enters one after that: exclude=['{path}']" * _derived(known)
+                + f", but enters one after that: exclude=['{path}']"
+                * _derived(known)
                 if known
                 else f"'{path}' {shape}: which axes are in and out is ambiguous; pass a survey, "
                 f"lora.init(key, params, config, {self.survey_call}), "
