@@ -6,8 +6,6 @@ import dataclasses
 import fnmatch
 import inspect
 import math
-import numbers
-import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, Self
@@ -15,6 +13,7 @@ from typing import Any, Literal, Self
 import jax.numpy as jnp
 
 from lora_jax._core.errors import raise_all
+from lora_jax._core.numbers import integer, is_real, number
 from lora_jax._core.paths import module_of, nearest
 from lora_jax._core.plain import fields_of, written
 
@@ -135,7 +134,7 @@ class Rule(_Named):
             failures.append(f"pattern={self.pattern!r}, {ONE_PATTERN}")
         raise_all("invalid Rule:", failures, "for example: lora.Rule('w', batch_axes=(0,))")
         self._put(**{n: _integers(x) for n in axes if (x := getattr(self, n)) is not None})
-        self._put(**{n: _number(getattr(self, n)) for n in ("rank", "alpha", "dropout")})
+        self._put(**{n: number(getattr(self, n)) for n in ("rank", "alpha", "dropout")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +220,7 @@ class LoRAConfig(_Named):
             "for example: LoRAConfig(rank=8, alpha=16, targets=['q_proj', 'v_proj'])",
         )
         # Hashable, and equal where the meaning is.
-        self._put(**{n: _number(getattr(self, n)) for n in ("rank", "alpha", "dropout")})
+        self._put(**{n: number(getattr(self, n)) for n in ("rank", "alpha", "dropout")})
         for name in ("targets", "exclude", "full"):
             if not _is_pattern(getattr(self, name)):
                 self._put(**{name: as_patterns(getattr(self, name))})
@@ -298,34 +297,16 @@ def _is_pattern(x: Any) -> bool:
 def _integers(x: Any) -> tuple[int, ...] | None:
     """Integers of any library as Python's, or None if they are not."""
     try:
-        found = None if isinstance(x, str | bytes | Mapping) else tuple(map(_integer, x))
+        found = None if isinstance(x, str | bytes | Mapping) else tuple(map(integer, x))
     except TypeError:
         return None
     return None if found is None or None in found else found
 
 
-def _integer(x: Any) -> int | None:
-    """An integer of any library as Python's; None of a boolean, or of anything else."""
-    try:
-        return None if jnp.result_type(x) == bool else operator.index(x)
-    except TypeError:
-        return None
-
-
-def _is_real(x: Any) -> bool:
-    return isinstance(x, numbers.Real) and not isinstance(x, bool)
-
-
-def _number(x: Any) -> Any:
-    """A number of any library as Python's; anything else as it is."""
-    whole = _integer(x)
-    return float(x) if whole is None and _is_real(x) else x if whole is None else whole
-
-
 def _bad_numbers(who: str, rank: Any, alpha: Any, dropout: Any) -> Iterable[str]:
-    if rank is not None and not ((_integer(rank) or 0) >= 1):
+    if rank is not None and not ((integer(rank) or 0) >= 1):
         yield f"{who}: rank={rank!r}, expected an integer >= 1"
-    if alpha is not None and not (_is_real(alpha) and math.isfinite(alpha) and alpha != 0):
+    if alpha is not None and not (is_real(alpha) and math.isfinite(alpha) and alpha != 0):
         yield f"{who}: alpha={alpha!r}, expected a finite number other than 0"
-    if dropout is not None and not (_is_real(dropout) and 0 <= dropout < 1):
+    if dropout is not None and not (is_real(dropout) and 0 <= dropout < 1):
         yield f"{who}: dropout={dropout!r}, expected a rate in [0, 1)"

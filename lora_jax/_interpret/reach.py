@@ -42,6 +42,7 @@ class Value:
     products: frozenset = frozenset()  # numbers: those with no other product in between
     data: bool = False
     axes: Axes = ()
+    made: bool = False  # of a product of parameters alone: it is used as an input is
 
 
 class Flow:
@@ -94,7 +95,9 @@ class Flow:
         leaves = frozenset().union(*(v.leaves for v in operands))
         axes = _axes(eqn, operands)
         if not any(v.data for v in ins):
-            return [Value(leaves, axes=a) for a in axes]
+            product = name in PRODUCTS and all(v.leaves for v in operands[:2])
+            made = any(v.made for v in ins) or product
+            return [Value(leaves, axes=a, made=made) for a in axes]
         products = frozenset().union(*(v.products for v in ins))
         if name in PRODUCTS and leaves:
             self._meets(eqn, operands)
@@ -194,7 +197,7 @@ def _axes(eqn: Any, ins: Sequence[Value]) -> list[Axes]:
     if known is not None:
         return [known(eqn, ins)]
     every = frozenset().union(*(tags for v in ins for tags in v.axes))
-    met = [v.axes for v in ins if any(v.axes)]
+    met = [v.axes for v in ins if any(v.axes) and not _is_bias(v, ins)]
 
     def one(shape: tuple[int, ...]) -> Axes:
         if not met or any(len(axes) != len(shape) for axes in met):
@@ -202,6 +205,14 @@ def _axes(eqn: Any, ins: Sequence[Value]) -> list[Axes]:
         return tuple(frozenset().union(*tags) for tags in zip(*met))  # element by element
 
     return [one(shape) for shape in outs]
+
+
+def _is_bias(v: Value, ins: Sequence[Value]) -> bool:
+    """Whether a value is repeated along an axis of what parameters made, such as a query's bias."""
+    return not v.made and any(
+        other.made and any(bool(theirs) > bool(own) for own, theirs in zip(v.axes, other.axes))
+        for other in ins
+    )
 
 
 def _dot(eqn: Any, ins: Sequence[Value]) -> Axes:
