@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, Literal, Self
 
 import jax.numpy as jnp
 
 from lora_jax._core.errors import raise_all
-from lora_jax._core.paths import module_of
+from lora_jax._core.numbers import integer, is_real, number
+from lora_jax._core.paths import module_of, nearest
+from lora_jax._core.plain import fields_of, written
 
 # A suffix ("q_proj"), a glob ("*/attn/*"), a compiled regex (full match) or predicate(path, leaf).
 Pattern = str | re.Pattern | Callable[[str, Any], bool]
@@ -57,8 +60,47 @@ def describe(pattern: Pattern) -> str:
     return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
 
 
+# What PEFT calls it.
+THEIRS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "target_parameters": "targets",
+    "exclude_modules": "exclude",
+    "modules_to_save": "full",
+    "use_rslora": "rank_stabilized",
+    "init_lora_weights": "init",
+    "trainable_token_indices": "rows",
+    "rank_pattern": "rules",
+    "alpha_pattern": "rules",
+}
+
+
+class _Named:
+    """Refuses names that are not its own by those that are, where Python would raise TypeError."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        own = list(inspect.signature(cls.__init__).parameters)[1:]
+        failures, call = [], [repr(x) for x in args]
+        for name, value in kwargs.items():
+            ours = THEIRS.get(name, name)
+            if ours not in own:
+                failures.append(f"it has no '{name}'; nearest: {', '.join(nearest(name, own, 3))}")
+                continue
+            if ours != name:
+                failures.append(f"'{name}' is '{ours}' here")
+            call.append(f"{ours}=..." if ours == "rules" else f"{ours}={value!r}")
+        raise_all(f"{cls.__name__}:", failures, f"lora.{cls.__name__}({', '.join(call)})")
+        return super().__new__(cls)
+
+    def _put(self, **values: Any) -> None:
+        for name, value in values.items():  # it is frozen for others
+            object.__setattr__(self, name, value)
+
+
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(_Named):
     """What is different for the leaves that a pattern means. The first rule that matches holds.
 
     Attributes:
@@ -81,9 +123,22 @@ class Rule:
     out_axes: tuple[int, ...] | None = None
     batch_axes: tuple[int, ...] | None = None
 
+    def __post_init__(self):
+        axes = ("in_axes", "out_axes", "batch_axes")
+        failures = [
+            f"{name}={getattr(self, name)!r}, expected integers, such as (0,)"
+            for name in axes
+            if getattr(self, name) is not None and _integers(getattr(self, name)) is None
+        ]
+        if not _is_pattern(self.pattern):
+            failures.append(f"pattern={self.pattern!r}, {ONE_PATTERN}")
+        raise_all("invalid Rule:", failures, "for example: lora.Rule('w', batch_axes=(0,))")
+        self._put(**{n: _integers(x) for n in axes if (x := getattr(self, n)) is not None})
+        self._put(**{n: number(getattr(self, n)) for n in ("rank", "alpha", "dropout")})
+
 
 @dataclasses.dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(_Named):
     """Which leaves are adapted, and how.
 
     Attributes:
@@ -130,10 +185,20 @@ class LoRAConfig:
 
     def __post_init__(self):
         failures = list(_bad_numbers("LoRAConfig", self.rank, self.alpha, self.dropout))
-        for rule in self.rules:
-            failures += _bad_numbers(
-                f"Rule({describe(rule.pattern)})", rule.rank, rule.alpha, rule.dropout
-            )
+        failures += [
+            f"{name}=None, expected a number"
+            for name in ("rank", "alpha", "dropout")
+            if getattr(self, name) is None
+        ]
+        failures += self._bad_patterns()
+        if isinstance(self.rules, Iterable) and all(isinstance(r, Rule) for r in self.rules):
+            for rule in self.rules:
+                failures += _bad_numbers(
+                    f"Rule({describe(rule.pattern)})", rule.rank, rule.alpha, rule.dropout
+                )
+        else:
+            found = f"[{self.rules!r}]" if isinstance(self.rules, Rule) else "[lora.Rule(...)]"
+            failures.append(f"rules={self.rules!r}: expected a list, rules={found}")
         if not callable(self.init) and self.init not in ("kaiming", "gaussian"):
             failures.append(
                 f"init={self.init!r}: expected 'kaiming', 'gaussian' or a function "
@@ -141,13 +206,71 @@ class LoRAConfig:
             )
         if self.bias not in ("none", "adapted", "all"):
             failures.append(f"bias={self.bias!r}: expected 'none', 'adapted' or 'all'")
-        if not jnp.issubdtype(self.dtype, jnp.floating):
+        try:
+            floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
+        except TypeError:
+            floating = False
+        if not floating or self.dtype is None:
             failures.append(f"dtype={self.dtype}: expected a floating-point type")
+        if not isinstance(self.rank_stabilized, bool):
+            failures.append(f"rank_stabilized={self.rank_stabilized!r}: expected True or False")
         raise_all(
             "invalid configuration:",
             failures,
             "for example: LoRAConfig(rank=8, alpha=16, targets=['q_proj', 'v_proj'])",
         )
+        # Hashable, and equal where the meaning is.
+        self._put(**{n: number(getattr(self, n)) for n in ("rank", "alpha", "dropout")})
+        for name in ("targets", "exclude", "full"):
+            if not _is_pattern(getattr(self, name)):
+                self._put(**{name: as_patterns(getattr(self, name))})
+        rows = {pattern: _integers(index) for pattern, index in self.rows.items()}
+        self._put(rules=tuple(self.rules), rows=rows, dtype=jnp.dtype(self.dtype))
+
+    def _bad_patterns(self) -> Iterable[str]:
+        for name in ("targets", "exclude", "full"):
+            value = getattr(self, name)
+            several = isinstance(value, Iterable) and value != "" and all(map(_is_pattern, value))
+            if not (_is_pattern(value) or several):
+                yield f"{name}={value!r}: expected one or several patterns; {ONE_PATTERN}"
+            elif name == "targets" and several and not value:
+                yield "targets=[]: nothing would be adapted; name leaves, or 'all-linear'"
+        if not isinstance(self.rows, Mapping):
+            yield f"rows={self.rows!r}: expected {{pattern: row numbers}}, {{'embed': [7, 8]}}"
+            return
+        for pattern, index in self.rows.items():
+            if not _is_pattern(pattern) or _integers(index) is None:
+                yield f"rows={{{pattern!r}: {index!r}}}: expected row numbers, {{'embed': [7, 8]}}"
+
+    def __hash__(self) -> int:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return hash(tuple((values | {"rows": frozenset(self.rows.items())}).values()))
+
+    def to_json(self) -> str:
+        """The configuration as JSON text, for `from_json`.
+
+        Raises:
+          LoRAError: a function is part of it.
+
+        >>> config = LoRAConfig(rank=4, targets=["q_proj", re.compile("v|o")])
+        >>> LoRAConfig.from_json(config.to_json()) == config
+        True
+        """
+        return written(self)
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> LoRAConfig:
+        """The configuration that `to_json` wrote: its text, or what `json` reads of it.
+
+        Raises:
+          LoRAError: it is no configuration, or an invalid one.
+        """
+        values = fields_of(cls, text)
+        if isinstance(values.get("rules"), tuple):
+            rules = values["rules"]
+            rule = lambda x: Rule(**{"pattern": None} | x) if isinstance(x, dict) else x
+            values["rules"] = tuple(map(rule, rules))
+        return cls(**values)
 
     def rule(self, path: str, leaf: Any = None) -> Rule:
         """The settings of one leaf: the first matching rule, completed from the configuration."""
@@ -167,10 +290,26 @@ class LoRAConfig:
         return float(alpha / (math.sqrt(rank) if self.rank_stabilized else rank))
 
 
-def _bad_numbers(who: str, rank: Any, alpha: Any, dropout: Any) -> Iterator[str]:
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+ONE_PATTERN = "a pattern is a suffix ('q_proj'), a glob ('*/attn/*'), re.compile(...) or a function"
+
+
+def _is_pattern(x: Any) -> bool:
+    return (isinstance(x, str) and x != "") or isinstance(x, re.Pattern) or callable(x)
+
+
+def _integers(x: Any) -> tuple[int, ...] | None:
+    """Integers of any library as Python's, or None if they are not."""
+    try:
+        found = None if isinstance(x, str | bytes | Mapping) else tuple(map(integer, x))
+    except TypeError:
+        return None
+    return None if found is None or None in found else found
+
+
+def _bad_numbers(who: str, rank: Any, alpha: Any, dropout: Any) -> Iterable[str]:
+    if rank is not None and not ((integer(rank) or 0) >= 1):
         yield f"{who}: rank={rank!r}, expected an integer >= 1"
-    if alpha is not None and not (isinstance(alpha, int | float) and math.isfinite(alpha)):
-        yield f"{who}: alpha={alpha!r}, expected a finite number"
-    if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+    if alpha is not None and not (is_real(alpha) and math.isfinite(alpha) and alpha != 0):
+        yield f"{who}: alpha={alpha!r}, expected a finite number other than 0"
+    if dropout is not None and not (is_real(dropout) and 0 <= dropout < 1):
         yield f"{who}: dropout={dropout!r}, expected a rate in [0, 1)"

@@ -101,7 +101,25 @@ class _Selection:
             FIX.format(self.survey_call),
         )
         total = sum(math.prod(x.shape) for x in self.leaves.values())
-        return Targets(lora, {p: tuple(self.leaves[p].shape) for p in full}, rows, config, total)
+        shapes = {p: tuple(self.leaves[p].shape) for p in full}
+        left_out = self._left_out({*lora, *full, *rows}, left)
+        return Targets(lora, shapes, rows, config, total, left_out)
+
+    def _left_out(self, trained, excluded) -> dict[str, str]:
+        """{path: why} of the contracted or looked-up leaves that "all-linear" does not take."""
+        if ALL_LINEAR not in as_patterns(self.config.targets):
+            return {}
+        known = {p: self.survey[p] for p in self.leaves if p not in trained}
+        reasons = {}
+        for path, leaf in known.items():
+            if path in excluded:
+                by = ", ".join(f"`{u.primitive}`" for u in leaf.uses if not leaf.products)
+                reasons[path] = "excluded" + (f"; it is contracted after {by}" if by else "")
+            elif leaf.head:
+                reasons[path] = "the output head"
+            elif leaf.kind == "embedding":
+                reasons[path] = "an embedding"
+        return reasons
 
     def _chosen(self, patterns: tuple[Pattern, ...]) -> list[str]:
         if ALL_LINEAR in patterns:
@@ -216,6 +234,8 @@ class _Selection:
             self.failures.append(
                 f"'{path}' {shape} is used by no contraction, convolution or look-up "
                 f"({', '.join(dict.fromkeys(u.primitive for u in known.uses)) or 'unused'})"
+                + f", but enters one after that: exclude=['{path}']"
+                * _derived(known)
                 if known
                 else f"'{path}' {shape}: which axes are in and out is ambiguous; pass a survey, "
                 f"lora.init(key, params, config, {self.survey_call}), "
@@ -294,7 +314,5 @@ class _Selection:
 
 
 def _derived(leaf: Leaf) -> bool:
-    """Whether a kernel is contracted, but not as it is: normalised, masked, scaled by another."""
-    how = {u.primitive for u in leaf.uses}
-    unlike_a_bias = how - {"add", "sub", "dot_general"}  # learned queries have one: they are inputs
-    return leaf.reached and not leaf.products and len(leaf.shape) >= 2 and bool(unlike_a_bias)
+    """Whether a kernel is contracted, but not as it is: normalised, masked, added to another."""
+    return leaf.reached and not leaf.products and len(leaf.shape) >= 2

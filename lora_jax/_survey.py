@@ -32,11 +32,14 @@ class Leaf:
     uses: tuple[Use, ...]
     head: bool = False  # an output depends on this product alone
     reached: bool = False  # it enters a product with an input, if not as it is
+    stacks: bool = False  # its first axis is that of a later stack of weights: of experts
 
     @property
     def products(self) -> tuple[Use, ...]:
-        """The contractions, convolutions and look-ups."""
-        return tuple(u for u in self.uses if u.how == LOW_RANK)
+        """The contractions, convolutions and look-ups; where no axis is summed it is a scale."""
+        return tuple(
+            u for u in self.uses if u.how == LOW_RANK and (u.in_axes or u.primitive == LOOK_UP)
+        )
 
     @property
     def kind(self) -> str:
@@ -55,8 +58,9 @@ class Leaf:
         if not products:
             return None
         use = products[0]
-        batch = set(range(len(self.shape))) - set(use.in_axes) - set(use.out_axes)
-        return Geometry(use.in_axes, use.out_axes, tuple(sorted(batch)))
+        outer = tuple(d for d in use.out_axes if d or not self.stacks)
+        batch = set(range(len(self.shape))) - set(use.in_axes) - set(outer)
+        return Geometry(use.in_axes, outer, tuple(sorted(batch)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +151,12 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
         jaxpr, consts = compat.live(jaxpr)
         interpreter = Interpreter()
         outs = interpreter.run(jaxpr, consts, arrays)
-        origins = [x.origin if is_weight(x) else None for x in arrays]
+        # Integers and complex numbers may be weights too: in no low rank, but not in silence.
+        origins = [
+            path if is_weight(x) or jnp.issubdtype(x.dtype, jnp.number) else None
+            for path, x in zip(flat, arrays)
+        ]
+        origins += [x.origin if is_weight(x) else None for x in arrays[len(flat) :]]
         found.extend((interpreter.events, Flow(jaxpr, origins)))
         return [o.base if is_weight(o) else o for o in outs]
 
@@ -157,7 +166,12 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
     return Survey(
         {
             path: Leaf(
-                tuple(x.shape), x.dtype, uses[path], path in flow.heads, path in flow.reached
+                tuple(x.shape),
+                x.dtype,
+                uses[path],
+                path in flow.heads,
+                path in flow.reached,
+                (path, 0) in flow.stacks,
             )
             for path, x in flat.items()
         }

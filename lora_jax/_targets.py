@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax._config import LoRAConfig
-from lora_jax._core.errors import raise_all
+from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten
+from lora_jax._core.plain import fields_of, plain, written
 from lora_jax._core.table import table
 from lora_jax._nodes.adapters import LowRank
 from lora_jax._nodes.node import is_node
@@ -52,6 +53,8 @@ class Targets:
       rows: {path: (shape, row numbers)} of the tables of which rows are trained.
       config: the configuration.
       total: the number of all parameters.
+      left: {path: reason} of the leaves that are contracted or looked up, and that "all-linear"
+        leaves out: heads, embeddings, and what is excluded by name.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": jnp.ones((4, 3)), "norm": jnp.ones(3)}
@@ -65,6 +68,7 @@ class Targets:
     rows: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     config: LoRAConfig
     total: int
+    left: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -74,6 +78,45 @@ class Targets:
             + sum(math.prod(shape) for shape in self.full.values())
             + sum(len(index) * math.prod(shape[1:]) for shape, index in self.rows.values())
         )
+
+    def __hash__(self) -> int:
+        parts = (self.lora, self.full, self.rows, self.left)
+        return hash((*(frozenset(x.items()) for x in parts), self.config, self.total))
+
+    def to_json(self) -> str:
+        """The targets as JSON text, for `from_json`.
+
+        Raises:
+          LoRAError: the configuration holds a function.
+        """
+        self.config.to_json()  # which names what cannot be written
+        return written(self)
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> Targets:
+        """The targets that `to_json` wrote: its text, or what `json` reads of it.
+
+        Raises:
+          LoRAError: it is something else.
+
+        >>> import jax.numpy as jnp, lora_jax as lora
+        >>> targets = lora.select({"q": jnp.ones((4, 4))}, lora.LoRAConfig(rank=2, targets="q"))
+        >>> lora.Targets.from_json(targets.to_json()) == targets
+        True
+        """
+        values = fields_of(cls, text)
+        try:
+            lora = {
+                p: t | {"geometry": Geometry(**t["geometry"])} for p, t in values["lora"].items()
+            }
+            values["lora"] = {p: Target(**t) for p, t in lora.items()}
+            values["config"] = LoRAConfig.from_json(plain(values["config"]))
+            return cls(**values)
+        except (AttributeError, KeyError, TypeError) as e:
+            raise LoRAError(
+                f"expected what Targets.to_json() wrote, found other fields ({e!r}): "
+                "lora.Targets.from_json(targets.to_json())"
+            ) from None
 
     def __len__(self):
         return len(self.lora)
@@ -154,4 +197,6 @@ class Targets:
         ]
         head = ("leaf", "shape", "primitive", "in", "out", "batch", "rank", "alpha", "parameters")
         share = f" ({self.parameters / self.total:.3%})" if self.total else ""
-        return f"{table(head, rows)}\ntrained: {self.parameters:,} of {self.total:,}{share}"
+        trained = f"trained: {self.parameters:,} of {self.total:,}{share}"
+        left = (f"left out: {path}, {reason}" for path, reason in self.left.items())
+        return "\n".join([table(head, rows), *left, trained])

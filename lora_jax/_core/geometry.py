@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -40,6 +40,26 @@ def spec_along(dims: tuple[int, ...], spec: Iterable) -> PartitionSpec:
     """The PartitionSpec of an array whose axes run along `dims` of a weight with `spec`."""
     of = dict(enumerate(spec))
     return PartitionSpec(*(of.get(d) for d in dims))
+
+
+def blocks_of(old: Sequence[int], new: Sequence[int]) -> list | None:
+    """The smallest groups of adjacent axes of two shapes that hold the same number of elements."""
+    if 0 in old or 0 in new:
+        return None
+    found, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        a, b = i + 1, j + 1
+        m = old[i] if i < len(old) else 1
+        n = new[j] if j < len(new) else 1
+        a, b = min(a, len(old)), min(b, len(new))
+        while m != n:
+            if m < n:
+                m, a = m * old[a], a + 1
+            else:
+                n, b = n * new[b], b + 1
+        found.append((tuple(range(i, a)), tuple(range(j, b))))
+        i, j = a, b
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import times
-from lora_jax._core.geometry import RANK, Factor, spec_along
+from lora_jax._core.geometry import RANK, Factor, blocks_of, spec_along
 from lora_jax._interpret.rule import Context, Equation, Function, Rule, every, read_first
 from lora_jax._nodes.weight import Followed, is_weight, origins
 
@@ -55,7 +55,7 @@ def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed
     if eqn.params["dimensions"] is not None:  # it transposes as well
         return None
     new_shape = eqn.params["new_sizes"]
-    blocks = _blocks(w.shape, new_shape)
+    blocks = blocks_of(w.shape, new_shape)
     if blocks is None:
         return None
     if not all(_reshapeable(f, w.shape, old) for f in w.parts.values() for old, _ in blocks):
@@ -66,26 +66,6 @@ def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed
         for d in new:
             axes[d] = merged
     return w.moved(base(), lambda f: _reshape_factor(f, w.shape, new_shape, blocks), axes)
-
-
-def _blocks(old: Sequence[int], new: Sequence[int]) -> list | None:
-    """The smallest groups of adjacent axes of two shapes that hold the same number of elements."""
-    if 0 in old or 0 in new:
-        return None
-    blocks, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        a, b = i + 1, j + 1
-        m = old[i] if i < len(old) else 1
-        n = new[j] if j < len(new) else 1
-        a, b = min(a, len(old)), min(b, len(new))
-        while m != n:
-            if m < n:
-                m, a = m * old[a], a + 1
-            else:
-                n, b = n * new[b], b + 1
-        blocks.append((tuple(range(i, a)), tuple(range(j, b))))
-        i, j = a, b
-    return blocks
 
 
 # A block is reshaped in one factor and absent from the other, or in both: an in axis that is merged

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import integer
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import checked
@@ -138,7 +139,7 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
         except LoRAError as problem:
             failures.append(f"'{path}': {problem}")
     capacity = len(jax.tree.leaves(stacked)[0]) - 1
-    if not isinstance(index, jax.core.Tracer) and not 0 <= index < capacity:
+    if not isinstance(index, jax.core.Tracer) and integer(index) not in range(capacity):
         failures.append(f"number {index}: expected 0 to {capacity - 1}")
     raise_all(
         "these adapters do not fit the stack:",

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import numbers
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax._config import LoRAConfig, Rule, as_patterns
+from lora_jax._config import LoRAConfig, as_patterns
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten
+from lora_jax._core.plain import has_function, plain
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, Rows
 from lora_jax._nodes.node import Node, array_names, is_node
 from lora_jax._targets import Targets
@@ -49,7 +48,7 @@ def node_to_json(node: Any) -> dict:
     values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
     typed = lambda x: jax.tree.map(lambda x: [str(x.dtype), list(x.shape)], x)
     values |= {name: typed(values[name]) for name in array_names(node)}
-    return _plain({"kind": kind(type(node))} | values)
+    return plain({"kind": kind(type(node))} | values)
 
 
 def nodes_from_json(described: Mapping[str, Mapping], adapters: Any, where: str) -> dict[str, Any]:
@@ -97,54 +96,17 @@ def node_from_json(x: Mapping, classes: Mapping[str, type] | None = None) -> Any
 def config_to_json(config: LoRAConfig) -> dict:
     """The configuration, to be compared and, if it holds no function, to be made again.
 
+    >>> import re
     >>> config_to_json(LoRAConfig(targets=re.compile("q|v")))["targets"]
     [{'regex': 'q|v', 'flags': 32}]
     """
-    out = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    out |= {name: as_patterns(out[name]) for name in ("targets", "exclude", "full")}
-    return _plain(out | {"dtype": jnp.dtype(config.dtype).name})
+    patterns = {name: as_patterns(getattr(config, name)) for name in ("targets", "exclude", "full")}
+    return plain(dataclasses.replace(config, **patterns))
 
 
 def config_from_json(x: Mapping) -> LoRAConfig | None:
     """The configuration, or None if a function was part of it."""
-    if _has_function(x):
-        return None
-    values = {k: _value(v) for k, v in x.items()}
-    values["rules"] = tuple(Rule(**rule) for rule in values["rules"])
-    return LoRAConfig(**values)
-
-
-def _plain(x: Any) -> Any:
-    has_fields = dataclasses.is_dataclass(x) and not callable(x)  # a rule, a geometry
-    if has_fields:
-        return {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
-    if isinstance(x, re.Pattern):
-        return {"regex": x.pattern, "flags": x.flags}
-    if isinstance(x, Mapping):
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, str | bool | int | float | None):
-        return x
-    if hasattr(x, "tolist"):  # NumPy's and JAX's
-        return x.tolist()
-    if isinstance(x, Iterable):
-        return [_plain(v) for v in x]
-    if isinstance(x, numbers.Real):
-        return int(x) if isinstance(x, numbers.Integral) else float(x)
-    return {"function": f"{x.__module__}.{getattr(x, '__qualname__', type(x).__qualname__)}"}
-
-
-def _value(x: Any) -> Any:
-    if isinstance(x, dict) and x.keys() == {"regex", "flags"}:
-        return re.compile(x["regex"], x["flags"])
-    if isinstance(x, dict):
-        return {k: _value(v) for k, v in x.items()}
-    return tuple(map(_value, x)) if isinstance(x, list) else x
-
-
-def _has_function(x: Any) -> bool:
-    if isinstance(x, Mapping):
-        return x.keys() == {"function"} or any(map(_has_function, x.values()))
-    return isinstance(x, list) and any(map(_has_function, x))
+    return None if has_function(x) else LoRAConfig.from_json(x)
 
 
 def as_config(config: LoRAConfig | Targets) -> LoRAConfig:

@@ -19,6 +19,7 @@ import optax
 
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.numbers import integer, is_real
 from lora_jax._nodes.node import is_node
 from lora_jax.methods._adalora import CALL, AdaLoRA, adalora_nodes
 
@@ -192,6 +193,11 @@ def _check(
         "inject hyperparameters of what it wraps: "
         "lora.optim.adalora(optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), ...)",
     )
+    whole = ("steps", "tinit", "tfinal", "interval")
+    odd = [f"{k}={numbers[k]!r}: expected an integer" for k in whole if integer(numbers[k]) is None]
+    odd += [f"{k}={numbers[k]!r}: expected a number" for k in ("target_rank", "beta1", "beta2")
+            if not (is_real(numbers[k]) and math.isfinite(numbers[k]))]  # fmt: skip
+    raise_all("invalid schedule:", odd, CALL)
     if not target_rank > 0:
         failures.append(f"target_rank={target_rank}: expected a number > 0")
     if min(tinit, tfinal) < 0 or tinit >= steps - tfinal:
