@@ -6,7 +6,6 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +24,6 @@ class _Group(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("default", UserWarning)
                 warnings.showwarning = lambda message, *_, **__: typer.echo(
                     f"warning: {in_flags(str(message))}", err=True
                 )
@@ -124,7 +122,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(what: str):
     """A bar on stderr, if a person sees it; yields progress(done, total)."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
@@ -264,11 +262,11 @@ def combine(
     density: Annotated[
         float | None, typer.Option(help="The share of elements that these keep.", min=0, max=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="For what dare drops.", min=0, max=(1 << 32) - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.", min=0, max=(1 << 32) - 1)] = 0,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="One rank and alpha for all, as vLLM needs.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="The tensors' type: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Of the tensors: fp32, bf16 or fp16.")] = "fp32",
     ignore: Ignore = None,
     rename: Rename = None,
 ) -> None:

@@ -26,7 +26,7 @@ from lora_jax._targets import Targets
 from lora_jax.checkpoint._checkpoint import save as save_checkpoint
 from lora_jax.peft._blocks import LeafInfo, block
 from lora_jax.peft._config import unknown
-from lora_jax.peft._file import DTYPES, opened, read_json, writing
+from lora_jax.peft._file import DTYPES, opened, read_json
 from lora_jax.peft._find import Finder
 from lora_jax.peft._load import load
 from lora_jax.peft._mapping import Entry, TorchMapping, leaf_infos
@@ -66,20 +66,10 @@ def to_orbax(
     found = load(folder, params, survey, mapping=mapping, ignore=ignore, **options)
     data = {"peft": {"config": dict(found.config), "mapping": mapping_to_json(found.mapping)}}
     with replacing(Path(out)) as new, of_orbax(Path(out)):
-        _room(new, sum(x.nbytes for x in jax.tree.leaves(found.adapters)))
         with ocp.CheckpointManager(new.absolute()) as manager:
             save_checkpoint(manager, 0, found.adapters, base=params, data=data)
             manager.wait_until_finished()
     return found.mapping
-
-
-def _room(path: Path, size: int) -> None:
-    """Refuses a disk that is full, or a limit on files, before orbax and its threads are asked,
-    which would print their own tracebacks."""
-    with writing(path), open(path, "xb") as file:
-        if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-    path.unlink()
 
 
 def to_peft(

@@ -21,7 +21,7 @@ from lora_jax.peft._file import DTYPES, checked, opened, parse_json, read_json, 
 INDEX, CHUNK = "model.safetensors.index.json", 8 << 20
 
 
-# What in a folder holds weights in another form, or would change which are loaded.
+# Of a folder, what holds weights in another form, or would change which are loaded.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 
 

@@ -113,7 +113,7 @@ def block(text: str, leaves: dict[str, LeafInfo]) -> Block:
     return Block(leaf, tuple(index + [None] * (len(leaf.shape) - len(parts))))
 
 
-def _position(part: str, size: int, text: str) -> int | tuple[int, int] | None:
+def _position(part: str, size: int, text: str):
     numbers = [p.strip() for p in part.split(":")]
     if not all(re.fullmatch(r"\d*", n) for n in numbers) or len(numbers) > 2 or part == "":
         raise LoRAError(f"'{text}': expected positions such as 3, 0:16 or :")
@@ -195,7 +195,7 @@ def _is_same(shape: tuple[int, ...], b: Block) -> bool:
     return own == shape and b.leaf.kind != "conv"
 
 
-def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+def _squeezed(shape) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
 
 
@@ -218,9 +218,7 @@ def to_leaf(array: np.ndarray, layout: str, blocks: Sequence[Block]) -> list[np.
     return out
 
 
-def from_leaf(
-    pieces: Sequence[np.ndarray], layout: str, blocks: Sequence[Block], shape: tuple[int, ...]
-) -> np.ndarray:
+def from_leaf(pieces: Sequence[np.ndarray], layout: str, blocks, shape) -> np.ndarray:
     """The torch tensor of `shape` whose contents the blocks are: `to_leaf`, backwards."""
     if layout in ("same", "vector"):
         return np.concatenate([p.reshape(-1) for p in pieces]).reshape(shape)
@@ -232,9 +230,7 @@ def from_leaf(
     return (array.swapaxes(1, 2) if layout == "in_out" else array).reshape(shape)
 
 
-def own_factors(
-    node: LowRank, block: Block, blocks: Iterable[Block]
-) -> tuple[np.ndarray, np.ndarray]:
+def own_factors(node: LowRank, block: Block, blocks: Iterable[Block]):
     """(A, B) of one block of a leaf, without the ranks that are another block's alone."""
     a, b = np.asarray(node.a), np.asarray(node.b)
     own_a, own_b = torch_a(a, block), torch_b(b, block)
@@ -274,9 +270,7 @@ def _whole(regions: Iterable[Block]) -> list[Block]:
     ]  # fmt: skip
 
 
-def together(
-    parts: Sequence[tuple[np.ndarray | None, np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray]:
+def together(parts) -> tuple[np.ndarray, np.ndarray]:
     """One A and B for several blocks in a row: A shared where it is the same, else B block-diagonal
     over the ranks of all."""
     known = [a for a, _ in parts if a is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,16 +16,11 @@ from lora_jax.peft._file import AdapterFile
 from lora_jax.peft._mapping import Entry
 from lora_jax.peft._parts import NewRows, Update, Value
 
-# What falls on a leaf: the entry, the place of the leaf among its blocks, what the file holds.
-Piece = tuple[Entry, int, Any]
-
 
 class Build:
     """Puts together what falls on one leaf."""
 
-    def __init__(
-        self, file: AdapterFile, config: PeftConfig, params: Mapping[str, Any], dtype: Any
-    ):
+    def __init__(self, file: AdapterFile, config: PeftConfig, params: dict[str, Any], dtype):
         self.file, self.config, self.params, self.dtype = file, config, params, dtype
         self.failures: list[str] = []
         self.leaves: dict[str, LeafInfo] = {}
@@ -54,7 +48,7 @@ class Build:
                 out[path] = make[type(self.on[path][0][2])](path, self.on[path])
         return out
 
-    def _tied(self, path: str, kind: type, names: str) -> bool:
+    def _tied(self, path, kind, names) -> bool:
         """Whether PEFT's change of one of two tied weights means the same here."""
         if kind is NewRows:
             return self._untied_rows(path)
@@ -66,7 +60,7 @@ class Build:
         )
         return False
 
-    def _untied_rows(self, path: str) -> bool:
+    def _untied_rows(self, path) -> bool:
         """PEFT trains the rows of a tied head with the table's, and stores the table's alone; here
         a head that is a copy of the table would keep its own."""
         table, copies = self.params[path], []
@@ -91,12 +85,12 @@ class Build:
     def _cast(self, array: np.ndarray) -> jax.Array:
         return jnp.asarray(array if self.dtype is None else array.astype(self.dtype))
 
-    def _take(self, taken: np.ndarray, region: tuple[slice, ...], path: str, name: str) -> None:
+    def _take(self, taken: np.ndarray, region, path, name) -> None:
         if taken[region].any():
             self.failures.append(f"'{path}': '{name}' falls on what another parameter is already")
         taken[region] = True
 
-    def _lora(self, path: str, pieces: Sequence[Piece]) -> LoRA | DoRA:
+    def _lora(self, path: str, pieces) -> LoRA | DoRA:
         """One node from one low-rank update or several, on different parts of the leaf.
 
         Parts of the batch axes keep their rank (the smaller are padded with zeros); parts of the
@@ -136,7 +130,7 @@ class Build:
         node = LoRA(self._cast(a), self._cast(b), float(scale), g, self.config.dropout, embedding)
         return self._dora(path, pieces, node, taken.all()) if self.config.dora else node
 
-    def _dora(self, path: str, pieces: Sequence[Piece], node: LoRA, whole: bool) -> DoRA:
+    def _dora(self, path: str, pieces, node: LoRA, whole: bool) -> DoRA:
         """The node with the magnitudes of all parts; where there is none, the norms themselves."""
         g = node.geometry
         types = {self.file.tensors[u.magnitude].dtype for _, _, u in pieces}
@@ -164,7 +158,7 @@ class Build:
             self.untouched[path] = np.asarray(magnitude)
         return node.with_magnitude(magnitude)
 
-    def _once(self, path: str, pieces: Sequence[Piece]) -> Sequence[Piece]:
+    def _once(self, path: str, pieces):
         """The updates of a tied embedding and head, which must be one."""
         (_, _, first), *others = pieces
         want = first.arrays(self.file)
@@ -177,7 +171,7 @@ class Build:
                 )
         return pieces[:1]
 
-    def _full(self, path: str, pieces: Sequence[Piece]) -> Full:
+    def _full(self, path: str, pieces) -> Full:
         leaf = self.leaves[path]
         taken = np.zeros(leaf.shape, bool)
         for entry, i, _ in pieces[: 1 if leaf.tied else None]:
@@ -216,7 +210,7 @@ class Build:
             )
         return np.array(self.params[path])
 
-    def _rows(self, path: str, pieces: Sequence[Piece]) -> Rows:
+    def _rows(self, path: str, pieces) -> Rows:
         (entry, _, r), *others = pieces
         if others:
             self.failures.append(f"'{path}': rows of it are there twice, '{others[0][0].name}'")

@@ -67,14 +67,7 @@ def read_experts(
             yield Experts(module, tuple(_pair(module, *p, file, config, wrong) for p in pairs))
 
 
-def _pair(
-    module: str,
-    key_a: str,
-    key_b: str,
-    file: AdapterFile,
-    config: PeftConfig,
-    wrong: Callable[[str, str], None],
-) -> dict[str, Update]:
+def _pair(module, key_a, key_b, file, config, wrong) -> dict[str, Update]:
     """One pair as each parameter that it may be, with that parameter's rank and alpha."""
     a, b = file.shape(key_a), file.shape(key_b)
     found, names = {}, config.parameters_of(module)
@@ -103,7 +96,7 @@ def ways(
     """
     at = {name: i for i, name in enumerate(order or ())}
 
-    def rest(pairs: Sequence[Mapping[str, Update]], used: tuple[str, ...]) -> Iterable[Way]:
+    def rest(pairs, used: tuple[str, ...]) -> Iterable[Way]:
         if not pairs:
             yield []
             return
@@ -119,9 +112,7 @@ def ways(
     return list(itertools.islice(rest(group.pairs, ()), MAX_WAYS))
 
 
-def on_leaves(
-    group: Experts, finder: Any, order: Sequence[str] | None = None, along: str | None = None
-) -> list[tuple[Any, Update]]:
+def on_leaves(group: Experts, finder, order=None, along=None) -> list[tuple[Any, Update]]:
     """(entry, update) of each parameter, innermost first: the one assignment that leaves allow.
 
     What A runs along is the same for all of a module. Up to PEFT 0.18 it is the parameter's first

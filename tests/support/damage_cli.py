@@ -218,7 +218,7 @@ def read_again(command: str, out: Path) -> Any:
     if (out / "adapter_config.json").exists():
         return open_torch(out).low_rank()
     with ocp.CheckpointManager(out.absolute()) as manager:
-        return lora.checkpoint.restore(manager, base=None)
+        return lora.checkpoint.restore(manager)
 
 
 def many(n: int, check: Callable[[list[str], str, str], None]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -28,22 +29,15 @@ from lora_jax._cli.torch_adapter import open_torch
 SIDE, LAYERS = 1000, 4
 
 
-LIMITED = """
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
-runpy.run_module("lora_jax", run_name="__main__")
-"""
-
-
 def started(folder: Path, args: Sequence[str], most: int | None = None) -> subprocess.Popen:
     """`lora-jax` in a process of its own, which may write files of at most so many bytes."""
+    limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))) if most else None
     env = os.environ | {
         "PYTHONPATH": os.path.dirname(os.path.dirname(lora.__file__)),
         "JAX_PLATFORMS": "cpu",
     }
-    run = ["-m", "lora_jax"] if most is None else ["-c", LIMITED, str(most)]
     return subprocess.Popen(
-        [sys.executable, *run, *args], cwd=folder, env=env,
+        [sys.executable, "-m", "lora_jax", *args], cwd=folder, env=env, preexec_fn=limit,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -71,7 +65,7 @@ def whole(folder: Path, command: str) -> None:
     elif command == "combine":
         assert {x.rank for x in open_torch(out).low_rank().values()} == {128}
     else:
-        assert lora.checkpoint.restore(out, base=None).step == 0
+        assert lora.checkpoint.restore(out).step == 0
 
 
 def remove(path: Path) -> None:
