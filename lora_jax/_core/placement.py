@@ -40,8 +40,8 @@ def check_placed(
         return (spread and path in adapted) if s is None else places[s] != places[most]
 
     def lines(of: Mapping[str, list], what: str) -> list[str]:
-        odd = {p: next((s for s in each if wrong(s, p)), 0) for p, each in of.items()}
-        return [f"{what}'{p}' is {_named(s)}" for p, s in odd.items() if s != 0]
+        odd = {p: [s for s in each if wrong(s, p)] for p, each in of.items()}
+        return [f"{what}'{p}' is {_named(s[0])}" for p, s in odd.items() if s]
 
     own = {path: [s for s in each if s is not None] for path, each in own.items()}
     of_base, of_nodes = lines(base, ""), lines(own, "the adapter of ")

@@ -92,9 +92,11 @@ def config_of(config: LoRAConfig, adapters: Any) -> LoRAConfig:
             leaf = jax.ShapeDtypeStruct(node.shape, node.a.dtype)
             rule = dataclasses.replace(config.rule(path, leaf), pattern=path, rank=node.rank)
             rules.append(dataclasses.replace(rule, alpha=alpha))
-    first: Rule = rules[0] if rules else Rule("")
+    if not rules:
+        return config
+    first: Rule = rules[0]
     if all((r.rank, r.alpha) == (first.rank, first.alpha) for r in rules) and not config.rules:
-        assert first.rank is not None and first.alpha is not None
+        assert first.rank is not None and first.alpha is not None  # by `rule`
         return dataclasses.replace(config, rank=first.rank, alpha=first.alpha)
     return dataclasses.replace(config, rules=tuple(rules))
 

@@ -105,7 +105,7 @@ def _node(t: Target | LowRank, a: jax.Array | None, b: jax.Array | None) -> LoRA
     """A node of matrices (n, in, k) and (n, k, out); of one of them, the other is zero."""
     n, i, o = t.geometry.sizes(t.shape)
     if a is None:
-        assert b is not None
+        assert b is not None  # one of the two is given
         a = jnp.zeros((n, i, b.shape[1]), jnp.float32)
     b = jnp.zeros((n, a.shape[2], o), jnp.float32) if b is None else b
     return LoRA(*t.geometry.factors(a, b, t.shape), 1.0, t.geometry, 0.0, t.embedding)

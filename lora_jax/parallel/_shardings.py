@@ -96,7 +96,7 @@ def shardings(
     # With a mesh, each leaf below is found to be on it.
     places = {} if mesh is not None else {p: _names(x)[1] for p, x in base.items()}
 
-    def leaf(path, node):
+    def leaf(path: str, node: Any):
         found, problem = _base_sharding(base, path, mesh, rules)
         node = _slot(node, slots[path])
         if problem is None:
@@ -209,7 +209,7 @@ def _base_sharding(
     if not isinstance(found, Sharding):
         return None, f"a {type(value).__name__} without a sharding"
     traced = any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(value))
-    if traced and (left := _left_to_the_compiler(found.mesh)):
+    if traced and isinstance(found, NamedSharding) and (left := _left_to_the_compiler(found.mesh)):
         return None, (
             f"is traced, and the compiler decides how it lies along {', '.join(left)}: call "
             "shardings outside of jax.jit, or pass specs"
@@ -224,9 +224,9 @@ def _base_sharding(
 def _ruled(names: PartitionSpec, rules: Sequence, own: Sequence[str]) -> PartitionSpec:
     """Logical names as mesh axes; the mesh's own names stand for themselves."""
     entries = tuple(None if x is P.UNCONSTRAINED else x for x in names)
-    own = set(own) - {name for name, _ in rules}
-    kept = [(x, x) for x in entries if _entry(x) and own.issuperset(_entry(x))]
-    return nn.logical_to_mesh_axes(entries, [*rules, *kept])
+    free = set(own) - {name for name, _ in rules}
+    kept: list[Any] = [(x, x) for x in entries if _entry(x) and free.issuperset(_entry(x))]
+    return nn.logical_to_mesh_axes(entries, [*rules, *kept]) or P()
 
 
 def _own(x: Any) -> Any:

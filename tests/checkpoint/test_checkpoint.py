@@ -321,6 +321,15 @@ def test_a_grown_run_goes_on(tmp_path):
     assert_same((again.adapters, again.state), (got.adapters, got.state))
 
 
+def test_grow_without_a_lora_keeps_the_configuration(tmp_path):
+    config = lora.LoRAConfig(targets=(), full="up/bias")
+    adapters = lora.init(KEY, PARAMS, config)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        lora.checkpoint.save(manager, 1, adapters, base=PARAMS, config=config)
+    found = lora.checkpoint.restore(tmp_path, adapters, base=PARAMS, rank="grow")
+    assert (found.config.rank, found.config.alpha) == (config.rank, config.alpha)
+
+
 def test_grow_with_ranks_of_their_own(tmp_path):
     """Rules become a rule for each leaf; host memory grows as well, and nothing but ranks does."""
     rules = [lora.Rule("down", rank=1, alpha=3)]
