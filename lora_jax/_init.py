@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import as_key, path_key
+from lora_jax._core.memory import near
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import check_placed
@@ -68,9 +69,9 @@ def init(
     for path, t in targets.lora.items():
         flat[path] = _lora(path_key(key, path), path, t, config, failures)
     for path in targets.full:
-        flat[path] = Full(jnp.asarray(value(leaves[path])).astype(config.dtype))
+        flat[path] = Full(jnp.asarray(near(value(leaves[path]))).astype(config.dtype))
     for path, (shape, index) in targets.rows.items():
-        rows = jnp.asarray(value(leaves[path]))[jnp.asarray(index)]
+        rows = jnp.asarray(near(value(leaves[path])))[jnp.asarray(index)]
         flat[path] = Rows(rows.astype(config.dtype), index, shape[0])
     raise_all(
         "the init function returned arrays of another shape:",

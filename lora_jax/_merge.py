@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.memory import away, near
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._nodes.factors import without_frozen
@@ -25,7 +26,8 @@ def merge(params: Any, adapters: Any, *, donate: bool = False, requantize: bool 
 
     The update is accumulated in fp32 (or wider) and rounded once. The base is not changed, so going
     back is exact: keep it. Leaves are merged one at a time, so that beyond the result the peak
-    memory is that of one leaf.
+    memory is that of one leaf. A leaf in a host's memory (`pinned_host`) is merged on the devices,
+    and its result is on the host again.
 
     Args:
       params: the base parameters.
@@ -119,13 +121,16 @@ def _merged(base: Any, node: Node, sign: float, donate: bool) -> tuple[Any, Any]
             "jax.eval_shape(lora.merge, params, adapters)"
         )
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((base, node))):
-        return _merge_leaf(sign, base, node)
-    donate = donate and not is_quantized(base)  # codes are too small to hold what is merged
-    merged, finite = _jitted(sign, donate)(base, node)
+        merged, finite = _merge_leaf(sign, *near((base, node)))
+        return away(merged, base), finite
+    if is_quantized(base):  # codes are too small to hold what is merged
+        return _jitted(sign, False)(*near((base, node)))
+    copy, node = near((base, node))
+    merged, finite = _jitted(sign, donate or copy is not base)(copy, node)
+    if copy is not base and donate:
+        base.delete()
     if isinstance(base, np.ndarray):
         return np.asarray(merged), finite
-    if is_quantized(base):
-        return merged, finite
     return jax.device_put(merged, base.sharding), finite  # no copy where it is there already
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
 
@@ -38,6 +38,14 @@ def anywhere(fn: Callable) -> Callable:
         return run(*args)
 
     return call
+
+
+def laid(x: jax.Array, where: NamedSharding | None) -> jax.Array:
+    """x, there; None: where it is."""
+    if where is None:
+        return x
+    traced = isinstance(x, jax.core.Tracer) or not isinstance(where.mesh, Mesh)
+    return jax.sharding.reshard(x, where) if traced else jax.device_put(x, where)
 
 
 def placed(node: Any, where: NamedSharding | None) -> Any:

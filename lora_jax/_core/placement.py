@@ -33,8 +33,8 @@ def check_placed(
     if not places:
         return
     count = collections.Counter(places[s] for s in known[0] or known[1])
-    most = max(known[0] or known[1], key=lambda s: (count[places[s]], len(s.device_set)))
-    spread = bool(known[0]) and len(most.device_set) > 1
+    most = max(known[0] or known[1], key=lambda s: (count[places[s]], _size(s)))
+    spread = bool(known[0]) and _size(most) > 1
 
     def wrong(s: Sharding | None, path: str) -> bool:
         return (spread and path in adapted) if s is None else places[s] != places[most]
@@ -71,6 +71,11 @@ def _shardings(x: Any) -> list[Sharding | None]:
         elif isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
             found.append(leaf.sharding)
     return found
+
+
+def _size(sharding: Sharding) -> int:
+    mesh = getattr(sharding, "mesh", None)  # which may be abstract
+    return len(sharding.device_set) if mesh is None else mesh.size
 
 
 def _place(sharding: Sharding) -> tuple:

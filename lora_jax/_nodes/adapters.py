@@ -19,6 +19,7 @@ from lora_jax._core.einsum import cast, contract, wide
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK, Factor, Geometry, spec_along, static
 from lora_jax._core.keys import path_key
+from lora_jax._core.memory import near
 from lora_jax._nodes.node import Node
 from lora_jax._nodes.weight import AdaptedWeight, own_axes
 from lora_jax._quantized.weight import is_quantized, value
@@ -196,7 +197,7 @@ def norms(node: LowRank, base: Any) -> jax.Array:
 
     From ‖W‖² + 2s·⟨AᵀW, B⟩ + s²·⟨AᵀA·B, B⟩, so the sum is never formed.
     """
-    g, base = node.geometry, value(base)
+    g, base = node.geometry, near(value(base))
     dtype = wide(base.dtype)
     a, b, w, other = cast(node.a, dtype), cast(node.b, dtype), cast(base, dtype), RANK - 1
     rename = lambda dims: tuple(other if d == RANK else d for d in dims)
@@ -249,7 +250,7 @@ class Full(Node):
 
     def empty(self, nodes: Sequence[Any], rank: int | None, base: Any) -> Full:
         del nodes, rank
-        return Full(jnp.asarray(value(base)).astype(self.value.dtype))
+        return Full(jnp.asarray(near(value(base))).astype(self.value.dtype))
 
     def fitted(self, like: Full) -> Full:
         return Full(self.value.astype(like.value.dtype))
@@ -309,7 +310,7 @@ class Rows(Node):
 
     def empty(self, nodes: Sequence[Any], rank: int | None, base: Any) -> Rows:
         del nodes, rank
-        rows = jnp.asarray(value(base))[jnp.asarray(self.index)]
+        rows = jnp.asarray(near(value(base)))[jnp.asarray(self.index)]
         return dataclasses.replace(self, value=rows.astype(self.value.dtype))
 
     def fitted(self, like: Rows) -> Rows:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.mesh import laid, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import integer
 from lora_jax._core.paths import flatten, map_with_path, nest
@@ -81,7 +83,7 @@ def stack(
             failures.append(f"'{path}': {problem}")
             continue
         slots += [like] * (capacity + 1 - len(trees))
-        out[path] = jax.tree.map(lambda *x: jnp.stack(x), *slots)
+        out[path] = jax.tree.map(_stacked, *slots)
     raise_all("these adapters cannot be stacked:", failures, "they must be of one base")
     return nest(out)
 
@@ -147,7 +149,19 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
         "make a new one: lora.algebra.stack([...], capacity=..., rank=...)",
     )
     one = map_with_path(lambda path, _: filled[path], empty, is_leaf=is_node)
-    return jax.tree.map(lambda all_, new: all_.at[index].set(new), stacked, one)
+    return jax.tree.map(lambda all_, new: all_.at[index].set(_in_a_slot(new, all_)), stacked, one)
+
+
+def _in_a_slot(x: jax.Array, stacked: jax.Array) -> jax.Array:
+    """x where the slots of a stacked array lie."""
+    where = placement(stacked)
+    return laid(x, where and NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])))
+
+
+def _stacked(*slots: jax.Array) -> jax.Array:
+    """The arrays with an axis in front, where the first of them lies that lies over devices."""
+    where = next(filter(None, map(placement, slots)), None)
+    return jnp.stack([laid(x, where) for x in slots])
 
 
 def _slot(nodes: Sequence[Any], rank: int | None, base: Any) -> Any:

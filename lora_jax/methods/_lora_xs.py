@@ -14,6 +14,7 @@ from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import RANK, Geometry, static
 from lora_jax._core.keys import as_key, path_key
+from lora_jax._core.memory import near
 from lora_jax._core.mesh import anywhere, placed, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
@@ -134,7 +135,7 @@ def init_lora_xs(
         return placed(LoRAXS(r, shape=t.shape, **static_of(t)), placement(leaves[path]))
 
     def principal(path: str, t: Target) -> LoRA:
-        w = jnp.asarray(value(leaves[path]))
+        w = near(jnp.asarray(value(leaves[path])))
         where = placement(w)
         static = (t.geometry, t.rank, jnp.dtype(dtype), where is not None)
         a, b = anywhere(lambda w: _principal(w, *static))(w)

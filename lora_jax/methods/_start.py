@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.memory import near
 from lora_jax._core.mesh import anywhere, placed, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
@@ -54,7 +55,7 @@ def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]
     )
 
     def one(path: str, node: LoRA) -> LoRA:
-        w = jnp.asarray(leaves[path])
+        w = near(jnp.asarray(leaves[path]))
         found = anywhere(lambda w: make(path, node, node.geometry.matrices(widened(w))))(w)
         return placed(found, placement(w))
 
