@@ -93,15 +93,21 @@ STORED = FORMATS | {
 
 
 def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(codes, constants) of blocks: w (..., block) gives (..., block) and (...)."""
+    """(codes, constants) of blocks: w (..., block) gives (..., block) and (...).
+
+    The constant of a block that holds NaN or infinity is NaN, and so is all that is read of it.
+    """
     w = w.astype(jnp.float32)
-    top = jnp.max(jnp.abs(w), -1)
+    # said in so many words: the maximum that XLA computes on CPUs may pass over a NaN
+    top = jnp.where(jnp.isfinite(w).all(-1), jnp.max(jnp.abs(w), -1), jnp.nan)
     if fmt.power:
         assert fmt.levels is not None  # as such a format has
         power = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(top, 2.0**-120) / 6)))
         codes = _nearest(fmt.levels, jnp.clip(w / (6 * power)[..., None], -1, 1))
         return codes, power.astype(jnp.float8_e8m0fnu)
-    unit = w * (1.0 / jnp.maximum(top, 1e-38))[..., None]
+    # 1 / top, by which bitsandbytes multiplies, is subnormal beyond 2^126, and flushed to zero
+    down = jnp.where(top > 2.0**126, 0.25, 1.0).astype(jnp.float32)[..., None]
+    unit = w * down * (1.0 / (jnp.maximum(top, 1e-38)[..., None] * down))
     if fmt.levels is not None:
         return _nearest(fmt.levels, jnp.clip(unit, -1, 1)), top
     if jnp.issubdtype(fmt.dtype, jnp.integer):

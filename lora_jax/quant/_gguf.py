@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -41,7 +43,9 @@ def gguf_weight(
       type an array, dequantised by the gguf package.
 
     Raises:
-      LoRAError: tensors of several types or shapes; a kernel of less than two axes.
+      LoRAError: tensors of several types or shapes; a kernel of less than two axes; data whose type
+        or length is not that of whole blocks, or whose shape is not the one that the file says;
+        constants, or numbers, that are not finite.
 
     >>> import gguf, jax.numpy as jnp, lora_jax as lora, numpy as np
     >>> from types import SimpleNamespace
@@ -51,24 +55,31 @@ def gguf_weight(
     Quantized((64, 64), float32, 'q8_0', 8.5 bits)
     """
     several = not hasattr(tensors, "tensor_type")  # which is a tuple as well
+    if several and not isinstance(tensors, Iterable):
+        raise LoRAError(
+            f"expected a tensor of gguf.GGUFReader(path).tensors, or several, found "
+            f"{type(tensors).__name__}: lora.quant.gguf_weight(reader.tensors[0])"
+        )
     each = list(tensors) if several else [tensors]
-    kinds = sorted({t.tensor_type.name for t in each})
-    shapes = sorted({tuple(t.data.shape) for t in each})
+    if not jnp.issubdtype(np.dtype(dtype), jnp.floating):
+        raise LoRAError(f"dtype={dtype!r}: expected a floating type, dtype=jnp.bfloat16")
+    found = [_checked(t, i if several else None) for i, t in enumerate(each)]
+    kinds = sorted({kind for kind, _ in found})
+    shapes = sorted({data.shape for _, data in found})
     if len(kinds) != 1 or len(shapes) != 1:
         raise LoRAError(
             f"expected tensors of one type and shape, found {', '.join(kinds) or 'none'} of bytes "
             f"{', '.join(map(str, shapes))}: read each by itself, for layers that are not scanned"
         )
     (kind,) = kinds
-    if kind not in LAYOUT:
-        data = [_dequantised(t) for t in each]
-    else:
-        data = [np.asarray(t.data).view(np.uint8) for t in each]
+    data = [x for _, x in found]
     data = np.stack(data) if several else data[0]
     if order is not None:
-        data = data[..., np.asarray(order), :]
-    if kernel and data.ndim < 2:
-        raise LoRAError(f"expected a kernel of two axes or more, found {data.shape}: kernel=False")
+        data = data[..., _order(order, data.shape[several:]), :]
+    if kernel and data.ndim - several < 2:
+        raise LoRAError(
+            f"expected a kernel of two axes or more, found {data.shape[several:]}: kernel=False"
+        )
     if kind not in LAYOUT:
         w = jnp.asarray(data).astype(dtype)
         return w.swapaxes(-1, -2) if kernel else w
@@ -76,8 +87,67 @@ def gguf_weight(
     return q.transposed([*range(data.ndim - 2), data.ndim - 1, data.ndim - 2]) if kernel else q
 
 
+def _checked(tensor: Any, place: int | None) -> tuple[str, np.ndarray]:
+    """(type, bytes in blocks, or values of a type that is not kept in blocks) of a tensor that
+    holds what it says."""
+    name = getattr(tensor, "name", None)
+    what = f"'{name}'" if isinstance(name, str) else "the tensor"
+    what += "" if place is None else f" (number {place} of the list)"
+    kind, data = (getattr(tensor, part, None) for part in ("tensor_type", "data"))
+    kind = getattr(kind, "name", None)
+    sizes = importlib.import_module("gguf.constants").GGML_QUANT_SIZES
+    sizes = {k.name: v for k, v in sizes.items()}
+    if kind not in sizes or not isinstance(data, np.ndarray):
+        raise LoRAError(
+            f"{what}: expected a tensor_type of gguf's and data in a NumPy array, found {kind!r} "
+            f"and {type(data).__name__}: lora.quant.gguf_weight(gguf.GGUFReader(path).tensors[0])"
+        )
+    elements, size = sizes[kind]  # of a block
+    want = np.dtype({"F32": np.float32, "F16": np.float16}.get(kind, np.uint8))
+    unit = size // want.itemsize
+    if data.dtype != want or not data.ndim or not data.size or data.shape[-1] % unit:
+        raise LoRAError(
+            f"{what}: expected {kind} as {want} in rows of whole blocks of {unit}, found "
+            f"{data.dtype}{data.shape}"
+        )
+    shape = (*data.shape[:-1], data.shape[-1] // unit * elements)
+    said = getattr(tensor, "shape", None)  # in the order of the file: the innermost axis first
+    said = shape if said is None else tuple(np.atleast_1d(said).tolist())[::-1]
+    if said != shape:
+        raise LoRAError(f"{what}: its data are of shape {shape}, and it says that it is of {said}")
+    data = np.ascontiguousarray(data)
+    if kind in LAYOUT:
+        constants = data.reshape(-1, size)[:, : LAYOUT[kind][1]]
+        # of Q4_K the first two are numbers, and the rest codes
+        numbers = np.ascontiguousarray(constants[:, :4]).view(np.float16)
+        unit_of = "the constants of block"
+    else:
+        data = _dequantised(tensor, data, what)
+        numbers, unit_of = data.reshape(-1, data.shape[-1]), "row"
+    bad = ~np.isfinite(numbers).all(-1)
+    if bad.any():
+        at = int(np.argmax(bad))
+        odd = next(x for x in numbers[at].tolist() if not math.isfinite(x))
+        raise LoRAError(
+            f"{what}: expected finite numbers, found {odd} in {unit_of} {at} of {bad.size}; the "
+            "file is damaged, copy it again"
+        )
+    return kind, data
+
+
+def _order(order: Any, shape: tuple[int, ...]) -> np.ndarray:
+    index = np.asarray(order)
+    n = shape[-2] if len(shape) > 1 else None
+    if not jnp.issubdtype(index.dtype, np.integer) or sorted(index.ravel()) != list(range(n or 0)):
+        raise LoRAError(
+            f"order: expected each of the {n or 'no'} output units once, found "
+            f"{index.dtype}{index.shape}: order=np.random.permutation({n or 0})"
+        )
+    return index.reshape(-1)
+
+
 def _blocks(kind: str, data: np.ndarray, dtype: Any) -> Quantized:
-    """Of bytes (..., blocks · size)."""
+    """A weight from bytes (..., blocks · size)."""
     size, first, number, together = LAYOUT[kind]
     lead = data.shape[:-1]
     blocks = data.reshape(*lead, -1, size)
@@ -93,9 +163,10 @@ def _blocks(kind: str, data: np.ndarray, dtype: Any) -> Quantized:
     return Quantized(codes, constants, None, kind.lower(), np.dtype(dtype), stack=len(lead) - 1)
 
 
-def _dequantised(tensor: Any) -> np.ndarray:
+def _dequantised(tensor: Any, data: np.ndarray, what: str) -> np.ndarray:
     quants = importlib.import_module("gguf.quants")
     try:
-        return quants.dequantize(tensor.data, tensor.tensor_type)
+        with np.errstate(all="ignore"):  # what is not finite is refused by its place
+            return quants.dequantize(data, tensor.tensor_type)
     except NotImplementedError as e:
-        raise LoRAError(f"'{getattr(tensor, 'name', '?')}': {e}") from None
+        raise LoRAError(f"{what}: {e}") from None

@@ -20,7 +20,14 @@ from lora_jax._quantized.weight import Quantized, quantized
 from lora_jax._survey import Survey
 from lora_jax.algebra._svd import from_svd
 from lora_jax.methods._start import each, lora_nodes, plain_svd
-from lora_jax.quant._quantize import chosen_leaves, quantize_leaf, stacked
+from lora_jax.quant._quantize import (
+    FINITE,
+    NOT_FINITE,
+    chosen_leaves,
+    not_finite,
+    quantize_leaf,
+    stacked,
+)
 
 
 def loftq(
@@ -37,8 +44,8 @@ def loftq(
     algorithm 1): from A·B = 0, as often as `iterations`, Q = q(W − s·A·B), and s·A·B = the best of
     rank r of W − Q, by the SVD.
 
-    The adapted function begins nearer to that of W than the quantised one does. Of a weight without
-    structure little of the error is of low rank: on N(0, 1), with NF4 and rank 16, ‖W − Q − s·A·B‖
+    The adapted function begins nearer to that of W than the quantised one does. A weight without
+    structure has little error of low rank: on N(0, 1), with NF4 and rank 16, ‖W − Q − s·A·B‖
     is 0.85, 0.74 and 0.72 of ‖W − q(W)‖ after one, five and ten iterations for (192, 192), 0.89,
     0.78 and 0.76 for (256, 256), and still 0.94 and 0.85 after one and five for (512, 512).
 
@@ -53,7 +60,8 @@ def loftq(
       (quantised parameters, adapters): both at the end of the last iteration.
 
     Raises:
-      LoRAError: as `quantize` and `pissa`; iterations below 1; no adapted leaf among the targets.
+      LoRAError: as `quantize` (NaN and infinity, too) and `pissa`; iterations below 1; no adapted
+        leaf among the targets.
 
     >>> import jax, lora_jax as lora
     >>> params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
@@ -74,9 +82,14 @@ def loftq(
             "none of these adapted leaves is quantised:", [f"'{p}'" for p in lora_nodes(adapters)]
         )
     found: dict[str, LoRA] = {}
+    bad: list[str] = []
 
     def leaf(path: str, w: Any) -> Any:
         if path not in chosen:
+            return w
+        wrong = not_finite(path, w)
+        if wrong:  # the SVD of what holds NaN may not end
+            bad.extend(wrong)
             return w
         if path not in nodes:
             return quantize_leaf(w, chosen[path].geometry, format, double)
@@ -84,6 +97,7 @@ def loftq(
         return q
 
     base = map_state(lambda tree: map_with_path(leaf, tree), params)
+    raise_all(NOT_FINITE, bad, FINITE)
     return base, each(adapters, lambda path, node: found.get(path, node))
 
 

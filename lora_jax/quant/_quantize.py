@@ -20,6 +20,14 @@ from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 
+NOT_FINITE = "these leaves cannot be quantised, a block would take on the value of one number:"
+
+
+FINITE = (
+    "expected finite numbers (in fp32). The checkpoint that they come from is damaged, or of a run "
+    "that diverged: take another one, or leave these leaves out of the targets"
+)
+
 
 def quantize(
     params: Any,
@@ -33,11 +41,13 @@ def quantize(
     """The parameters with leaves in few bits (QLoRA, arXiv:2305.14314), for what `adapt` makes.
 
     A quantised leaf is frozen, adapted or not; it is read where it is used, one layer at a time, in
-    the forward pass and again in the backward one. Of a scanned stack each layer is read alone.
+    the forward pass and again in the backward one. A scanned stack is read layer by layer.
 
     Args:
       params: the parameters; leaves are quantised one after the other. Under jit or
-        `jax.eval_shape`, abstract.
+        `jax.eval_shape`, abstract: nothing can be refused there for its values, so the constant of
+        a block that holds NaN or infinity is NaN, and the whole block is read as NaN (with
+        `double`, all of a leaf, or of a stack's layer, whose blocks share a mean).
       targets: which leaves: patterns as those of `LoRAConfig`, such as "all-linear", or `Targets`,
         as `select` returns them, of which the adapted leaves are meant.
       format: "nf4" (4 bits, the quantiles of a normal distribution), "int4" (symmetric), "mxfp4",
@@ -51,7 +61,8 @@ def quantize(
       A tree like `params`, with a `Quantized` for each target.
 
     Raises:
-      LoRAError: an unknown format; targets as in `select`; leaves of less than two axes.
+      LoRAError: an unknown format; targets as in `select`; leaves of less than two axes; NaN or
+        infinity in a leaf (outside jit), with the index of the first.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": {"kernel": jnp.eye(64)}, "norm": jnp.ones(64)}
@@ -59,12 +70,18 @@ def quantize(
     Quantized((64, 64), float32, 'nf4', 4.516 bits)
     """
     chosen = chosen_leaves(params, targets, format, survey)
+    bad: list[str] = []
 
     def leaf(path: str, w: Any) -> Any:
         w = w if load is None else load(path)
-        return quantize_leaf(w, chosen[path].geometry, format, double) if path in chosen else w
+        if path not in chosen:
+            return w
+        bad.extend(not_finite(path, w))
+        return quantize_leaf(w, chosen[path].geometry, format, double)
 
-    return map_state(lambda tree: map_with_path(leaf, tree), params)
+    result = map_state(lambda tree: map_with_path(leaf, tree), params)
+    raise_all(NOT_FINITE, bad, FINITE)
+    return result
 
 
 def chosen_leaves(params: Any, targets: Any, format: str, survey: Survey | None) -> Targets:
@@ -77,6 +94,28 @@ def chosen_leaves(params: Any, targets: Any, format: str, survey: Survey | None)
     done = [p for p, x in flatten(state_of(params)).items() if p in chosen and is_quantized(x)]
     raise_all("these leaves are quantised already:", (f"'{p}'" for p in done))
     return chosen
+
+
+def not_finite(path: str, w: Any) -> list[str]:
+    """What is wrong with a leaf that holds NaN or infinity; of a traced one nothing is known."""
+    if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return []
+    w = jnp.asarray(w)
+    if not jnp.issubdtype(w.dtype, jnp.floating) or bool(_all_finite(w)):
+        return []
+    # One axis at a time: a flat index would gather a sharded leaf.
+    index: list[int] = []
+    rest = w
+    while rest.ndim:
+        wrong = ~jnp.isfinite(rest.astype(jnp.float32)).all(tuple(range(1, rest.ndim)))
+        index.append(int(jnp.argmax(wrong)))
+        rest = rest[index[-1]]
+    return [f"'{path}': {rest} at index {tuple(index)} of {w.shape} {w.dtype}"]
+
+
+@jax.jit
+def _all_finite(w: jax.Array) -> jax.Array:
+    return jnp.isfinite(w.astype(jnp.float32)).all()
 
 
 def stacked(g: Geometry) -> int:
@@ -124,7 +163,7 @@ def errors(params: Any, other: Any) -> dict[str, float]:
 
 
 @jax.jit
-def _error(one: Any, two: Any):
+def _error(one: Any, two: Any) -> jax.Array:
     one, two = (x.value() if is_quantized(x) else jnp.asarray(x) for x in (one, two))
     one, two = one.astype(jnp.float32), two.astype(jnp.float32)
     return jnp.linalg.norm((one - two).ravel()) / jnp.linalg.norm(one.ravel())

@@ -78,12 +78,25 @@ def changed(**state):
     "tensors, name, match",
     [
         (GOLDEN, "nested.wait", "there is no nested.wait.*nearest: nested.weight"),
-        (changed(quant_type="fp4"), "nested.weight", "levels are those of fp4"),
+        (changed(quant_type="fp4"), "nested.weight", "levels are those of 'fp4'"),
         (changed(blocksize=128), "nested.weight", "blocks of 128 in rows of 512; expected 64"),
         (changed(shape=[544, 32]), "nested.weight", "blocks of 64 in rows of 32; expected 64"),
         (changed(nested_blocksize=128), "nested.weight", "groups of 128 constants"),
+        (changed(dtype="int8"), "nested.weight", "weights of 'int8'; expected one of float32"),
+        (changed(shape=[3.0, 128]), "nested.weight", r"shape='\[3.0, 128\]', expected a list of"),
+        (changed(nested_offset=float("nan")), "nested.weight", "nested_offset='nan', expected"),
         (
-            GOLDEN | {"nested.weight.nested_quant_map": np.linspace(-1, 1, 256)},
+            GOLDEN | {"plain.weight.absmax": GOLDEN["plain.weight.absmax"][:-1]},
+            "plain.weight",
+            r"'plain.weight.absmax': expected float32\(6,\), found float32\(5,\)",
+        ),
+        (
+            GOLDEN | {"plain.weight.absmax": -GOLDEN["plain.weight.absmax"]},
+            "plain.weight",
+            "'plain.weight.absmax': expected from 0 to 3.39e.38, found -.* at index 0",
+        ),
+        (
+            GOLDEN | {"nested.weight.nested_quant_map": np.linspace(-1, 1, 256, dtype="f4")},
             "nested.weight",
             "other values of 8 bits",
         ),
