@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import numbers
 import re
 from collections.abc import Iterable, Mapping
@@ -12,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._config import LoRAConfig, Rule, as_patterns
-from lora_jax._core.errors import raise_all
+from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, Rows
 from lora_jax._nodes.node import Node, array_names, is_node
+from lora_jax._targets import Targets
 
 
 def kind(cls: type) -> str:
@@ -143,3 +145,42 @@ def _has_function(x: Any) -> bool:
     if isinstance(x, Mapping):
         return x.keys() == {"function"} or any(map(_has_function, x.values()))
     return isinstance(x, list) and any(map(_has_function, x))
+
+
+def as_config(config: LoRAConfig | Targets) -> LoRAConfig:
+    config = config.config if isinstance(config, Targets) else config
+    if not isinstance(config, LoRAConfig):
+        raise LoRAError(
+            f"expected a LoRAConfig or Targets, found {type(config).__name__}: "
+            "config=lora.LoRAConfig(rank=8)"
+        )
+    return config
+
+
+def another_config(config: LoRAConfig, adapters: Any) -> list[str]:
+    """A line for each adapter whose rank, scale or dropout is not the configuration's."""
+    lines = []
+    for path, node in flatten(adapters, is_leaf=is_node).items():
+        if isinstance(node, LowRank):
+            rule = config.rule(path, jax.ShapeDtypeStruct(node.shape, node.a.dtype))
+            want = (rule.rank, config.scale(rule.rank, rule.alpha), rule.dropout)
+            found = (node.rank, node.scale, node.dropout)
+            if want != found:
+                lines.append(
+                    f"'{path}': rank, scale and dropout {want} by the configuration, found {found}"
+                )
+    return lines
+
+
+def other_config(
+    record: Mapping[str, Any], config: LoRAConfig | Targets | None, grow: bool
+) -> list[str]:
+    if config is None or record["config"] is None:
+        return []
+    mine = json.loads(json.dumps(config_to_json(as_config(config))))
+    ignored = ("rank", "alpha", "rules", "init") if grow else ()
+    return [
+        f"config: {name}={value!r} was saved, found {mine.get(name)!r}"
+        for name, value in record["config"].items()
+        if mine.get(name) != value and name not in ignored
+    ]
