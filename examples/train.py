@@ -160,7 +160,7 @@ def main():
         # The position in the data is the number of examples used, by all processes. Unlike the
         # state of an iterator it stays right with another number of them, another mesh or batch.
         start, used, status = 0, 0, 0
-        base = lora.checkpoint.fingerprint(params, content=True)
+        base = lora.checkpoint.fingerprint(params)
         if manager.latest_step() is not None:
             like = {"optimiser": state, "key": key}
             found = lora.checkpoint.restore(manager, adapters, base=base, config=config, state=like)

@@ -24,7 +24,7 @@ from lora_jax._products.frozen import Frozen, product
 def _adds(fn: Function) -> Function:
     """The rule `fn` where an update can be added to the result: else the weight is merged."""
 
-    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> Sequence | None:
         if _can_add(eqn):
             return fn(ctx, eqn, args)
         types = " and ".join(str(v.aval.dtype) for v in eqn.invars[:2])

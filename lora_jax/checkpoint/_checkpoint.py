@@ -11,8 +11,6 @@ On disk, in a step's directory: `adapters/` and `state/` (orbax), `lora/` (JSON)
 from __future__ import annotations
 
 import dataclasses
-import json
-import operator
 import os
 import types
 from collections.abc import Mapping
@@ -29,6 +27,13 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.node import is_node
 from lora_jax._targets import Targets
+from lora_jax.checkpoint._arguments import (
+    as_json,
+    numbers,
+    refuse_a_train_state,
+    refuse_variables,
+    step_number,
+)
 from lora_jax.checkpoint._describe import (
     adapters_to_json,
     another_config,
@@ -39,7 +44,7 @@ from lora_jax.checkpoint._describe import (
     other_config,
 )
 from lora_jax.checkpoint._directory import FORMAT, arrays_of, crc32, description, opened, ours
-from lora_jax.checkpoint._fingerprint import Fingerprint, fingerprint
+from lora_jax.checkpoint._fingerprint import Fingerprint, fingerprint, taken_once
 from lora_jax.checkpoint._grow import config_of, growing, kept, with_scales
 from lora_jax.checkpoint._records import (
     abstract,
@@ -49,6 +54,7 @@ from lora_jax.checkpoint._records import (
     rebuilt,
     recorded,
 )
+from lora_jax.checkpoint._run import claim
 from lora_jax.parallel._shardings import shardings
 from lora_jax.parallel._state_shardings import state_shardings
 
@@ -114,8 +120,10 @@ def save(
         options=ocp.CheckpointManagerOptions(max_to_keep=3, save_interval_steps=100))`.
       step: the number of steps done.
       adapters: the adapters.
-      base: the base parameters, or a `fingerprint` of them, with or without content. They are not
-        saved, only what tells them from others.
+      base: the base parameters, or a `fingerprint` of them. They are not saved, only what tells
+        them from others: paths, shapes, types and, unless it is left out of the fingerprint, a
+        checksum of each leaf. That reads each parameter once a run, as long as the same arrays are
+        passed (for what it takes, and to turn it off, see `fingerprint`).
       config: the configuration, or the `Targets` made of it.
       state: any tree of arrays, keys (typed or not), numbers and strings: the optimiser's state,
         the random key, an average of the adapters.
@@ -129,7 +137,8 @@ def save(
 
     Raises:
       LoRAError: the step, or a later one, is there already; the directory holds checkpoints of
-        something else; the adapters are not of this base or configuration; `data` is not JSON,
+        something else, or another run saves to it (see `_run.py` for what is guaranteed, on which
+        file system); the adapters are not of this base or configuration; `data` is not JSON,
         `metrics` are not numbers, or a leaf of `state` cannot be saved. Nothing is written then.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora, orbax.checkpoint as ocp, tempfile
@@ -149,10 +158,12 @@ def save(
             f"expected an orbax CheckpointManager, found {type(manager).__name__}: "
             f"manager = ocp.CheckpointManager(directory); {SAVE}"
         )
-    step = _step(step)
-    metrics = _numbers(metrics)
-    base = base if isinstance(base, Fingerprint) else fingerprint(base)
-    adapter_nodes(_shapes(base), adapters, "save")
+    step = step_number(step)
+    metrics = numbers(metrics)
+    refuse_a_train_state(adapters, SAVE)
+    shapes = base if isinstance(base, Fingerprint) else fingerprint(base, content=False)
+    refuse_variables(shapes, flatten(adapters, is_leaf=is_node))
+    adapter_nodes(_shapes(shapes), adapters, "save")
     if config is not None:
         raise_all(
             "the configuration is not that of these adapters:",
@@ -163,12 +174,15 @@ def save(
     if (latest is None or step > latest) and not (force or manager.should_save(step)):
         return False
     manager.wait_until_finished()  # orbax would wait as well
+    manager.reload()  # others may have saved
+    latest = manager.latest_step()
     if latest is not None and not ours(manager, latest):
         raise LoRAError(
             f"{manager.directory} holds checkpoints of something else, or a damaged one (step "
             f"{latest}), which the manager would remove in time; nothing was saved. Use another "
             "directory, or manager.delete(step)"
         )
+    base = base if isinstance(base, Fingerprint) else taken_once(manager, base)
     record: dict = {
         "format": FORMAT,
         "step": step,
@@ -176,7 +190,7 @@ def save(
         "base": {p: [dtype, list(shape)] for p, (shape, dtype) in base.leaves.items()},
         "content": base.content and dict(base.content),
         "nodes": adapters_to_json(adapters),
-        "data": _as_json(data),
+        "data": as_json(data),
         "metrics": metrics,
     }
     items = {}
@@ -193,6 +207,7 @@ def save(
             "saved. To go back, remove what comes after, manager.delete(step), or use another "
             "directory"
         )
+    claim(manager, step)
     args = ocp.args.Composite(lora=ocp.args.JsonSave(record), **items)
     return manager.save(step, args=args, metrics=metrics, force=force)
 
@@ -216,8 +231,9 @@ def restore(
       manager: orbax's manager, or the directory.
       adapters: adapters like those that were saved: arrays, or `jax.ShapeDtypeStruct`s with
         shardings. None: as the checkpoint describes them, sharded as the base is.
-      base: the base parameters or a `fingerprint` of them, with content if that is to be compared;
-        None, explicitly, does not compare.
+      base: the base parameters or a `fingerprint` of them; None, explicitly, does not compare. The
+        values are compared, by their checksums, where those were saved; shapes, or a fingerprint
+        with content=False, leave that out.
       config: is compared, if passed, with the one that was saved.
       state: a tree like the one that was saved, such as `tx.init(adapters)`, arrays or shapes; None
         reads the adapters alone.
@@ -254,8 +270,9 @@ def restore(
         raise LoRAError(f"rank={rank!r}: expected 'exact' or 'grow'")
     if rank == "grow" and adapters is None:
         raise LoRAError("rank='grow' needs the larger adapters: lora.init(key, params, config)")
+    refuse_a_train_state(adapters, RESTORE)
     with opened(manager) as manager:
-        step, record = description(manager, None if step is None else _step(step))
+        step, record = description(manager, None if step is None else step_number(step))
         where = f"checkpoint {step} in {manager.directory}"
         saved = nodes_from_json(record["nodes"], adapters, where)
         if adapters is None:
@@ -337,34 +354,6 @@ def _shapes(base: Fingerprint) -> dict[str, Any]:
     return {p: types.SimpleNamespace(shape=shape) for p, (shape, _) in base.leaves.items()}
 
 
-def _step(step: Any) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise LoRAError(f"step={step!r}: expected an integer from 0 on")
-    return number
-
-
-def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, float] | None:
-    try:
-        return None if metrics is None else {str(k): float(v) for k, v in metrics.items()}
-    except (TypeError, ValueError, AttributeError):
-        raise LoRAError(f"metrics={metrics!r}: expected numbers, {{'loss': 0.5}}") from None
-
-
-def _as_json(data: Any) -> Any:
-    """What JSON gives back of `data`."""
-    try:
-        return json.loads(json.dumps(data))
-    except (TypeError, ValueError) as e:
-        raise LoRAError(
-            f"data cannot be saved as JSON ({e}); expected numbers, strings, lists and dicts, "
-            f"found {data!r}; arrays and keys go into state="
-        ) from None
-
-
 def _fingerprint(record: Mapping) -> Fingerprint:
     leaves = {p: (tuple(shape), dtype) for p, (dtype, shape) in record["base"].items()}
     return Fingerprint(leaves, record["content"])
@@ -373,5 +362,7 @@ def _fingerprint(record: Mapping) -> Fingerprint:
 def _other_base(record: Mapping, base: Any) -> list[str]:
     if base is None:
         return []
-    base = base if isinstance(base, Fingerprint) else fingerprint(base)
+    if not isinstance(base, Fingerprint):
+        base = fingerprint(base, content=None if record["content"] else False)
+    refuse_variables(base, record["base"])
     return [f"base: {line}" for line in _fingerprint(record).differences(base)]

@@ -134,7 +134,9 @@ def another_config(config: LoRAConfig, adapters: Any) -> list[str]:
     return lines
 
 
-def other_config(record: Mapping[str, Any], config: Any, grow: bool) -> list[str]:
+def other_config(
+    record: Mapping[str, Any], config: LoRAConfig | Targets | None, grow: bool
+) -> list[str]:
     if config is None or record["config"] is None:
         return []
     mine = json.loads(json.dumps(config_to_json(as_config(config))))

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 @contextlib.contextmanager
-def opened(manager: ocp.CheckpointManager | str | os.PathLike):
+def opened(manager: ocp.CheckpointManager | str | os.PathLike) -> Iterator[ocp.CheckpointManager]:
     """The manager; of a directory, one that cannot write."""
     if isinstance(manager, ocp.CheckpointManager):
         yield manager
@@ -40,7 +40,7 @@ def opened(manager: ocp.CheckpointManager | str | os.PathLike):
 
 
 def crc32(record: Mapping) -> int:
-    """Of the description without its own checksum, as JSON would give it back."""
+    """The checksum of a description without its own, as JSON would give it back."""
     rest = {k: v for k, v in record.items() if k != "crc32"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
@@ -68,6 +68,11 @@ def description(manager: ocp.CheckpointManager, step: int | None) -> tuple[int, 
         raise LoRAError(
             f"{where} is damaged: its description is not what was written. Other steps there: "
             f"{[s for s in manager.all_steps() if s != step] or 'none'}"
+        )
+    if record.get("step") != step:
+        raise LoRAError(
+            f"{where} is step {record.get('step')} by its own description: it was copied or "
+            "renamed. Give it back its name, or copy the whole run to a directory of its own"
         )
     return step, record
 

@@ -7,7 +7,8 @@ where the array lives: no leaf is gathered.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ _SEEDS = (0x00000000, 0x9E3779B9)
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """Of a parameter tree: what adapters were made for.
+    """What adapters were made for: the leaves of a parameter tree, and what is in them.
 
     Attributes:
       leaves: {path: (shape, dtype)}.
@@ -45,47 +46,78 @@ class Fingerprint:
         both have them."""
         lines = [f"'{p}' is missing" for p in self.leaves if p not in other.leaves]
         lines += [f"'{p}' is not expected" for p in other.leaves if p not in self.leaves]
-        mine, theirs = self.content or {}, other.content or {}
+        alike = set()
         for path in self.leaves.keys() & other.leaves.keys():
             want, found = (f"{dtype}{shape}" for shape, dtype in
                            (self.leaves[path], other.leaves[path]))  # fmt: skip
             if want != found:
                 lines.append(f"'{path}': expected {want}, found {found}")
-            elif path in mine and path in theirs and mine[path] != theirs[path]:
-                lines.append(f"'{path}': has other values")
+            else:
+                alike.add(path)
+        one, two = self.content or {}, other.content or {}
+        # a quantised leaf has several arrays, `path/codes` and others
+        leaf = lambda p: p if p in self.leaves else p.rpartition("/")[0]
+        changed = {leaf(p) for p in one.keys() & two.keys() if one[p] != two[p]}
+        lines += [f"'{p}': has other values" for p in changed & alike]
         return sorted(lines)
 
 
-def fingerprint(params: Any, *, content: bool = False) -> Fingerprint:
+def fingerprint(params: Any, *, content: bool | None = None) -> Fingerprint:
     """What a base is, to be kept with the adapters that were trained on it.
 
     Args:
-      params: the parameters, or an NNX module, of which random state is left out; without
-        `content`, shapes will do.
+      params: the parameters, or an NNX module, of which random state is left out; shapes will do,
+        which have no content.
       content: also take a checksum of each leaf's values (of an NNX module: of its `nnx.Param`s),
-        where it lives and however it is sharded. It reads every parameter once. It tells another
-        base from this one, and finds damage; it is not made to withstand someone who wants two
-        bases to look the same.
+        where it lives and however it is sharded; None: of arrays, and not of shapes. It tells
+        another base from this one, and finds damage; it is not made to withstand someone who wants
+        two bases to look the same. It reads every parameter once, with some 40 integer operations
+        for each: on a CPU a second of one core is 0.34 GB of bf16 or 0.75 GB of fp32 (48 of them
+        for 8B parameters in bf16). To take it once for a run, pass `fingerprint(params)` as the
+        base; to do without, `fingerprint(params, content=False)`.
 
     Returns:
       A `Fingerprint`.
 
+    Raises:
+      LoRAError: content=True, and shapes.
+
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> a, b = ({"w": jnp.ones((2, 2)) * x} for x in (1, 2))
-    >>> lora.checkpoint.fingerprint(a) == lora.checkpoint.fingerprint(b)
-    True
-    >>> one, two = (lora.checkpoint.fingerprint(x, content=True) for x in (a, b))
-    >>> one.differences(two)
+    >>> lora.checkpoint.fingerprint(a).differences(lora.checkpoint.fingerprint(b))
     ["'w': has other values"]
+    >>> one, two = (lora.checkpoint.fingerprint(x, content=False) for x in (a, b))
+    >>> one == two
+    True
     """
     state, values = (lasting(params, kind) for kind in (..., nnx.Param))
     leaves = {p: (tuple(x.shape), _type(x)) for p, x in state.items()}
-    if content and any(isinstance(x, jax.ShapeDtypeStruct) for x in values.values()):
+    shapes = [x for x in jax.tree.leaves(values) if isinstance(x, jax.ShapeDtypeStruct)]
+    content = not shapes if content is None else content
+    if content and shapes:
         raise LoRAError(
             "content=True needs arrays, found shapes: lora.checkpoint.fingerprint(params)"
         )
     arrays = dict(y for x in values.items() for y in _arrays(*x))
     return Fingerprint(leaves, checksums(arrays) if content else None)
+
+
+# {who asks: (the arrays of a base, its fingerprint)}; no array is kept alive by it.
+_TAKEN: MutableMapping[Any, tuple[list[weakref.ref], Fingerprint]] = weakref.WeakKeyDictionary()
+
+
+def taken_once(owner: Any, params: Any) -> Fingerprint:
+    """`fingerprint(params)`; where `owner` asks again for the same arrays, which never change, the
+    one that was taken. NumPy's may change, and are read each time."""
+    arrays = jax.tree.leaves(lasting(params, ...))
+    refs, found = _TAKEN.get(owner, ([], None))
+    if found is not None and len(refs) == len(arrays):
+        if all(ref() is x for ref, x in zip(refs, arrays)):
+            return found
+    found = fingerprint(params)
+    if all(isinstance(x, jax.Array) for x in arrays):
+        _TAKEN[owner] = [weakref.ref(x) for x in arrays], found
+    return found
 
 
 def lasting(params: Any, kind: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def growing(tree: Any, saved: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
 def kept(adapters: Any, saved: Mapping[str, Any], paths: set[str]) -> tuple[set[str], list[str]]:
     """(names of the factors whose new part stays as it was passed, what is wrong).
 
-    Of the new part one factor is zero, so that the product stays, and the other is not, or neither
+    One factor of the new part is zero, so that the product stays, and the other is not, or neither
     would ever get a gradient: that one is kept.
     """
     names, lines = set(), []
@@ -73,7 +73,7 @@ def kept(adapters: Any, saved: Mapping[str, Any], paths: set[str]) -> tuple[set[
 def with_scales(tree: Any, saved: Mapping[str, Any]) -> Any:
     """The tree, its adapters (or their moments) with the scales that were saved."""
 
-    def node(keys: tuple, x: Any) -> Any:
+    def node(keys: Any, x: Any) -> Any:
         owner = _owner(path_of(keys), saved)
         if not isinstance(x, LowRank) or owner is None:
             return x

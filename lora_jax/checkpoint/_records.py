@@ -66,7 +66,7 @@ def recorded(tree: Any, what: str) -> tuple[dict[str, dict], dict[str, Any]]:
 
 
 def differences(
-    entries: Mapping[str, dict], like: Any, what: str, growing: Mapping[str, int] | None
+    entries: Mapping[str, Mapping], like: Any, what: str, growing: Mapping[str, int] | None
 ) -> list[str]:
     """A line for each leaf that is saved and not expected, or the other way round, or of another
     kind, type or shape (`growing`: {path: axis along which it may be larger}; None: any shape)."""
@@ -109,7 +109,7 @@ def other_nodes(described: Mapping[str, Any], adapters: Any, growing: Set[str]) 
     return lines
 
 
-def abstract(entries: Mapping[str, dict], like: Any) -> dict[str, Any]:
+def abstract(entries: Mapping[str, Mapping], like: Any) -> dict[str, Any]:
     """{escaped path: what orbax is to restore}: shapes as saved, placed as `like`.
 
     What `like` puts on no device in particular is read into host memory.
@@ -131,7 +131,7 @@ def abstract(entries: Mapping[str, dict], like: Any) -> dict[str, Any]:
 
 
 def rebuilt(
-    entries: Mapping[str, dict],
+    entries: Mapping[str, Mapping],
     like: Any,
     arrays: Mapping[str, Any],
     growing: Mapping[str, tuple],
@@ -189,12 +189,12 @@ def _is_storable(x: Any) -> bool:
     return x.dtype == np.bool_ or jnp.issubdtype(x.dtype, np.number)
 
 
-def _own(x: Any):
-    """Of host memory a copy: it may be changed while it is written."""
+def _own(x: Any) -> Any:
+    """A copy of what is in host memory: that may be changed while it is written."""
     return x if isinstance(x, jax.Array) else np.array(x)
 
 
-def _leaf(entry: Mapping, value: Any, like: Any, axis: int | None, keep: bool):
+def _leaf(entry: Mapping, value: Any, like: Any, axis: int | None, keep: bool) -> Any:
     """A restored leaf of the kind of `like`, padded along `axis` to its size."""
     if _is_plain(like):
         return entry["value"] if "value" in entry else type(like)(np.asarray(value)[()])
@@ -213,10 +213,10 @@ def _leaf(entry: Mapping, value: Any, like: Any, axis: int | None, keep: bool):
     return value[()] if isinstance(like, np.generic) else value
 
 
-def _padded(value: Any, like: Any, axis: int, keep: bool):
+def _padded(value: Any, like: Any, axis: int, keep: bool) -> Any:
     """`value` with the rest of `like` behind it along `axis`, or zeros."""
 
-    def pad(value: Any, like: Any):
+    def pad(value: Any, like: Any) -> jax.Array:
         rest = jax.lax.slice_in_dim(like, value.shape[axis], like.shape[axis], axis=axis)
         return jnp.concatenate([value, rest if keep else jnp.zeros_like(rest)], axis)
 

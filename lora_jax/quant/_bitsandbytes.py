@@ -113,7 +113,9 @@ def bitsandbytes_weight(
         q = dataclasses.replace(q, stack=1)
     n = q.ndim
     if kernel and n < 2:
-        raise LoRAError(f"expected a kernel of two axes or more, found {q.shape}: kernel=False")
+        raise LoRAError(
+            f"{name!r}: expected a kernel of two axes or more, found {q.shape}: kernel=False"
+        )
     return q.transposed([*range(n - 2), n - 1, n - 2]) if kernel else q
 
 

@@ -94,7 +94,7 @@ def _checked(tensor: Any, place: int | None) -> tuple[str, np.ndarray]:
     what = f"'{name}'" if isinstance(name, str) else "the tensor"
     what += "" if place is None else f" (number {place} of the list)"
     kind, data = (getattr(tensor, part, None) for part in ("tensor_type", "data"))
-    kind: Any = getattr(kind, "name", None)
+    kind = str(getattr(kind, "name", None))
     sizes = importlib.import_module("gguf.constants").GGML_QUANT_SIZES
     sizes = {k.name: v for k, v in sizes.items()}
     if kind not in sizes or not isinstance(data, np.ndarray):

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from common import assert_close, examples, fails, noisy
 from flax import nnx
+from flax.training.train_state import TrainState
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -386,8 +387,6 @@ def test_an_nnx_model_with_random_state(tmp_path):
 
 def test_a_train_state(tmp_path):
     """Its step is an int before the first step under jit, and an array after it."""
-    from flax.training.train_state import TrainState
-
     fresh = TrainState.create(apply_fn=None, params=make(), tx=TX)
     with jax.numpy_dtype_promotion("standard"):
         run = jax.jit(lambda s: s.apply_gradients(grads=s.params))(fresh)
@@ -492,12 +491,18 @@ def test_sets_of_targets_have_one_order():
 OTHER = {**PARAMS, "down": {"kernel": jnp.zeros((32, 8))}, "extra": jnp.zeros(2)}
 
 
+def train_state(adapters):
+    return TrainState.create(apply_fn=None, params=adapters, tx=TX)
+
+
 def other_state():
     return {"opt": TX.init(make()), "ema": jnp.zeros(3)}
 
 
 @pytest.mark.parametrize("call, match", [
     (lambda m: lora.checkpoint.restore(m, make(), base=OTHER), r"(?s)is of something else:.*base: 'down/kernel': expected float32\(32, 16\), found float32\(32, 8\).*base: 'extra' is not expected.*lora.checkpoint.restore\(manager"),
+    (lambda m: lora.checkpoint.restore(m, make(), base={"params": PARAMS}), r"'down/kernel' is 'params/down/kernel' in the base .*pass the inner tree"),
+    (lambda m: lora.checkpoint.restore(m, train_state(make()), base=PARAMS), "found a TrainState: pass state.params"),
     (lambda m: lora.checkpoint.restore(m, make(), base={k: PARAMS[k] for k in ("up", "down")}), "base: 'table' is missing"),
     (lambda m: lora.checkpoint.restore(m, make(), base=jax.tree.map(lambda x: x.astype("bfloat16"), PARAMS)), r"(?s)base: 'down/kernel': expected float32\(32, 16\), found bfloat16.*'up/kernel'"),
     (lambda m: lora.checkpoint.restore(m, make(), base=PARAMS, config=dataclasses.replace(CONFIG, alpha=4, dropout=0.5)), r"(?s)config: alpha=8 was saved, found 4.*config: dropout=0.0 was saved, found 0.5"),
@@ -541,6 +546,8 @@ def test_the_same_step_again(tmp_path):
     (lambda m, ad: lora.checkpoint.save(m, 3, ad, base=PARAMS, force=True), "step 3 is not after the latest"),
     (lambda m, ad: lora.checkpoint.save(m, 6, ad, base=OTHER), r"the adapters do not belong to these parameters:(?s:.)*'down/kernel'.*\(32, 8\)"),
     (lambda m, ad: lora.checkpoint.save(m, 6, PARAMS, base=PARAMS), "expected adapters, found parameters"),
+    (lambda m, ad: lora.checkpoint.save(m, 6, ad, base={"params": PARAMS}), r"is 'params/down/kernel' in the base .*pass the inner tree, base=variables\['params'\]"),
+    (lambda m, ad: lora.checkpoint.save(m, 6, train_state(ad), base=PARAMS), r"found a TrainState: pass state.params, .*save\(manager, step, state.params, .*state=state\)"),
     (lambda m, ad: lora.checkpoint.save(m, 6, ad, base=PARAMS, data={"x": jnp.ones(2)}), "data cannot be saved as JSON .*arrays and keys go into state="),
     (lambda m, ad: lora.checkpoint.save(m, 6, ad, base=PARAMS, state={"x": object(), "y": 1j}), r"(?s)cannot be saved:.*state: 'x' is object.*state: 'y' is complex"),
     (lambda m, ad: lora.checkpoint.save(m.directory, 6, ad, base=PARAMS), "expected an orbax CheckpointManager, found"),
@@ -559,17 +566,57 @@ def contents(path):
     return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
-def test_content_on_request(tmp_path):
-    """Values are compared if both sides took their checksums."""
+def test_the_values_of_the_base_count(tmp_path):
+    """As they were saved, wherever they lie; left out on request, on either side, or of shapes."""
     other = {**PARAMS, "up": {**PARAMS["up"], "bias": PARAMS["up"]["bias"].at[3].set(1e-30)}}
-    saved(tmp_path, base=lora.checkpoint.fingerprint(PARAMS, content=True))
-    lora.checkpoint.restore(tmp_path, base=other)
-    lora.checkpoint.restore(tmp_path, base=lora.checkpoint.fingerprint(PARAMS, content=True))
-    lora.checkpoint.restore(
-        tmp_path, base=lora.checkpoint.fingerprint(on(mesh(2, 4)), content=True)
-    )
-    with fails("base: 'up/bias': has other values"):
-        lora.checkpoint.restore(tmp_path, base=lora.checkpoint.fingerprint(other, content=True))
+    print_of = lora.checkpoint.fingerprint
+    saved(tmp_path / "with")
+    for base in (PARAMS, on(mesh(2, 4)), print_of(PARAMS), jax.device_get(PARAMS)):
+        lora.checkpoint.restore(tmp_path / "with", base=base)
+    for base in (other, print_of(other), jax.device_get(other)):
+        with fails("base: 'up/bias': has other values"):
+            lora.checkpoint.restore(tmp_path / "with", base=base)
+    for base in (print_of(other, content=False), jax.eval_shape(lambda: other), None):
+        lora.checkpoint.restore(tmp_path / "with", base=base)
+    saved(tmp_path / "without", base=print_of(PARAMS, content=False))
+    lora.checkpoint.restore(tmp_path / "without", base=other)
+
+
+def test_the_values_of_a_quantised_base_count(tmp_path):
+    base, other = (lora.quant.quantize({"w": w}, "w") for w in (jnp.eye(64), 2 * jnp.eye(64)))
+    saved(tmp_path, make(lora.LoRAConfig(rank=2, targets="w"), base), base=base, config=None)
+    lora.checkpoint.restore(tmp_path, base=base)
+    with fails("base: 'w': has other values"):
+        lora.checkpoint.restore(tmp_path, base=other)
+
+
+def test_the_base_is_read_once_a_run(tmp_path, monkeypatch):
+    """Its arrays do not change; NumPy's do."""
+    read = []
+    take = lora.checkpoint.fingerprint
+    count = lambda x, **kw: (read.append(0) if not kw else None, take(x, **kw))[1]
+    monkeypatch.setattr("lora_jax.checkpoint._fingerprint.fingerprint", count)
+    adapters, host = trained()[0], jax.device_get(PARAMS)
+    with manager(tmp_path) as m:
+        for step in range(1, 4):
+            lora.checkpoint.save(m, step, adapters, base={**PARAMS})
+        assert len(read) == 1
+        lora.checkpoint.save(m, 4, adapters, base={**PARAMS, "table": PARAMS["table"] * 2})
+        assert len(read) == 2
+        for step in range(5, 7):
+            lora.checkpoint.save(m, step, adapters, base=host)
+        assert len(read) == 4
+        m.wait_until_finished()
+    with fails("base: 'table': has other values"):
+        lora.checkpoint.restore(tmp_path, base=PARAMS, step=4)
+
+
+def test_a_copied_step(tmp_path):
+    saved(tmp_path)
+    shutil.copytree(tmp_path / "5", tmp_path / "6")
+    with fails("checkpoint 6 in .* is step 5 by its own description: it was copied or renamed"):
+        lora.checkpoint.restore(tmp_path, base=PARAMS)
+    assert lora.checkpoint.restore(tmp_path, base=PARAMS, step=5).step == 5
 
 
 def test_a_directory_without_a_checkpoint(tmp_path):

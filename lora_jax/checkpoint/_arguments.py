@@ -1,0 +1,59 @@
+"""The arguments of `save` and `restore`: checked, and as they are written down."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lora_jax._core.errors import LoRAError
+from lora_jax.checkpoint._fingerprint import Fingerprint
+
+
+def refuse_a_train_state(tree: Any, call: str) -> None:
+    """What holds the parameters and more, Flax's TrainState and its like, is no adapters."""
+    if hasattr(tree, "params") and hasattr(tree, "opt_state"):
+        call = call.replace("adapters,", "state.params,").replace("opt_state", "state")
+        raise LoRAError(
+            f"expected adapters, found a {type(tree).__name__}: pass state.params, and the whole "
+            f"as state=state: {call}"
+        )
+
+
+def refuse_variables(base: Fingerprint, wanted: Iterable[str]) -> None:
+    """A base one level too high: {"params": params}, where adapters are of params."""
+    missing = [p for p in wanted if p not in base.leaves]
+    if missing and all(f"params/{p}" in base.leaves for p in missing):
+        raise LoRAError(
+            f"'{missing[0]}' is 'params/{missing[0]}' in the base that was passed: pass the inner "
+            "tree, base=variables['params']"
+        )
+
+
+def step_number(step: Any) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise LoRAError(f"step={step!r}: expected an integer from 0 on")
+    return number
+
+
+def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float] | None:
+    try:
+        return None if metrics is None else {str(k): float(v) for k, v in metrics.items()}
+    except (TypeError, ValueError, AttributeError):
+        raise LoRAError(f"metrics={metrics!r}: expected numbers, {{'loss': 0.5}}") from None
+
+
+def as_json(data: Any) -> Any:
+    """What JSON gives back of `data`."""
+    try:
+        return json.loads(json.dumps(data))
+    except (TypeError, ValueError) as e:
+        raise LoRAError(
+            f"data cannot be saved as JSON ({e}); expected numbers, strings, lists and dicts, "
+            f"found {data!r}; arrays and keys go into state="
+        ) from None
