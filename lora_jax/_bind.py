@@ -118,7 +118,7 @@ def _corrected(flat: Mapping[str, Any], leaves: Mapping[str, Any], verb: str) ->
         for part in inside:
             if all(part + p in leaves for p in nodes):
                 keys = "".join(f'["{name}"]' for name in part.strip("/").split("/"))
-                return f"the adapters are of a part of this tree: lora.{verb}(variables{keys}, adapters)"
+                return f"they are of a part of this tree: lora.{verb}(variables{keys}, adapters)"
         for path in leaves:
             if first.endswith("/" + path):
                 part = first.removesuffix(path)
