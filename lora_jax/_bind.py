@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,6 +20,8 @@ from lora_jax._quantized.weight import is_quantized
 
 if TYPE_CHECKING:
     import chex
+
+CALL = "lora.bind(params, adapters, dropout_key={key})"
 
 
 def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None) -> Any:
@@ -56,7 +59,7 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
     nodes = {}
     if adapters is not None:
         nodes = without_frozen(adapter_nodes(params, adapters, "bind"), "bind")
-    key = None if dropout_key is None else as_key(dropout_key)
+    key = None if dropout_key is None else as_key(dropout_key, CALL)
 
     def leaf(path: str, base: Any) -> Any:
         node = nodes.get(path)
@@ -95,10 +98,56 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
                 + ", ".join(nearest(path, leaves, 3))
             )
         elif (problem := node.misfit(tuple(leaves[path].shape))) is not None:
+            shapes = ", ".join(f"{n} {getattr(node, n).shape}" for n in node.dims)
+            what = {1: f"a stack, {shapes}", -1: f"without their first axis, {shapes}"}
+            problem = what.get(_more_axes(node), problem)
             failures.append(f"'{path}': {problem}")
+    if failures:
+        call = _corrected(flat, leaves, verb) or call
     raise_all("the adapters do not belong to these parameters:", failures, call)
     check_placed(leaves, flat, flat)
     return flat
+
+
+def _corrected(flat: Mapping[str, Any], leaves: Mapping[str, Any], verb: str) -> str | None:
+    """The call that was meant, where one is plain: another part of the tree, one of a stack."""
+    nodes = {p: n for p, n in flat.items() if is_node(n)}
+    if not any(p in leaves for p in nodes):
+        first = next(iter(nodes))
+        inside = [p.removesuffix(first) for p in leaves if p.endswith("/" + first)]
+        for part in inside:
+            if all(part + p in leaves for p in nodes):
+                keys = "".join(f'["{name}"]' for name in part.strip("/").split("/"))
+                return f"they are of a part of this tree: lora.{verb}(variables{keys}, adapters)"
+        for path in leaves:
+            if first.endswith("/" + path):
+                part = first.removesuffix(path)
+                if all(p.startswith(part) and p.removeprefix(part) in leaves for p in nodes):
+                    tree = "params"
+                    for name in reversed(part.strip("/").split("/")):
+                        tree = f'{{"{name}": {tree}}}'
+                    return (
+                        f"the adapters are of a tree that holds this one: lora.{verb}({tree}, "
+                        "adapters)"
+                    )
+    more = {_more_axes(n) for n in nodes.values()}
+    if more == {1}:
+        return (
+            "the adapters are stacked, choose one: "
+            f"lora.{verb}(params, lora.algebra.choose(adapters, 0))"
+        )
+    if more == {-1}:
+        return (
+            "one axis was taken of adapters that are not stacked: "
+            f"lora.{verb}(params, adapters), without lora.algebra.choose"
+        )
+    return None
+
+
+def _more_axes(node: Node) -> int | None:
+    """How many more axes each array has than the leaf's geometry gives it."""
+    more = {len(getattr(node, name).shape) - len(dims) for name, dims in node.dims.items()}
+    return more.pop() if len(more) == 1 else None
 
 
 def _frozen(x: Any) -> Any:

@@ -55,10 +55,15 @@ def init(
     >>> jax.tree.map(jnp.shape, adapters["q"]["kernel"].a), adapters["q"]["kernel"].b.shape
     ((64, 4), (4, 32))
     """
+    if isinstance(params, Targets | LoRAConfig):
+        wrong = "the key is missing" if isinstance(config, Survey) else "params come before config"
+        raise LoRAError(f"{wrong}: lora.init(jax.random.key(0), params, config, survey)")
     if not isinstance(config, Targets | LoRAConfig):
+        config_ = "config" if isinstance(survey, LoRAConfig) else "lora.LoRAConfig(rank=8)"
+        survey_ = ", survey" if isinstance(config, Survey) else ""
         raise LoRAError(
             f"expected a LoRAConfig or Targets, found {type(config).__name__}: "
-            "lora.init(jax.random.key(0), params, lora.LoRAConfig(targets=['q_proj']))"
+            f"lora.init(key, params, {config_}{survey_})"
         )
     key = as_key(key)
     targets = config if isinstance(config, Targets) else select(params, config, survey)

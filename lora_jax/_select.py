@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import state_of, survey_call
 from lora_jax._core.paths import flatten, module_of, nearest
+from lora_jax._interpret.reach import PRODUCTS
 from lora_jax._survey import Leaf, Survey
 from lora_jax._targets import Target, Targets
 
@@ -119,6 +121,8 @@ class _Selection:
                 reasons[path] = "the output head"
             elif leaf.kind == "embedding":
                 reasons[path] = "an embedding"
+            elif len(leaf.shape) >= 2 and any(u.primitive in PRODUCTS for u in leaf.uses):
+                reasons[path] = "multiplied by other parameters alone, as learned queries are"
         return reasons
 
     def _chosen(self, patterns: tuple[Pattern, ...]) -> list[str]:
@@ -173,7 +177,7 @@ class _Selection:
             found = [p for p, x in self.leaves.items() if matches(pattern, p, x)]
             if not found:
                 self.failures.append(
-                    f"{what}: {describe(pattern)} matches no leaf; nearest: "
+                    f"{what}: {describe(pattern)} matches no leaf; {_guess(pattern)}nearest: "
                     + ", ".join(nearest(str(pattern), self.leaves))
                 )
 
@@ -311,6 +315,21 @@ class _Selection:
                 else:
                     rows[path] = (tuple(x.shape), index)
         return rows
+
+
+def _guess(pattern: Pattern) -> str:
+    """What a string that matches nothing looks like: names in a row, or a regular expression."""
+    if not isinstance(pattern, str):
+        return ""
+    if pattern.lower().replace("_", "-") in ("all", "linear", "all-linear", "*-linear"):
+        return f"did you mean '{ALL_LINEAR}'? "
+    names = [name.strip() for name in re.split(r"[,\s|]", pattern) if name.strip()]
+    if len(names) > 1 and all(re.fullmatch(r"[\w/.*?-]+", name) for name in names):
+        either = f" or re.compile({pattern!r})" if "|" in pattern else ""
+        return f"did you mean {names}{either}? "
+    if re.search(r"[|^$\\+(]|\.\*", pattern):
+        return f"did you mean re.compile({pattern!r})? "
+    return ""
 
 
 def _derived(leaf: Leaf) -> bool:

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import Geometry
-from lora_jax._core.nnx import map_state, state_of
+from lora_jax._core.nnx import is_module, map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest
 from lora_jax._core.table import table
 from lora_jax._interpret.coverage import LOW_RANK, Use, by_leaf
@@ -141,6 +142,7 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
     bias  (2, 3)     other          add          -    -       -
     q     (4, 2, 3)  linear (head)  dot_general  (0)  (1, 2)  -
     """
+    _check_function(fn)
     flat = {path: x for path, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
     call = Traceable(fn)
     constants, arrays = call.split((map_state(_probes, params), *args), kwargs)
@@ -176,6 +178,26 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
             for path, x in flat.items()
         }
     )
+
+
+def _check_function(fn: Any) -> None:
+    """A model in the function's place would be a constant, and the first input be surveyed."""
+    name = type(fn).__name__
+    if is_module(fn):
+        raise LoRAError(
+            f"expected a function of parameters, found the module {name}: "
+            "lora.survey(lambda model, x: model(x), model, x)"
+        )
+    if isinstance(fn, nn.Module):
+        raise LoRAError(
+            f"expected a function of parameters, found the module {name}: "
+            "lora.survey(model.apply, {'params': params}, x)"
+        )
+    if not callable(fn) or any(hasattr(x, "dtype") for x in jax.tree.leaves(fn)):
+        raise LoRAError(
+            f"expected a function of parameters, found {name}, which holds them: "
+            "lora.survey(lambda params, x: ..., params, x)"
+        )
 
 
 def _probes(params: Any) -> Any:

@@ -393,3 +393,42 @@ def test_bound_parameters_sliced_outside_of_the_transform():
     step = lambda x, p: (layer(p, x), None)
     with fails(r"'w' has 2 axes here and 3 where it was bound.*Adapt the function that holds"):
         jax.lax.scan(step, X, lora.bind(params, adapters))
+
+
+# ---------------------------------------------------------------- this call, corrected
+
+STACKED = lora.algebra.stack([ADAPTERS, ADAPTERS])
+
+
+@pytest.mark.parametrize(("call", "match"), [
+    (lambda: lora.bind(PARAMS, ADAPTERS, dropout_key=3), r"dropout_key=jax.random.key\(3\)"),
+    (lambda: lora.bind({"params": PARAMS, "n": X}, ADAPTERS), r'lora.bind\(variables\["params"\], adapters\)'),
+    (lambda: lora.merge(PARAMS, {"params": ADAPTERS}), r'lora.merge\(\{"params": params\}, adapters\)'),
+    (lambda: lora.bind(PARAMS, STACKED), r"(?s)a stack, a \(3, 6, 2\).*lora.algebra.choose\(adapters, 0\)"),
+    (lambda: lora.bind(PARAMS, lora.algebra.choose(ADAPTERS, 0)), "without lora.algebra.choose"),
+    (lambda: lora.init(PARAMS, CONFIG, lora.survey(fn, PARAMS, X)), "the key is missing: lora.init"),
+    (lambda: lora.init(KEY, PARAMS, lora.survey(fn, PARAMS, X), CONFIG), r"found Survey: lora.init\(key, params, config, survey\)"),
+    (lambda: lora.survey(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), X), r"the module Linear: lora.survey\(lambda model, x"),
+    (lambda: lora.survey(Dense(), X), r"the module Dense: lora.survey\(model.apply"),
+    (lambda: lora.survey(PARAMS, X), "expected a function of parameters, found dict"),
+    (lambda: lora.LoRAConfig(r=4, lora_alpha=2, target_modules=["q"]), r"(?s)'r' is 'rank' here.*LoRAConfig\(rank=4, alpha=2, targets=\['q'\]\)"),
+    (lambda: lora.LoRAConfig(ranc=4), "no 'ranc'; nearest: rank"),
+    (lambda: lora.LoRAConfig(rules=lora.Rule("q")), r"expected a list, rules=\[Rule"),
+    (lambda: lora.LoRAConfig(targets=[]), "nothing would be adapted"),
+    (lambda: lora.LoRAConfig(rank=None, alpha=None, targets=None, full=5), "(?s)rank=None.*alpha=None.*targets=None.*full=5"),
+    (lambda: lora.LoRAConfig(rank=True, alpha=0), "(?s)rank=True, expected an integer.*alpha=0"),
+    (lambda: lora.optim.adalora(None, target_rank=2, steps=float("nan"), tinit=1, tfinal=1), "steps=nan: expected an integer"),
+    (lambda: lora.algebra.put(STACKED, 1.5, ADAPTERS), "number 1.5: expected 0 to 1"),
+])  # fmt: skip
+def test_the_call_that_was_meant(call, match):
+    with fails(match):
+        call()
+
+
+@pytest.mark.parametrize(("pattern", "meant"), [
+    ("all", "'all-linear'"), ("up,down", r"\['up', 'down'\]"), (".*up", r"re.compile\('.\*up'\)"),
+    ("up|down", r"\['up', 'down'\] or re.compile\('up\|down'\)"),
+])  # fmt: skip
+def test_patterns_that_mean_another_kind(pattern, meant):
+    with fails(f"did you mean {meant}"):
+        lora.select(PARAMS, lora.LoRAConfig(rank=2, targets=pattern))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from common import assert_close, noisy
 from flax import linen as nn
+from flax import serialization
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lora
@@ -182,3 +183,15 @@ def test_adapters_hold_arrays_only():
     _, adapters = make(dropout=0.1)
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(adapters))
     assert len(jax.tree.leaves(adapters)) == 4
+
+
+@pytest.mark.parametrize("init", [lora.init, lora.methods.init_adalora])
+def test_flax_serialization(init):
+    adapters = noisy(init(KEY, PARAMS, lora.LoRAConfig(rank=4, targets=["q/kernel", "v"])))
+    like = jax.tree.map(jnp.zeros_like, adapters)
+    back = serialization.from_bytes(like, serialization.to_bytes(adapters))
+    assert jax.tree.structure(back) == jax.tree.structure(adapters)
+    jax.tree.map(np.testing.assert_array_equal, back, adapters)
+    other = init(KEY, PARAMS, lora.LoRAConfig(rank=3, targets=["q/kernel", "v"]))
+    with pytest.raises(lora.LoRAError, match=r"expected shape .* found .*: another rank or leaf"):
+        serialization.from_bytes(like, serialization.to_bytes(other))

@@ -5,9 +5,13 @@ import re
 import jax
 import jax.numpy as jnp
 import llama
+import numpy as np
 import pytest
+from common import assert_close, examples, fails, noisy
 from flax import linen as nn
 from flax.core import freeze
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lora_jax as lora
 from lora_jax._config import matches
@@ -271,3 +275,102 @@ def test_a_name_that_stands_in_the_model_and_in_its_blocks():
     survey = lora.survey(apply, {"params": params}, jnp.ones((2, 4)))
     targets = lora.select(params, lora.LoRAConfig(rank=2, targets="all-linear"), survey)
     assert set(targets) == {"dense/kernel", "layer/dense/kernel"}
+
+
+EYE = jnp.eye(8)
+NOT_AS_IT_IS = {
+    "plus identity": lambda w, v, h: h @ (EYE + w),
+    "symmetrised": lambda w, v, h: h @ ((w + w.T) / 2),
+    "times another": lambda w, v, h: h @ (w @ v),
+    "masked": lambda w, v, h: h @ (w * (EYE + 1)),
+    "solved": lambda w, v, h: jnp.linalg.solve(w + 9 * EYE, h.T).T,
+    "conjugate gradients": lambda w, v, h: jax.scipy.sparse.linalg.cg(lambda u: u @ w, h)[0],
+    "while": lambda w, v, h: jax.lax.while_loop(
+        lambda c: c[0] < 3, lambda c: (c[0] + 1, h - c[1] @ (w + 1)), (0, jnp.zeros_like(h))
+    )[1],
+}
+
+
+@pytest.mark.parametrize("how", NOT_AS_IT_IS)
+def test_all_linear_leaves_nothing_out_in_silence(how):
+    def fn(p, x):
+        h = NOT_AS_IT_IS[how](p["w"], p["v"], jnp.tanh(x @ p["first"]))
+        return jnp.tanh(h) @ p["head"]
+
+    params = {"first": EYE, "w": EYE, "v": EYE, "head": jnp.ones((8, 3))}
+    survey = lora.survey(fn, params, jnp.ones((2, 8)))
+    with fails(r"'w' \(8, 8\) is used by no contraction.* but enters one after that: exclude="):
+        lora.select(params, lora.LoRAConfig(rank=2), survey)
+    targets = lora.select(params, lora.LoRAConfig(rank=2, exclude="w"), survey)
+    assert "w" not in targets and "first" in targets
+    assert targets.left["head"] == "the output head" and "contracted after" in targets.left["w"]
+    assert "left out: w, excluded" in str(targets)
+
+
+def test_what_meets_a_batch_axis_alone_is_a_scale():
+    fn = lambda p, x: jnp.tanh(jnp.einsum("td,d->td", x @ p["w"], p["scale"])) @ p["head"]
+    params = {"w": EYE, "scale": jnp.ones(8), "head": EYE}
+    survey = lora.survey(fn, params, jnp.ones((2, 8)))
+    assert survey["scale"].kind == "other"
+    assert list(lora.select(params, lora.LoRAConfig(rank=2), survey)) == ["w"]
+
+
+def test_experts_applied_to_all_tokens_have_one_rule():
+    def fn(p, x):
+        h = jnp.tanh(jnp.einsum("btd,edf->btef", x, p["w1"]))
+        return jnp.tanh(jnp.einsum("btef,efd->bted", h, p["w2"]).sum(2)) @ p["head"]
+
+    shape = {"w1": (3, 8, 5), "w2": (3, 5, 8), "head": (8, 2)}
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shape.items())}
+    x = jax.random.normal(jax.random.key(1), (2, 4, 8))
+    targets = lora.select(params, lora.LoRAConfig(rank=2), lora.survey(fn, params, x))
+    assert {p: t.geometry.batch_axes for p, t in targets.lora.items()} == {"w1": (0,), "w2": (0,)}
+    adapters = noisy(lora.init(jax.random.key(0), params, targets))
+    assert_close(
+        lora.adapt(fn)(lora.bind(params, adapters), x), fn(lora.merge(params, adapters), x)
+    )
+
+
+INTEGERS = st.sampled_from([int, np.int8, np.int64, np.uint16])
+CONFIGS = st.fixed_dictionaries({
+    "rank": st.builds(lambda kind, n: kind(n), INTEGERS, st.integers(1, 4)),
+    "alpha": st.sampled_from([1, 2.5, np.float32(0.5)]),
+    "targets": st.sampled_from(["q", ["q"], ("q", re.compile("v|o")), {"q", "v"}]),
+    "rules": st.lists(st.builds(lora.Rule, st.just("q"), rank=st.integers(1, 4)), max_size=2),
+    "rows": st.sampled_from([{}, {"e": [1, 2]}, {"e": np.arange(3)}, {"e": range(2)}]),
+    "dtype": st.sampled_from([jnp.float32, "bfloat16", np.dtype("float16")]),
+})  # fmt: skip
+
+
+@given(CONFIGS)
+@examples(50)
+def test_configurations_are_values(settings):
+    config = lora.LoRAConfig(**settings)
+    again = lora.LoRAConfig.from_json(config.to_json())
+    assert again == config == lora.LoRAConfig(**settings) and hash(again) == hash(config)
+    assert type(config.rank) is int
+
+
+def test_targets_are_values_and_static_arguments():
+    config = lora.LoRAConfig(rank=2, targets=["q_proj"], full="head")
+    one, two = lora.select(PARAMS, config), lora.select(PARAMS, config)
+    assert one == two and hash(one) == hash(two)
+    assert lora.Targets.from_json(one.to_json()) == one
+    traced = []
+    f = jax.jit(lambda x, t: traced.append(t) or x * t.parameters, static_argnums=1)
+    assert f(1, one) == f(1, two) and len(traced) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[", "[" * 100_000, "3", '{"a": 1}', '{"rules": [{}]}'])
+def test_what_is_not_theirs_is_refused(text):
+    with fails("expected what Targets.to_json"):
+        lora.Targets.from_json(text)
+    if text != "{}":
+        with fails("expected what LoRAConfig.to_json|invalid"):
+            lora.LoRAConfig.from_json(text)
+
+
+def test_a_function_is_not_written():
+    with fails("targets holds a function"):
+        lora.LoRAConfig(targets=lambda path, x: True).to_json()

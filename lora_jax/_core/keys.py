@@ -16,14 +16,19 @@ def path_key(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def as_key(key: Any) -> jax.Array:
-    """A typed key, from either kind."""
+def as_key(key: Any, call: str = "lora.init({key}, params, config)") -> jax.Array:
+    """A typed key, from either kind.
+
+    Raises:
+      LoRAError: it is none; with the corrected call.
+    """
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return key
     if dtype == jnp.uint32 and jnp.ndim(key) == 1:
         return jax.random.wrap_key_data(key)
+    seed = key if isinstance(key, int) and not isinstance(key, bool) else 0
     raise LoRAError(
         f"expected a PRNG key, found {type(key).__name__}: "
-        "lora.init(jax.random.key(0), params, config)"
+        + call.format(key=f"jax.random.key({seed})")
     )

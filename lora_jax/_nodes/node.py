@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+from flax import serialization
 from jax.sharding import PartitionSpec
 
+from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK, spec_along
 from lora_jax._nodes.weight import is_weight
 
@@ -46,6 +49,11 @@ class Node:
     """
 
     lost: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any):
+        # So that flax.serialization, and what stands on it, writes any node: its arrays, by name.
+        super().__init_subclass__(**kwargs)
+        serialization.register_serialization_state(cls, _state_dict, _from_state_dict, True)
 
     if TYPE_CHECKING:  # else no subclass could have it as a field
 
@@ -134,6 +142,30 @@ class Node:
 def array_names(node: Any) -> list[str]:
     """The fields that are trained, of a node or its class."""
     return [f.name for f in dataclasses.fields(node) if not f.metadata.get("static")]
+
+
+def _state_dict(node: Any) -> dict[str, Any]:
+    return {name: serialization.to_state_dict(getattr(node, name)) for name in array_names(node)}
+
+
+def _from_state_dict(node: Any, state: Mapping[str, Any]) -> Any:
+    """The node with other arrays: all that is static is its own."""
+    names = array_names(node)
+    if {*names} != {*state}:
+        raise LoRAError(
+            f"expected the arrays of a {type(node).__name__}, {', '.join(names)}; found "
+            f"{', '.join(map(str, state)) or 'none'}: flax.serialization.from_bytes(adapters, "
+            "data), with adapters as those that were written"
+        )
+    restore = serialization.from_state_dict
+    new = {name: restore(getattr(node, name), state[name], name) for name in names}
+    for name, x in new.items():
+        if jax.tree.map(jnp.shape, x) != jax.tree.map(jnp.shape, getattr(node, name)):
+            raise LoRAError(
+                f"{name} of a {type(node).__name__}: expected shape "
+                f"{jnp.shape(getattr(node, name))}, found {jnp.shape(x)}: another rank or leaf"
+            )
+    return dataclasses.replace(node, **new)
 
 
 def is_node(x: Any) -> bool:
