@@ -100,7 +100,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
         elif (problem := node.misfit(tuple(leaves[path].shape))) is not None:
             shapes = ", ".join(f"{n} {getattr(node, n).shape}" for n in node.dims)
             what = {1: f"a stack, {shapes}", -1: f"without their first axis, {shapes}"}
-            problem = what.get(_more_axes(node), problem)
+            problem = what.get(_more_axes(node) or 0, problem)
             failures.append(f"'{path}': {problem}")
     if failures:
         call = _corrected(flat, leaves, verb) or call

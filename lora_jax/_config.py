@@ -267,9 +267,9 @@ class LoRAConfig(_Named):
         """
         values = fields_of(cls, text)
         if isinstance(values.get("rules"), tuple):
-            rules = values["rules"]
-            rule = lambda x: Rule(**{"pattern": None} | x) if isinstance(x, dict) else x
-            values["rules"] = tuple(map(rule, rules))
+            none: dict[str, Any] = {"pattern": None}
+            rule = lambda x: Rule(**none | x) if isinstance(x, dict) else x
+            values["rules"] = tuple(map(rule, values["rules"]))
         return cls(**values)
 
     def rule(self, path: str, leaf: Any = None) -> Rule:
@@ -303,7 +303,8 @@ def _integers(x: Any) -> tuple[int, ...] | None:
         found = None if isinstance(x, str | bytes | Mapping) else tuple(map(integer, x))
     except TypeError:
         return None
-    return None if found is None or None in found else found
+    known = tuple(n for n in found or () if n is not None)
+    return known if found is not None and len(known) == len(found) else None
 
 
 def _bad_numbers(who: str, rank: Any, alpha: Any, dropout: Any) -> Iterable[str]:

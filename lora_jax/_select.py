@@ -111,6 +111,7 @@ class _Selection:
         """{path: why} of the contracted or looked-up leaves that "all-linear" does not take."""
         if ALL_LINEAR not in as_patterns(self.config.targets):
             return {}
+        assert self.survey is not None  # "all-linear" was refused without one
         known = {p: self.survey[p] for p in self.leaves if p not in trained}
         reasons = {}
         for path, leaf in known.items():

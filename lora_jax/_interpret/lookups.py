@@ -58,7 +58,9 @@ def _masked(w: Followed, picked: Followed, indices: jax.Array, p: Mapping[str, A
                           f.value, jnp.zeros((), f.value.dtype))  # fmt: skip
         return Factor(value, (*batch, *own))
 
-    masked: dict[str, Any] = {name: mask(f) for name, f in picked.parts.items() if name in ("a", "gain")}
+    masked: dict[str, Any] = {
+        name: mask(f) for name, f in picked.parts.items() if name in ("a", "gain")
+    }
     return dataclasses.replace(picked, **masked)
 
 

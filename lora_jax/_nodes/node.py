@@ -158,7 +158,7 @@ def _from_state_dict(node: Any, state: Mapping[str, Any]) -> Any:
             "data), with adapters as those that were written"
         )
     restore = serialization.from_state_dict
-    new = {name: restore(getattr(node, name), state[name], name) for name in names}
+    new: dict[str, Any] = {name: restore(getattr(node, name), state[name], name) for name in names}
     for name, x in new.items():
         if jax.tree.map(jnp.shape, x) != jax.tree.map(jnp.shape, getattr(node, name)):
             raise LoRAError(

@@ -100,7 +100,8 @@ def config_to_json(config: LoRAConfig) -> dict:
     >>> config_to_json(LoRAConfig(targets=re.compile("q|v")))["targets"]
     [{'regex': 'q|v', 'flags': 32}]
     """
-    patterns = {name: as_patterns(getattr(config, name)) for name in ("targets", "exclude", "full")}
+    names = ("targets", "exclude", "full")
+    patterns: dict[str, Any] = {name: as_patterns(getattr(config, name)) for name in names}
     return plain(dataclasses.replace(config, **patterns))
 
 

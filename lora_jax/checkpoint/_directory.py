@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -18,7 +18,9 @@ FORMAT = 1
 
 
 @contextlib.contextmanager
-def opened(manager: ocp.CheckpointManager | str | os.PathLike) -> Iterator[ocp.CheckpointManager]:
+def opened(
+    manager: ocp.CheckpointManager | str | os.PathLike,
+) -> Generator[ocp.CheckpointManager, None, None]:
     """The manager; of a directory, one that cannot write."""
     if isinstance(manager, ocp.CheckpointManager):
         yield manager
