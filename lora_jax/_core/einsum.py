@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -17,12 +18,52 @@ Labels = Sequence[Hashable]  # one for each axis of an array; equal ones are the
 
 
 def cast(x: jax.Array, dtype: Any) -> jax.Array:
-    return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
+    """x in `dtype`; its real part, where that is real: such is the gradient of what is real."""
+    if x.dtype == dtype:
+        return x
+    if _is_complex(x.dtype) and not _is_complex(dtype):
+        x = lax.real(x)
+    return lax.convert_element_type(x, dtype)
 
 
 def wide(dtype: Any) -> Any:
     """The type in which updates are added to weights of `dtype`: fp32, or the weights' if wider."""
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+    return holding(dtype, jnp.float32)
+
+
+@functools.lru_cache(maxsize=1024)
+def holding(*dtypes: Any) -> Any:
+    """The narrowest of bf16, fp16, fp32, fp64 and the complex types that holds all of `dtypes` that
+    are one of them; bf16, where none is."""
+    held = {jnp.dtype(t) for t in dtypes if _has_range(t)}
+    if len(held) < 2:
+        return held.pop() if held else jnp.dtype(jnp.bfloat16)
+    return np.result_type(np.float32, *(t for t in held if t.itemsize > 2))
+
+
+def meeting(x: Any, w: Any, out: Any) -> Any:
+    """The type of the products of an input of type `x` with the factors of a weight of type `w`.
+
+    It holds both. Integers and 8-bit floats hold no x·A: for these alone it is the result's.
+    """
+    return holding(x, w) if _has_range(x) or _has_range(w) else holding(out)
+
+
+def _has_range(dtype: Any) -> bool:
+    """Whether sums are safe in it: neither an integer nor of 8 bits or fewer."""
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize > 1
+
+
+def _is_complex(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def addable(dtypes: Sequence[Any], out: Any) -> bool:
+    """Whether an update of operands of `dtypes` can be added to a result of type `out`: not to
+    integers, which are rounded, nor to what drops an imaginary part."""
+    return _is_complex(out) or (
+        jnp.issubdtype(out, jnp.floating) and not any(map(_is_complex, dtypes))
+    )
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -43,8 +84,9 @@ def times(x: jax.Array, scale: float) -> jax.Array:
 
 
 def plus(y: jax.Array, delta: jax.Array) -> jax.Array:
-    """`y + delta` in y's dtype."""
-    return lax.add(y, cast(delta, y.dtype))
+    """`y + delta` in y's dtype; 8-bit floats are added in bf16 and rounded once."""
+    dtype = holding(y.dtype)
+    return cast(lax.add(cast(y, dtype), cast(delta, dtype)), y.dtype)
 
 
 def along(y: jax.Array, have: Labels, out: Labels, shape: Sequence[int]) -> jax.Array:

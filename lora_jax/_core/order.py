@@ -31,7 +31,8 @@ def _barrier(x: jax.Array, y: jax.Array) -> list[jax.Array]:
 def _times_one(x: jax.Array, y: jax.Array) -> list[jax.Array]:
     """y times a one that XLA does not foresee: the bits of an element of x, clamped to [1, 1]."""
     first = lax.squeeze(lax.slice(x, [0] * x.ndim, [1] * x.ndim), range(x.ndim))
-    bits = lax.bitcast_convert_type(first, np.dtype(f"int{8 * x.dtype.itemsize}"))
+    first = lax.real(first) if jnp.iscomplexobj(first) else first
+    bits = lax.bitcast_convert_type(first, np.dtype(f"int{8 * first.dtype.itemsize}"))
     one = np.ones((), bits.dtype)
     # codes of 8-bit floats as whole numbers: their products are slow, and not exact everywhere
     whole = y.dtype.itemsize == 1 and jnp.issubdtype(y.dtype, jnp.floating)

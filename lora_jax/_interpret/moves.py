@@ -130,7 +130,7 @@ def _rev(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | N
 
 def _convert(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     # The factors keep their own precision; the contraction casts them to its operand's.
-    return w.with_base(base()) if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) else None
+    return w.with_base(base()) if jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact) else None
 
 
 def _identity(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
@@ -144,14 +144,14 @@ def _neg(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | N
 def _mul(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     """By a scalar: exact on the factors as well."""
     w, c = args if is_weight(args[0]) else args[::-1]
-    if is_weight(c) or jnp.ndim(c) != 0:
+    if is_weight(c) or jnp.ndim(c) != 0 or jnp.iscomplexobj(c):
         return None
     base = ctx.bind(eqn, [x.base if is_weight(x) else x for x in args])[0]
     return [w.scaled(base, lambda a: a * lax.convert_element_type(c, a.dtype))]
 
 
 def _div(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
-    if jnp.ndim(rest[0]) != 0:
+    if jnp.ndim(rest[0]) != 0 or jnp.iscomplexobj(rest[0]):
         return None
     return w.scaled(base(), lambda a: a / lax.convert_element_type(rest[0], a.dtype))
 

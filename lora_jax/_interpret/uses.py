@@ -12,13 +12,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._core.einsum import Labels, cast, contract, plus, times
+from lora_jax._core.einsum import Labels, addable, cast, contract, holding, meeting, plus, times
 from lora_jax._core.geometry import RANK, Factor
 from lora_jax._interpret.observe import observed
 from lora_jax._interpret.rule import Context, Equation, Function, Rule
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Probe, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
 from lora_jax._products.frozen import Frozen, product
+
+
+def _adds(fn: Function) -> Function:
+    """The rule `fn` where an update can be added to the result: else the weight is merged."""
+
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+        if _can_add(eqn):
+            return fn(ctx, eqn, args)
+        types = " and ".join(str(v.aval.dtype) for v in eqn.invars[:2])
+        name = f"{eqn.primitive.name} of {types} to {eqn.outvars[0].aval.dtype}"
+        return ctx.bind(eqn, [ctx.materialise(v, eqn, name) if is_weight(v) else v for v in args])
+
+    return whole
+
+
+def _can_add(eqn: Equation) -> bool:
+    return addable([v.aval.dtype for v in eqn.invars[:2]], eqn.outvars[0].aval.dtype)
 
 
 def _product_rule(fn: Callable) -> Function:
@@ -42,10 +59,12 @@ def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array)
         wl = _labels(eqn, side, xl, w.ndim)
         if not {wl[d] for d in w.gain.dims if d != RANK} <= {*xl}:
             return None
+        x = cast(x, meeting(x.dtype, w.dtype, eqn.outvars[0].aval.dtype))
         x = w.gained(x, xl, wl)  # x·(g ∘ W) = (g ∘ x)·W, along the axes that are summed
         uses[0] = eqn, side, dataclasses.replace(w, gain=None)
     else:
-        uses += [u for u in ctx.siblings(eqn, 1 - side) if not _gains_input(*u)]
+        siblings = ctx.siblings(eqn, 1 - side)
+        uses += [u for u in siblings if not _gains_input(*u) and _can_add(u[0])]
     # One group: q, k and v of an input share the product with A and what the plan makes of it.
     products = [_product(ctx, e, s, x, xl, w) for e, s, w in uses]
     outs = contracted(x, xl, products, ctx.plan)
@@ -138,7 +157,7 @@ def _product(
         eqn.params,
         weight_first=side == 0,
         base=lambda: ctx.bind(eqn, operands)[0],
-        whole=jnp.issubdtype(x.dtype, jnp.floating) and eqn.params["out_sharding"] is None,
+        whole=jnp.issubdtype(x.dtype, jnp.inexact) and eqn.params["out_sharding"] is None,
         use=ctx.use(),
     )
 
@@ -171,7 +190,8 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     ctx.used(w, eqn, (inner, (out_dim,), ()))
     y = ctx.bind(eqn, [x, w.base])[0]
 
-    x = dropout(x, w, ctx.use())
+    dtype = meeting(x.dtype, w.dtype, y.dtype)
+    x = dropout(cast(x, dtype), w, ctx.use())
     first = Factor(times(cast(first.value, x.dtype), w.scale), first.dims)
     h = _conv_down(eqn, w.ndim, x, first)
     # h: (..., batch·groups, ..., rank, ...); B: (rank, out) -> (rank, groups, out / groups)
@@ -191,7 +211,7 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
         ("rank", "group", "out"),
         out,
         precision=p["precision"],
-        preferred_element_type=p["preferred_element_type"],
+        preferred_element_type=holding(y.dtype),
     )
     # y: (N, ..., out), with one label alone: that of the gain.
     along = [out_dim if d == feature else None for d in range(y.ndim)]
@@ -278,6 +298,7 @@ def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
         return None
     ctx.used(w, eqn, ((inner,), (outer,), (group,)))
     y = ctx.bind(eqn, [x, w.base, group_sizes])[0]
+    x = cast(x, meeting(x.dtype, w.dtype, y.dtype))
     x = dropout(x if tokens_first else x.T, w, ctx.use())
     precision = eqn.params["precision"]
     # A: (experts, in, rank), B: (experts, rank, out); the rows of x are sorted by expert.
@@ -287,9 +308,11 @@ def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     y = plus(y, lax.ragged_dot(h, b, group_sizes, precision=precision))
     if w.gain is None:
         return [y]
-    gain = cast(w.gain.order((group, RANK, outer)).value, y.dtype)
-    ones = jnp.ones((len(y), 1), y.dtype)  # each row times its group's gain, exactly
-    return [y + y * lax.ragged_dot(ones, gain, group_sizes, precision=lax.Precision.HIGHEST)]
+    full = cast(y, holding(y.dtype))
+    gain = cast(w.gain.order((group, RANK, outer)).value, full.dtype)
+    ones = jnp.ones((len(y), 1), full.dtype)  # each row times its group's gain, exactly
+    gains = lax.ragged_dot(ones, gain, group_sizes, precision=lax.Precision.HIGHEST)
+    return [cast(full + full * gains, y.dtype)]
 
 
 def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
@@ -310,7 +333,9 @@ def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | No
 
 
 RULES: dict[str, Rule] = {
-    "dot_general": Rule(_product_rule(_dot), _product_rule(_probed_dot), _product_rule(_coded_dot)),
-    "conv_general_dilated": Rule(_conv, _probed_conv),
-    "ragged_dot_general": Rule(_ragged_dot, _probed_ragged_dot),
+    "dot_general": Rule(
+        _adds(_product_rule(_dot)), _product_rule(_probed_dot), _product_rule(_coded_dot)
+    ),
+    "conv_general_dilated": Rule(_adds(_conv), _probed_conv),
+    "ragged_dot_general": Rule(_adds(_ragged_dot), _probed_ragged_dot),
 }

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from lora_jax._core.einsum import cast, contract, plus, times, wide
+from lora_jax._core.einsum import cast, contract, holding, plus, times, wide
 from lora_jax._core.errors import LoRAError, refuse_use
 from lora_jax._core.geometry import RANK, SEED_IMPL, Factor, static
 from lora_jax._quantized.weight import value
@@ -225,7 +225,8 @@ class AdaptedWeight(Followed):
 
     def looked_up(self) -> jax.Array:
         """Rows of W + scale·A·B, in the model's own precision, as a product with B would be."""
-        return self.gained(self._sum(self.base.dtype, None), range(self.ndim))
+        total = self._sum(holding(self.base.dtype), None)
+        return cast(self.gained(total, range(self.ndim)), self.base.dtype)
 
     def _sum(self, dtype: Any, precision: Any) -> jax.Array:
         base = cast(value(self.base), dtype)
@@ -254,9 +255,11 @@ class AdaptedWeight(Followed):
         at = {of[d]: d for d in self.gain.dims if d != RANK}
         order = [at[label] for label in labels if label in at]
         gain = self.gain.order((*order, RANK))
-        value = jax.lax.squeeze(cast(gain.value, y.dtype), (len(order),))
+        full = cast(y, holding(y.dtype))
+        value = jax.lax.squeeze(cast(gain.value, full.dtype), (len(order),))
         dims = [i for i, label in enumerate(labels) if label in at]
-        return jax.lax.add(y, jax.lax.mul(y, jax.lax.broadcast_in_dim(value, y.shape, dims)))
+        value = jax.lax.broadcast_in_dim(value, y.shape, dims)
+        return cast(jax.lax.add(full, jax.lax.mul(full, value)), y.dtype)
 
     def _more(self) -> str:
         return f", rank={self.a.size(RANK)}, scale={self.scale}"

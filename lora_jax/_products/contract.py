@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import Precision
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, cast, plus
+from lora_jax._core.einsum import Labels, cast, holding, meeting, plus
 from lora_jax._core.geometry import RANK, SEED_IMPL, Factor
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._products.group import Group, Member
@@ -47,6 +48,10 @@ class Product:
     base: Callable[[], jax.Array]
     whole: bool
     use: int
+
+    def meeting(self, x: jax.Array) -> Any:
+        """The type in which x meets the factors."""
+        return meeting(x.dtype, self.w.dtype, self.dtype)
 
     @property
     def where(self) -> tuple[Any, tuple] | None:
@@ -98,7 +103,7 @@ def contracted(
         left = tuple(d for d in xl if d in p.out or d in bl)
         # Not beside others: what has a dropout mask of its own, and A along other axes than x's.
         alone = i if p.w.drops or not {*al} <= {*xl, RANK} else None
-        key = (al, left, p.params["precision"], p.whole, alone)
+        key = (al, left, p.params["precision"], p.whole, p.meeting(x), alone)
         groups.setdefault(key, []).append(i)
     done: dict[int, tuple] = {}
     for members in groups.values():
@@ -123,9 +128,11 @@ def _multiplied(
     (_, al), _ = parts[0]
     plan = _plan(x, xl, products, parts, mode, whole)
     bases: list[jax.Array] = []
+    dtype, precision = first.meeting(x), first.params["precision"]
+    if not dtype == x.dtype == first.w.dtype and not isinstance(precision, Precision | tuple):
+        precision = None  # an algorithm is one for the model's own types
     if not whole:
         # x·W as the model wrote it, and the update of x as floats beside it
-        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else first.w.dtype
         bases = [p.base() for p in products]
         x = dropout(cast(x, dtype), first.w, first.use)
     members = tuple(
@@ -134,7 +141,7 @@ def _multiplied(
             bl,
             tuple(p.out),
             p.w.scale,
-            p.dtype,
+            p.dtype if whole else holding(p.dtype),
             p.params["precision"],
             p.params["preferred_element_type"],
             p.params["dimension_numbers"],
@@ -144,7 +151,7 @@ def _multiplied(
         for p, (_, (_, bl)) in zip(products, parts)
     )
     ys = adapted(
-        Group(tuple(xl), al, members, plan),
+        Group(tuple(xl), al, members, plan, dtype, precision),
         x,
         [a for (a, _), _ in parts],
         [b for _, (b, _) in parts],

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, along, cast, contract, times
+from lora_jax._core.einsum import Labels, along, cast, contract, holding, times
 from lora_jax._core.geometry import RANK
 from lora_jax._products.plan import Plan
 from lora_jax._quantized.dot import dot
@@ -59,23 +60,27 @@ class Member:
 
         def whole(x: jax.Array, w: jax.Array) -> jax.Array:
             if self.numbers is None:
-                return self.contract(x, xl, w, self.wl)[0]
+                return self.contract(x, xl, w, self.wl, self.precision)[0]
             operands = (w, x) if self.weight_first else (x, w)
             return lax.dot_general(*operands, self.numbers, **self.params)
 
         return dot(whole, x, xl, w, self.wl, have, x, **self.params), have
 
-    def contract(self, x: jax.Array, xl: Labels, y: jax.Array, yl: Labels) -> Term:
+    def contract(self, x: jax.Array, xl: Labels, y: jax.Array, yl: Labels, precision: Any) -> Term:
         """x·y, summed over what the member's result does not have."""
         have = tuple(d for d in self.out if d in xl or d in yl)
-        return contract(x, xl, y, yl, have, sharding=self.sharding(have), **self.params), have
+        # 8-bit floats would be rounded before they are added; complex numbers may not be narrowed.
+        kept = self.preferred is None or jnp.iscomplexobj(x)
+        preferred = None if kept else holding(self.preferred)
+        params = dict(precision=precision, preferred_element_type=preferred)
+        return contract(x, xl, y, yl, have, sharding=self.sharding(have), **params), have
 
     def sum(self, terms: Sequence[Term]) -> jax.Array:
-        """The result: the sum of its terms."""
+        """The result: the sum of its terms, in its dtype; 8-bit floats are rounded once."""
         size = {d: n for y, have in terms for d, n in zip(have, y.shape) if n != 1}
-        shape = [size.get(d, 1) for d in self.out]
-        whole = (cast(along(y, have, self.out, shape), self.dtype) for y, have in terms)
-        return functools.reduce(lax.add, whole)
+        shape, dtype = [size.get(d, 1) for d in self.out], holding(self.dtype)
+        whole = (cast(along(y, have, self.out, shape), dtype) for y, have in terms)
+        return cast(functools.reduce(lax.add, whole), self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +91,8 @@ class Group:
     al: Labels  # of every A
     members: tuple[Member, ...]
     plan: Plan
+    dtype: Any  # of x·A, and of A and B beside it
+    precision: Any = None  # of the products with A and B
     bases: Any = None  # the structure of the list of all W, where some are quantised
 
     @property
@@ -94,10 +101,6 @@ class Group:
         m = self.members[0]  # alike for all members
         left = dict.fromkeys((*self.xl, *self.al))
         return (*(d for d in left if d != RANK and (d in m.out or d in m.bl)), RANK)
-
-    @property
-    def precision(self) -> Any:
-        return self.members[0].precision
 
     def split(self, args: Sequence) -> tuple[Any, Sequence, Sequence, Sequence]:
         """x, the A, the B and the W (None, for the updates alone) of a flat list."""
@@ -126,9 +129,9 @@ class Group:
 
 
 def hidden(group: Group, x: jax.Array, a: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """s·(x·A) of each member, (T, r), in x's dtype."""
+    """s·(x·A) of each member, (T, r), in the group's dtype."""
     scales, ranks = [m.scale for m in group.members], group.ranks(a)
-    a = [cast(v, x.dtype) for v in a]
+    x, *a = (cast(v, group.dtype) for v in (x, *a))
     summed = math.prod(n for d, n in zip(group.xl, x.shape) if d not in group.hl)
     # The scale goes to the smaller of A and x·A.
     late = x.size * ranks[0] < a[0].size * summed
@@ -145,7 +148,8 @@ def hidden(group: Group, x: jax.Array, a: Sequence[jax.Array]) -> Sequence[jax.A
 def up(group: Group, h: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[Term]:
     """The terms (x·A)·B."""
     return [
-        m.contract(h_, group.hl, cast(b_, h_.dtype), m.bl) for m, h_, b_ in zip(group.members, h, b)
+        m.contract(h_, group.hl, cast(b_, h_.dtype), m.bl, group.precision)
+        for m, h_, b_ in zip(group.members, h, b)
     ]
 
 

@@ -157,16 +157,17 @@ def _gradients(
     merge = group.plan.backward and w[0] is not None
     dx = da = db = None
     dh: list[jax.Array] = []
+    dtype, x = x.dtype, cast(x, group.dtype)
     if to_b:
         # (x·A)ᵀ·g: (r, T) · (T, out)
         db = [
-            gradient(h_, hl, g_, m.out, m.bl, b_, m.precision)
+            gradient(h_, hl, g_, m.out, m.bl, b_, group.precision)
             for m, h_, g_, b_ in zip(members, h, g, b)
         ]
     if to_a or (to_x and not merge):
         # s·g·Bᵀ: (T, out) · (out, r)
         dh = [
-            times(gradient(g_, m.out, cast(b_, h_.dtype), m.bl, hl, h_, m.precision), m.scale)
+            times(gradient(g_, m.out, cast(b_, h_.dtype), m.bl, hl, h_, group.precision), m.scale)
             for m, h_, g_, b_ in zip(members, h, g, b)
         ]
         dh = group.side_by_side(dh, hl)
@@ -185,7 +186,7 @@ def _gradients(
         if not merge:
             a = group.side_by_side([cast(v, x.dtype) for v in a], al)
             terms += [gradient(d, hl, v, al, xl, x, group.precision) for d, v in zip(dh, a)]
-        dx = functools.reduce(lax.add, terms)
+        dx = cast(functools.reduce(lax.add, terms), dtype)
     return dx, da, db
 
 
@@ -219,7 +220,14 @@ def _adapted_batch(
         for m in group.members
     )
     plan = Plan(shared=group.plan.shared) if factors or weights else group.plan
-    whole = Group(lead(group.xl, of_x), lead(group.al, factors), members, plan)
+    whole = dataclasses.replace(
+        group,
+        xl=lead(group.xl, of_x),
+        al=lead(group.al, factors),
+        members=members,
+        plan=plan,
+        bases=None,
+    )
 
     def front(values: Sequence, batched: Sequence[bool], has: bool) -> list:
         """All with the new axis, if any of their kind has it."""
