@@ -33,9 +33,33 @@ def _gather_rule(fn: Callable) -> Function:
             axes[new] = w.axes[old]
         taken = tuple(axis for d in indexed for axis in w.axes[d])
         move = lambda f: _gather_factor(f, w, indices, p, base.ndim)
-        return fn(ctx, eqn, w, w.moved(base, move, axes, taken), indexed, rest)
+        picked = _masked(w, w.moved(base, move, axes, taken), indices, p)
+        return fn(ctx, eqn, w, picked, indexed, rest)
 
     return whole
+
+
+def _masked(w: Followed, picked: Followed, indices: jax.Array, p: Mapping[str, Any]) -> Followed:
+    """Without an update where an index is out of bounds along an axis that no factor has."""
+    dn = p["dimension_numbers"]
+    parts = [f for name, f in w.parts.items() if name in ("a", "b")]
+    loose = [i for i, d in enumerate(dn.start_index_map) if not any(f.has(d) for f in parts)]
+    if not parts or not loose or p["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return picked
+    ends = [w.shape[d] - p["slice_sizes"][d] for d in dn.start_index_map]
+    at = [indices[..., i] for i in loose]
+    inside = jnp.stack([(x >= 0) & (x <= ends[i]) for i, x in zip(loose, at)]).all(0)
+    batch = tuple(d for d in range(picked.ndim) if d not in dn.offset_dims)
+
+    def mask(f: Factor) -> Factor:
+        f = f.order((*filter(f.has, batch), *(d for d in f.dims if d not in batch)))
+        own = f.dims[sum(map(f.has, batch)) :]
+        value = jnp.where(lax.expand_dims(inside, range(len(batch), len(batch) + len(own))),
+                          f.value, jnp.zeros((), f.value.dtype))  # fmt: skip
+        return Factor(value, (*batch, *own))
+
+    masked = {name: mask(f) for name, f in picked.parts.items() if name in ("a", "gain")}
+    return dataclasses.replace(picked, **masked)
 
 
 def _gather(

@@ -202,6 +202,7 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     hl[feature] = "rank"
     hl.insert(batch + 1, "group")
     out[feature : feature + 1] = ["group", "out"]
+    second = second.relabel({out_dim: out_dim})  # without axes of size 1 that the window may have
     b = cast(second.order((RANK, out_dim)).value, x.dtype)
     b = b.reshape(b.shape[0], groups, -1)
     delta = contract(

@@ -175,9 +175,15 @@ def gradient(
     like: jax.Array,
     precision: Any,
 ) -> jax.Array:
-    """x·y of labels `out`, in the dtype and, where shardings are in types, sharding of `like`."""
+    """x·y of labels `out`, in the dtype and, where shardings are in types, sharding of `like`;
+    constant along the labels that neither has."""
     # XLA transposes what stands on the left of a contraction over several axes: the smaller one.
     if sum(d in yl and d not in out for d in xl) > 1 and y.size < x.size:
         x, xl, y, yl = y, yl, x, xl
-    z = contract(x, xl, y, yl, out, precision=precision, sharding=compat.explicit_sharding(like))
-    return cast(z, like.dtype)
+    where = compat.explicit_sharding(like)
+    have = tuple(d for d in out if d in xl or d in yl)
+    own = where and where.update(spec=PartitionSpec(*(where.spec[out.index(d)] for d in have)))
+    z = cast(contract(x, xl, y, yl, have, precision=precision, sharding=own), like.dtype)
+    if len(have) == len(out):
+        return z
+    return lax.broadcast_in_dim(z, like.shape, [*map(out.index, have)], out_sharding=where)
