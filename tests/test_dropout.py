@@ -101,3 +101,12 @@ def test_conv_and_experts_drop_their_input():
     ragged = lambda p, x: lax.ragged_dot(x, p["w"], jnp.array([1, 3]))
     out = np.asarray(branches(ragged, {"w": jnp.zeros((2, D, D))}))
     assert set(np.unique(out)) == {0.0, 2.0}
+
+
+def test_masks_are_the_same_with_64_bits():
+    """Under `jax_enable_x64` random bits have 64 by default: the masks are those without it."""
+    fn = lambda p, x: lax.scan(lambda c, w: (c, x @ w), np.float32(0), p["w"])[1]
+    params = {"w": jnp.zeros((3, D, D))}
+    want = branches(fn, params)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(branches(fn, params), want)

@@ -69,7 +69,7 @@ class LowRank(Node):
             return None
         batch = self.geometry.batch_axes
         shape = self.a.shape[: len(batch)]
-        return Factor(jax.random.bits(path_key(key, path), (*shape, 2)), (*batch, RANK))
+        return Factor(jax.random.bits(path_key(key, path), (*shape, 2), "uint32"), (*batch, RANK))
 
     def labels(self) -> Any:
         kind = "embedding_" if self.embedding else ""

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import Precision
 
 from lora_jax._core import compat
@@ -205,5 +206,8 @@ def dropout(x: jax.Array, w: AdaptedWeight, use: int) -> jax.Array:
         return x
     data = w.seed.sorted().value
     key = jax.random.wrap_key_data(data.reshape(-1, data.shape[-1])[0], impl=SEED_IMPL)
-    keep = jax.random.bernoulli(jax.random.fold_in(key, use), 1 - w.dropout, x.shape)
+    kept = np.float32(1 - w.dropout)  # of this type also where JAX has 64 bits
+    keep = jax.random.bernoulli(jax.random.fold_in(key, use), kept, x.shape)
+    where = compat.explicit_sharding(x)
+    keep = keep if where is None else jax.sharding.reshard(keep, where)
     return jnp.where(keep, x / (1 - w.dropout), jnp.zeros_like(x))
