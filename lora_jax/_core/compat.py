@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax._src import core, source_info_util
 from jax._src.interpreters import partial_eval
+from jax.experimental import jet
 from jax.extend.core import Literal, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
@@ -24,6 +25,7 @@ __all__ = [
     "instantiated",
     "is_unspecified",
     "jaxpr_as_fun",
+    "less",
     "live",
     "lowered_for",
     "manual",
@@ -113,6 +115,14 @@ def varying(x: Any) -> frozenset:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
+def less(a: Any, b: Any) -> bool:
+    """a < b, of sizes; False where those of symbolic shapes leave it open."""
+    try:
+        return bool(a < b)
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
+
+
 def manual(x: Any) -> bool:
     """Whether x is inside a shard_map."""
     manual = jax.sharding.AxisType.Manual
@@ -195,8 +205,8 @@ def primitive(
       transpose(cotangents, *args, **params) -> the cotangents of the arguments
       batch(size, args, batched, **params) -> (results, which of them are batched)
 
-    Without a rule, `derived`, by default `impl`, is differentiated or batched. `cpu` is lowered in
-    the place of `impl` on CPUs.
+    Without a rule, and by `jet`, `derived`, by default `impl`, is differentiated or batched. `cpu`
+    is lowered in the place of `impl` on CPUs.
     """
     p = Primitive(name)
     p.multiple_results = True
@@ -250,6 +260,9 @@ def primitive(
     if transpose is not None:
         ad.primitive_transposes[p] = transpose_rule
     batching.primitive_batchers[p] = batch_rule
+    jet.jet_rules[p] = lambda primals, series, **params: jet.jet(
+        functools.partial(derived, **params), tuple(primals), tuple(series)
+    )
     return p
 
 

@@ -79,7 +79,7 @@ class Product:
             return cost(xl, fl) + cost(hl, sl)
 
         a, b = self.w.a, self.w.b
-        first, second = min(((a, b), (b, a)), key=lambda pair: flops(*pair))
+        first, second = (b, a) if compat.less(flops(b, a), flops(a, b)) else (a, b)
         # Those that meet x in x's order, then the rank: only equal orders share a product.
         order = sorted(first.dims, key=lambda d: (d == RANK, _place(label[d], xl), d))
         first = first.order(tuple(order))
@@ -209,5 +209,6 @@ def dropout(x: jax.Array, w: AdaptedWeight, use: int) -> jax.Array:
     kept = np.float32(1 - w.dropout)  # of this type also where JAX has 64 bits
     keep = jax.random.bernoulli(jax.random.fold_in(key, use), kept, x.shape)
     where = compat.explicit_sharding(x)
-    keep = keep if where is None else jax.sharding.reshard(keep, where)
-    return jnp.where(keep, x / (1 - w.dropout), jnp.zeros_like(x))
+    placed = lambda v: v if where is None else jax.sharding.reshard(v, where)
+    zeros = jnp.zeros(x.shape, x.dtype)
+    return jnp.where(placed(keep), x / (1 - w.dropout), placed(zeros))

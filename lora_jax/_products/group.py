@@ -134,7 +134,7 @@ def hidden(group: Group, x: jax.Array, a: Sequence[jax.Array]) -> Sequence[jax.A
     x, *a = (cast(v, group.dtype) for v in (x, *a))
     summed = math.prod(n for d, n in zip(group.xl, x.shape) if d not in group.hl)
     # The scale goes to the smaller of A and x·A.
-    late = x.size * ranks[0] < a[0].size * summed
+    late = compat.less(x.size * ranks[0], a[0].size * summed)
     a = a if late else list(map(times, a, scales))
     sharding = group.members[0].sharding(group.hl)
     h = [
@@ -178,7 +178,7 @@ def gradient(
     """x·y of labels `out`, in the dtype and, where shardings are in types, sharding of `like`;
     constant along the labels that neither has."""
     # XLA transposes what stands on the left of a contraction over several axes: the smaller one.
-    if sum(d in yl and d not in out for d in xl) > 1 and y.size < x.size:
+    if sum(d in yl and d not in out for d in xl) > 1 and compat.less(y.size, x.size):
         x, xl, y, yl = y, yl, x, xl
     where = compat.explicit_sharding(like)
     have = tuple(d for d in out if d in xl or d in yl)

@@ -249,10 +249,15 @@ def _read(w: Any, batched: Any) -> tuple[jax.Array, bool]:
     return jax.vmap(value, (axes,))(w), True
 
 
-adapted_p = compat.primitive("adapted_product", _adapted, jvp=_adapted_jvp, batch=_adapted_batch)
+def _by_factors(*args: jax.Array, group: Group) -> list[jax.Array]:
+    plan = dataclasses.replace(group.plan, infer=False)
+    return _adapted(*args, group=dataclasses.replace(group, plan=plan))
 
 
-# Its own derivatives and batches are those of the factored plan: no gradient of a merged weight.
+# What JAX derives of either is of the factored plan: no gradient of a merged weight.
+adapted_p = compat.primitive(
+    "adapted_product", _adapted, jvp=_adapted_jvp, batch=_adapted_batch, derived=_by_factors
+)
 tangent_p = compat.primitive(
     "adapted_tangent",
     _tangent,

@@ -27,7 +27,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-BALANCE = 16.0  # FLOPs a byte
+from lora_jax._core.compat import less
+
+BALANCE = 16  # FLOPs a byte; whole, as sizes of symbolic shapes take no fractions
 
 
 PLANS = ("auto", "factored", "merged")
@@ -92,13 +94,15 @@ def planned(
     """The plan of one group.
 
     `mergeable` says whether "auto" may merge: whether the product keeps every bit of the weight,
-    and T is the number of rows on the device.
+    and T is the number of rows on the device. Where the shapes are symbolic and a comparison is
+    open, nothing is merged or shared.
     """
     # One product reads x once, not once for each weight; the A are copied side by side for it.
-    shared = (len(ranks) - 1) * rows > 2 * sum(ranks)
+    shared = less(2 * sum(ranks), (len(ranks) - 1) * rows)
     if mode == "merged":
         return Plan(True, True, True, shared)
     if mode == "factored" or not mergeable:
         return Plan(shared=shared)
     c = Costs.of(rows, inner, outs, ranks, itemsize)
-    return Plan(c.merge < c.hidden + c.up, c.merge < c.up, c.merge < c.down, shared)
+    each = (c.hidden + c.up, c.up, c.down)
+    return Plan(*(less(c.merge, cost) for cost in each), shared)
