@@ -104,5 +104,5 @@ def planned(
     if mode == "factored" or not mergeable:
         return Plan(shared=shared)
     c = Costs.of(rows, inner, outs, ranks, itemsize)
-    each = (c.hidden + c.up, c.up, c.down)
-    return Plan(*(less(c.merge, cost) for cost in each), shared)
+    infer, forward, backward = (less(c.merge, x) for x in (c.hidden + c.up, c.up, c.down))
+    return Plan(infer, forward, backward, shared)
