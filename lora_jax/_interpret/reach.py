@@ -249,7 +249,8 @@ def _reshape(eqn: Any, ins: Sequence[Value]) -> Axes:
     axes = [frozenset().union(*ins[0].axes)] * len(new)
     for before, after in blocks_of(old, new) or ():
         for d in after:
-            axes[d] = frozenset().union(*(ins[0].axes[i] for i in before))
+            runs = (ins[0].axes[i] for i in before if new[d] > 1)  # none along an axis of size 1
+            axes[d] = frozenset().union(*runs)
     return tuple(axes)
 
 
