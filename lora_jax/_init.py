@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import as_key, path_key
-from lora_jax._core.memory import near
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
-from lora_jax._core.placement import check_placed
+from lora_jax._core.placement import check_placed, near
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._quantized.weight import value
 from lora_jax._select import select

@@ -12,9 +12,9 @@ import numpy as np
 
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._core.memory import away, near
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path
+from lora_jax._core.placement import away, near
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node
 from lora_jax._quantized.weight import is_quantized, value

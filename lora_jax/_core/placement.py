@@ -1,4 +1,5 @@
-"""Whether arrays that one program takes lie on the same devices: else JAX refuses them later."""
+"""Whether arrays that one program takes lie on the same devices, else JAX refuses them later; and
+arrays in a host's memory, which no product takes: to the devices, and back."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 
 from lora_jax._core.errors import raise_all
+
+Space = jax.memory.Space
 
 
 def check_placed(
@@ -101,3 +104,17 @@ def _named(sharding: Sharding | None) -> str:
         return f"at {sharding.spec} of the mesh {sizes} ({'/'.join(kinds)}{some})"
     devices = sorted(sharding.device_set, key=lambda d: d.id)
     return f"on {', '.join(map(str, devices[:8]))}{', ...' * (len(devices) > 8)}"
+
+
+def on_host(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jax.typeof(x).memory_space == Space.Host
+
+
+def near(tree: Any) -> Any:
+    """The tree with each array in the memory of its devices; the same array where it is there."""
+    return jax.tree.map(lambda x: jax.device_put(x, Space.Device) if on_host(x) else x, tree)
+
+
+def away(x: jax.Array, like: Any) -> jax.Array:
+    """x on the host, if `like` is an array there."""
+    return jax.device_put(x, Space.Host) if on_host(like) else x

@@ -19,7 +19,7 @@ from lora_jax._core.einsum import cast, contract, wide
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK, Factor, Geometry, spec_along, static
 from lora_jax._core.keys import path_key
-from lora_jax._core.memory import near
+from lora_jax._core.placement import near
 from lora_jax._nodes.node import Node
 from lora_jax._nodes.weight import AdaptedWeight, own_axes
 from lora_jax._quantized.weight import is_quantized, value

@@ -14,10 +14,10 @@ from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import RANK, Geometry, static
 from lora_jax._core.keys import as_key, path_key
-from lora_jax._core.memory import near
 from lora_jax._core.mesh import anywhere, placed, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
+from lora_jax._core.placement import near
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.indirect import Indirect
 from lora_jax._quantized.weight import value

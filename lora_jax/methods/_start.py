@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._core.memory import near
 from lora_jax._core.mesh import anywhere, placed, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
+from lora_jax._core.placement import near
 from lora_jax._merge import unmerge
 from lora_jax._nodes.adapters import LoRA, LowRank
 from lora_jax._nodes.node import is_node
