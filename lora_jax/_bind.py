@@ -41,7 +41,7 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
     Returns:
       A tree like `params`; of an NNX module, a new module that shares each Variable without an
       adapter: what an adapted call changes of them (random numbers, statistics, caches) or creates
-      is changed in `params` itself, as by `nnx.jit`. Of an `nnx.State`, a new state: there, return
+      is changed in `params` itself, as by `nnx.jit`. For an `nnx.State` it is a new state: there, return
       what the call changes.
 
     Raises:

@@ -43,8 +43,8 @@ def _product_rule(fn: Callable) -> Function:
 
     def whole(ctx: Context, eqn: Equation, args: Sequence) -> list:
         left, right = args
-        # Of two weights the left one becomes an array: a choice, as both cannot stay in factors.
-        # Of a matrix and a vector it is the vector.
+        # Two weights cannot both stay in factors: the left one becomes an array, by choice.
+        # Where one is a vector, it is the vector.
         if not is_weight(right) or (is_weight(left) and right.ndim < 2 <= left.ndim):
             right = ctx.materialise(right, eqn) if is_weight(right) else right
             return fn(ctx, eqn, 0, left, right)

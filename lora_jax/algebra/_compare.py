@@ -24,7 +24,7 @@ from lora_jax.algebra._svd import matrices, svd
 
 @dataclasses.dataclass(frozen=True)
 class Likeness:
-    """Of one leaf in two adapters; of a stack (layers, experts), an entry for each weight.
+    """How alike one leaf is in two adapters; a stack (layers, experts) has an entry a weight.
 
     Attributes:
       norms: ‖Δ₁‖ and ‖Δ₂‖ (Frobenius), (2, n).
@@ -139,7 +139,7 @@ def _numbers(one: LoRA, two: LoRA) -> tuple[jax.Array, ...]:
 
 
 def _angles(q1: jax.Array, q2: jax.Array) -> jax.Array:
-    """Of the column spaces, small ones by their sines, which do not lose them to rounding."""
+    """Angles of the column spaces; small ones by their sines, which rounding does not lose."""
     if q2.shape[-1] > q1.shape[-1]:
         q1, q2 = q2, q1
     inner = product(q1.mT, q2)

@@ -36,7 +36,7 @@ FLOOR = 1e-6  # of σ₁: below, fp32's rounding
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Of one target in one layer; `spectra` (m, k) of the weights in it, or None."""
+    """One target in one layer; `spectra` (m, k) of the weights in it, or None."""
 
     target: str
     layer: int | None

@@ -88,7 +88,7 @@ def init_lora_xs(
     std: float = 1e-5,
 ) -> tuple[dict, dict]:
     """LoRA-XS (arXiv:2405.17604): a trained matrix R (rank, rank) for each leaf,
-    between its largest singular vectors. Of a kernel (in, out): ΔW = scale · A · R · B, with
+    between its largest singular vectors. For a kernel (in, out): ΔW = scale · A · R · B, with
     A = U·Σ and B = Vᵀ from the truncated SVD of W.
 
     R is N(0, std²), so the adapted function is first the plain one but for about that. The SVD is

@@ -95,7 +95,7 @@ def init_vera(
     d: float = 0.1,
 ) -> tuple[dict, dict]:
     """VeRA (arXiv:2310.11454, eq. 2): two trained vectors for each leaf, between two frozen random
-    matrices that all leaves share. Of a kernel (in, out): ΔW = A · diag(d) · B · diag(b).
+    matrices that all leaves share. For a kernel (in, out): ΔW = A · diag(d) · B · diag(b).
 
     A and B are as large as the largest leaf needs; a smaller one takes their first rows and
     columns, as in PEFT. They are drawn from He's uniform distribution (Kaiming, fan-in, gain √2),

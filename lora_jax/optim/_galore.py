@@ -197,7 +197,7 @@ class _Sides:
         return tuple(size.values())
 
     def labels(self, gone: tuple[int, ...]) -> tuple[int, ...]:
-        """Of such an array, the axes of size 1 aside."""
+        """The axes of such an array, those of size 1 left out."""
         return tuple(self.rank if d == gone[0] else d for d in self.all if d not in gone[1:])
 
     def squeezed(self, x: jax.Array, gone: tuple[int, ...]) -> tuple:
@@ -240,7 +240,7 @@ class _Sides:
         top = jnp.max(left, (1, 2))[:, None] + eps
         # Where G is of low rank, what is known is to come after the null space.
         _, q = _eigh(left - jnp.where(known, top, 0)[:, None, :] * jnp.eye(self.m, dtype=g.dtype))
-        # Of the columns of V first those that are known, then as Q says.
+        # The known columns of V come first, then those that Q gives.
         index, c = jnp.arange(r), jnp.sum(known, -1)[:, None, None]
         later = jnp.take_along_axis(q, jnp.maximum(index - c, 0), -1)
         u = jnp.where(index < c, v[:, :, :r], einsum("nij,njk->nik", v, later))

@@ -59,7 +59,7 @@ Names = Mapping[str, Instruction]
 
 
 def collectives(text: str) -> tuple[Collective, ...]:
-    """Of the text of a compiled program; the most bytes first.
+    """The collectives of a compiled program, from its text; the most bytes first.
 
     On TPU, a collective that runs beside other work appears in each of the fusions that it spans,
     some of them in other loops: it is counted where it starts. What the TPU compiler calls

@@ -127,7 +127,7 @@ def memory(params: Any, adapters: Any, optimizer: Any = None, *, shardings: Any 
 
 
 def _trained(adapters: Any, optimizer: Any, shardings: Any) -> tuple[Bytes, Bytes, Bytes]:
-    """Of adapters, gradients and the state."""
+    """The bytes of adapters, gradients and state."""
     if adapters is None:
         return Bytes(), Bytes(), Bytes()
     if not all(map(is_node, flatten(adapters, is_leaf=is_node).values())):

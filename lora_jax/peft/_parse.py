@@ -42,7 +42,7 @@ NAMED = re.compile(r"(\.(?:lora_(?:embedding_)?[ABE]|lora_magnitude_vector|train
                    r"\.(\w+?)(?=\.weight$|\.bias$|$)")  # fmt: skip
 
 
-# Of PEFT's own parameters, those of kinds that are not known here, such as KaSA's lora_diag.
+# PEFT's own parameters of kinds that are not known here, such as KaSA's lora_diag.
 UNKNOWN = re.compile(r".*\.(lora_\w+|token_adapter)(\.\w+)*")
 
 
