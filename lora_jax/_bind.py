@@ -41,8 +41,8 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
     Returns:
       A tree like `params`; of an NNX module, a new module that shares each Variable without an
       adapter: what an adapted call changes of them (random numbers, statistics, caches) or creates
-      is changed in `params` itself, as by `nnx.jit`. For an `nnx.State` it is a new state: there, return
-      what the call changes.
+      is changed in `params` itself, as by `nnx.jit`. For an `nnx.State` it is a new state: there,
+      return what the call changes.
 
     Raises:
       LoRAError: adapters of another model (lists every path that does not exist and every shape
