@@ -100,17 +100,18 @@ def not_finite(path: str, w: Any) -> list[str]:
     """What is wrong with a leaf that holds NaN or infinity; of a traced one nothing is known."""
     if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
         return []
-    w = jnp.asarray(w)
-    if not jnp.issubdtype(w.dtype, jnp.floating) or bool(_all_finite(w)):
-        return []
-    # One axis at a time: a flat index would gather a sharded leaf.
-    index: list[int] = []
-    rest = w
-    while rest.ndim:
-        wrong = ~jnp.isfinite(rest.astype(jnp.float32)).all(tuple(range(1, rest.ndim)))
-        index.append(int(jnp.argmax(wrong)))
-        rest = rest[index[-1]]
-    return [f"'{path}': {rest} at index {tuple(index)} of {w.shape} {w.dtype}"]
+    with jax.ensure_compile_time_eval():  # a constant of a jitted function has values
+        w = jnp.asarray(w)
+        if not jnp.issubdtype(w.dtype, jnp.floating) or bool(_all_finite(w)):
+            return []
+        # One axis at a time: a flat index would gather a sharded leaf.
+        index: list[int] = []
+        rest = w
+        while rest.ndim:
+            wrong = ~jnp.isfinite(rest.astype(jnp.float32)).all(tuple(range(1, rest.ndim)))
+            index.append(int(jnp.argmax(wrong)))
+            rest = rest[index[-1]]
+        return [f"'{path}': {rest} at index {tuple(index)} of {w.shape} {w.dtype}"]
 
 
 @jax.jit
