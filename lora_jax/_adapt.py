@@ -128,7 +128,8 @@ class _Adapted(Traceable):
             'lora.bind(params, adapters) without a dropout_key, or lora.adapt(fn, plan="auto")',
         )
         interpreter = Interpreter(self.plan)
-        outs = interpreter.run(*compat.live(jaxpr), frozen)
+        fixed = self.parameters(constants, arrays)
+        outs = interpreter.run(*compat.live(jaxpr), frozen, fixed=fixed)
         untouched = {id(x) for x in frozen}
         outs = [
             interpreter.returned(o, moved=id(o) not in untouched) if is_weight(o) else o

@@ -152,7 +152,7 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
         jaxpr, _ = call.jaxpr(constants, arrays)
         jaxpr, consts = compat.live(jaxpr)
         interpreter = Interpreter()
-        outs = interpreter.run(jaxpr, consts, arrays)
+        outs = interpreter.run(jaxpr, consts, arrays, fixed=call.parameters(constants, arrays))
         # Integers and complex numbers may be weights too: in no low rank, but not in silence.
         origins = [
             path if is_weight(x) or jnp.issubdtype(x.dtype, jnp.number) else None

@@ -228,7 +228,7 @@ def bound_and(f):
 
 @pytest.mark.parametrize(("f", "match"), [
     (lambda p, x: fn(p, x) + jnp.sum(p["up"]["kernel"]), r"'up/kernel' \(8, 6\) is materialised by `reduce_sum` at .*test_errors.py:\d+"),
-    (lambda p, x: x @ (p["up"]["kernel"] * jnp.ones(6)) @ p["down"]["kernel"], "'up/kernel'.*`mul`"),
+    (lambda p, x: x @ (p["up"]["kernel"] * jnp.eye(8, 6)) @ p["down"]["kernel"], "'up/kernel'.*`mul`"),
     (lambda p, x: x @ (p["up"]["kernel"] @ p["down"]["kernel"]), "'up/kernel'.*`dot_general`"),
     (lambda p, x: x @ p["up"]["kernel"], r"'down/kernel' \(6, 8\) is never used"),
     (lambda p, x: x @ PARAMS["up"]["kernel"] @ PARAMS["down"]["kernel"], "(?s)'down/kernel'.*never used.*'up/kernel'"),

@@ -152,6 +152,13 @@ class Factor:
         label = {**label, RANK: RANK}
         return Factor(value, tuple(label[d] for d in self.dims if d in label))
 
+    def spread(self, sizes: Mapping[int, int]) -> Factor:
+        """The factor with these axes as well; it is constant along those that it lacked."""
+        new = tuple(d for d in sizes if not self.has(d))
+        if not new:
+            return self
+        return Factor(jax.lax.broadcast(self.value, [sizes[d] for d in new]), (*new, *self.dims))
+
     def order(self, dims: tuple[int, ...]) -> Factor:
         """The same factor with its axes in the given order."""
         if dims == self.dims:

@@ -48,9 +48,10 @@ def arrays(ctx: Context, eqn: Equation, outs: Sequence, why: str) -> list:
 def _jit(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
-    run = lambda xs: ctx.run(jaxpr, consts, xs)
+    fixed = tuple(map(ctx.constant, eqn.invars))
+    run = lambda xs: ctx.run(jaxpr, consts, xs, fixed=fixed)
     options = lambda entered: _jit_options(p, entered)
-    outs = ctx.once(p["jaxpr"], run, args, eqn, p["name"], options)
+    outs = ctx.once(p["jaxpr"], run, args, eqn, p["name"], options, fixed)
     return _same(jaxpr, args, outs)
 
 
@@ -87,15 +88,18 @@ def _like(arg: Followed, base: Any, of: Callable[[Factor], Any]) -> Any:
 def _remat(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
+    fixed = tuple(map(ctx.constant, eqn.invars))
     body = jax.checkpoint(
-        lambda *xs: ctx.run(jaxpr, consts, xs), prevent_cse=p["prevent_cse"], policy=p["policy"]
+        lambda *xs: ctx.run(jaxpr, consts, xs, fixed=fixed),
+        prevent_cse=p["prevent_cse"],
+        policy=p["policy"],
     )
     return _same(jaxpr, args, body(*map(ctx.fresh, args)))
 
 
 def _call(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     jaxpr, consts = compat.opened(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
-    return ctx.run(jaxpr, consts, args)
+    return ctx.run(jaxpr, consts, args, fixed=tuple(map(ctx.constant, eqn.invars)))
 
 
 def _cond(ctx: Context, eqn: Equation, args: Sequence) -> list | None:

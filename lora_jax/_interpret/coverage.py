@@ -22,6 +22,7 @@ class Use:
       in_axes, out_axes, batch_axes: the leaf's axes by their part in a contraction.
       plan: how the product was made; see `lora.adapt`.
       dilated: it is a convolution with a dilated kernel.
+      why: it is materialised, where there is more to say than that no rule follows it.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> found = lora.survey(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 3))}, jnp.ones((2, 4)))
@@ -38,6 +39,7 @@ class Use:
     batch_axes: tuple[int, ...] = ()
     plan: str = ""
     dilated: bool = False
+    why: str = ""
 
 
 def by_leaf(paths: Iterable[str], events: Mapping[tuple, Use]) -> dict[str, tuple[Use, ...]]:
@@ -99,6 +101,7 @@ class Coverage:
         """Raises a LoRAError that lists every leaf that is not wholly low-rank."""
         failures = [
             f"'{path}' {self.shapes[path]} is materialised by `{u.primitive}` at {u.source}"
+            + (f": {u.why}" if u.why else "")
             for path in self.materialised
             for u in self.uses[path]
             if u.how == MATERIALISED

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from lora_jax._core import compat
-from lora_jax._interpret import bodies, lookups, loops, moves, uses
+from lora_jax._interpret import bodies, joins, lookups, loops, moves, uses
 from lora_jax._interpret.coverage import LOW_RANK, MATERIALISED, Use
 from lora_jax._interpret.repeats import Body, Repeats
 from lora_jax._interpret.rule import Equation
@@ -20,15 +20,22 @@ from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, has_seed, is_
 from lora_jax._quantized.sending import sent
 from lora_jax._quantized.weight import is_quantized, value
 
-RULES = moves.RULES | uses.RULES | lookups.RULES | bodies.RULES | loops.RULES
+RULES = moves.RULES | joins.RULES | uses.RULES | lookups.RULES | bodies.RULES | loops.RULES
+
+
+_ELEMENTWISE = frozenset(
+    "convert_element_type copy stop_gradient neg sign abs exp log sqrt rsqrt square not "
+    "add sub mul div max min pow eq ne lt le gt ge and or select_n".split()
+)
 
 
 class _Body:
     """A body under evaluation: its values, and who makes and who multiplies them."""
 
-    def __init__(self, eqns: Sequence, env: dict, scopes: int):
+    def __init__(self, eqns: Sequence, env: dict, scopes: int, fixed: Iterable = ()):
         self.env = env
         self.scopes = scopes
+        self._fixed = set(fixed)  # of its inputs, those that no data enters
         self.done: set[int] = set()  # ids of equations
         self._eqns = eqns
 
@@ -54,6 +61,49 @@ class _Body:
                     found[self._origin(v)].append((eqn, side))
         return found
 
+    @functools.cached_property
+    def _constants(self) -> set:
+        found = set(self._fixed)
+        for eqn in self._eqns:
+            if not eqn.effects and all(
+                isinstance(v, compat.Literal) or v in found for v in eqn.invars
+            ):
+                found.update(eqn.outvars)
+        return found
+
+    def constant(self, v: Any) -> bool:
+        """Whether a value is made of parameters and constants alone."""
+        return isinstance(v, compat.Literal) or v in self._constants
+
+    def varies(self, v: Any) -> set[int]:
+        """The axes along which the elements of a value may differ."""
+        eqn = None if isinstance(v, compat.Literal) else self.maker(v)
+        dims = {d for d, n in enumerate(v.aval.shape) if n > 1}
+        if eqn is None or not dims:
+            return dims
+        name, p = eqn.primitive.name, eqn.params
+        if name == "broadcast_in_dim":
+            return {p["broadcast_dimensions"][d] for d in self.varies(eqn.invars[0])}
+        if name == "iota":
+            return dims & {p["dimension"]}
+        if name in _ELEMENTWISE:
+            return dims & set().union(*map(self.varies, eqn.invars))
+        return dims
+
+    def leaves_of(self, v: Any) -> set:
+        """The leaves that a value is made of."""
+        found, seen, todo = set(), set(), [v]
+        while todo:
+            v = todo.pop()
+            if isinstance(v, compat.Literal) or v in seen:
+                continue
+            seen.add(v)
+            if is_weight(self.env.get(v)):
+                found.update(origins(self.env[v]))
+            eqn = self.maker(v)
+            todo += eqn.invars if eqn is not None else []
+        return found
+
     def products_of(self, x: Any) -> list:
         """(equation, side) of each dot_general of `x`, or of an equal conversion of its source."""
         return self._products[self._origin(x)]
@@ -76,14 +126,24 @@ class Interpreter:
         self._jits: dict = {}  # see `once`
         self._uses = 0
 
-    def run(self, jaxpr: Any, consts: Sequence, args: Sequence, scopes: int = 0) -> list:
+    def run(
+        self,
+        jaxpr: Any,
+        consts: Sequence,
+        args: Sequence,
+        scopes: int = 0,
+        fixed: Sequence[bool] = (),
+    ) -> list:
         """The outputs of an (open) jaxpr; those that are a moved weight stay adapted.
 
         Runs of plain equations that repeat are traced once. `scopes` counts outer name scopes to
-        leave out.
+        leave out. `fixed`: which of the arguments no data enters; weights are, in any case.
         """
         env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
-        outer, self._body = self._body, _Body(jaxpr.eqns, env, scopes)
+        still = [v for v, one in zip(jaxpr.invars, fixed) if one]
+        still += [v for v, x in zip(jaxpr.invars, args) if is_weight(x)]
+        body = _Body(jaxpr.eqns, env, scopes, [*jaxpr.constvars, *still])
+        outer, self._body = self._body, body
         repeats = Repeats(jaxpr) if any(map(is_weight, args)) else None
         try:
             for run in self._runs(jaxpr.eqns):
@@ -145,6 +205,7 @@ class Interpreter:
         call: Equation,
         name: str,
         options: Callable,
+        fixed: Sequence[bool] = (),
     ) -> list:
         """`run(args)` by a jitted function that serves all calls of one source with alike weights.
 
@@ -156,7 +217,7 @@ class Interpreter:
             for i, a in enumerate(args)
         ]
         # Weights are alike if all that is static of them is: kinds, labels, scales, moves of codes.
-        key = (id(source), tuple(jax.tree.structure(a) for a in entered))
+        key = (id(source), tuple(jax.tree.structure(a) for a in entered), tuple(fixed))
         if key not in self._jits:
             events: dict = {}
 
@@ -214,8 +275,9 @@ class Interpreter:
         if rule is None or fn is None or fn is not rule.coded:  # codes are read first
             values = [v.array() if isinstance(v, Coded) else v for v in values]
         outs = fn(self, eqn, values) if fn else None
-        if outs is None:
-            plain = [self.materialise(v, eqn) if is_weight(v) else v for v in values]
+        if outs is None or isinstance(outs, str):
+            why = outs or ""
+            plain = [self.materialise(v, eqn, why=why) if is_weight(v) else v for v in values]
             outs = self.bind(eqn, plain)
         # What moves codes may have to read them: an array then, and no weight any more.
         read = lambda v: isinstance(v, Coded) and not is_quantized(v.base)
@@ -228,6 +290,7 @@ class Interpreter:
             elsewhere = sent(values[0], eqn) if alone else None
             if elsewhere is not None:
                 return [elsewhere]
+            alone = alone and len(eqn.outvars) == 1
             moved = values[0].moved(eqn) if alone and _moves(eqn) else None
             if moved is not None:
                 return [moved]
@@ -240,6 +303,18 @@ class Interpreter:
         params = eqn.primitive.get_bind_params(eqn.params)
         out = eqn.primitive.bind(*values, **params)
         return list(out) if eqn.primitive.multiple_results else [out]
+
+    def constant(self, v: Any) -> bool:
+        """Whether a value of the body is made of parameters and constants alone."""
+        return self._body.constant(v)
+
+    def varies(self, v: Any) -> set[int]:
+        """The axes along which the elements of a value of the body may differ."""
+        return self._body.varies(v)
+
+    def leaves_of(self, v: Any) -> set:
+        """The leaves that a value of the body is made of."""
+        return self._body.leaves_of(v)
 
     def use(self) -> int:
         """A number that no other use has: it tells dropout masks apart."""
@@ -258,29 +333,39 @@ class Interpreter:
         how: str = LOW_RANK,
         name: str | None = None,
         plan: str = "",
+        why: str = "",
     ) -> None:
         """Records a use, with the weight's axes by their part in it: in, out, batch."""
         axes = [{axis for d in part for axis in w.axes[d]} for part in dims]
-        self._record(w, eqn, axes, how, name or eqn.primitive.name, plan)
+        self._record(w, eqn, axes, how, name or eqn.primitive.name, plan, why)
 
     def _record(
-        self, w: Followed, eqn: Equation, axes: Sequence[set], how: str, name: str, plan: str = ""
+        self,
+        w: Followed,
+        eqn: Equation,
+        axes: Sequence[set],
+        how: str,
+        name: str,
+        plan: str = "",
+        why: str = "",
     ) -> None:
         """The same, in terms of the axes of the leaf; an axis has the first part that it is in."""
         inner, outer, batch = axes
         axes = inner, outer - inner, (batch | set(w.stacked)) - inner - outer
         inner, outer, batch = (tuple(sorted(a)) for a in axes)
         dilated = max(eqn.params.get("rhs_dilation") or (1,)) > 1
-        use = Use(name, how, compat.source_line(eqn), inner, outer, batch, plan, dilated)
+        use = Use(name, how, compat.source_line(eqn), inner, outer, batch, plan, dilated, why)
         self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
 
-    def materialise(self, w: Followed, eqn: Equation, name: str | None = None) -> jax.Array:
+    def materialise(
+        self, w: Followed, eqn: Equation, name: str | None = None, why: str = ""
+    ) -> jax.Array:
         """The plain array that an equation without a rule needs."""
         if w.indexed:  # rows of a table that turned out to be activations
             rest = {axis for dim in w.axes for axis in dim}
             self._record(w, eqn, (set(w.indexed), rest, set()), LOW_RANK, "gather")
         elif not isinstance(w, Coded):
-            self.used(w, eqn, how=MATERIALISED, name=name)
+            self.used(w, eqn, how=MATERIALISED, name=name, why=why)
         return w.array()
 
     def returned(self, w: Followed, moved: bool) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core.geometry import RANK, Factor
-from lora_jax._interpret.rule import Context, Equation, Function, Rule
+from lora_jax._interpret.rule import Context, Equation, Function, Rule, read_first
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight
 
 
@@ -25,13 +25,19 @@ def _gather_rule(fn: Callable) -> Function:
         dn = p["dimension_numbers"]
         if not is_weight(w) or is_weight(indices) or dn.operand_batching_dims:
             return None
-        indexed = tuple(dn.start_index_map)
+        sizes, start_map = p["slice_sizes"], dn.start_index_map
+        # An axis of which all is taken is none that is indexed.
+        indexed = tuple(d for d in start_map if sizes[d] < w.shape[d])
         rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
         base = ctx.bind(eqn, [w.base, indices])[0]
         axes: list[tuple[int, ...]] = [()] * base.ndim
         for old, new in zip(rest, dn.offset_dims):
             axes[new] = w.axes[old]
         taken = tuple(axis for d in indexed for axis in w.axes[d])
+        lead = [d for d in range(base.ndim) if d not in dn.offset_dims]
+        if len(indexed) == len(lead) == 1 and indexed == dn.collapsed_slice_dims:
+            if ctx.constant(eqn.invars[1]):  # a permutation, or a choice of the program's own
+                axes[lead[0]], taken = taken, ()
         move = lambda f: _gather_factor(f, w, indices, p, base.ndim)
         picked = _masked(w, w.moved(base, move, axes, taken), indices, p)
         return fn(ctx, eqn, w, picked, indexed, rest)
@@ -76,7 +82,9 @@ def _gather(
 def _probed_gather(
     ctx: Context, eqn: Equation, w: Probe, picked: Probe, indexed: tuple, rest: list
 ) -> list:
-    if sum(w.shape[d] > 1 for d in rest) > 1:  # what is left may be a matrix
+    p = eqn.params
+    # What is left may be a matrix; or it is a permutation.
+    if sum(p["slice_sizes"][d] > 1 for d in rest) > 1 or ctx.constant(eqn.invars[1]):
         return [_undecided(w, picked, indexed)]
     ctx.used(w, eqn, (indexed, rest, ()))
     return [picked.base]
@@ -85,6 +93,8 @@ def _probed_gather(
 def _undecided(w: Followed, picked: Followed, indexed: tuple) -> Followed:
     """Rows, or weights picked from a stack? The next use tells: see `Interpreter.materialise`."""
     taken = {axis for d in indexed for axis in w.axes[d]}
+    if not taken:
+        return picked
     return dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken}))
 
 
@@ -130,6 +140,33 @@ def _gather_factor(
     return Factor(value, (*batch, *(d if d == RANK else label[d] for d in kept)))
 
 
+def _dynamic_slice(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+    """`table[i]`, one row, or the weights of one layer."""
+    w, *starts = args
+    if not is_weight(w) or any(map(is_weight, starts)):
+        return None
+    sizes = eqn.params["slice_sizes"]
+    base = ctx.bind(eqn, [w.base, *starts])[0]
+
+    def move(f: Factor) -> Factor:
+        at = [jnp.zeros_like(starts[0]) if d == RANK else starts[d] for d in f.dims]
+        size = [f.size(RANK) if d == RANK else sizes[d] for d in f.dims]
+        return Factor(lax.dynamic_slice(f.value, at, size), f.dims)
+
+    cut = tuple(d for d, n in enumerate(sizes) if n < w.shape[d])
+    picked = w.moved(base, move, w.axes)
+    if all(map(ctx.constant, eqn.invars[1:])) or not cut:
+        return [picked]
+    if isinstance(w, AdaptedWeight):
+        stack = all(f.has(d) for f in (w.a, w.b) for d in cut)
+        return [picked if stack else _undecided(w, picked, cut)]
+    if sum(n > 1 for n in sizes) > 1:
+        return [_undecided(w, picked, cut)]
+    ctx.used(w, eqn, (cut, [d for d in range(w.ndim) if d not in cut], ()), name="gather")
+    return [base]
+
+
 RULES: dict[str, Rule] = {
+    "dynamic_slice": read_first(_dynamic_slice),
     "gather": Rule(_gather_rule(_gather), _gather_rule(_probed_gather), _coded_gather),
 }

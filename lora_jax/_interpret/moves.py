@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -16,20 +16,22 @@ from lora_jax._core import compat
 from lora_jax._core.einsum import times
 from lora_jax._core.geometry import RANK, Factor, blocks_of, spec_along
 from lora_jax._interpret.rule import Context, Equation, Function, Rule, every, read_first
-from lora_jax._nodes.weight import Followed, is_weight, origins
+from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight, origins
 
 Base: TypeAlias = Callable[[], Any]  # makes what the primitive makes of the base
 
 
-def _alone(fn: Callable[[Equation, Followed, Base, Sequence], Followed | None]) -> Function:
+def _alone(
+    fn: Callable[[Equation, Followed, Base, Sequence], Followed | str | None],
+) -> Function:
     """The rule of a primitive whose first operand alone is a weight: fn(eqn, w, base, rest)."""
 
-    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
         w, *rest = args
         if not is_weight(w) or any(map(is_weight, rest)):
             return None
         out = fn(eqn, w, lambda: ctx.bind(eqn, [w.base, *rest])[0], rest)
-        return None if out is None else [out]
+        return out if out is None or isinstance(out, str) else [out]
 
     return whole
 
@@ -51,15 +53,16 @@ def _broadcast_in_dim(eqn: Equation, w: Followed, base: Base, rest: Sequence) ->
     return w.relabelled(base(), {d: to[d] for d in range(w.ndim) if w.shape[d] == shape[to[d]]})
 
 
-def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str | None:
     if eqn.params["dimensions"] is not None:  # it transposes as well
         return None
     new_shape = eqn.params["new_sizes"]
     blocks = blocks_of(w.shape, new_shape)
     if blocks is None:
         return None
+    w = _with_repeats(w, blocks)
     if not all(_reshapeable(f, w.shape, old) for f in w.parts.values() for old, _ in blocks):
-        return None
+        return "it joins an axis of one factor with an axis that it lacks and the other has"
     axes: list[tuple[int, ...]] = [()] * len(new_shape)
     for old, new in blocks:  # (8, 2, 4) to (8, 8): [((0,), (0,)), ((1, 2), (1,))]
         merged = tuple(dict.fromkeys(axis for d in old for axis in w.axes[d]))
@@ -70,6 +73,22 @@ def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed
 
 # A block is reshaped in one factor and absent from the other, or in both: an in axis that is merged
 # with an out axis would be neither's.
+
+
+def _with_repeats(w: Followed, blocks: Sequence) -> Followed:
+    """The weight with each axis that none of its factors has in those of its block: along that,
+    the others repeat."""
+    if not isinstance(w, AdaptedWeight):
+        return w
+
+    def move(f: Factor) -> Factor:
+        for old, _ in blocks:
+            big = [d for d in old if w.shape[d] > 1]
+            if any(map(f.has, big)):
+                f = f.spread({d: w.shape[d] for d in big if not (w.a.has(d) or w.b.has(d))})
+        return f
+
+    return w.moved(w.base, move, w.axes)
 
 
 def _runs_along(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
@@ -108,17 +127,6 @@ def _slice(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed |
     return w.moved(base(), move, w.axes)
 
 
-def _dynamic_slice(eqn: Equation, w: Followed, base: Base, starts: Sequence) -> Followed | None:
-    sizes = eqn.params["slice_sizes"]
-
-    def move(f: Factor) -> Factor:
-        at = [jnp.zeros_like(starts[0]) if d == RANK else starts[d] for d in f.dims]
-        size = [f.size(RANK) if d == RANK else sizes[d] for d in f.dims]
-        return Factor(lax.dynamic_slice(f.value, at, size), f.dims)
-
-    return w.moved(base(), move, w.axes)
-
-
 def _rev(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     flipped = eqn.params["dimensions"]
 
@@ -141,74 +149,163 @@ def _neg(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | N
     return w.scaled(base(), lambda a: -a)
 
 
-def _mul(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
-    """By a scalar: exact on the factors as well."""
-    w, c = args if is_weight(args[0]) else args[::-1]
-    if is_weight(c) or jnp.ndim(c) != 0 or jnp.iscomplexobj(c):
-        return None
-    base = ctx.bind(eqn, [x.base if is_weight(x) else x for x in args])[0]
-    return [w.scaled(base, lambda a: a * lax.convert_element_type(c, a.dtype))]
+def _mul(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+    """By a scalar, or along axes of one factor: exact on that factor as well."""
+    by = 0 if is_weight(args[1]) else 1
+    if is_weight(args[by]):  # of two weights the one that is a vector along the other
+        axes = [ctx.varies(v) for v in eqn.invars]
+        by = 0 if axes[0] < axes[1] else 1
+        if not axes[by] < axes[1 - by]:
+            return "it is a product of two weights"
+    op = lambda f, c: f * lax.convert_element_type(c, f.dtype)
+    return _times(ctx, eqn, args[1 - by], args, by, op)
 
 
-def _div(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
-    if jnp.ndim(rest[0]) != 0 or jnp.iscomplexobj(rest[0]):
-        return None
-    return w.scaled(base(), lambda a: a / lax.convert_element_type(rest[0], a.dtype))
+def _div(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+    if is_weight(args[1]):
+        return "it divides"
+    w, _ = args
+    return _times(ctx, eqn, w, args, 1, lambda f, c: f / lax.convert_element_type(c, f.dtype))
 
 
-def _concatenate(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
-    """Side by side: the ranks add up, [A₁ A₂ …] times a B that is zero outside each one's part."""
-    dim = eqn.params["dimension"]
-    weights = [w for w in args if is_weight(w)]
-    out, first = _side_by_side(ctx, eqn, args), weights[0]
-    if out is None or any(w.dropout != first.dropout for w in weights):
+def _times(
+    ctx: Context, eqn: Equation, w: Followed, args: Sequence, by: int, op: Callable
+) -> list | str | None:
+    if jnp.issubdtype(eqn.invars[by].aval.dtype, jnp.complexfloating):
+        return "it is scaled by complex numbers"
+    moved = spread_to(w, eqn.outvars[0].aval.shape)
+    if moved is None:
         return None
-    if not all(
-        {*w.a.dims} == {*first.a.dims} and {*w.b.dims} == {*first.b.dims} for w in weights
-    ) or not (first.a.has(dim) or first.b.has(dim)):
+    if isinstance(w, Probe) and ctx.leaves_of(eqn.invars[by]) & {*origins(w)}:
+        return "it is scaled by what is made of it"  # no linear map
+    c = ctx.materialise(args[by], eqn) if is_weight(args[by]) else args[by]
+    base = ctx.bind(eqn, [c if i == by else x.base for i, x in ((0, args[0]), (1, args[1]))])[0]
+    out = scaled_along(moved, base, c, ctx.varies(eqn.invars[by]), op)
+    return out if isinstance(out, str) else [out]
+
+
+GAIN = "DoRA's gain is of the sum W + A·B, and not of what is joined with it"
+BOTH = "along the axes of both factors"
+
+
+def scaled_along(
+    w: Followed, base: Any, c: jax.Array, dims: Collection[int], op: Callable
+) -> Followed | str:
+    """The weight times `c`, which varies along `dims` alone; op(factor, c) does it to a factor."""
+    if jnp.ndim(c) and w.ndim:  # what c is along each other axis is in its first element
+        at = [slice(None) if d in dims else slice(1) for d in range(c.ndim)]
+        c = lax.squeeze(c[tuple(at)], [d for d in range(c.ndim) if d not in dims])
+    if not dims:
+        return w.scaled(base, lambda f: op(f, c))
+    if not isinstance(w, AdaptedWeight):
+        own = {d for d, n in enumerate(w.shape) if n > 1 and w.axes[d]}
+        return w.with_base(base) if {*dims} < own else f"it is scaled {BOTH}"
+    both = {*w.a.dims, *w.b.dims}
+    new = [d for d in dims if d not in both]
+    fits = [n for n in "ab" if all(w.parts[n].has(d) or d in new for d in dims)]
+    if not fits:
+        return f"it is scaled {BOTH}"
+    name = fits[0]
+    order = sorted(dims)
+
+    def along(f: Factor) -> Factor:
+        f = f.spread({d: w.shape[d] for d in new})
+        at = [d for d in f.dims if d in order]
+        c_ = lax.transpose(c, [order.index(d) for d in at])
+        return Factor(
+            op(f.value, lax.broadcast_in_dim(c_, f.value.shape, list(map(f.dims.index, at)))),
+            f.dims,
+        )
+
+    out = dataclasses.replace(w, base=base, **{name: along(w.parts[name])})
+    rows = along(w.rows) if w.rows is not None and name == "b" else w.rows
+    return dataclasses.replace(out, rows=rows)
+
+
+def spread_to(w: Followed, shape: Sequence[int]) -> Followed | None:
+    """The weight as it is used in an operation with arrays of `shape`, where an axis of size 1 is
+    repeated; without its base."""
+    if w.ndim != len(shape):
         return None
-    gains = [w.gain for w in weights if w.gain is not None]
-    if any({*g.dims} != {*gains[0].dims} or not g.has(dim) for g in gains):
-        return None
-    a, b, gain, start = [], [], [], 0
-    for w in args:
-        stop = start + w.shape[dim]
-        if is_weight(w):
-            around = (start, out.shape[dim] - stop)  # how much of the result is not this weight
-            a.append(_padded(w.a.order(first.a.dims), dim, around, w.scale))
-            b.append(_padded(w.b.order(first.b.dims), dim, around, 1.0))
-            if w.gain is not None:
-                gain.append(_padded(w.gain.order(gains[0].dims), dim, around, 1.0))
+    if tuple(w.shape) == tuple(shape):
+        return w
+    label = {d: d for d, n in enumerate(w.shape) if n == shape[d]}
+    return w.relabelled(jax.ShapeDtypeStruct(shape, w.dtype), label)
+
+
+def _split(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+    (w,), dim = args, eqn.params["axis"]
+    bases, outs, start = ctx.bind(eqn, [w.base]), [], 0
+    for base, size in zip(bases, eqn.params["sizes"]):
+        stop = start + int(size)
+
+        def part(f: Factor, start: int = start, stop: int = stop) -> Factor:
+            if not f.has(dim):
+                return f
+            return Factor(lax.slice_in_dim(f.value, start, stop, axis=f.dims.index(dim)), f.dims)
+
+        outs.append(w.moved(base, part, w.axes))
         start = stop
-    a, b = (
-        Factor(lax.concatenate(values, f.dims.index(RANK)), f.dims)
-        for f, values in ((first.a, a), (first.b, b))
-    )
-    gain = Factor(functools.reduce(lax.add, gain), gains[0].dims) if gains else None
-    return [dataclasses.replace(out, a=a, b=b, gain=gain, rows=None, scale=1.0)]
+    return outs
 
 
-def _concatenate_probes(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
-    out = _side_by_side(ctx, eqn, args)
-    return None if out is None else [dataclasses.replace(out, a=None)]
+def _pad(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
+    config = {d: tuple(map(int, c)) for d, c in enumerate(eqn.params["padding_config"])}
+    padded = [d for d, c in config.items() if any(c)]
+    if not isinstance(w, AdaptedWeight):
+        return w.with_base(base())
+    if w.gain is not None:
+        return GAIN
+    # What is padded has no update: one factor at least must be zero there.
+    w = _in_a_factor(w, padded)
+
+    def move(f: Factor) -> Factor:
+        ends = [config.get(d, (0, 0, 0)) for d in f.dims]
+        return Factor(lax.pad(f.value, jnp.zeros((), f.value.dtype), ends), f.dims)
+
+    return dataclasses.replace(w.moved(base(), move, w.axes), rows=None)
 
 
-def _side_by_side(ctx: Context, eqn: Equation, args: Sequence) -> Any:
-    """The first weight with the base and the origins of all, if they came the same way."""
-    weights = [w for w in args if is_weight(w)]
-    if len({(w.axes, w.stacked, w.indexed) for w in weights}) > 1:
+def _in_a_factor(w: AdaptedWeight, dims: Collection[int]) -> AdaptedWeight:
+    """The weight with the axes that neither factor has in its A."""
+    new = {d: w.shape[d] for d in dims if not w.a.has(d) and not w.b.has(d)}
+    return dataclasses.replace(w, a=w.a.spread(new))
+
+
+def _tile(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
+    reps = eqn.params["reps"]
+
+    def move(f: Factor) -> Factor:
+        return Factor(lax.tile(f.value, [1 if d == RANK else reps[d] for d in f.dims]), f.dims)
+
+    return w.moved(base(), move, w.axes)
+
+
+def _reduce_sum(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str | None:
+    """A sum along axes of one factor is that of the factor."""
+    gone = eqn.params["axes"]
+    if not isinstance(w, AdaptedWeight) or w.indexed:
         return None
-    base = ctx.bind(eqn, [w.base if is_weight(w) else w for w in args])[0]
-    return dataclasses.replace(weights[0], base=base, origin=origins(*weights))
+    if w.gain is not None:
+        return GAIN
+    if any(w.a.has(d) and w.b.has(d) for d in gone):
+        return "it is summed over a stack of weights"
+    if {d for d in gone if w.a.has(d)} and {d for d in gone if w.b.has(d)}:
+        return f"it is summed {BOTH}"
+    kept = [d for d in range(w.ndim) if d not in gone]
+    label = {RANK: RANK} | {d: i for i, d in enumerate(kept)}
+    many = math.prod(w.shape[d] for d in gone if not w.a.has(d) and not w.b.has(d))
 
+    def move(f: Factor) -> Factor:
+        value = jnp.sum(f.value, [i for i, d in enumerate(f.dims) if d in gone])
+        return Factor(value, tuple(label[d] for d in f.dims if d not in gone))
 
-def _padded(f: Factor, dim: int, around: tuple[int, int], scale: float) -> jax.Array:
-    value = times(f.value, scale)
-    if not f.has(dim):
-        return value
-    zero = jnp.zeros((), value.dtype)
-    ends = (around if d == dim else (0, 0) for d in f.dims)
-    return lax.pad(value, zero, [(low, high, 0) for low, high in ends])
+    seed = None if w.seed is None or any(map(w.seed.has, gone)) else move(w.seed)
+    out = dataclasses.replace(w, seed=None, rows=None).moved(
+        base(), move, [w.axes[d] for d in kept], {axis for d in gone for axis in w.axes[d]}
+    )
+    a = Factor(times(out.a.value, float(many)), out.a.dims)
+    return dataclasses.replace(out, a=a, seed=seed)
 
 
 def _barrier(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
@@ -269,7 +366,6 @@ RULES: dict[str, Rule] = {
     "broadcast_in_dim": every(_alone(_broadcast_in_dim), moves=True),
     "reshape": every(_alone(_reshape), moves=True),
     "slice": every(_alone(_slice), moves=True),
-    "dynamic_slice": read_first(_alone(_dynamic_slice)),
     "rev": read_first(_alone(_rev)),
     "convert_element_type": every(_alone(_convert), moves=True),
     "copy": every(_alone(_identity), moves=True),
@@ -278,8 +374,13 @@ RULES: dict[str, Rule] = {
     "device_put": read_first(_alone(_identity)),
     "neg": read_first(_alone(_neg), moves=True),
     "mul": read_first(_mul, moves=True),
-    "div": read_first(_alone(_div), moves=True),
-    "concatenate": Rule(_concatenate, _concatenate_probes),
+    "div": read_first(_div, moves=True),
+    "stop_gradient": every(_alone(_identity), moves=True),
+    "reduce_precision": read_first(_alone(_identity), moves=True),
+    "split": read_first(_split, moves=True),
+    "pad": read_first(_alone(_pad)),
+    "tile": read_first(_alone(_tile), moves=True),
+    "reduce_sum": read_first(_alone(_reduce_sum)),
     "optimization_barrier": read_first(_barrier),
     "sharding_constraint": every(_sharding_constraint, moves=True),
     "reshard": every(_reshard),

@@ -16,8 +16,9 @@ Context: TypeAlias = Any  # the `Interpreter`
 Equation: TypeAlias = Any  # of a jaxpr
 
 # (ctx, eqn, operands) -> outputs. One operand or more is a weight.
-# None: it cannot stay in factors here, and the interpreter materialises it, visibly.
-Function: TypeAlias = Callable[[Context, Equation, Sequence], Sequence | None]
+# None: it cannot stay in factors here, and the interpreter materialises it, visibly. So does a
+# string, which says why.
+Function: TypeAlias = Callable[[Context, Equation, Sequence], Sequence | str | None]
 
 
 @dataclasses.dataclass(frozen=True)

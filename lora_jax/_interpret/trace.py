@@ -73,6 +73,17 @@ class Traceable:
             (args if isinstance(where, int) else kwargs)[where] = value
         return nnx.calling(self.fn, *args, **kwargs), nnx.changes(before)
 
+    def parameters(self, constants: Constants, arrays: Iterable) -> list[bool]:
+        """Which arrays came in an argument that holds a weight: parameters, no data."""
+        arrays = iter(arrays)
+        leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
+        (args, kwargs), objects = jax.tree.unflatten(constants.treedef, leaves)
+        found = []
+        for argument in (*args, *kwargs.values(), objects):
+            own = list(filter(is_array, jax.tree.leaves(argument, is_leaf=is_weight)))
+            found += [any(map(is_weight, own))] * len(own)
+        return found
+
     def jaxpr(self, constants: Constants, arrays: Sequence) -> tuple:
         """The jaxpr of `call`, with plain arrays for adapted weights, and its output shapes."""
         bases = [x.base if is_weight(x) else x for x in arrays]

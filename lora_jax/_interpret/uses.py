@@ -44,8 +44,9 @@ def _product_rule(fn: Callable) -> Function:
     def whole(ctx: Context, eqn: Equation, args: Sequence) -> list:
         left, right = args
         # Two weights cannot both stay in factors: the left one becomes an array, by choice.
-        # Where one is a vector, it is the vector.
-        if not is_weight(right) or (is_weight(left) and right.ndim < 2 <= left.ndim):
+        # Where one is a vector, it is the vector; where one is rows that were looked up, the rows.
+        rows = is_weight(left) and is_weight(right) and right.indexed and not left.indexed
+        if rows or not is_weight(right) or (is_weight(left) and right.ndim < 2 <= left.ndim):
             right = ctx.materialise(right, eqn) if is_weight(right) else right
             return fn(ctx, eqn, 0, left, right)
         return fn(ctx, eqn, 1, right, ctx.materialise(left, eqn) if is_weight(left) else left)
@@ -170,12 +171,18 @@ def _conv_axes(eqn: Equation) -> tuple[int, list[int]]:
     return out, inner
 
 
+def _rows_first(ctx: Context, eqn: Equation, args: Sequence) -> Sequence:
+    """Of two weights the left one, rows that were looked up or the like, becomes an array."""
+    x, w = args
+    return (ctx.materialise(x, eqn), w) if is_weight(x) and is_weight(w) else args
+
+
 def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     """The convolution by A with `rank` output features, then B at each position.
 
     In a grouped convolution A is shared by the groups: it runs once in each of them.
     """
-    x, w = args
+    x, w = _rows_first(ctx, eqn, args)
     p = eqn.params
     dn, groups = p["dimension_numbers"], p["feature_group_count"]
     if is_weight(x) or p["batch_group_count"] != 1:
@@ -222,7 +229,7 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
 
 
 def _probed_conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
-    x, w = args
+    x, w = _rows_first(ctx, eqn, args)
     if is_weight(x) or eqn.params["batch_group_count"] != 1:
         return None
     out_dim, inner = _conv_axes(eqn)

@@ -1,0 +1,260 @@
+"""The rules of the primitives that join weights with others or with arrays: sums, concatenations,
+choices. The update of the whole is the sum of all updates, so their ranks add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax._core.einsum import cast, times
+from lora_jax._core.geometry import RANK, Factor
+from lora_jax._interpret.moves import GAIN, scaled_along, spread_to
+from lora_jax._interpret.rule import Context, Equation, Rule, read_first
+from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight, origins
+
+ROWS = "rows that were looked up are activations where they are added"
+DATA = "it is added to an array that inputs enter: it acts as a bias there"
+
+
+def _sum(
+    ctx: Context, eqn: Equation, args: Sequence, of: Sequence[int], parts: Sequence[Followed]
+) -> list | str:
+    """The sum of `parts`, each the weight that argument of[i] of the equation became, and arrays.
+
+    The base is the equation's of the bases: what is no weight adds nothing to the update.
+    """
+    rest = [v for i, v in enumerate(eqn.invars) if i not in of]
+    if any(w.indexed for w in parts):
+        return ROWS
+    if not all(map(ctx.constant, rest)):
+        return DATA
+    if any(n > 1 and not w.axes[d] for w in parts for d, n in enumerate(w.shape)) and rest:
+        return "it is repeated along an axis, as a bias is"
+    base = ctx.bind(eqn, [x.base if is_weight(x) else x for x in args])[0]
+    out = _joined(base, parts)
+    return out if isinstance(out, str) else [out]
+
+
+def _joined(base: Any, parts: Sequence[Followed]) -> Followed | str:
+    """One weight of several of one shape: [A₁ A₂ …] times [B₁; B₂; …]."""
+    first = parts[0]
+    labels = _labels(parts)
+    if isinstance(labels, str):
+        return labels
+    if isinstance(first, Probe):
+        return dataclasses.replace(first, base=base, a=None, **labels)
+    if any(w.gain is not None for w in parts):
+        return GAIN
+    if len({w.dropout if w.drops else 0.0 for w in parts}) > 1:
+        return "the rates of dropout differ"
+    pairs = _alike(parts)
+    if isinstance(pairs, str):
+        return pairs
+    a, b = (_ranks_side_by_side([pair[i] for pair in pairs]) for i in (0, 1))
+    return dataclasses.replace(first, base=base, a=a, b=b, rows=None, scale=1.0, **labels)
+
+
+def _labels(parts: Sequence[Followed]) -> dict | str:
+    """What is said of the leaves: where their axes are, by name of the field."""
+    same = all((w.axes, w.stacked, w.indexed) == _way(parts[0]) for w in parts)
+    leaves = {o for w in parts for o in origins(w)}
+    if not same and len(leaves) > 1 and isinstance(parts[0], Probe):
+        return "it is joined with another leaf that came another way"
+    union = lambda groups: tuple(dict.fromkeys(axis for group in groups for axis in group))
+    axes = parts[0].axes if same else tuple(map(union, zip(*(w.axes for w in parts))))
+    if not same and len(leaves) == 1:  # W + Wᵀ: as the first one lies
+        axes = tuple(map(lambda first, all_: first or all_, parts[0].axes, axes))
+    return dict(
+        origin=tuple(dict.fromkeys(o for w in parts for o in origins(w))),
+        axes=axes,
+        stacked=union(w.stacked for w in parts),
+        indexed=union(w.indexed for w in parts),
+    )
+
+
+def _way(w: Followed) -> tuple:
+    return w.axes, w.stacked, w.indexed
+
+
+def _alike(parts: Sequence[AdaptedWeight]) -> list[tuple[Factor, Factor]] | str:
+    """The factors of each weight, the scale in the first, in such an order and with such axes
+    that all first ones run along the same axes, and all second ones do."""
+    want = [{*parts[0].a.dims}, {*parts[0].b.dims}]
+    pairs = []
+    for w in parts:
+        a = Factor(times(w.a.value, w.scale), w.a.dims)
+        orders = (a, w.b), (w.b, a)  # of Wᵀ the factors change places
+        misfit = lambda pair: sum(len({*f.dims} ^ dims) for f, dims in zip(pair, want))
+        pairs.append(min(orders, key=misfit))
+    for i in (0, 1):
+        want[i] = want[i].union(*(pair[i].dims for pair in pairs)) - {RANK}
+    out = []
+    for w, (first, second) in zip(parts, pairs):
+        missing = [dims - {*f.dims} for f, dims in zip((first, second), want)]
+        if any(second.has(d) for d in missing[0]) or any(first.has(d) for d in missing[1]):
+            return "it is joined with a weight whose factors run along other axes"
+        size = dict(enumerate(w.shape))
+        out.append(
+            tuple(
+                f.spread({d: size[d] for d in sorted(m)}) for f, m in zip((first, second), missing)
+            )
+        )
+    return out
+
+
+def _ranks_side_by_side(factors: Sequence[Factor]) -> Factor:
+    dims = factors[0].dims
+    dtype = jnp.result_type(*(f.value.dtype for f in factors))
+    values = [cast(f.order(dims).value, dtype) for f in factors]
+    return Factor(lax.concatenate(values, dims.index(RANK)), dims)
+
+
+def _add(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+    at = [i for i, w in enumerate(args) if is_weight(w)]
+    shape = eqn.outvars[0].aval.shape
+    parts = [spread_to(args[i], shape) for i in at]
+    if any(w is None for w in parts):
+        return None
+    return _sum(ctx, eqn, args, at, parts)
+
+
+def _sub(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+    at = [i for i, w in enumerate(args) if is_weight(w)]
+    shape = eqn.outvars[0].aval.shape
+    parts = [spread_to(args[i], shape) for i in at]
+    if any(w is None for w in parts):
+        return None
+    signs = [w.scaled(w.base, lambda a: -a) if i else w for i, w in zip(at, parts)]
+    return _sum(ctx, eqn, args, at, signs)
+
+
+def _select(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+    """A choice along axes of one factor: of each weight the update counts where it is chosen."""
+    which, *cases = args
+    if is_weight(which):
+        return None
+    if all(map(is_weight, cases)) and _one_and_the_same(cases):
+        base = ctx.bind(eqn, [which, *(w.base for w in cases)])[0]
+        return [cases[0].with_base(base)]
+    dims = ctx.varies(eqn.invars[0])
+    at, parts = [0], []
+    for i, w in enumerate(cases):
+        if is_weight(w):
+            chosen = lax.eq(which, lax.full_like(which, i))
+            part = scaled_along(w, w.base, chosen, dims, lambda f, c: f * c.astype(f.dtype))
+            if isinstance(part, str):
+                return part
+            at.append(i + 1)
+            parts.append(part)
+    return _sum(ctx, eqn, args, at, parts)
+
+
+def _one_and_the_same(cases: Sequence[Followed]) -> bool:
+    """Whether all have one update: vmap of cond chooses between a weight and itself."""
+    first = cases[0]
+    if any((w.origin, *_way(w)) != (first.origin, *_way(first)) for w in cases):
+        return False
+    return all(
+        f is g or (f.dims == g.dims and f.value is g.value)
+        for w in cases
+        for f, g in zip(w.parts.values(), first.parts.values())
+    ) and all(getattr(w, "scale", None) == getattr(first, "scale", None) for w in cases)
+
+
+def _concatenate(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+    """Side by side: [A₁ A₂ …] times a B that is zero outside each one's part; where both factors
+    of all run along the axis, as in a stack, each is concatenated along it and no rank grows."""
+    return _side_by_side(ctx, eqn, args, eqn.params["dimension"], list(args))
+
+
+def _stack(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+    dim = eqn.params["axis"]
+    shape = list(eqn.outvars[0].aval.shape)
+    shape[dim] = 1
+
+    def raised(w: Any) -> Any:
+        if not is_weight(w):
+            return w
+        label = {d: d + (d >= dim) for d in range(w.ndim)}
+        w = w.relabelled(jax.ShapeDtypeStruct(shape, w.dtype), label)
+        return w.moved(w.base, lambda f: f.spread({dim: 1}), w.axes)
+
+    return _side_by_side(ctx, eqn, args, dim, list(map(raised, args)))
+
+
+def _side_by_side(
+    ctx: Context, eqn: Equation, args: Sequence, dim: int, placed: list
+) -> list | str | None:
+    """placed: the arguments as they lie in the result, with axis `dim`."""
+    weights = [w for w in placed if is_weight(w)]
+    first = weights[0]
+    labels = _labels(weights)
+    if isinstance(labels, str):
+        return labels
+    base = ctx.bind(eqn, [w.base if is_weight(w) else w for w in args])[0]
+    if isinstance(first, Probe):
+        rest = [v for v, x in zip(eqn.invars, args) if not is_weight(x)]
+        if not all(map(ctx.constant, rest)):
+            return DATA
+        return [dataclasses.replace(first, base=base, a=None, **labels)]
+    if any(w.dropout != first.dropout for w in weights):
+        return "the rates of dropout differ"
+    gains = [w.gain for w in weights if w.gain is not None]
+    if any({*g.dims} != {*gains[0].dims} or not g.has(dim) for g in gains):
+        return GAIN
+    pairs = _alike(weights)
+    if isinstance(pairs, str):
+        return pairs
+    if not any(f.has(dim) for f in pairs[0]):
+        size = lambda w: {dim: w.shape[dim]}
+        pairs = [(a.spread(size(w)), b) for w, (a, b) in zip(weights, pairs)]
+    stacked = all(f.has(dim) for f in pairs[0])
+    rank = max(a.size(RANK) for a, _ in pairs)
+    parts: list[list] = [[], [], []]
+    start, each = 0, iter(pairs)
+    for w in placed:
+        stop = start + w.shape[dim] if is_weight(w) or w.ndim == base.ndim else start + 1
+        around = {dim: (start, base.shape[dim] - stop)}  # how much of the result is not this one
+        if is_weight(w):
+            for i, f in enumerate(next(each)):
+                more = {RANK: (0, rank - f.size(RANK))} if stacked else {}
+                parts[i].append(_padded(f, around | more))
+            if w.gain is not None:
+                parts[2].append(_padded(w.gain, around))
+        start = stop
+    # Parts of a stack do not overlap: their sum is one beside the other.
+    join = _total if stacked else _ranks_side_by_side
+    a, b = map(join, parts[:2])
+    gain = _total(parts[2]) if gains else None
+    whole = dict(base=base, a=a, b=b, gain=gain, rows=None, scale=1.0)
+    return [dataclasses.replace(first, **whole, **labels)]
+
+
+def _total(factors: Sequence[Factor]) -> Factor:
+    dims = factors[0].dims
+    dtype = jnp.result_type(*(f.value.dtype for f in factors))
+    values = [cast(f.order(dims).value, dtype) for f in factors]
+    return Factor(functools.reduce(lax.add, values), dims)
+
+
+def _padded(f: Factor, around: dict[int, tuple[int, int]]) -> Factor:
+    ends = [(*around.get(d, (0, 0)), 0) for d in f.dims]
+    if not any(low or high for low, high, _ in ends):
+        return f
+    return Factor(lax.pad(f.value, jnp.zeros((), f.value.dtype), ends), f.dims)
+
+
+RULES: dict[str, Rule] = {
+    "add": read_first(_add),
+    "add_any": read_first(_add),
+    "sub": read_first(_sub),
+    "select_n": read_first(_select),
+    "concatenate": read_first(_concatenate),
+    "stack": read_first(_stack),
+}

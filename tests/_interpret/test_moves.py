@@ -1,0 +1,134 @@
+"""Linear maps that act on one side of a weight keep it in low rank; for the rest the error says
+why."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import assert_equals_dense, examples, fails
+from hypothesis import given
+from hypothesis import strategies as st
+from random_functions import outcome
+
+import lora_jax as lora
+
+KEYS = jax.random.split(jax.random.key(0), 4)
+PARAMS = {
+    "w": jax.random.normal(KEYS[0], (6, 5)),
+    "u": jax.random.normal(KEYS[1], (6, 5)),
+    "square": jax.random.normal(KEYS[2], (6, 6)),
+}
+X = jax.random.normal(KEYS[3], (7, 6))
+COLUMN, ROW = jnp.arange(5.0) - 2.5, jnp.arange(6.0) - 2.5
+TWICE = lambda x: jnp.concatenate([x, x], 1)
+OUTSIDE = jnp.array([0, 3, 1, 5])
+
+
+def filled(w):
+    """Along an axis that neither factor has, with zeros for what is out of bounds."""
+    return jnp.broadcast_to(w, (3, 6, 5)).at[OUTSIDE].get(mode="fill", fill_value=0)
+
+
+MOVES = {
+    "split": lambda p, x: [x @ w for w in jnp.split(p["w"], [2], 1)],
+    "concatenated outputs": lambda p, x: x @ jnp.concatenate([p["w"], p["u"]], 1),
+    "concatenated inputs": lambda p, x: TWICE(x) @ jnp.concatenate([p["w"], p["u"]], 0),
+    "stacked": lambda p, x: jnp.einsum("ti,iko->kto", x, jnp.stack([p["w"], p["u"]], 1)),
+    "stacked and scanned": lambda p, x: jax.lax.scan(
+        lambda _, w: (0, x @ w), 0, jnp.stack([p["w"], p["u"]])
+    )[1],
+    "padded": lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 2)), constant_values=1.0),
+    "repeated": lambda p, x: x @ jnp.repeat(p["w"], 2, 1),
+    "repeated inputs": lambda p, x: jnp.repeat(x, 2, 1) @ jnp.repeat(p["w"], 2, 0),
+    "tiled": lambda p, x: x @ jnp.tile(p["w"], (1, 3)),
+    "scaled columns": lambda p, x: x @ (p["w"] * COLUMN),
+    "scaled rows": lambda p, x: x @ (p["w"] / ROW[:, None]),
+    "masked columns": lambda p, x: x @ jnp.where(COLUMN > 0, p["w"], 0),
+    "a constant added": lambda p, x: x @ (p["w"] + jnp.eye(6, 5)),
+    "a leaf added": lambda p, x: x @ (p["w"] - p["u"]),
+    "symmetric": lambda p, x: x @ ((p["square"] + p["square"].T) / 2),
+    "centred": lambda p, x: x @ (p["w"] - p["w"].mean(0)),
+    "a choice": lambda p, x: x @ jax.lax.select(jnp.sum(x) > 0, p["w"], p["u"]),
+    "vmap of cond": lambda p, x: jax.vmap(
+        lambda x: jax.lax.cond(x[0] > 0, lambda x: x @ p["w"], lambda x: x @ p["u"], x)
+    )(x),
+    "filled": lambda p, x: jnp.einsum("ti,kio->kto", x, filled(p["w"])),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_moves_on_one_side_are_low_rank(name):
+    fn = MOVES[name]
+    used = [u for u, leaf in lora.survey(fn, PARAMS, X).leaves.items() if leaf.kind == "linear"]
+    assert used
+    params = {u: PARAMS[u] for u in used}
+    assert_equals_dense(fn, params, X, targets=used)
+
+
+def test_the_base_is_stopped_and_the_adapter_trains():
+    fn = lambda p, x: x @ jax.lax.stop_gradient(p["w"])
+    plain = lambda p, x: x @ p["w"]
+    params = {"w": PARAMS["w"]}
+    adapters = lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=2, targets="w"))
+    loss = lambda fn: lambda ad: jnp.sum(lora.adapt(fn)(lora.bind(params, ad), X) ** 2)
+    got, want = (jax.grad(loss(f))(adapters)["w"] for f in (fn, plain))
+    np.testing.assert_array_equal(got.b, want.b)
+    assert jnp.abs(got.b).max() > 0
+
+
+REFUSED = {
+    "mul.*scaled along the axes of both factors": lambda w: w * X[:6, :5],
+    "mul.*a product of two weights": lambda w: w * w,
+    "add.*an array that inputs enter": lambda w: w + X[:6, :5],
+    "reduce_sum.*summed along the axes of both": lambda w: w - w.sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_the_error_says_why(reason):
+    params = {"w": PARAMS["w"]}
+    known = lora.Survey({"w": lora.survey(lambda p, x: x @ p["w"], params, X)["w"]})
+    adapters = lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=2, targets="w"), known)
+    fn = lambda p, x, other: other @ REFUSED[reason](p["w"])
+    if "inputs" in reason:
+        fn = lambda p, x, other: other @ (p["w"] + x[:6, :5])
+    with fails(f"'w' .* is materialised by `{reason}"):
+        lora.adapt(fn)(lora.bind(params, adapters), X, X)
+
+
+LOOK_UPS = {
+    "vmapped": lambda p, ids: jax.vmap(lambda i: p["e"][i])(ids),
+    "scanned": lambda p, ids: jax.lax.scan(lambda c, i: (c, p["e"][i]), 0, ids)[1],
+    "one": lambda p, ids: jnp.tanh(p["e"][ids[0]]),
+    "convolved": lambda p, ids: jax.lax.conv_general_dilated(
+        p["e"][ids[None]], jnp.ones((3, 5, 2)), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOK_UPS)
+def test_look_ups(name):
+    fn, params = LOOK_UPS[name], {"e": PARAMS["w"]}
+    ids = jnp.array([1, 3, 3, 0])
+    leaf = lora.survey(fn, params, ids)["e"]
+    assert (leaf.kind, leaf.geometry) == ("embedding", lora.Geometry((0,), (1,)))
+    assert_equals_dense(fn, params, ids, targets="e")
+
+
+def test_trained_rows_come_out_as_they_are():
+    """Not as W + (v − W), of which large W would leave little."""
+    table = jnp.full((8, 4), 1e3)
+    rows = 1e-3 * jax.random.normal(KEYS[0], (2, 4))
+    ad = {"e": lora.Rows(rows, (2, 5), 8)}
+    run = lora.adapt(lambda p, ids: p["e"][ids])
+    got = run(lora.bind({"e": table}, ad), jnp.array([5, 1, 2]))
+    np.testing.assert_array_equal(got, jnp.stack([rows[1], table[1], rows[0]]))
+    grads = jax.grad(lambda ad: jnp.sum(run(lora.bind({"e": table}, ad), jnp.array([5, 5]))))(ad)
+    np.testing.assert_array_equal(grads["e"].value, jnp.array([[0.0] * 4, [2.0] * 4]))
+
+
+@examples(60)
+@given(st.integers(0, 2**31))
+def test_random_functions(seed):
+    what, said = outcome(seed)
+    assert what in ("right", "refused", "invalid"), said
