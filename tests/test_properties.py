@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import lora_jax as lora
+from lora_jax._core.geometry import blocks_of
 from lora_jax._core.paths import flatten, nest
-from lora_jax._interpret.moves import _blocks
 
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=5).map(tuple)
 MOVES = ["transpose", "split", "merge", "slice", "rev", "pad1", "scale"]
@@ -120,7 +120,7 @@ def test_blocks_of_a_reshape(a, b):
         if size % max(int(np.prod(b, dtype=int)), 1) == 0
         else (size,)
     )
-    blocks = _blocks(a, b)
+    blocks = blocks_of(a, b)
     assert [d for old, _ in blocks for d in old] == list(range(len(a)))
     assert [d for _, new in blocks for d in new] == list(range(len(b)))
     for old, new in blocks:

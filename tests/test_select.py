@@ -279,14 +279,13 @@ def test_a_name_that_stands_in_the_model_and_in_its_blocks():
 
 EYE = jnp.eye(8)
 NOT_AS_IT_IS = {
-    "plus identity": lambda w, v, h: h @ (EYE + w),
-    "symmetrised": lambda w, v, h: h @ ((w + w.T) / 2),
+    "exponential": lambda w, v, h: h @ jnp.exp(w),
     "times another": lambda w, v, h: h @ (w @ v),
     "masked": lambda w, v, h: h @ (w * (EYE + 1)),
     "solved": lambda w, v, h: jnp.linalg.solve(w + 9 * EYE, h.T).T,
     "conjugate gradients": lambda w, v, h: jax.scipy.sparse.linalg.cg(lambda u: u @ w, h)[0],
     "while": lambda w, v, h: jax.lax.while_loop(
-        lambda c: c[0] < 3, lambda c: (c[0] + 1, h - c[1] @ (w + 1)), (0, jnp.zeros_like(h))
+        lambda c: c[0] < 3, lambda c: (c[0] + 1, h - c[1] @ w**2), (0, jnp.zeros_like(h))
     )[1],
 }
 
