@@ -227,13 +227,18 @@ class LoRAConfig(_Named):
         rows = {pattern: _integers(index) for pattern, index in self.rows.items()}
         self._put(rules=tuple(self.rules), rows=rows, dtype=jnp.dtype(self.dtype))
 
+    @property
+    def _others(self) -> bool:
+        """Whether something beside low-rank updates is trained."""
+        return bool(self.full or self.rows) or self.bias != "none"
+
     def _bad_patterns(self) -> Iterable[str]:
         for name in ("targets", "exclude", "full"):
             value = getattr(self, name)
             several = isinstance(value, Iterable) and value != "" and all(map(_is_pattern, value))
             if not (_is_pattern(value) or several):
                 yield f"{name}={value!r}: expected one or several patterns; {ONE_PATTERN}"
-            elif name == "targets" and several and not value:
+            elif name == "targets" and several and not (value or self._others):
                 yield "targets=[]: nothing would be adapted; name leaves, or 'all-linear'"
         if not isinstance(self.rows, Mapping):
             yield f"rows={self.rows!r}: expected {{pattern: row numbers}}, {{'embed': [7, 8]}}"

@@ -23,7 +23,7 @@ DATA = "it is added to an array that inputs enter: it acts as a bias there"
 
 
 def _sum(
-    ctx: Context, eqn: Equation, args: Sequence, of: Sequence[int], parts: Sequence[Followed]
+    ctx: Context, eqn: Equation, args: Sequence, of: Sequence[int], parts: Sequence[Any]
 ) -> list | str:
     """The sum of `parts`, each the weight that argument of[i] of the equation became, and arrays.
 
@@ -41,8 +41,8 @@ def _sum(
     return out if isinstance(out, str) else [out]
 
 
-def _joined(base: Any, parts: Sequence[Followed]) -> Followed | str:
-    """One weight of several of one shape: [A₁ A₂ …] times [B₁; B₂; …]."""
+def _joined(base: Any, parts: Sequence[Any]) -> Followed | str:
+    """One weight of several of one shape, all adapted or all probes: [A₁ A₂ …] · [B₁; B₂; …]."""
     first = parts[0]
     labels = _labels(parts)
     if isinstance(labels, str):
@@ -100,11 +100,8 @@ def _alike(parts: Sequence[AdaptedWeight]) -> list[tuple[Factor, Factor]] | str:
         if any(second.has(d) for d in missing[0]) or any(first.has(d) for d in missing[1]):
             return "it is joined with a weight whose factors run along other axes"
         size = dict(enumerate(w.shape))
-        out.append(
-            tuple(
-                f.spread({d: size[d] for d in sorted(m)}) for f, m in zip((first, second), missing)
-            )
-        )
+        one, two = ({d: size[d] for d in sorted(m)} for m in missing)
+        out.append((first.spread(one), second.spread(two)))
     return out
 
 
@@ -130,7 +127,8 @@ def _sub(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
     parts = [spread_to(args[i], shape) for i in at]
     if any(w is None for w in parts):
         return None
-    signs = [w.scaled(w.base, lambda a: -a) if i else w for i, w in zip(at, parts)]
+    kept: list[Any] = parts
+    signs = [w.scaled(w.base, lambda a: -a) if i else w for i, w in zip(at, kept)]
     return _sum(ctx, eqn, args, at, signs)
 
 

@@ -81,11 +81,13 @@ def _with_repeats(w: Followed, blocks: Sequence) -> Followed:
     if not isinstance(w, AdaptedWeight):
         return w
 
+    a, b = w.a, w.b
+
     def move(f: Factor) -> Factor:
         for old, _ in blocks:
             big = [d for d in old if w.shape[d] > 1]
             if any(map(f.has, big)):
-                f = f.spread({d: w.shape[d] for d in big if not (w.a.has(d) or w.b.has(d))})
+                f = f.spread({d: w.shape[d] for d in big if not (a.has(d) or b.has(d))})
         return f
 
     return w.moved(w.base, move, w.axes)
@@ -217,7 +219,8 @@ def scaled_along(
             f.dims,
         )
 
-    out = dataclasses.replace(w, base=base, **{name: along(w.parts[name])})
+    moved: dict[str, Any] = {name: along(w.parts[name])}
+    out = dataclasses.replace(w, base=base, **moved)
     rows = along(w.rows) if w.rows is not None and name == "b" else w.rows
     return dataclasses.replace(out, rows=rows)
 
@@ -250,7 +253,9 @@ def _split(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
 
 
 def _pad(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
-    config = {d: tuple(map(int, c)) for d, c in enumerate(eqn.params["padding_config"])}
+    config: dict[int, Any] = {
+        d: tuple(map(int, c)) for d, c in enumerate(eqn.params["padding_config"])
+    }
     padded = [d for d, c in config.items() if any(c)]
     if not isinstance(w, AdaptedWeight):
         return w.with_base(base())
