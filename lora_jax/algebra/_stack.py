@@ -93,11 +93,14 @@ def choose(stacked: Any, index: int | chex.Array) -> Any:
 
     Args:
       stacked: as from `stack`.
-      index: an integer, or (B,) integers, traced ones too: another choice never recompiles. What
-        has no slot gives NaN.
+      index: an integer, or (B,) integers, traced ones too: another choice never recompiles. -1 is
+        the base; every other number that has no slot, such as -2 or the capacity, gives NaN.
 
     Returns:
       Adapters for `bind`; of an array, with an axis of B in front, for `jax.vmap`.
+
+    Raises:
+      LoRAError: an index that is no integer.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> def node(x):
@@ -109,7 +112,21 @@ def choose(stacked: Any, index: int | chex.Array) -> Any:
            [[ 1.,  1.]],
            [[ 0.,  0.]]], dtype=float32)
     """
-    return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="fill"), stacked)
+    return jax.tree.map(lambda x: jnp.take(x, _at(index, len(x)), axis=0, mode="fill"), stacked)
+
+
+def _at(index: int | chex.Array, count: int) -> jax.Array:
+    """Where a slot lies among `count`; the last one is empty, -1. What has no slot lies past the
+    end: there JAX reads NaN, writes nothing, and does not count from the other side."""
+    index = jnp.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise LoRAError(f"expected integers as an index, found {index.dtype}: choose(stacked, 0)")
+    if jnp.issubdtype(index.dtype, jnp.unsignedinteger):  # those too large are not to wrap
+        most = min(count, jnp.iinfo(index.dtype).max)
+        index = jnp.minimum(index, jnp.asarray(most, index.dtype)).astype(jnp.int32)
+    index = index.astype(jnp.int32) if index.dtype.itemsize < 4 else index
+    exists = (index >= 0) & (index < count - 1)
+    return jnp.where(index == -1, count - 1, jnp.where(exists, index, count))
 
 
 def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
@@ -117,8 +134,8 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
 
     Args:
       stacked: as from `stack`; not changed. Under `jax.jit` it may be donated.
-      index: an integer from 0 on; also a traced one, which is not checked. The shapes stay, so
-        nothing is compiled anew.
+      index: an integer from 0 on; also a traced one, which is not checked: one that has no slot
+        changes none. The shapes stay, so nothing is compiled anew.
       adapters: adapters whose leaves and ranks the stack has room for; None empties the slot.
 
     Raises:
@@ -149,7 +166,13 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
         "make a new one: lora.algebra.stack([...], capacity=..., rank=...)",
     )
     one = map_with_path(lambda path, _: filled[path], empty, is_leaf=is_node)
-    return jax.tree.map(lambda all_, new: all_.at[index].set(_in_a_slot(new, all_)), stacked, one)
+
+    def written(all_: jax.Array, new: jax.Array) -> jax.Array:
+        at = _at(index, len(all_))
+        at = jnp.where(at == capacity, len(all_), at)  # the empty slot stays empty
+        return all_.at[at].set(_in_a_slot(new, all_), mode="drop")
+
+    return jax.tree.map(written, stacked, one)
 
 
 def _in_a_slot(x: jax.Array, stacked: jax.Array) -> jax.Array:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import assert_close, fails, noisy
+from common import assert_close, examples, fails, noisy
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -289,3 +291,34 @@ def test_many_trained_at_once():
             assert_close(jax.tree.map(operator.itemgetter(i), many), adapters, factor=4096)
     assert dataclasses.asdict(many["head"].geometry) == dataclasses.asdict(targets["head"].geometry)
     assert values[-1, -1] < values[-1, 0]
+
+
+@examples(30)
+@given(
+    index=st.integers(-300, 300),
+    dtype=st.sampled_from(["int8", "int16", "int32", "uint8", "uint32"]),
+    how=st.sampled_from(["eager", "jit", "vmap"]),
+)
+def test_what_has_no_slot_is_nan(index, dtype, how):
+    """-1 is the base, 0 to 2 are slots, every other number is NaN and is not written."""
+    info = np.iinfo(dtype)
+    index = int(np.clip(index, info.min, info.max))
+    node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
+    stacked = lora.algebra.stack([lora.algebra.scaled({"w": node}, i + 1) for i in range(3)])
+    number = jnp.asarray(index, dtype)
+    choose = {"eager": lora.algebra.choose, "jit": jax.jit(lora.algebra.choose)}
+    choose["vmap"] = lambda s, i: jax.tree.map(
+        lambda x: x[0], jax.vmap(lora.algebra.choose, (None, 0))(s, i[None])
+    )
+    got = choose[how](stacked, number)["w"].b
+    want = index + 1.0 if -1 <= index < 3 else np.nan
+    np.testing.assert_array_equal(got, np.full((1, 2), want, np.float32))
+    put = jax.jit(lambda s, i: lora.algebra.put(s, i, {"w": node}))(stacked, number)["w"].b
+    changed = stacked["w"].b.at[index].set(1.0) if 0 <= index < 3 else stacked["w"].b
+    np.testing.assert_array_equal(put, changed)
+
+
+@pytest.mark.parametrize("index", [1.5, True, jnp.array([0.0])])
+def test_an_index_is_an_integer(index):
+    with fails("expected integers as an index, found"):
+        lora.algebra.choose(lora.algebra.stack(ZOO), index)
