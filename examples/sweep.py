@@ -5,9 +5,8 @@ once for all of them, and each becomes what it would have become alone, at its o
 
 * ranks: `lora.algebra.stack` pads to the largest with zeros. Where A and B are both zero, so are
   their gradients and Adam's updates: the padding stays zero. Noisy gradients would need a mask.
-* alphas: the scale alpha / rank is an argument of the loss, not of the tree
-  (`lora.algebra.scaled`), so it is out of every optimiser's reach. The learning rate is an
-  argument of the step.
+* alphas: the scale alpha / rank is an argument of the loss (`lora.algebra.scaled`), out of every
+  optimiser's reach. The learning rate is an argument of the step.
 
     python examples/sweep.py            # --help for the options
 

@@ -124,8 +124,7 @@ def main():
     dtype = jnp.dtype(args.dtype)
     task = TASKS[args.model](args.length, args.seed, args.cache, dtype=dtype, remat=args.remat)
 
-    # The base is frozen, in the dtype of the model. Adapters and optimiser are fp32; each of their
-    # leaves is made where it stays.
+    # The base is frozen, in the model's dtype. Adapters and optimiser are fp32, made where they stay.
     params = place(task.params, mesh, dtype)
     ids = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
     survey = lora.survey(task.model.apply, {"params": params}, ids)
@@ -139,9 +138,8 @@ def main():
         0.0, args.learning_rate, warmup_steps=max(args.steps // 10, 1), decay_steps=args.steps
     )
     tx = optax.chain(optax.clip_by_global_norm(args.clip), optax.adamw(rate))
-    state_at = lora.parallel.state_shardings(
-        jax.eval_shape(tx.init, adapters), adapters, adapters_at
-    )
+    empty = jax.eval_shape(tx.init, adapters)
+    state_at = lora.parallel.state_shardings(empty, adapters, adapters_at)
     state = jax.jit(tx.init, out_shardings=state_at)(adapters)
     update, sums = make_steps(task.model, tx, mesh, adapters_at, state_at, args.accumulate)
 

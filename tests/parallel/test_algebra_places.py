@@ -56,6 +56,13 @@ def update(node):
     return node.scale * a @ b
 
 
+def apart(path, rank=4):
+    """σ₁² / (σᵣ² − σᵣ₊₁²): by so much rounding in WᵀW turns the first r singular vectors of a leaf."""
+    g = lora.select(PARAMS, CONFIG)[path].geometry
+    squares = np.linalg.svd(np.asarray(g.matrices(PARAMS[path])), compute_uv=False) ** 2
+    return max(s[0] / (s[rank - 1] - s[rank]) for s in squares)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_results_lie_as_shardings_says(name, kind):
@@ -66,7 +73,9 @@ def test_results_lie_as_shardings_says(name, kind):
         assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.shape, x.sharding, sharding)
     assert got.keys() == want.keys()
     for path in want:
-        assert_close(update(got[path]), update(want[path]), factor=256)
+        of_base = name.startswith(("pissa", "init_lora_xs"))
+        factor = 64 * max(4, apart(path)) if of_base else 256
+        assert_close(update(got[path]), update(want[path]), factor=factor)
 
 
 @pytest.mark.parametrize("kind", KINDS)
