@@ -124,7 +124,7 @@ def main():
     dtype = jnp.dtype(args.dtype)
     task = TASKS[args.model](args.length, args.seed, args.cache, dtype=dtype, remat=args.remat)
 
-    # The base is frozen, in the model's dtype. Adapters and optimiser are fp32, made where they stay.
+    # The base is frozen, in the model's dtype. Adapters and optimiser: fp32, made where they stay.
     params = place(task.params, mesh, dtype)
     ids = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
     survey = lora.survey(task.model.apply, {"params": params}, ids)
