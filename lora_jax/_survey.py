@@ -146,6 +146,9 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
     flat = {path: x for path, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
     call = Traceable(fn)
     constants, arrays = call.split((map_state(_probes, params), *args), kwargs)
+    # Integers and complex numbers may be weights too: in no low rank, but not in silence.
+    numbers = {id(x): p for p, x in flat.items() if jnp.issubdtype(x.dtype, jnp.number)}
+    origins = [x.origin if is_weight(x) else numbers.get(id(x)) for x in arrays]
     found: list = []
 
     def trace(arrays: Sequence) -> list:
@@ -153,12 +156,6 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
         jaxpr, consts = compat.live(jaxpr)
         interpreter = Interpreter()
         outs = interpreter.run(jaxpr, consts, arrays, fixed=call.parameters(constants, arrays))
-        # Integers and complex numbers may be weights too: in no low rank, but not in silence.
-        origins = [
-            path if is_weight(x) or jnp.issubdtype(x.dtype, jnp.number) else None
-            for path, x in zip(flat, arrays)
-        ]
-        origins += [x.origin if is_weight(x) else None for x in arrays[len(flat) :]]
         found.extend((interpreter.events, Flow(jaxpr, origins)))
         return [o.base if is_weight(o) else o for o in outs]
 

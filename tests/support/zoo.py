@@ -228,11 +228,7 @@ BARE = {
 DERIVED = {
     "weight norm": (
         lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)), "mul, div", "mul"),
-    "scaled by channel": (lambda p, x: x @ (p["w"] * p["g"]), "mul", "mul"),
-    "masked": (lambda p, x: x @ jnp.where(x[0, 0, 0] > 9, 0.0, p["w"]), "select_n", "select_n"),
     "product of weights": (lambda p, x: x @ (p["w"] @ p["v"].T), "dot_general", "dot_general"),
-    "frozen by the model": (
-        lambda p, x: x @ lax.stop_gradient(p["w"]), "stop_gradient", "stop_gradient"),
     "only returned": (lambda p, x: (x, p["w"].T), "unused", "output"),
 }  # fmt: skip
 
