@@ -119,7 +119,7 @@ def less(a: Any, b: Any) -> bool:
     """a < b, of sizes; False where those of symbolic shapes leave it open."""
     try:
         return bool(a < b)
-    except jax.errors.InconclusiveDimensionOperation:
+    except core.InconclusiveDimensionOperation:
         return False
 
 

@@ -76,7 +76,7 @@ def renamed(w, draw):
 @damage(0)
 def other_names(w, draw):
     """All of them, or one, as another part of a model, a compiled one or another adapter has it."""
-    part = draw(st.sampled_from(["vision_tower.", "decoder.", "_orig_mod.", "model."]))
+    part = draw(st.sampled_from(["vision_tower.", "decoder.", "_orig_mod."]))
     ways = [
         lambda k: PREFIX + part + k.removeprefix(PREFIX),
         lambda k: k.removeprefix(PREFIX),
