@@ -205,7 +205,8 @@ def pmapped(case, full=False, base_axis=0):
         in_axes=(0, 0, base_axis, 0),
         donate_argnums=(0, 1),
     )
-    replicate = flax.jax_utils.replicate
+    # As flax.jax_utils.replicate, which in Flax 0.12.2 asks JAX for a function that is gone.
+    replicate = functools.partial(jax.tree.map, lambda x: jnp.stack([x] * jax.device_count()))
     params = replicate(case.params) if base_axis == 0 else case.params
     args = replicate(trained), replicate(TX.init(trained)), params
     split = [jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), b) for b in case.batches]
