@@ -113,23 +113,14 @@ def _ranks_side_by_side(factors: Sequence[Factor]) -> Factor:
 
 
 def _add(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+    """A sum or a difference: the update of what is subtracted changes its sign."""
     at = [i for i, w in enumerate(args) if is_weight(w)]
-    shape = eqn.outvars[0].aval.shape
-    parts = [spread_to(args[i], shape) for i in at]
+    parts: list[Any] = [spread_to(args[i], eqn.outvars[0].aval.shape) for i in at]
     if any(w is None for w in parts):
         return None
+    if eqn.primitive.name == "sub":
+        parts = [w.scaled(w.base, lambda a: -a) if i else w for i, w in zip(at, parts)]
     return _sum(ctx, eqn, args, at, parts)
-
-
-def _sub(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
-    at = [i for i, w in enumerate(args) if is_weight(w)]
-    shape = eqn.outvars[0].aval.shape
-    parts = [spread_to(args[i], shape) for i in at]
-    if any(w is None for w in parts):
-        return None
-    kept: list[Any] = parts
-    signs = [w.scaled(w.base, lambda a: -a) if i else w for i, w in zip(at, kept)]
-    return _sum(ctx, eqn, args, at, signs)
 
 
 def _select(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
@@ -251,7 +242,7 @@ def _padded(f: Factor, around: dict[int, tuple[int, int]]) -> Factor:
 RULES: dict[str, Rule] = {
     "add": read_first(_add),
     "add_any": read_first(_add),
-    "sub": read_first(_sub),
+    "sub": read_first(_add),
     "select_n": read_first(_select),
     "concatenate": read_first(_concatenate),
     "stack": read_first(_stack),
