@@ -29,7 +29,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 collect_ignore = ["support/torch_models.py"]  # imported where torch is installed
 
 
+def pytest_addoption(parser):
+    parser.addoption("--part", metavar="K/N", help="of tables of cases and `long` tests, every Nth")
+
+
 def pytest_collection_modifyitems(config, items):
+    if config.option.part:
+        part, parts = map(int, config.option.part.split("/"))
+        several = [item for item in items if hasattr(item, "callspec") or "long" in item.keywords]
+        divided = [item for item in several if "slow" not in item.keywords]
+        left = {id(item) for i, item in enumerate(divided) if i % parts != part % parts}
+        items[:] = [item for item in items if id(item) not in left]
     if config.option.markexpr:
         return
     skip = pytest.mark.skip(reason="slow: run with -m slow")

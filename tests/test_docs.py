@@ -10,6 +10,7 @@ def assert_page(page):
     assert_prints("\n".join(code for code, _ in found), "".join(printed for _, printed in found))
 
 
+@pytest.mark.long
 def test_a_method_of_your_own():
     """`init` and `factors` in at most 40 lines."""
     ((code, _),) = snippets("docs/your_own_method.md")
@@ -17,6 +18,7 @@ def test_a_method_of_your_own():
     assert_page("docs/your_own_method.md")
 
 
+@pytest.mark.long
 def test_a_quantised_base():
     assert_page("docs/quantized.md")
 

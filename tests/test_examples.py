@@ -107,6 +107,7 @@ def test_llama_is_that_of_transformers():
     assert_close(Llama(SMALL).apply({"params": params}, ids), theirs(ids).logits, factor=256)
 
 
+@pytest.mark.long
 def test_llama_samples_and_adapts():
     params, ids = llama_params(), jnp.array([[1, 2, 3]])
     model = Llama(SMALL)
@@ -130,6 +131,7 @@ def test_convnet_surveys_every_kernel():
     assert targets.parameters == 3272
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("promotes")
 def test_a_sweep_is_its_solo_runs(monkeypatch):
     """Other ranks, alphas, rates and data in one step: each as alone, the padding still zero."""

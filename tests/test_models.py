@@ -176,6 +176,7 @@ def test_linen_boxes():
 BLOCK = ("attn/query,key,value,out", "up,down")
 
 
+@pytest.mark.long
 def test_linen_scan_and_remat():
     """Stacked kernels have stacked factors, and equal the unrolled model of the same weights."""
     loop = Transformer()
@@ -204,6 +205,7 @@ def test_linen_scan_and_remat():
     assert_close(got, jax.jit(lora.adapt(fn))(lora.bind(params, adapters), IDS))
 
 
+@pytest.mark.long
 def test_linen_tied_head():
     """Embed.attend: one leaf is looked up and contracted, and adapted at both, if asked for."""
     model = Transformer()
@@ -247,6 +249,7 @@ def test_linen_apply_options(options):
     assert ("mutable" in options) == (isinstance(got, tuple) and "batch_stats" in got[1])
 
 
+@pytest.mark.long
 def test_linen_learned_queries():
     model = Latents()
     params = model.init(K, X)["params"]
@@ -255,6 +258,7 @@ def test_linen_learned_queries():
     check(fn, params, X, expect=paths("cross/query,key,value,out"))
 
 
+@pytest.mark.long
 def test_linen_concatenated_kernels():
     """OptimizedLSTMCell concatenates its eight kernels into two, in each step of a scan."""
     model = nn.Sequential([nn.RNN(nn.OptimizedLSTMCell(6)), nn.Dense(3)])

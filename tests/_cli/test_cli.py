@@ -41,6 +41,7 @@ def run(*args, code=0):
 # The entry
 
 
+@pytest.mark.long
 def test_the_entry_of_a_process():
     """As a person runs it: stdout holds nothing but the answer, stderr nothing."""
     folder = os.path.dirname(os.path.dirname(lora.__file__))

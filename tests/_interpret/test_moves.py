@@ -127,7 +127,8 @@ def test_trained_rows_come_out_as_they_are():
     np.testing.assert_array_equal(grads["e"].value, jnp.array([[0.0] * 4, [2.0] * 4]))
 
 
-@examples(20)
+@pytest.mark.long
+@examples(12)
 @given(st.integers(0, 2**31))
 def test_random_functions(seed):
     what, said = outcome(seed)

@@ -53,6 +53,7 @@ def assert_updates(adapters, want, factor=64):
         )
 
 
+@pytest.mark.long
 def test_combine_is_a_sum_of_updates():
     """Exactly, with other ranks, scales and targets; and not the product of sums."""
     wide = dataclasses.replace(CONFIG, rank=5, targets=["dense", "heads"], rules=RULES[:1])
@@ -93,6 +94,7 @@ def test_weights_by_leaf_and_layer_can_be_learned():
     np.testing.assert_allclose(grads, want, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_mixture_is_learned():
     """LoraHub, LoRA Soups: through combine, bind and adapt, gradients of the weights alone find
     those that made the data, for each leaf and layer."""
@@ -162,6 +164,7 @@ def test_resize_is_the_best_of_its_rank(rank):
     assert_updates(jax.jit(lambda ad: lora.algebra.resize(ad, rank))(one), want)
 
 
+@pytest.mark.long
 def test_resize_by_energy():
     """The smallest rank that keeps the share, in each weight of a stack."""
     one = make(1)
@@ -175,6 +178,7 @@ def test_resize_by_energy():
     assert lora.algebra.resize(lora.algebra.combine([one, one]), energy=1.0)["layers"].rank == 3
 
 
+@pytest.mark.long
 def test_extract():
     """An update of low rank is found again; one that is not, as well as its singular values say."""
     one = make(1)
@@ -208,6 +212,7 @@ def test_extract_also_what_is_trained_in_full():
         lora.algebra.extract(PARAMS, tuned, lora.select(PARAMS, CONFIG))
 
 
+@pytest.mark.long
 def test_compare():
     """Norms, cosines and angles against dense matrices."""
     one, two = make(1), make(2, dataclasses.replace(CONFIG, rank=5))
@@ -236,6 +241,7 @@ def test_compare():
     assert "dense/kernel" in str(some) and "1" in str(some)
 
 
+@pytest.mark.long
 @given(data=st.data())
 @examples(5)
 def test_any_combination(data):

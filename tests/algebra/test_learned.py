@@ -312,6 +312,7 @@ def test_what_the_cells_show():
     )
 
 
+@pytest.mark.long
 def test_layers_in_the_order_of_their_numbers():
     figure = found("32 layers and a head").plot()
     labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]

@@ -163,6 +163,7 @@ def test_trim_is_of_the_whole_vector_or_of_each_weight():
     assert apart == {"conv": 58 / 288, "dense/kernel": 48 / 240, "heads": 58 / 288, "experts": 0.2}
 
 
+@pytest.mark.long
 def test_passes():
     """Subspace iteration comes as close to the best of a rank as its singular values allow."""
     trees = pick(zoo(), "heads", "experts")
@@ -217,6 +218,7 @@ def test_equal_magnitudes_are_kept_together():
     np.testing.assert_array_equal(got["w"].value, np.tile([2.0, -2.0], (4, 1)))
 
 
+@pytest.mark.long
 def test_ties_at_a_rank():
     """The best of a rank, of the dense result; the share that is kept is its singular values'."""
     trees = pick(zoo(), "heads", "experts")
@@ -240,6 +242,7 @@ def test_ties_at_a_rank():
     )  # padded: all of it
 
 
+@pytest.mark.long
 def test_what_is_trained_in_full():
     """There the task vector is the difference from the base, of rows, of those that a tree has."""
     trees = pick(zoo("full", "some", "other rows"), "dense", "table")
@@ -262,6 +265,7 @@ def test_what_is_trained_in_full():
             call()
 
 
+@pytest.mark.long
 def test_identities():
     one, two = pick([make(1), make(2, "some")], "experts")
     d, nothing = dense(one), {p: 0 * x for p, x in dense(one).items()}

@@ -81,6 +81,7 @@ ZOO = [
 ]
 
 
+@pytest.mark.long
 def test_each_example_gets_its_own():
     """Of other ranks, scales and targets, and none; under jit, and by one number for all."""
     stacked = lora.algebra.stack(ZOO)
@@ -117,6 +118,7 @@ def test_gradients_of_a_stack():
     assert_close(grad, want, factor=256)
 
 
+@pytest.mark.long
 def test_what_is_trained_in_full():
     """An empty slot, and one whose adapter has no such leaf, is the base."""
     both = dict(full="bias", rows={"table": [1, 3]})
@@ -133,6 +135,7 @@ def test_what_is_trained_in_full():
         lora.algebra.stack(zoo)
 
 
+@pytest.mark.long
 def test_nothing_is_compiled_anew():
     """Adding, replacing, removing and choosing: one trace, one program."""
 
@@ -255,6 +258,7 @@ def test_a_stack_is_not_changed():
     assert {n.scale for n in jax.tree.leaves(stacked, is_leaf=is_node)} == {1.0}
 
 
+@pytest.mark.long
 def test_many_trained_at_once():
     """K adapters over one base by vmap: each becomes what it would have become alone."""
     import optax

@@ -300,6 +300,7 @@ def test_grow_an_embedding(tmp_path):
     assert_close(lora.merge(params, got), lora.merge(params, small))
 
 
+@pytest.mark.long
 def test_a_grown_run_goes_on(tmp_path):
     """With the configuration that growing returns: its alpha is scale · rank."""
     adapters, opt = trained()
@@ -331,6 +332,7 @@ def test_grow_without_a_lora_keeps_the_configuration(tmp_path):
     assert (found.config.rank, found.config.alpha) == (config.rank, config.alpha)
 
 
+@pytest.mark.long
 def test_grow_with_ranks_of_their_own(tmp_path):
     """Rules become a rule for each leaf; host memory grows as well, and nothing but ranks does."""
     rules = [lora.Rule("down", rank=1, alpha=3)]
@@ -672,6 +674,7 @@ def damaged(path, rng):
 
 
 # Orbax leaves event loops and threads behind where a file is damaged.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_damage_is_found(tmp_path):
@@ -713,6 +716,7 @@ def test_every_bit_of_an_array_counts():
     assert checksums({"x": x.T.copy()}) != want
 
 
+@pytest.mark.long
 @given(
     data=st.data(),
     dtype=st.sampled_from(["float32", "bfloat16", "int32", "int8", "bool", "float8_e4m3fn"]),

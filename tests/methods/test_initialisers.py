@@ -357,6 +357,7 @@ def summed(batches):
     return jax.tree.map(jnp.add, *batches[1])
 
 
+@pytest.mark.long
 def test_second_moments_are_those_of_the_rows(batches):
     found = summed(batches)
     assert found.keys() == LEAVES.keys()
@@ -374,6 +375,7 @@ def test_second_moments_of_bf16_are_added_up_in_fp32_also_batched():
     near(found[:, 0], rows.swapaxes(1, 2) @ rows)
 
 
+@pytest.mark.long
 def test_second_moments_scanned_and_spread():
     """Of a scanned model those of the loop; of a batch on eight devices those of one."""
     apply, params, targets = transformer(False)
@@ -390,6 +392,7 @@ def test_second_moments_scanned_and_spread():
         near(c, 4 * np.stack(want), 256)
 
 
+@pytest.mark.long
 def test_low_rank_gradients_of_every_kind_of_product():
     """As near to the full gradient as anything of that rank."""
     objective = lambda p, x: sum(jnp.sum(jnp.sin(y)) for y in net(p, x) if y.dtype == x.dtype)
@@ -432,6 +435,7 @@ def test_eva_has_the_singular_vectors_of_all_rows(batches):
         assert node.rank == RANK and not node.b.any() and node.scale == zero[path].scale
 
 
+@pytest.mark.long
 def test_eva_spends_the_ranks_where_they_explain_most(batches):
     zero = lora.init(jax.random.key(0), LEAVES, TARGETS)
     adapters = lora.methods.eva(zero, summed(batches))

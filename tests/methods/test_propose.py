@@ -73,6 +73,7 @@ def test_small_leaves_have_rules_and_the_same_scale():
     assert targets["narrow"].scale == targets["wide"].scale == 1.0
 
 
+@pytest.mark.long
 def test_feature_norms():
     """The score is that of the definition, with random weights drawn; the lowest is chosen."""
     x = X * jnp.exp(normal(5, 32))
@@ -101,6 +102,7 @@ def test_feature_norms():
     assert norms[0] > 1.5 and abs(norms[1] - 1) < 0.2
 
 
+@pytest.mark.long
 def test_gradient_norms():
     """Full and low-rank gradients give the same order; what the loss does not see comes last."""
     loss = lambda p, x: jnp.mean(jnp.sin(fn(p, x)[:, :1]))

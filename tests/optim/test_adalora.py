@@ -289,6 +289,7 @@ def test_pruned_to_nothing_or_written_for_peft(tmp_path):
     assert_close(lora.merge(params, back), lora.merge(params, small))
 
 
+@pytest.mark.long
 def test_orthogonality():
     """‖PᵀP − I‖² + ‖QQᵀ − I‖², summed over matrices, and its gradient."""
     adapters = start()

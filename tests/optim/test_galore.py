@@ -75,6 +75,7 @@ def test_the_sign_of_a_singular_vector_does_not_matter():
     assert_close(flipped, jax.tree.map(lambda x: -x, got), factor=256)
 
 
+@pytest.mark.long
 def test_full_rank_is_adam():
     tx = lora.optim.galore(0.1, rank=12, scale=0.25)
     got, _ = trajectory(tx, GRADIENTS[0], GRADIENTS)
@@ -99,6 +100,7 @@ CONFIG = lora.LoRAConfig(
 )
 
 
+@pytest.mark.long
 def test_axes_come_from_targets():
     """Heads are merged as the leaf's use says, each of a stack has a subspace of its own, and what
     is no target is trained by plain Adam."""
@@ -156,6 +158,7 @@ def test_a_subspace_only_when_due():
     assert same == [True, True, False, True]
 
 
+@pytest.mark.long
 def test_training():
     """A regression in which every kind of leaf takes part; jit is eager."""
     params = {"up": normal(0, 8, 16) / 3, "stack": normal(1, 2, 16, 16) / 4, "bias": jnp.zeros(16)}

@@ -57,6 +57,7 @@ def test_labels():
     assert lora.optim.labels(rows)["table"].value == "rows"
 
 
+@pytest.mark.long
 def test_one_tree():
     """Base and adapters in one tree: no state for the base, an update of exactly zero."""
     tree = {"params": PARAMS, "adapters": noisy(make())}

@@ -200,6 +200,7 @@ def assert_equivalent(update, want):
     return d
 
 
+@pytest.mark.long
 def test_riemannian_identity():
     """dA·B + A·dB = s·(G·P_B + P_A·G), and with δ the formula of the paper."""
 
@@ -244,6 +245,7 @@ def test_lora_pro_identity(x):
     assert_equivalent(update, want)
 
 
+@pytest.mark.long
 def test_lora_pro_stays_near_the_gradients():
     """The Sylvester equation's X is a minimum of ‖dA − g_A‖² + ‖dB − g_B‖²."""
     with jax.enable_x64():
@@ -639,6 +641,7 @@ def test_errors():
         lora.optim.lora_pro(x="best")
 
 
+@pytest.mark.long
 def test_eight_devices():
     """Sharded factors, moments and parameters, with the shardings that the library gives them: the
     updates of one device."""

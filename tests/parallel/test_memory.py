@@ -61,6 +61,7 @@ def small():
     return base, lora.init(KEY, params, config)
 
 
+@pytest.mark.long
 def test_the_bytes_of_arrays():
     base, adapters = small()
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
@@ -111,6 +112,7 @@ def test_what_is_no_adapter():
         lora.parallel.memory({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
 
 
+@pytest.mark.long
 def test_an_optimiser_of_8_bits():
     """flashoptim-jax on the adapters of a quantised base: a quarter of Adam's state, its loss."""
     from flashoptim_jax import flash_adamw

@@ -43,6 +43,7 @@ def test_values_are_those_of_bitsandbytes_to_the_bit():
     np.testing.assert_array_equal(lora.quant.dequantize({"w": got})["w"].T, nested.value())
 
 
+@pytest.mark.long
 def test_layers_of_a_scan():
     """A stack of doubly quantised kernels, trained on as on its values."""
     q = {"w": lora.quant.bitsandbytes_weight(GOLDEN, ["nested.weight"] * 2, kernel=True)}

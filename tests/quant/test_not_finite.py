@@ -15,6 +15,7 @@ W = jax.random.normal(jax.random.key(0), (3, 128))
 DOUBLE = {"nf4", "int4", "int8_block", "fp8_block"}
 
 
+@pytest.mark.long
 @given(
     format=st.sampled_from(sorted(FORMATS)),
     double=st.booleans(),
