@@ -38,8 +38,9 @@ def pytest_collection_modifyitems(config, items):
         part, parts = map(int, config.option.part.split("/"))
         several = [item for item in items if hasattr(item, "callspec") or "long" in item.keywords]
         divided = [item for item in several if "slow" not in item.keywords]
-        left = {id(item) for i, item in enumerate(divided) if i % parts != part % parts}
-        items[:] = [item for item in items if id(item) not in left]
+        left = [item for i, item in enumerate(divided) if i % parts != part % parts]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
     if config.option.markexpr:
         return
     skip = pytest.mark.skip(reason="slow: run with -m slow")
