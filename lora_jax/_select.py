@@ -147,9 +147,10 @@ class _Selection:
         known = {p: survey[p] for p in self.leaves}
         heads = [p for p, leaf in known.items() if leaf.head]
         linear = [
-            p for p, leaf in known.items()
+            p
+            for p, leaf in known.items()
             if p not in heads and (leaf.kind in ("linear", "conv") or _derived(leaf))
-        ]  # fmt: skip
+        ]
         if not linear:
             only = f"but the output head {', '.join(heads)}; name it in targets" if heads else ""
             self.failures.append(f'"all-linear" matches nothing: no leaf is contracted {only}')

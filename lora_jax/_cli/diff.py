@@ -18,10 +18,10 @@ from lora_jax.algebra._compare import Comparison, compare
 # Settings that say how a file was written; that choose modules, as the tensors show; and what the
 # others are if they are absent.
 NOT_COMPARED = ("auto_mapping", "peft_version", "inference_mode", "fan_in_fan_out")
-
-
-CHOOSING = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save",
-            "layers_to_transform", "layers_pattern", "trainable_token_indices")  # fmt: skip
+CHOOSING = (
+    "target_modules target_parameters exclude_modules modules_to_save layers_to_transform "
+    "layers_pattern trainable_token_indices"
+).split()
 
 
 DEFAULTS = {

@@ -175,17 +175,22 @@ def inspect(
         return _of_checkpoint(path)
     base = open_base(path)
     rows = [
-        {"name": n, "shape": list(t.shape), "dtype": t.dtype,
-         "parameters": math.prod(t.shape), "bytes": t.stop - t.start}
+        {
+            "name": n,
+            "shape": list(t.shape),
+            "dtype": t.dtype,
+            "parameters": math.prod(t.shape),
+            "bytes": t.stop - t.start,
+        }
         for n, t in base.tensors.items()
-    ]  # fmt: skip
+    ]
     return Inspection("base", rows, {"files": [f.name for f in base.files]})
 
 
 def _natural(row: Mapping[str, Any]) -> list:
     """Layer 2 before layer 10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else part)
-            for part in re.split(r"(\d+)", row["name"])]  # fmt: skip
+    parts = re.split(r"(\d+)", row["name"])
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in parts]
 
 
 def _of_peft(adapter: TorchAdapter, name: str) -> dict[str, Any]:

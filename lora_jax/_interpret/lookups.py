@@ -60,8 +60,8 @@ def _masked(w: Followed, picked: Followed, indices: jax.Array, p: Mapping[str, A
     def mask(f: Factor) -> Factor:
         f = f.order((*filter(f.has, batch), *(d for d in f.dims if d not in batch)))
         own = f.dims[sum(map(f.has, batch)) :]
-        value = jnp.where(lax.expand_dims(inside, range(len(batch), len(batch) + len(own))),
-                          f.value, jnp.zeros((), f.value.dtype))  # fmt: skip
+        seen = lax.expand_dims(inside, range(len(batch), len(batch) + len(own)))
+        value = jnp.where(seen, f.value, jnp.zeros((), f.value.dtype))
         return Factor(value, (*batch, *own))
 
     masked: dict[str, Any] = {

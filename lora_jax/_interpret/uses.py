@@ -141,9 +141,8 @@ def _gains_input(eqn: Equation, side: int, w: AdaptedWeight) -> bool:
 def _labels(eqn: Equation, side: int, xl: Labels, ndim: int) -> Labels:
     """The weight's: an axis that meets one of x has its label, any other one of its own."""
     contracting, batch = eqn.params["dimension_numbers"]
-    met = dict(zip(
-        (*contracting[side], *batch[side]), (*contracting[1 - side], *batch[1 - side])
-    ))  # fmt: skip
+    of_weight, of_x = ((*contracting[i], *batch[i]) for i in (side, 1 - side))
+    met = dict(zip(of_weight, of_x))
     return tuple(xl[met[d]] if d in met else ("w", d) for d in range(ndim))
 
 

@@ -113,8 +113,18 @@ class Learned:
     unknown: tuple[str, ...] = ()
 
     def __str__(self):
-        head = ("leaf", "kind", "weights", "rank", "‖ΔW‖", "‖W‖", "ratio", "largest",
-                "effective rank", "stable rank")  # fmt: skip
+        head = (
+            "leaf",
+            "kind",
+            "weights",
+            "rank",
+            "‖ΔW‖",
+            "‖W‖",
+            "ratio",
+            "largest",
+            "effective rank",
+            "stable rank",
+        )
         rows = [
             (
                 path,

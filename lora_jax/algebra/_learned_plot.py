@@ -178,8 +178,9 @@ def _bars(axes: Axes, values: Sequence, names: Sequence[str], title: str) -> Non
     axes.barh(at, finite, color=colormaps[MAP](0.35), height=0.7)
     for y, x, length in zip(at, values, finite):
         if not math.isnan(x):
-            axes.annotate(_text(x), (length, y), (3, 0), textcoords="offset points",
-                          va="center", fontsize=7)  # fmt: skip
+            axes.annotate(
+                _text(x), (length, y), (3, 0), textcoords="offset points", va="center", fontsize=7
+            )
     _ticks(axes.set_yticks, names, 150)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 1.18 * (finite.max() or 1))
@@ -200,8 +201,14 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
     axes.set_ylabel("σ / σ₁")
     axes.spines[["top", "right"]].set_visible(False)
     if not curves:
-        axes.text(0.5, 0.5, "every ΔW of low rank is zero", ha="center", va="center",
-                  transform=axes.transAxes)  # fmt: skip
+        axes.text(
+            0.5,
+            0.5,
+            "every ΔW of low rank is zero",
+            ha="center",
+            va="center",
+            transform=axes.transAxes,
+        )
         axes.set(xticks=[], yticks=[])
         return
     longest = max(len(s) for of in curves.values() for s in of)
@@ -214,8 +221,15 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
             axes.plot(at, padded.T, color=color, linewidth=0.5, alpha=0.35)
         there = ~np.isnan(padded).all(0)
         middle = np.nanmedian(padded[:, there], 0)
-        axes.plot(at[there], middle, color=color, linewidth=1.8, label=names[target],
-                  marker="o" if longest <= 16 else None, markersize=3)  # fmt: skip
+        axes.plot(
+            at[there],
+            middle,
+            color=color,
+            linewidth=1.8,
+            label=names[target],
+            marker="o" if longest <= 16 else None,
+            markersize=3,
+        )
     lowest = min(s[s > FLOOR].min() for of in curves.values() for s in of)
     axes.set_yscale("log")
     axes.set_ylim(min(0.8 * lowest, 0.1), 1.2)
@@ -227,8 +241,16 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
     axes.grid(color="0.92")
     handles, labels = axes.get_legend_handles_labels()
     title = None if len(labels) <= NAMED else f"{NAMED} of {len(labels)}"
-    axes.legend(handles[:NAMED], labels[:NAMED], title=title, loc="upper left", fontsize=7,
-                bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False)  # fmt: skip
+    axes.legend(
+        handles[:NAMED],
+        labels[:NAMED],
+        title=title,
+        loc="upper left",
+        fontsize=7,
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0,
+        frameon=False,
+    )
 
 
 def _scale(grid: np.ndarray, from_zero: bool) -> Normalize:
@@ -245,8 +267,9 @@ def _scale(grid: np.ndarray, from_zero: bool) -> Normalize:
 def _ticks(place: Callable, labels: Sequence[str], most: int, **kwargs: Any) -> None:
     """A label for each, or for each k-th where there are more than can be read."""
     step = math.ceil(len(labels) / most)
-    place(range(0, len(labels), step), labels[::step], fontsize=8 if len(labels) > 8 else 9,
-          **kwargs)  # fmt: skip
+    place(
+        range(0, len(labels), step), labels[::step], fontsize=8 if len(labels) > 8 else 9, **kwargs
+    )
 
 
 def _colors(n: int) -> np.ndarray:

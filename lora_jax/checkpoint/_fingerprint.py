@@ -48,8 +48,8 @@ class Fingerprint:
         lines += [f"'{p}' is not expected" for p in other.leaves if p not in self.leaves]
         alike = set()
         for path in self.leaves.keys() & other.leaves.keys():
-            want, found = (f"{dtype}{shape}" for shape, dtype in
-                           (self.leaves[path], other.leaves[path]))  # fmt: skip
+            both = self.leaves[path], other.leaves[path]
+            want, found = (f"{dtype}{shape}" for shape, dtype in both)
             if want != found:
                 lines.append(f"'{path}': expected {want}, found {found}")
             else:

@@ -145,10 +145,13 @@ def rebuilt(
     sums = checksums(values)
     raise_all(
         f"{where} is damaged:",
-        [f"'{p}': the values are not those that were saved" for p, s in sums.items()
-         if s != entries[p]["sum"]],
+        [
+            f"'{p}': the values are not those that were saved"
+            for p, s in sums.items()
+            if s != entries[p]["sum"]
+        ],
         "restore another step by lora.checkpoint.restore(..., step=...)",
-    )  # fmt: skip
+    )
     leaves = [
         _leaf(entries[p], values.get(p), x, *growing.get(p, (None, False)))
         for p, x in named(like).items()

@@ -62,13 +62,15 @@ def second_moments(
     leaves = flatten(state_of(params))
     nodes = low_rank(adapters)
     failures = [
-        f"'{p}' is a look-up table: its inputs are row numbers" for p, t in nodes.items()
+        f"'{p}' is a look-up table: its inputs are row numbers"
+        for p, t in nodes.items()
         if t.embedding
-    ]  # fmt: skip
+    ]
     failures += [
-        f"'{p}' {t.shape} is no leaf of the parameters" for p, t in nodes.items()
+        f"'{p}' {t.shape} is no leaf of the parameters"
+        for p, t in nodes.items()
         if p not in leaves or tuple(leaves[p].shape) != tuple(t.shape)
-    ]  # fmt: skip
+    ]
     raise_all("these have no second moments:", failures, "exclude them, or pass their own params")
     probes = {p: _identity(t.geometry, t.shape, leaves[p].dtype) for p, t in nodes.items()}
     call = adapt(fn, strict=False)

@@ -195,8 +195,11 @@ def _check(
     )
     whole = ("steps", "tinit", "tfinal", "interval")
     odd = [f"{k}={numbers[k]!r}: expected an integer" for k in whole if integer(numbers[k]) is None]
-    odd += [f"{k}={numbers[k]!r}: expected a number" for k in ("target_rank", "beta1", "beta2")
-            if not (is_real(numbers[k]) and math.isfinite(numbers[k]))]  # fmt: skip
+    odd += [
+        f"{k}={numbers[k]!r}: expected a number"
+        for k in ("target_rank", "beta1", "beta2")
+        if not (is_real(numbers[k]) and math.isfinite(numbers[k]))
+    ]
     raise_all("invalid schedule:", odd, CALL)
     if not target_rank > 0:
         failures.append(f"target_rank={target_rank}: expected a number > 0")

@@ -67,8 +67,10 @@ class Block:
     def __str__(self):
         if all(i is None for i in self.index):
             return self.leaf.path
-        text = [":" if i is None else f"{i[0]}:{i[1]}" if isinstance(i, tuple) else str(i)
-                for i in self.index]  # fmt: skip
+        text = [
+            ":" if i is None else f"{i[0]}:{i[1]}" if isinstance(i, tuple) else str(i)
+            for i in self.index
+        ]
         while text[-1] == ":":
             text.pop()
         return f"{self.leaf.path}[{', '.join(text)}]"
@@ -274,10 +276,11 @@ def changes_outside(node: LowRank, blocks: Iterable[Block], magnitude: Any = Non
 def _whole(regions: Iterable[Block]) -> list[Block]:
     """The same out axes for all of the stack."""
     return [
-        Block(b.leaf, tuple(None if d in b.leaf.axes.batch_axes else i
-                            for d, i in enumerate(b.index)))
+        Block(
+            b.leaf, tuple(None if d in b.leaf.axes.batch_axes else i for d, i in enumerate(b.index))
+        )
         for b in regions
-    ]  # fmt: skip
+    ]
 
 
 def together(

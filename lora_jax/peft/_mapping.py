@@ -78,11 +78,19 @@ class TorchMapping:
 
     def __str__(self):
         rows = [
-            (e.name, e.kind, ", ".join(map(str, e.blocks)), e.blocks[0].leaf.shape,
-             *((g.in_axes, g.out_axes, g.batch_axes) if (g := e.blocks[0].leaf.geometry)
-               else ((), (), ())))
+            (
+                e.name,
+                e.kind,
+                ", ".join(map(str, e.blocks)),
+                e.blocks[0].leaf.shape,
+                *(
+                    (g.in_axes, g.out_axes, g.batch_axes)
+                    if (g := e.blocks[0].leaf.geometry)
+                    else ((), (), ())
+                ),
+            )
             for e in self.entries.values()
-        ]  # fmt: skip
+        ]
         return table(("torch", "kind", "leaf", "shape", "in", "out", "batch"), rows)
 
 

@@ -38,8 +38,10 @@ TAILS = {
 
 
 # The name of an adapter, which PEFT leaves out of its files, behind the name of a parameter.
-NAMED = re.compile(r"(\.(?:lora_(?:embedding_)?[ABE]|lora_magnitude_vector|trainable_tokens_delta))"
-                   r"\.(\w+?)(?=\.weight$|\.bias$|$)")  # fmt: skip
+NAMED = re.compile(
+    r"(\.(?:lora_(?:embedding_)?[ABE]|lora_magnitude_vector|trainable_tokens_delta))"
+    r"\.(\w+?)(?=\.weight$|\.bias$|$)"
+)
 
 
 # PEFT's own parameters of kinds that are not known here, such as KaSA's lora_diag.
