@@ -29,7 +29,7 @@ INWARD = ("o", "down", "embed")
 
 
 def spec(path, x) -> PartitionSpec:
-    """Of a base leaf: kernels (layers, in, out), embedding (vocab, width); norms everywhere."""
+    """The spec of a base leaf: kernels (layers, in, out), embedding (vocab, width); norms everywhere."""
     if path[-1].key == "scale":
         return P()
     inward = any(key.key in INWARD for key in path)

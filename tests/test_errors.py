@@ -281,7 +281,7 @@ def test_not_strict_is_exact_and_reported():
 
 @pytest.mark.parametrize("through", [lambda p: p, jax.jit(lambda p: p)], ids=["", "jit"])
 def test_what_a_function_returns_is_an_array(through):
-    """Of a weight that it returns as it got it, what `merge` makes; its gradient too."""
+    """A weight that is returned as it came is what `merge` makes; its gradient too."""
     adapters = noisy(ADAPTERS)
     f = lora.adapt(lambda p, x: (fn(p, x), through(p)))
     _, same = f(lora.bind(PARAMS, adapters), X)

@@ -61,7 +61,7 @@ def ties(
 ) -> tuple[dict, dict[str, jax.Array]]:
     """TIES (arXiv:2306.01708): trim, elect signs, and the mean of what agrees.
 
-    Of each task vector τₖ = wₖ·Δₖ the share `density` of elements stays, the largest by magnitude.
+    Each task vector τₖ = wₖ·Δₖ keeps the share `density` of its elements, the largest by magnitude.
     The elected sign of an element is that of Σ τₖ. Its value is the mean of the τₖ that have this
     sign. Zero has no sign, so neither what was trimmed nor what a tree does not have is counted,
     and an element whose sum is zero (but for rounding) is zero.

@@ -65,7 +65,7 @@ def test_a_disk_that_is_full(tmp_path, command):
 
 
 def test_what_a_dead_process_left_is_removed(tmp_path):
-    """Of the same output, and of no process that lives."""
+    """Files of the same output, and of no process that lives."""
     base = hf_folder(tmp_path / "base", g.base("mha"))
     dead, other = 2**22 + 5, tmp_path / ".other.4194309.partial"  # above what a system numbers
     left = [tmp_path / f".out.{dead}.partial", tmp_path / f".out.{dead + 1}.partial"]

@@ -12,7 +12,7 @@ KEY = jax.random.key(0)
 
 
 def test_gradients_of_each_example_merge_once():
-    """Of the merged plan: no merged weight has an axis of examples."""
+    """In the merged plan no merged weight has an axis of examples."""
     d = 64
     params, x = {"w": jax.random.normal(KEY, (d, d)) / 8}, jax.random.normal(KEY, (5, 8, d))
     adapters = noisy(lora.init(KEY, params, lora.LoRAConfig(rank=2, targets="w")), key=1)

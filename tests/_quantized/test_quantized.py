@@ -181,7 +181,7 @@ def test_a_model(scanned, method):
 
 
 def test_nothing_dequantised_is_kept():
-    """Of eight layers the compiled step holds one dequantised weight or two, not eight; and what it
+    """The compiled step of eight layers holds one dequantised weight or two, not eight; and what it
     takes as arguments is 4.127 bits for each parameter."""
     n, d = 8, 256
     params = {f"w{i}": jax.random.normal(jax.random.fold_in(KEY, i), (d, d)) / 16 for i in range(n)}

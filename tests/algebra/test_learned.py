@@ -121,7 +121,7 @@ def test_ranks_of_known_spectra(values, effective, stable):
 
 
 def test_no_update_is_formed():
-    """Of a leaf of 2^40 parameters, were it dense."""
+    """The leaf would have 2^40 parameters, were it dense."""
     n = 2**20
     node = lora.LoRA(jnp.ones((n, 1)), jnp.ones((1, n)), 1.0, lora.Geometry((0,), (1,)))
     found = lora.algebra.learned(

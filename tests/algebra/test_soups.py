@@ -372,7 +372,7 @@ def test_knots(density, per_weight):
 
 
 def test_knots_drops():
-    """Of what an adapter has in the shared directions; the mean over keys is the sum of updates."""
+    """What an adapter has in the shared directions; the mean over keys is the sum of updates."""
     two = [{"dense": {"kernel": make(i)["dense"]["kernel"]}} for i in (1, 2)]
     want = dense(lora.algebra.combine(two))["dense/kernel"]
     drop = lambda key: lora.algebra.knots(two, how="dare", rate=0.5, key=key)["dense"]["kernel"]
@@ -429,7 +429,7 @@ def test_weights_can_be_learned():
 
 
 def test_one_leaf_at_a_time(monkeypatch):
-    """Of each adapter at most one update is dense at any moment."""
+    """At most one update is dense at any moment."""
     alive, most = [], []
     whole = _elementwise.vector
 

@@ -83,7 +83,7 @@ ZOO = [
 
 @pytest.mark.long
 def test_each_example_gets_its_own():
-    """Of other ranks, scales and targets, and none; under jit, and by one number for all."""
+    """Other ranks, scales and targets, and none; under jit, and by one number for all."""
     stacked = lora.algebra.stack(ZOO)
     index = jnp.array([3, 0, -1, 2, 1, 0])
     want = jnp.stack([alone([*ZOO, None][i], ids) for i, ids in zip(index, IDS)])
@@ -98,7 +98,7 @@ def test_each_example_gets_its_own():
 
 
 def test_gradients_of_a_stack():
-    """Of the stack and of the input, as by the plain function on each example's merged weights."""
+    """Gradients of the stack and of the input, as by the plain function on each example's merged weights."""
     zoo = ZOO[:2]
     stacked = lora.algebra.stack(zoo)
     index = [1, 0, -1, 0, 1, 0]

@@ -128,7 +128,7 @@ def test_a_small_gain_is_not_rounded_away():
 )
 @pytest.mark.parametrize("jit", [True, False])
 def test_norms_in_bf16(shape, axes, jit):
-    """Of some of these layouts XLA's CPU backend has no product of bf16 with a result in fp32."""
+    """XLA's CPU backend has no product of bf16 with a result in fp32 for some of these layouts."""
     w = jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16)
     g = lora.Geometry(*axes)
     a, b = (jnp.ones(s, jnp.bfloat16) for s in g.factor_shapes(shape, 2))
@@ -139,7 +139,7 @@ def test_norms_in_bf16(shape, axes, jit):
 
 
 def test_inside_shard_map():
-    """Of a part of a leaf there is no norm; the whole leaf may be bound outside."""
+    """A part of a leaf has no norm; the whole leaf may be bound outside."""
     fn = lambda p, x: x @ p["w"]
     adapters = {"w": node(W, lora.Geometry((0,), (1,)))}
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

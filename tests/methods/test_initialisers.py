@@ -218,7 +218,7 @@ def test_the_first_step_of_lora_ga():
         near(matrices(node, step[name]), -(SCALE**2) * math.sqrt(out) / 4 * want, 256)
         if min(full.shape[1:]) > 2 * RANK:
             assert np.linalg.norm(want) < 0.999 * np.linalg.norm(full)
-        # Of other factors of that size the step is another.
+        # Other factors of that size take another step.
         a, b = (np.linalg.qr(x)[0] for x in (np.asarray(normal(i, *f.shape)) for i, f in (
             (1, factors(node)[0]), (2, factors(node)[1].swapaxes(1, 2)))))  # fmt: skip
         other = a @ a.swapaxes(1, 2) @ full + full @ b @ b.swapaxes(1, 2)
@@ -377,7 +377,7 @@ def test_second_moments_of_bf16_are_added_up_in_fp32_also_batched():
 
 @pytest.mark.long
 def test_second_moments_scanned_and_spread():
-    """Of a scanned model those of the loop; of a batch on eight devices those of one."""
+    """A scanned model has those of the loop; a batch on eight devices has those of one."""
     apply, params, targets = transformer(False)
     loop = jax.jit(lambda p: lora.methods.second_moments(apply, p, targets, IDS))(params)
     scan, like, scanned_targets = transformer(True)
@@ -477,7 +477,7 @@ def test_the_budget_is_kept(leaves, rho, seed):
 # ---------------------------------------------------------------- CorDA
 @pytest.mark.parametrize("name", SHAPES)
 def test_corda(name):
-    """Of all updates of rank r, it leaves the least of ‖C·(W − Δ)‖; or has the smallest of it."""
+    """No other update of rank r leaves less of ‖C·(W − Δ)‖; or none has less of it."""
     c = np.asarray(MOMENTS[name], np.float64)
     i = c.shape[-1]
     c = c / (np.trace(c, axis1=1, axis2=2)[:, None, None] / i) + 0.01 * np.eye(i)

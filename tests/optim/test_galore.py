@@ -54,7 +54,7 @@ GRADIENTS = [{"wide": normal(i, 12, 20), "tall": normal(9 + i, 20, 12)} for i in
 
 
 def test_five_steps():
-    """Of a wide and of a tall matrix, with new subspaces at steps 0, 2 and 4; moments are kept."""
+    """A wide and a tall matrix, with new subspaces at steps 0, 2 and 4; moments are kept."""
     tx = lora.optim.scale_by_galore(rank=3, update_proj_gap=2, scale=0.25)
     got, state = trajectory(tx, GRADIENTS[0], GRADIENTS)
     for name in ("wide", "tall"):

@@ -56,7 +56,7 @@ def loaded(name, folder=None, **kwargs):
 
 
 def outputs(fn, params, adapters, x):
-    """Of the merged and of the adapted function, compiled together."""
+    """The merged and the adapted function, compiled together."""
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # quicker
     def both(params, adapters, x):

@@ -209,7 +209,7 @@ def test_a_table_that_is_the_head_is_refused(tmp_path):
 
 
 def test_a_part_of_a_torch_module(tmp_path):
-    """Of one torch weight, split into leaves here, all are DoRA or none."""
+    """The leaves of one torch weight are all DoRA, or none is."""
     _, _, _, _, found = read("split")
     del found.adapters["transformer"]["h"]["0"]["attn"]["k"]
     with fails("'transformer.h.0.attn.c_attn.weight' is a DoRA, but transformer/h/0/attn/k/kernel"):

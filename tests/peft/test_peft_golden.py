@@ -56,7 +56,7 @@ def test_every_folder_is_read():
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_outputs_and_bytes_are_those_of_peft(name, tmp_path):
-    """Of the adapted and of the merged function; and what is written is what PEFT wrote."""
+    """The adapted and the merged function; and what is written is what PEFT wrote."""
     fn, params, found = opened(name)
     x, base, want = g.inputs(name)
     assert error(base, want) > 1e-3, "the adapter changes nothing"
