@@ -173,7 +173,7 @@ class Trainer:
 
     @property
     def megabytes(self) -> tuple[float, float]:
-        """Bytes of the compiled step's arguments, results and temporaries; and of the optimiser's state."""
+        """The step's arguments, results and temporaries; the optimiser's state."""
         m = self.compiled.memory_analysis()
         step = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
         return step / 1e6, sum(x.nbytes for x in jax.tree.leaves(self.start0[1])) / 1e6

@@ -29,7 +29,7 @@ INWARD = ("o", "down", "embed")
 
 
 def spec(path, x) -> PartitionSpec:
-    """The spec of a base leaf: kernels (layers, in, out), embedding (vocab, width); norms everywhere."""
+    """Kernels (layers, in, out) and embedding (vocab, width) are split; norms lie everywhere."""
     if path[-1].key == "scale":
         return P()
     inward = any(key.key in INWARD for key in path)

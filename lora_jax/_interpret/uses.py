@@ -171,7 +171,7 @@ def _conv_axes(eqn: Equation) -> tuple[int, list[int]]:
 
 
 def _rows_first(ctx: Context, eqn: Equation, args: Sequence) -> Sequence:
-    """Where both are weights, the left one (rows that were looked up, or the like) becomes an array."""
+    """Where both are weights, the left one (looked-up rows, say) becomes an array."""
     x, w = args
     return (ctx.materialise(x, eqn), w) if is_weight(x) and is_weight(w) else args
 

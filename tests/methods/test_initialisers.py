@@ -477,7 +477,7 @@ def test_the_budget_is_kept(leaves, rho, seed):
 # ---------------------------------------------------------------- CorDA
 @pytest.mark.parametrize("name", SHAPES)
 def test_corda(name):
-    """No other update of rank r leaves less of ‖C·(W − Δ)‖; or none has less of it."""
+    """In "instruction": no update of rank r leaves less of ‖C·(W − Δ)‖. "knowledge": none has less of ‖CΔ‖."""
     c = np.asarray(MOMENTS[name], np.float64)
     i = c.shape[-1]
     c = c / (np.trace(c, axis1=1, axis2=2)[:, None, None] / i) + 0.01 * np.eye(i)
