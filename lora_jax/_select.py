@@ -68,7 +68,6 @@ class _Selection:
         self.config = config
         self.survey = None if survey is None else survey.within(self.leaves)
         self.failures: list[str] = []
-        self.used_rules: set[int] = set()
 
     def targets(self) -> Targets:
         config = self.config
