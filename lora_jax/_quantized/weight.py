@@ -218,7 +218,7 @@ class Quantized:
         at = self.read_at and NamedSharding(
             self.read_at.mesh, PartitionSpec(*self.read_at.spec[1:])
         )
-        # Axis 0 is gone: permutations start with it (see `sliceable`), and are numbered anew.
+        # Axis 0 is gone: each permutation is taken to begin with it, and is numbered anew.
         stack = max(self.stack - 1, 0)
         part = dataclasses.replace(self, stack=stack, read_at=at, moves=(), moved_to=None)
         for primitive, params in self.moves:
