@@ -17,6 +17,7 @@ from lora_jax._select import select
 from lora_jax._survey import Survey, survey
 from lora_jax._targets import Target, Targets
 
+# For type checkers and editors; when it runs, `__getattr__` imports them.
 if TYPE_CHECKING:
     from lora_jax import algebra, checkpoint, methods, optim, parallel, peft, quant
 
@@ -65,6 +66,7 @@ __all__ = [
 def __getattr__(name: str):
     """The namespaces, imported when they are first used: orbax alone takes a second."""
     if name in _NAMESPACES:
+        # This sets the attribute as well, so `__getattr__` is called once for each of them.
         return importlib.import_module(f"lora_jax.{name}")
     raise AttributeError(f"module 'lora_jax' has no attribute '{name}'")
 

@@ -93,36 +93,44 @@ class _Adapted(Traceable):
         if plan not in PLANS:
             raise LoRAError(f"plan={plan!r} is not one of {', '.join(PLANS)}")
         self.strict, self.plan = strict, plan
+        # One object for the lifetime of the transform: the cache of make_jaxpr is keyed by it.
         self._transform = functools.partial(_transformed, self)
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         constants, arrays = self.split(args, kwargs)
+        # A bound module is traced even where no weight in it is adapted: it shares Variables.
         if not any(map(is_weight, arrays)) and not nnx.is_bound((args, kwargs)):
             return self.fn(*args, **kwargs)
         try:
+            # They are a static argument of make_jaxpr, which keys its cache by them.
             hash(constants)
         except TypeError as e:
             raise LoRAError(
                 "an argument that is neither an array nor hashable cannot be a constant of the "
                 f"trace ({e}); pass it by closure: lora.adapt(lambda p, x: fn(p, x, thing))"
             ) from None
+        # Under an outer jit or scan the equations go straight into that trace.
         if compat.staging():
             out, changed = _transformed(self, constants, *arrays)
-        else:  # executed at once, from a cached jaxpr: inner loops are compiled once
+        else:
+            # Executed at once, and always from one jaxpr: its loops are compiled by the first call.
             jaxpr, shapes = jax.make_jaxpr(self._transform, static_argnums=0, return_shape=True)(
                 constants, *arrays
             )
             outs = compat.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(arrays))
             out, changed = jax.tree.unflatten(jax.tree.structure(shapes), outs)
+        # What was traced were new objects; here the caller's own get the new values.
         nnx.update((args, kwargs), changed)
         return out
 
     def interpret(self, constants: Constants, arrays: Sequence) -> tuple[Any, Coverage]:
         """The outputs with adapted weights, and what became of each leaf."""
         jaxpr, shapes = self.jaxpr(constants, arrays)
+        # A base whose gradient is stopped has no tangent, so no gradient of its size is formed.
         frozen = [_frozen(x) if is_weight(x) else x for x in _told_apart(arrays)]
         adapted = [x for x in frozen if isinstance(x, AdaptedWeight)]
         dropping = [x for x in adapted if x.drops] if self.plan == "merged" else []
+        # x·(W + s·A·B) has no input of the branch alone that could be dropped.
         raise_all(
             'plan="merged" cannot drop inputs of the low-rank branch:',
             [f"'{x.origin}' has dropout {x.dropout}" for x in dropping],
@@ -130,18 +138,22 @@ class _Adapted(Traceable):
         )
         interpreter = Interpreter(self.plan)
         fixed = self.parameters(constants, arrays)
+        # Without dead equations: a use that no output depends on is no use.
         outs = interpreter.run(*compat.live(jaxpr), frozen, fixed=fixed)
         untouched = {id(x) for x in frozen}
         outs = [
+            # Each rule returns a new object, so identity tells what `fn` returns as it got it.
             interpreter.returned(o, moved=id(o) not in untouched) if is_weight(o) else o
             for o in outs
         ]
+        # Codes without an adapter may be unused, and are no part of the coverage.
         leaves = {x.origin: x.shape for x in frozen if is_weight(x) and not isinstance(x, Coded)}
         coverage = Coverage.of(leaves, interpreter.events)
         return jax.tree.unflatten(jax.tree.structure(shapes), outs), coverage
 
 
 def _frozen(w: Followed) -> Followed:
+    # vmap and scan slice arrays; `axes` is static, and stays as `bind` made it.
     if len(w.axes) != w.ndim:
         raise LoRAError(
             f"the adapted weight '{w.origin}' has {w.ndim} axes here and {len(w.axes)} where it "
@@ -198,5 +210,6 @@ def coverage(
     call = _Adapted(fn, False, plan, static_argnums, static_argnames)
     constants, arrays = call.split(args, kwargs)
     found = []
+    # A coverage is no array: it leaves the trace by this list.
     jax.eval_shape(lambda xs: found.append(call.interpret(constants, xs)[1]), arrays)
     return found[0]

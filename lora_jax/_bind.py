@@ -64,11 +64,13 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
     def leaf(path: str, base: Any) -> Any:
         node = nodes.get(path)
         if node is None and is_quantized(base):
+            # Without a node it is still no array: the interpreter reads it at each product.
             return Coded(base, origin=path, axes=own_axes(base))
         if node is None:
             return _frozen(base)
         return node.weight(base, path, key)
 
+    # For a plain tree this is `map_with_path` alone.
     return map_shared(lambda tree: map_with_path(leaf, tree), params, nodes)
 
 
@@ -99,6 +101,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
             )
         elif (problem := node.misfit(tuple(leaves[path].shape))) is not None:
             shapes = ", ".join(f"{n} {getattr(node, n).shape}" for n in node.dims)
+            # Every array with one axis more or fewer: `choose` was forgotten, or was one too many.
             what = {1: f"a stack, {shapes}", -1: f"without their first axis, {shapes}"}
             problem = what.get(_more_axes(node) or 0, problem)
             failures.append(f"'{path}': {problem}")
@@ -114,11 +117,13 @@ def _corrected(flat: Mapping[str, Any], leaves: Mapping[str, Any], verb: str) ->
     nodes = {p: n for p, n in flat.items() if is_node(n)}
     if not any(p in leaves for p in nodes):
         first = next(iter(nodes))
+        # Adapters of "q/kernel", and a tree with "params/q/kernel".
         inside = [p.removesuffix(first) for p in leaves if p.endswith("/" + first)]
         for part in inside:
             if all(part + p in leaves for p in nodes):
                 keys = "".join(f'["{name}"]' for name in part.strip("/").split("/"))
                 return f"they are of a part of this tree: lora.{verb}(variables{keys}, adapters)"
+        # Adapters of "params/q/kernel", and a tree with "q/kernel".
         for path in leaves:
             if first.endswith("/" + path):
                 part = first.removesuffix(path)
@@ -152,6 +157,7 @@ def _more_axes(node: Node) -> int | None:
 
 def _frozen(x: Any) -> Any:
     """A leaf without an adapter: no gradient flows to it (`adapt` sees to the adapted ones)."""
+    # Only a tracer carries a gradient; a concrete array stays the same object.
     if isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating):
         return jax.lax.stop_gradient(x)
     return x

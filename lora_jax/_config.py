@@ -30,7 +30,8 @@ ALL_LINEAR = "all-linear"
 def as_patterns(patterns: Patterns) -> tuple[Pattern, ...]:
     if isinstance(patterns, str | re.Pattern) or callable(patterns):
         return (patterns,)
-    if isinstance(patterns, Set):  # whose order is that of the process
+    if isinstance(patterns, Set):
+        # The order of a set of strings differs from process to process.
         return tuple(sorted(patterns, key=describe))
     return tuple(patterns)
 
@@ -45,6 +46,7 @@ def matches(pattern: Pattern, path: str, leaf: Any = None) -> bool:
     >>> matches(re.compile(r".*[qv]_proj"), "layers/0/v_proj/kernel")
     True
     """
+    # "layers/0/q_proj/kernel", and its module, "layers/0/q_proj".
     names = [path, *([module_of(path)] if "/" in path else [])]
     match pattern:
         case re.Pattern():
@@ -81,6 +83,7 @@ class _Named:
     """Refuses names that are not its own by those that are, where Python would raise TypeError."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # `__new__` comes before the dataclass's `__init__`, which would raise a TypeError.
         own = list(inspect.signature(cls.__init__).parameters)[1:]
         failures, call = [], [repr(x) for x in args]
         for name, value in kwargs.items():
@@ -90,12 +93,14 @@ class _Named:
                 continue
             if ours != name:
                 failures.append(f"'{name}' is '{ours}' here")
+            # PEFT's rank_pattern is a dict: its value is not what `rules` takes.
             call.append(f"{ours}=..." if ours == "rules" else f"{ours}={value!r}")
         raise_all(f"{cls.__name__}:", failures, f"lora.{cls.__name__}({', '.join(call)})")
         return super().__new__(cls)
 
     def _put(self, **values: Any) -> None:
-        for name, value in values.items():  # it is frozen for others
+        # `__post_init__` sets its own fields; the dataclass is frozen for everyone else.
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
 
@@ -133,6 +138,7 @@ class Rule(_Named):
         if not _is_pattern(self.pattern):
             failures.append(f"pattern={self.pattern!r}, {ONE_PATTERN}")
         raise_all("invalid Rule:", failures, "for example: lora.Rule('w', batch_axes=(0,))")
+        # NumPy's and JAX's integers become Python's, so that equal rules are equal.
         self._put(**{n: _integers(x) for n in axes if (x := getattr(self, n)) is not None})
         self._put(**{n: number(getattr(self, n)) for n in ("rank", "alpha", "dropout")})
 
@@ -210,6 +216,7 @@ class LoRAConfig(_Named):
             floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
         except TypeError:
             floating = False
+        # np.dtype(None) is float64: None has a check of its own.
         if not floating or self.dtype is None:
             failures.append(f"dtype={self.dtype}: expected a floating-point type")
         if not isinstance(self.rank_stabilized, bool):
@@ -235,10 +242,12 @@ class LoRAConfig(_Named):
     def _bad_patterns(self) -> Iterable[str]:
         for name in ("targets", "exclude", "full"):
             value = getattr(self, name)
+            # `all` of nothing is True: an empty sequence passes, an empty string must not.
             several = isinstance(value, Iterable) and value != "" and all(map(_is_pattern, value))
             if not (_is_pattern(value) or several):
                 yield f"{name}={value!r}: expected one or several patterns; {ONE_PATTERN}"
             elif name == "targets" and several and not (value or self._others):
+                # With `full`, `rows` or `bias` an empty list is right: only those are trained.
                 yield "targets=[]: nothing would be adapted; name leaves, or 'all-linear'"
         if not isinstance(self.rows, Mapping):
             yield f"rows={self.rows!r}: expected {{pattern: row numbers}}, {{'embed': [7, 8]}}"
@@ -249,6 +258,7 @@ class LoRAConfig(_Named):
 
     def __hash__(self) -> int:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        # A dict is not hashable; a frozenset of its items forgets their order, as == does.
         return hash(tuple((values | {"rows": frozenset(self.rows.items())}).values()))
 
     def to_json(self) -> str:
@@ -272,6 +282,7 @@ class LoRAConfig(_Named):
         """
         values = fields_of(cls, text)
         if isinstance(values.get("rules"), tuple):
+            # A file may lack the pattern: `Rule` refuses None with a message of its own.
             none: dict[str, Any] = {"pattern": None}
             rule = lambda x: Rule(**none | x) if isinstance(x, dict) else x
             values["rules"] = tuple(map(rule, values["rules"]))
@@ -308,6 +319,7 @@ def _integers(x: Any) -> tuple[int, ...] | None:
         found = None if isinstance(x, str | bytes | Mapping) else tuple(map(integer, x))
     except TypeError:
         return None
+    # `integer` gives None for booleans and traced numbers: one of them is enough.
     known = tuple(n for n in found or () if n is not None)
     return known if found is not None and len(known) == len(found) else None
 

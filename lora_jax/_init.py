@@ -72,6 +72,7 @@ def init(
     failures: list[str] = []
     for path, t in targets.lora.items():
         flat[path] = _lora(path_key(key, path), path, t, config, failures)
+    # These start at the base's own values, so the function is unchanged.
     for path in targets.full:
         flat[path] = Full(jnp.asarray(near(value(leaves[path]))).astype(config.dtype))
     for path, (shape, index) in targets.rows.items():
@@ -87,7 +88,9 @@ def init(
 
 def _lora(key: jax.Array, path: str, t: Target, config: LoRAConfig, failures: list[str]) -> LoRA:
     a_shape, b_shape = t.geometry.factor_shapes(t.shape, t.rank)
+    # fan_in is that of one weight, not of the stack: the product of its in axes.
     random = _initialiser(config.init, fan_in=t.geometry.sizes(t.shape)[1], rank=t.rank)
+    # A function for A is asked for A, whatever the leaf.
     if t.embedding and not callable(config.init):
         a = jnp.zeros(a_shape, config.dtype)
         b = jax.random.normal(key, b_shape, config.dtype)
@@ -103,6 +106,8 @@ def _initialiser(init: str | Callable, fan_in: int, rank: int) -> Callable:
     if callable(init):
         return init
     if init == "gaussian":
+        # The standard deviation is 1 / rank, as in PEFT.
         return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) / rank
-    bound = 1 / math.sqrt(fan_in)  # Kaiming-uniform with a = √5
+    # Kaiming-uniform with a = √5: gain √(2 / (1 + a²)), and the bound is gain · √(3 / fan_in).
+    bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)

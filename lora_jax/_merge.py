@@ -101,6 +101,7 @@ def _each(
         if path not in nodes:
             return _value(base) if is_quantized(base) and not requantize else base
         merged, finite = _merged(base, nodes[path], sign, donate)
+        # `not finite` waits for the device, so that only one leaf is in work at a time.
         if not isinstance(finite, jax.core.Tracer) and not finite:
             bad.append(f"'{path}' {tuple(base.shape)} holds NaN or infinity after merging")
         return base.of(merged) if requantize and is_quantized(base) else merged
@@ -120,20 +121,25 @@ def _merged(base: Any, node: Node, sign: float, donate: bool) -> tuple[Any, Any]
             "cannot merge abstract parameters; wrap the call: "
             "jax.eval_shape(lora.merge, params, adapters)"
         )
+    # A traced value can be neither donated nor placed; its memory space is kept.
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((base, node))):
         merged, finite = _merge_leaf(sign, *near((base, node)))
         return away(merged, base), finite
-    if is_quantized(base):  # codes are too small to hold what is merged
+    if is_quantized(base):
+        # Codes are not donated: they are too small to hold what is merged.
         return _jitted(sign, False)(*near((base, node)))
     copy, node = near((base, node))
+    # A copy from the host is nobody else's: it always gives its memory.
     merged, finite = _jitted(sign, donate or copy is not base)(copy, node)
     if copy is not base and donate:
+        # Only its copy on the device was donated.
         base.delete()
     if isinstance(base, np.ndarray):
         return np.asarray(merged), finite
     return jax.device_put(merged, base.sharding), finite  # no copy where it is there already
 
 
+# Jitted: op by op, each step of the decoding would be an array of the size of W.
 _value = jax.jit(value)
 
 

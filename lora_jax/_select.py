@@ -66,9 +66,9 @@ class _Selection:
         self.survey_call = survey_call(params)
         self.leaves = {p: x for p, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
         self.config = config
+        # A survey of the whole model serves a part of its tree: paths are the tree's from here on.
         self.survey = None if survey is None else survey.within(self.leaves)
         self.failures: list[str] = []
-        self.used_rules: set[int] = set()
 
     def targets(self) -> Targets:
         config = self.config
@@ -81,6 +81,7 @@ class _Selection:
         rows = self._rows()
         self._used("full", full)
         self._used("rows", rows)
+        # One path holds one node, so that no two parts may claim a leaf.
         for path in self.leaves:
             claims = [
                 name
@@ -116,6 +117,7 @@ class _Selection:
         reasons = {}
         for path, leaf in known.items():
             if path in excluded:
+                # What the kernel passes before its product; nothing if it enters that as it is.
                 by = ", ".join(f"`{u.primitive}`" for u in leaf.uses if not leaf.products)
                 reasons[path] = "excluded" + (f"; it is contracted after {by}" if by else "")
             elif leaf.head:
@@ -139,6 +141,7 @@ class _Selection:
             linear = []
         self._all_match("targets", patterns)
         meant = {p for t in patterns for p in self._meant(t)}.union(linear)
+        # In the tree's order, whatever the order of the patterns.
         return [p for p in self.leaves if p in meant]
 
     def _all_linear(self, survey: Survey) -> list[str]:
@@ -164,9 +167,11 @@ class _Selection:
         """
         found = [p for p, x in self.leaves.items() if matches(pattern, p, x)]
         weights = [p for p in found if self._is_weight(pattern, p)]
+        # No weight: kernels, for an error that names them; no kernel: all that matches.
         return weights or [p for p in found if len(self.leaves[p].shape) >= 2] or found
 
     def _is_weight(self, pattern: Pattern, path: str) -> bool:
+        # A predicate, or the end of the leaf's own path: this leaf is meant, whatever it is.
         if callable(pattern) or (isinstance(pattern, str) and f"/{path}".endswith(f"/{pattern}")):
             return True
         if self.survey is None:
@@ -213,6 +218,7 @@ class _Selection:
         _, inner, outer = geometry.sizes(shape)
         rank, alpha, dropout = rule.rank, rule.alpha, rule.dropout
         assert rank is not None and alpha is not None and dropout is not None  # by `rule`
+        # Beyond it the rank of A·B does not grow, and A and B have more numbers than W.
         if rank > min(inner, outer):
             self.failures.append(
                 f"'{path}' {shape}: rank {rank} exceeds min(in={inner}, out={outer}); give it "
@@ -238,6 +244,7 @@ class _Selection:
             found = Geometry((0,), (1,))  # Flax's convention: in × out
         if found is None and (rule.in_axes is None or rule.out_axes is None):
             self.failures.append(
+                # With a survey: what uses it. Without one: how to say which axes are which.
                 f"'{path}' {shape} is used by no contraction, convolution or look-up "
                 f"({', '.join(dict.fromkeys(u.primitive for u in known.uses)) or 'unused'})"
                 + f", but enters one after that: exclude=['{path}']"
@@ -251,16 +258,19 @@ class _Selection:
         batch = (
             rule.batch_axes if rule.batch_axes is not None else (found.batch_axes if found else ())
         )
+        # Negative axes count from the end, as in NumPy.
         batch = tuple(d % len(shape) for d in batch)
         own = [
             None if axes is None else tuple(d % len(shape) for d in axes)
             for axes in (rule.in_axes, rule.out_axes)
         ]
+        # What the rule leaves open the survey says, less the axes that the rule makes a stack.
         inner, outer = (
             axes if axes is not None else tuple(d for d in old if d not in batch)
             for axes, old in zip(own, (found.in_axes, found.out_axes) if found else ((), ()))
         )
         if rule.in_axes is not None and rule.out_axes is None:
+            # In axes alone: the rule has the last word, and the rest is out.
             outer = tuple(d for d in range(len(shape)) if d not in batch + inner)
         geometry = Geometry(inner, outer, batch)
         if not geometry.covers(len(shape)):
@@ -287,6 +297,7 @@ class _Selection:
                 if jnp.issubdtype(x.dtype, jnp.floating):
                     chosen.append(path)
                 elif not is_bias:
+                    # A pattern that names integers is a mistake; bias="all" passes over them.
                     self.failures.append(
                         f"'{path}' is of type {x.dtype}; only floating-point leaves can be trained"
                     )
@@ -310,6 +321,7 @@ class _Selection:
                         "of (rows, features)"
                     )
                 elif len(set(index)) != len(index) or not all(0 <= i < x.shape[0] for i in index):
+                    # A row that is named twice would have two trained values.
                     self.failures.append(
                         f"rows: '{path}' has rows 0 to {x.shape[0] - 1}, each to "
                         f"be named once; found {index}"
@@ -325,10 +337,12 @@ def _guess(pattern: Pattern) -> str:
         return ""
     if pattern.lower().replace("_", "-") in ("all", "linear", "all-linear", "*-linear"):
         return f"did you mean '{ALL_LINEAR}'? "
+    # "q_proj, v_proj" or "q_proj|v_proj"
     names = [name.strip() for name in re.split(r"[,\s|]", pattern) if name.strip()]
     if len(names) > 1 and all(re.fullmatch(r"[\w/.*?-]+", name) for name in names):
         either = f" or re.compile({pattern!r})" if "|" in pattern else ""
         return f"did you mean {names}{either}? "
+    # ".*attn.*(q|v)" is a regular expression to PEFT; here a string is a suffix or a glob.
     if re.search(r"[|^$\\+(]|\.\*", pattern):
         return f"did you mean re.compile({pattern!r})? "
     return ""

@@ -59,7 +59,9 @@ class Leaf:
         if not products:
             return None
         use = products[0]
+        # Experts (E, d, k) applied to all tokens: the product leaves E free, but it is a stack.
         outer = tuple(d for d in use.out_axes if d or not self.stacks)
+        # What is neither in nor out stacks separate weights: layers of a scan, experts.
         batch = set(range(len(self.shape))) - set(use.in_axes) - set(outer)
         return Geometry(use.in_axes, outer, tuple(sorted(batch)))
 
@@ -97,6 +99,7 @@ class Survey:
         the model and in its blocks. Where none or several have them, each leaf is found alone.
         """
         paths = tuple(paths)
+        # Each leaf that may be the first path gives a candidate for the part's prefix.
         ends = [p for p in self.leaves if f"/{p}".endswith(f"/{paths[0]}")] if paths else []
         parts = [p.removesuffix(paths[0]) for p in ends]
         fits = [part for part in parts if all(part + p in self.leaves for p in paths)]
@@ -144,6 +147,7 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
     """
     _check_function(fn)
     flat = {path: x for path, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
+    # A probe in each weight's place is followed as an adapted weight is, without factors.
     call = Traceable(fn)
     constants, arrays = call.split((map_state(_probes, params), *args), kwargs)
     # Integers and complex numbers may be weights too: in no low rank, but not in silence.
@@ -156,7 +160,10 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
         jaxpr, consts = compat.live(jaxpr)
         interpreter = Interpreter()
         outs = interpreter.run(jaxpr, consts, arrays, fixed=call.parameters(constants, arrays))
+        # Two walks of one jaxpr: who uses each leaf, and what its products lead to.
+        # Neither result is an array: they leave the trace by this list.
         found.extend((interpreter.events, Flow(jaxpr, origins)))
+        # eval_shape takes arrays: a probe that `fn` returns is its base again.
         return [o.base if is_weight(o) else o for o in outs]
 
     jax.eval_shape(trace, arrays)
@@ -206,5 +213,6 @@ def _probe(path: str, x: Any) -> Any:
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     if is_quantized(x):
+        # Surveyed as the array that it stands for: geometry is a matter of shapes.
         x = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return Probe(x, origin=path, axes=own_axes(x))

@@ -80,6 +80,7 @@ class Targets:
         )
 
     def __hash__(self) -> int:
+        # Mappings are not hashable; a frozenset of items is equal where they are.
         parts = (self.lora, self.full, self.rows, self.left)
         return hash((*(frozenset(x.items()) for x in parts), self.config, self.total))
 
@@ -106,10 +107,12 @@ class Targets:
         """
         values = fields_of(cls, text)
         try:
+            # `plain` wrote dataclasses as dicts: inner ones are made before outer ones.
             lora = {
                 p: t | {"geometry": Geometry(**t["geometry"])} for p, t in values["lora"].items()
             }
             values["lora"] = {p: Target(**t) for p, t in lora.items()}
+            # `fields_of` made tuples and compiled patterns of it: back to what JSON holds.
             values["config"] = LoRAConfig.from_json(plain(values["config"]))
             return cls(**values)
         except (AttributeError, KeyError, TypeError) as e:

@@ -60,6 +60,7 @@ def opened(jaxpr: Any) -> tuple[Any, tuple]:
 def live(jaxpr: Any) -> tuple[Any, tuple]:
     """`opened`, without the equations that no output depends on."""
     jaxpr, consts = opened(jaxpr)
+    # instantiate: inputs stay, used or not, as arguments go by position.
     return partial_eval.dce_jaxpr(jaxpr, True, instantiate=True)[0], consts
 
 
@@ -73,6 +74,7 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 def shard_map_axes(params: dict[str, Any]) -> frozenset:
     """The mesh axes that a shard_map equation makes manual."""
+    # The name differs by version; without either every axis of the mesh is manual.
     for name in ("newly_manual_axes", "manual_axes"):
         if name in params:
             return frozenset(params[name])
@@ -81,14 +83,17 @@ def shard_map_axes(params: dict[str, Any]) -> frozenset:
 
 def is_unspecified(sharding: Any) -> bool:
     """Whether a sharding in a jit equation's parameters was left to the compiler."""
+    # What is unspecified is a sentinel of a class that JAX keeps private.
     return not isinstance(sharding, jax.sharding.Sharding)
 
 
 @contextlib.contextmanager
 def eqn_context(eqn: Any, scopes: slice = slice(None)) -> Generator[None, None, None]:
     """Binds what follows under an equation's own scopes, source line and JAX configuration."""
+    # The names that profiles and HLO show: those of the trace outside, then the equation's.
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack[scopes]
     traceback = eqn.source_info.traceback
+    # `ctx`: the compute type, mesh and XLA metadata under which the equation was traced.
     with source_info_util.user_context(traceback, name_stack=name_stack), eqn.ctx.manager:
         yield
 
@@ -101,11 +106,13 @@ def scopes(eqn: Any) -> tuple[str, ...]:
 def source_line(eqn: Any) -> str:
     """`file.py:line:column (function)` of what made the equation; "" if it is JAX's own code."""
     path, _, where = source_info_util.summarize(eqn.source_info).rpartition("/")
+    # With its last two folders: files of several models may share a name.
     return "/".join([*path.split("/")[-2:], where]).lstrip("/")
 
 
 def same_vma(*arrays: Any) -> list:
     """The arrays, all varying over the manual mesh axes that any of them varies over."""
+    # jax.lax inserts such casts by itself; a primitive that is bound directly does not.
     union = frozenset().union(*map(varying, arrays))
     return [vary(x, union) for x in arrays]
 
@@ -140,6 +147,7 @@ def abstract(
 ) -> jax.ShapeDtypeStruct:
     """The type of what is made of arrays: with a sharding, if that is part of theirs, and varying
     over the manual mesh axes that any of them varies over."""
+    # Abstract arrays, as in a survey: nothing more is known of them.
     if not all(isinstance(x, jax.core.Tracer | jax.Array) for x in arrays):
         return jax.ShapeDtypeStruct(shape, dtype)
     axes = frozenset().union(*map(varying, arrays))
@@ -164,6 +172,7 @@ def explicit_sharding(x: Any) -> Any:
 def one_device(x: Any) -> bool:
     """Whether the shape of x is what one device holds: no mesh axis is left to the compiler."""
     mesh = jax.typeof(x).sharding.mesh
+    # A manual axis counts as one device: under shard_map a shape is that of a part.
     return all(
         size == 1 or kind == jax.sharding.AxisType.Manual
         for size, kind in zip(mesh.axis_sizes, mesh.axis_types)
@@ -179,6 +188,7 @@ def lowered_for(lowered: Any) -> tuple[jax.Device, ...]:
 def staging() -> bool:
     """Whether operations are recorded, under a jit or the like, and not executed at once."""
     trace = core.trace_ctx.trace
+    # A JVP's or vmap's trace may be on top; what records is further out.
     while trace is not None:
         if isinstance(trace, partial_eval.DynamicJaxprTrace):
             return True
@@ -212,10 +222,12 @@ def primitive(
     p.multiple_results = True
     derived = derived or impl
 
+    # Outside of any jit a primitive runs this: one compiled program, not the steps of `impl`.
     @functools.lru_cache(maxsize=1024)
     def jitted(**params: Any) -> Callable:
         return jax.jit(functools.partial(p.bind, **params))
 
+    # Each equation asks for its types, and this traces `impl`: kept by types and parameters.
     @functools.lru_cache(maxsize=1024)
     def avals(*args: Any, **params: Any) -> list:
         return out_avals(functools.partial(impl, **params), args)
@@ -229,11 +241,13 @@ def primitive(
 
     def transpose_rule(cts: Sequence, *args: Any, **params: Any) -> list:
         assert transpose is not None  # else this rule is not registered
+        # An argument that is transposed comes as UndefinedPrimal: a type without a value.
         linear = [ad.is_undefined_primal(x) for x in args]
         args = tuple(x.aval if is_linear else x for x, is_linear in zip(args, linear))
         cts = [_nonzero(ct) for ct in cts]
         some = any(ct is not None for ct in cts)
         outs = transpose(cts, *args, **params) if some else [None] * len(args)
+        # Each linear argument gets a cotangent, a symbolic zero at least; the others None.
         zero = lambda x, out: ad.Zero(x) if out is None else out
         return [
             zero(x, out) if is_linear else None for x, out, is_linear in zip(args, outs, linear)
@@ -253,6 +267,7 @@ def primitive(
 
     p.def_impl(lambda *args, **params: jitted(**params)(*args))
     p.def_abstract_eval(avals)
+    # Lowered inline: what is compiled is `impl` itself, and no call.
     mlir.register_lowering(p, mlir.lower_fun(impl, multiple_results=True))
     if cpu is not None:
         mlir.register_lowering(p, mlir.lower_fun(cpu, multiple_results=True), platform="cpu")

@@ -18,10 +18,12 @@ Labels = Sequence[Hashable]  # one for each axis of an array; equal ones are the
 
 
 def cast(x: jax.Array, dtype: Any) -> jax.Array:
-    """x in `dtype`; its real part, where that is real: such is the gradient of what is real."""
+    """x in `dtype`. A real `dtype` takes the real part of a complex x, as the gradient of a real
+    input does."""
     if x.dtype == dtype:
         return x
     if _is_complex(x.dtype) and not _is_complex(dtype):
+        # convert_element_type would drop the imaginary part with a warning.
         x = lax.real(x)
     return lax.convert_element_type(x, dtype)
 
@@ -33,11 +35,12 @@ def wide(dtype: Any) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def holding(*dtypes: Any) -> Any:
-    """The narrowest of bf16, fp16, fp32, fp64 and the complex types that holds all of `dtypes` that
-    are one of them; bf16, where none is."""
+    """The narrowest float or complex type that holds all of `dtypes`. Integers and 8-bit floats do
+    not count; where there is nothing else, it is bf16."""
     held = {jnp.dtype(t) for t in dtypes if _has_range(t)}
     if len(held) < 2:
         return held.pop() if held else jnp.dtype(jnp.bfloat16)
+    # Two types or more: of bf16 and fp16 neither holds the other, so fp32 is the least that can.
     return np.result_type(np.float32, *(t for t in held if t.itemsize > 2))
 
 
@@ -114,6 +117,7 @@ def contract(
     """
     x, xl = _sum_lone(x, xl, yl, out)
     y, yl = _sum_lone(y, yl, xl, out)
+    # Labels of both: batch axes where the result has them, else summed.
     both = [d for d in xl if d in yl]
     batch = [d for d in both if d in out]
     summed = [d for d in both if d not in out]
@@ -126,6 +130,7 @@ def contract(
     zl = [*batch, *(d for d in xl if d not in both), *(d for d in yl if d not in both)]
     if sharding is not None:
         named = isinstance(sharding, NamedSharding)
+        # `sharding` is in the order of `out`; dot_general wants that of its own result.
         axis = dict(zip(out, sharding.spec if named else sharding))
         spec = PartitionSpec(*(axis.get(d) for d in zl))
         params["out_sharding"] = NamedSharding(sharding.mesh, spec) if named else spec
@@ -136,6 +141,7 @@ def contract(
 
 def _sum_lone(x: jax.Array, xl: Labels, yl: Labels, out: Labels) -> tuple[jax.Array, Labels]:
     """x summed over its labels that neither the other operand nor the result has, and the rest."""
+    # dot_general cannot sum an axis that one operand alone has.
     lone = tuple(i for i, d in enumerate(xl) if d not in yl and d not in out)
     if not lone:
         return x, tuple(xl)

@@ -28,6 +28,7 @@ def raise_all(title: str, failures: Iterable[str], fix: str = "") -> None:
     """Raises one `LoRAError`, if there are `failures`: the first ones, and how many more."""
     failures = iter(failures)
     lines = [f"  - {f}" for f in itertools.islice(failures, SHOWN)]
+    # The rest is counted and not kept: the wrong tree may give thousands.
     more = sum(1 for _ in failures)
     lines += [f"  and {more:,} more"] * (more > 0)
     if lines:
@@ -46,6 +47,7 @@ _METHODS = "astype reshape transpose sum mean dot ravel take flatten squeeze swa
 
 def refuse_use(cls: type, refuse: Callable) -> None:
     """Makes any use of a `cls` as the array that it stands for a call of `refuse`, which raises."""
+    # Python looks dunders up on the class alone, never on the instance.
     for name in [*(f"__{name}__" for name in _DUNDERS), *_METHODS]:
         setattr(cls, name, refuse)
     for name in ("T", "mT", "at"):
@@ -53,7 +55,7 @@ def refuse_use(cls: type, refuse: Callable) -> None:
 
 
 def quoted(text: str, most: int = 80) -> str:
-    """What a file of a stranger holds, for a message: in quotes, escaped, and cut.
+    """Text from a stranger's file, for a message: in quotes, escaped, and cut.
 
     >>> quoted("a\\x1b[2J" + "b" * 90, 12)
     "'a\\\\x1b[2Jbbbbbbb…'"

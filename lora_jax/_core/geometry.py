@@ -19,11 +19,13 @@ from jax.sharding import PartitionSpec
 
 def names(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
+    # None, the name of one mesh axis, or a tuple of names.
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+# A field of the tree's structure and no leaf: jax.tree.map and gradients pass over it.
 static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
 
@@ -33,25 +35,31 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 RANK = -1  # the label of a factor's rank axis, and of a seed's words
 
 
+# The kind of the keys of dropout masks, whatever kind the user's key is of.
 SEED_IMPL = "threefry2x32"
 
 
 def spec_along(dims: tuple[int, ...], spec: Iterable) -> PartitionSpec:
     """The PartitionSpec of an array whose axes run along `dims` of a weight with `spec`."""
+    # RANK, −1, is no axis of a spec: the rank is never sharded.
     of = dict(enumerate(spec))
     return PartitionSpec(*(of.get(d) for d in dims))
 
 
 def blocks_of(old: Sequence[int], new: Sequence[int]) -> list | None:
     """The smallest groups of adjacent axes of two shapes that hold the same number of elements."""
+    # Without elements every grouping would do.
     if 0 in old or 0 in new:
         return None
     found, i, j = [], 0, 0
     while i < len(old) or j < len(new):
+        # A group is old[i:a] and new[j:b], of m and n elements. At the end of one shape only
+        # axes of size 1 are left of the other: (8,) to (8, 1) ends with the group ((), (1,)).
         a, b = i + 1, j + 1
         m = old[i] if i < len(old) else 1
         n = new[j] if j < len(new) else 1
         a, b = min(a, len(old)), min(b, len(new))
+        # The side with fewer elements takes its next axis, until both have the same number.
         while m != n:
             if m < n:
                 m, a = m * old[a], a + 1
@@ -96,15 +104,18 @@ class Geometry:
 
     def matrices(self, w: jax.Array) -> jax.Array:
         """A leaf, or what has its shape, as (n, in, out)."""
+        # (*batch, *in, *out), then (n, in, out)
         return w.transpose(self._order).reshape(self.sizes(w.shape))
 
     def leaf(self, m: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Matrices (n, in, out) in the leaf's shape."""
         m = m.reshape([shape[d] for d in self._order])
+        # The inverse permutation: axis d of the leaf is where `_order` has it.
         return m.transpose([self._order.index(d) for d in range(len(shape))])
 
     def pair(self, a: Array, b: Array) -> tuple[Array, Array]:
         """The factors A and B as (n, in, r) and (n, r, out)."""
+        # a: (*batch, *in, r); b: (*batch, r, *out)
         n = len(self.batch_axes)
         batch, rank = math.prod(a.shape[:n]), a.shape[-1]
         inner, outer = math.prod(a.shape[n:-1]), math.prod(b.shape[n + 1 :])
@@ -147,6 +158,7 @@ class Factor:
 
     def relabel(self, label: Mapping[int, int]) -> Factor:
         """Renames the axes; those of size 1 without a new name are squeezed out."""
+        # squeeze refuses a longer axis, along which something would be lost.
         gone = tuple(i for i, d in enumerate(self.dims) if d != RANK and d not in label)
         value = jax.lax.squeeze(self.value, gone) if gone else self.value
         label = {**label, RANK: RANK}
@@ -157,6 +169,7 @@ class Factor:
         new = tuple(d for d in sizes if not self.has(d))
         if not new:
             return self
+        # lax.broadcast puts new axes in front, in the order of its sizes.
         return Factor(jax.lax.broadcast(self.value, [sizes[d] for d in new]), (*new, *self.dims))
 
     def order(self, dims: tuple[int, ...]) -> Factor:
@@ -166,5 +179,6 @@ class Factor:
         return Factor(jax.lax.transpose(self.value, [self.dims.index(d) for d in dims]), dims)
 
     def sorted(self, rank_first: bool = False) -> Factor:
+        """The same factor with its axes in the weight's order, the rank last or first."""
         dims = tuple(sorted(d for d in self.dims if d != RANK))
         return self.order((RANK, *dims) if rank_first else (*dims, RANK))

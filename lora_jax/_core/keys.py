@@ -25,8 +25,10 @@ def as_key(key: Any, call: str = "lora.init({key}, params, config)") -> jax.Arra
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return key
+    # A raw key of jax.random.PRNGKey; with more axes it would be several keys.
     if dtype == jnp.uint32 and jnp.ndim(key) == 1:
         return jax.random.wrap_key_data(key)
+    # `init(7, params, config)`: the integer was meant as a seed.
     seed = key if isinstance(key, int) and not isinstance(key, bool) else 0
     raise LoRAError(
         f"expected a PRNG key, found {type(key).__name__}: "

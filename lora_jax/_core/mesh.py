@@ -22,8 +22,8 @@ def placement(x: Any) -> NamedSharding | None:
 
 
 def anywhere(fn: Callable) -> Callable:
-    """`fn` of trees of arrays on meshes of any kind. Where shardings are part of types, inside the
-    compiler decides on them all the same, and the results are replicated."""
+    """`fn` of trees of arrays on meshes of any kind. Explicit axes are automatic inside of it: the
+    compiler decides on shardings there, and the results are replicated."""
 
     @functools.wraps(fn)
     def call(*args: Any):
@@ -32,6 +32,7 @@ def anywhere(fn: Callable) -> Callable:
         if where is None:
             return fn(*args)
         mesh = where.mesh
+        # Only these change: an axis that an outer shard_map made manual stays so.
         explicit = [n for n, t in zip(mesh.axis_names, mesh.axis_types) if t == AxisType.Explicit]
         replicated = NamedSharding(mesh, PartitionSpec())
         run = jax.sharding.auto_axes(fn, axes=tuple(explicit), out_sharding=replicated)
@@ -44,6 +45,7 @@ def laid(x: jax.Array, where: NamedSharding | None) -> jax.Array:
     """x, there; None: where it is."""
     if where is None:
         return x
+    # device_put takes concrete arrays and meshes of devices; `reshard` takes the others.
     traced = isinstance(x, jax.core.Tracer) or not isinstance(where.mesh, Mesh)
     return jax.sharding.reshard(x, where) if traced else jax.device_put(x, where)
 
@@ -52,6 +54,7 @@ def placed(node: Any, where: NamedSharding | None) -> Any:
     """An adapter's node where the leaf's sharding puts it (see `lora.parallel.shardings`)."""
     if where is None:
         return node
+    # A place has to be named here: what is unconstrained is replicated.
     spec = PartitionSpec(*(None if x is PartitionSpec.UNCONSTRAINED else x for x in where.spec))
     own = jax.tree.map(lambda s: NamedSharding(where.mesh, s), node.specs(spec))
     explicit = AxisType.Explicit in where.mesh.axis_types

@@ -75,17 +75,21 @@ def map_shared(fn: Callable[[Any], Any], tree: Any, replaced: Container[str]) ->
     graph, state = nnx.split(tree)
 
     def either(keys: tuple, old: Any, new: Any):
+        # A module may hold an array without a Variable around it.
         if not _is_variable(old):
             return old if path_of(keys) not in replaced else new
+        # A weight in codes has no adapter, and what stands for it is new all the same.
         leaves = jax.tree_util.tree_leaves_with_path(new, is_leaf=whole())
         changed = any(path_of((*keys, *k)) in replaced or whole()(x) for k, x in leaves)
         return new if changed else old
 
     state = jax.tree_util.tree_map_with_path(either, state, fn(state), is_leaf=_is_variable)
     module = nnx.merge(graph, state)  # of these very variables
+    # Both walks are of one graph, in one order.
     for new, old in zip(_members(module), _members(tree)):
         if new is not old and not _is_variable(new):
             _ORIGINALS[id(new)] = weakref.ref(old)
+            # A later object may get the same id: the entry goes when this object does.
             weakref.finalize(new, _ORIGINALS.pop, id(new), None)
     return module
 
@@ -127,8 +131,10 @@ def pack(args: Any) -> tuple[Any, Packed]:
     """(the arguments with a mark for each object, those objects)."""
     objects = _objects(args)
     graph, state = nnx.split(objects)
+    # `nnx.split` puts the very Variables into the state, so that identity tells them.
     leaves, structure = jax.tree.flatten(state, is_leaf=_is_variable)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaves)):
+        # The Variables that a bound module shares with its original: no gradient flows to them.
         frozen = {
             id(v)
             for original in map(_original, _members(objects))
@@ -179,6 +185,7 @@ def _contents(x: Any) -> dict[str, tuple[list, Any]]:
     """{attribute: (leaves, structure)} of an object; a variable has one, without a name."""
     if _is_variable(x):
         return {"": jax.tree.flatten(x, is_leaf=whole())}
+    # "_pytree__" begins what NNX keeps for itself.
     return {k: _flat(v) for k, v in vars(x).items() if not str(k).startswith("_pytree__")}
 
 
@@ -198,6 +205,7 @@ def _same(old: tuple[list, Any] | None, new: tuple[list, Any]) -> bool:
         old is not None
         and old[1] == new[1]
         and all(
+            # Data by identity, as a tracer has no truth value; constants by type and value.
             a is b or (not (_is_data(a) or _is_data(b)) and type(a) is type(b) and a == b)
             for a, b in zip(old[0], new[0])
         )
@@ -242,15 +250,18 @@ def changes(before: list) -> Changes:
         for k, content in now.items():
             if _same(old.get(k), content):
                 continue
+            # A Variable has one entry; any other object has one for each attribute.
             if _is_variable(x):
                 variables[i] = x
             else:
                 new[i, k] = vars(x)[k]
     leaves, structure = zip(*map(_flat, new.values())) if new else ((), ())
     leaves = [x for each in leaves for x in each]
+    # New objects leave as one graph: two attributes may hold the same one.
     graph, state = nnx.split([x for x in leaves if _is_object(x)])
     number = {id(x): i for i, (x, _) in enumerate(before)}
     parts, treedef = jax.tree.flatten(state, is_leaf=_is_variable)
+    # A Variable that was there before the call goes by its number; it has its own change.
     known = tuple(number.get(id(x)) for x in parts)
     return Changes(
         variables,
@@ -276,6 +287,7 @@ def update(args: Any, new: Changes) -> None:
         for i, variable in new.variables.items():
             members[i].update_from_state(variable)
         for (i, name), value in zip(new.attributes, _values(members, new)):
+            # NNX takes an attribute as data, and not as a constant, where this mark says so.
             data = any(map(_is_data, _flat(value)[0]))
             for x in _both(members[i]):
                 _set(x, name, nnx.data(value) if data else value)
@@ -303,6 +315,7 @@ def _both(member: Any) -> list:
 
 def _values(members: list, new: Changes) -> list:
     graph, treedef = new.graph
+    # The reverse of `changes`: for numbers the caller's objects, for marks the new values.
     parts = [x if n is None else members[n] for n, x in zip(new.known, new.state)]
     objects = iter(nnx.merge(graph, jax.tree.unflatten(treedef, parts)))
     arrays, (leaves, structures) = iter(new.arrays), new.values

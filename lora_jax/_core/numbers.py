@@ -16,6 +16,7 @@ def integer(x: Any) -> int | None:
     (4, None, None)
     """
     try:
+        # A traced integer raises a TypeError of JAX's here, and 4.0 one of Python's.
         return None if jnp.issubdtype(jnp.result_type(x), jnp.bool_) else operator.index(x)
     except TypeError:
         return None

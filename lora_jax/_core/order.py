@@ -32,6 +32,7 @@ def _times_one(x: jax.Array, y: jax.Array) -> list[jax.Array]:
     """y times a one that XLA does not foresee: the bits of an element of x, clamped to [1, 1]."""
     first = lax.squeeze(lax.slice(x, [0] * x.ndim, [1] * x.ndim), range(x.ndim))
     first = lax.real(first) if jnp.iscomplexobj(first) else first
+    # As an integer: the clamp of a NaN would be NaN.
     bits = lax.bitcast_convert_type(first, np.dtype(f"int{8 * first.dtype.itemsize}"))
     one = np.ones((), bits.dtype)
     # codes of 8-bit floats as whole numbers: their products are slow, and not exact everywhere

@@ -48,6 +48,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole(is_leaf))[0]
     flat = {path_of(keys): leaf for keys, leaf in leaves}
+    # Such as {"a/b": x, "a": {"b": y}}, or the keys 1 and "1".
     if len(flat) != len(leaves):
         raise LoRAError(
             "two leaves of the tree have the same path; rename one of: "
@@ -79,6 +80,7 @@ def nest(flat: Mapping[str, Any]) -> dict:
             node = node.setdefault(name, {})
             if not isinstance(node, dict):
                 break
+        # A leaf where a dict has to be, or a dict where the leaf has to be.
         if not isinstance(node, dict) or last in node:
             raise LoRAError(
                 f"'{path}' and another path that it begins or continues cannot both be trained in "
@@ -97,6 +99,7 @@ def nearest(name: str, paths: Iterable[str], n: int = 5) -> list[str]:
     """The paths that a person who wrote `name` most likely meant."""
     paths = list(paths)
     last = re.split(r"[/.]", name)[-1]
+    # By its last name, against each name of a path, or as a whole: the better of both.
     score = {
         p: max(
             [difflib.SequenceMatcher(None, last, part).ratio() for part in p.split("/")]

@@ -1,5 +1,6 @@
-"""Whether arrays that one program takes lie on the same devices, else JAX refuses them later; and
-arrays in a host's memory, which no product takes: to the devices, and back."""
+"""Where arrays lie. Those that one program takes have to lie on the same devices: `check_placed`
+names those that do not, before JAX refuses them. No product takes an array in a host's memory:
+`near` brings it to the devices, and `away` back."""
 
 from __future__ import annotations
 
@@ -29,12 +30,15 @@ def check_placed(
       adapted: the paths of those with an adapter.
       nodes: {path: adapter}.
     """
+    # {path: the sharding of each array, None where it is not committed}
     base = {path: _shardings(x) for path, x in leaves.items()}
     own = {path: _shardings(x) for path, x in (nodes or {}).items()}
     known = [[s for each in of.values() for s in each if s is not None] for of in (base, own)]
     places = {s: _place(s) for s in {*known[0], *known[1]}}
     if not places:
         return
+    # The base says where, and the adapters only if no leaf of it does. Among places the one
+    # with most arrays counts, and among equal ones that with most devices.
     count = collections.Counter(places[s] for s in known[0] or known[1])
     most = max(known[0] or known[1], key=lambda s: (count[places[s]], _size(s)))
     spread = bool(known[0]) and _size(most) > 1
@@ -46,6 +50,7 @@ def check_placed(
         odd = {p: [s for s in each if wrong(s, p)] for p, each in of.items()}
         return [f"{what}'{p}' is {_named(s[0])}" for p, s in odd.items() if s]
 
+    # An adapter that is not committed goes where the program runs.
     own = {path: [s for s in each if s is not None] for path, each in own.items()}
     of_base, of_nodes = lines(base, ""), lines(own, "the adapter of ")
     fixes = [

@@ -20,7 +20,8 @@ def plain(x: Any) -> Any:
     >>> plain({"a": re.compile("q|v"), "b": (1, 2)})
     {'a': {'regex': 'q|v', 'flags': 32}, 'b': [1, 2]}
     """
-    has_fields = dataclasses.is_dataclass(x) and not callable(x)  # a rule, a geometry
+    # A dataclass that can be called, such as an initialiser, is written as a function.
+    has_fields = dataclasses.is_dataclass(x) and not callable(x)
     if has_fields:
         return {f.name: plain(getattr(x, f.name)) for f in dataclasses.fields(x)}
     if isinstance(x, re.Pattern):
@@ -94,6 +95,7 @@ def fields_of(cls: type, text: Any) -> dict[str, Any]:
             return unplain(values)
         found = sorted(values.keys() - known) if isinstance(values, Mapping) else values
     except (ValueError, RecursionError) as e:
+        # It is a ValueError as well, and says more than the line below would.
         if isinstance(e, LoRAError):
             raise
         found = f"no JSON ({e})"

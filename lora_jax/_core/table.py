@@ -10,6 +10,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
     """Aligned columns; numbers to the right."""
     cells = [tuple(head), *(tuple(_text(c) for c in row) for row in rows)]
     width = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    # Empty cells do not make text of a column of numbers.
     numbers = [[r[i] for r in rows if r[i] != ""] for i in range(len(head))]
     right = [bool(c) and all(isinstance(x, int | float) for x in c) for c in numbers]
     lines = [

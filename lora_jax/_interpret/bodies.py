@@ -27,6 +27,7 @@ def forwarded(jaxpr: Any) -> list[int | None]:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in compat.CALLS:
             inner, _ = compat.opened(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
+            # i: the operand of the call that its output v is.
             for v, i in zip(eqn.outvars, forwarded(inner)):
                 u = None if i is None else eqn.invars[i]
                 if u is not None and not isinstance(u, compat.Literal) and u in source:
@@ -36,6 +37,7 @@ def forwarded(jaxpr: Any) -> list[int | None]:
 
 def _same(jaxpr: Any, args: Sequence, outs: Sequence) -> list:
     """The outputs, with a weight that only passed through a call as the weight that it was."""
+    # What a call returns are new tracers: a weight that it hands on stays the object that it was.
     came = forwarded(jaxpr)
     return [o if i is None or not is_weight(args[i]) else args[i] for i, o in zip(came, outs)]
 
@@ -48,6 +50,7 @@ def arrays(ctx: Context, eqn: Equation, outs: Sequence, why: str) -> list:
 def _jit(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
+    # Which operands no data enters is known out here alone.
     fixed = tuple(map(ctx.constant, eqn.invars))
     run = lambda xs: ctx.run(jaxpr, consts, xs, fixed=fixed)
     options = lambda entered: _jit_options(p, entered)
@@ -60,6 +63,7 @@ def _jit_options(p: Mapping[str, Any], args: Sequence) -> dict[str, Any]:
     if p["compiler_options_kvs"]:
         options["compiler_options"] = dict(p["compiler_options_kvs"])
     if not all(map(compat.is_unspecified, p["in_shardings"])):
+        # One for each operand of the equation; a weight among them holds several arrays.
         options["in_shardings"] = tuple(_sharding_of(s, a) for s, a in zip(p["in_shardings"], args))
     if not all(map(compat.is_unspecified, p["out_shardings"])):
         options["out_shardings"] = [
@@ -82,6 +86,7 @@ def _sharding_of(sharding: Any, arg: Any) -> Any:
 
 def _like(arg: Followed, base: Any, of: Callable[[Factor], Any]) -> Any:
     """What is said of a weight, in its own structure: of the base, and `of` each factor."""
+    # The same tree structure as the weight's, with specs for arrays.
     return arg.moved(base, lambda f: Factor(of(f), f.dims), arg.axes)
 
 
@@ -125,6 +130,7 @@ def _cuttable(arg: Any, spec: PartitionSpec, mesh: Any) -> Any:
     """The argument, read first where it is quantised and the parts would not be."""
     if not is_weight(arg) or not is_quantized(arg.base) or cut(arg.base, spec, mesh) is not None:
         return arg
+    # An adapter stays beside what was read; a weight in codes alone is an array then.
     return arg.array() if isinstance(arg, Coded) else arg.with_base(value(arg.base))
 
 

@@ -44,6 +44,7 @@ class Use:
 
 def by_leaf(paths: Iterable[str], events: Mapping[tuple, Use]) -> dict[str, tuple[Use, ...]]:
     """The uses of each leaf, in the order of the program."""
+    # The keys of events are (leaf, id of the equation, how).
     uses: dict[str, list[Use]] = {path: [] for path in paths}
     for (path, _, _), use in events.items():
         uses[path].append(use)
@@ -80,6 +81,7 @@ class Coverage:
         uses = self.uses[path]
         if not uses:
             return "unused"
+        # One such use is enough: it forms a gradient of the size of the leaf.
         return MATERIALISED if any(u.how == MATERIALISED for u in uses) else "low-rank"
 
     def _paths(self, status: str) -> tuple[str, ...]:
@@ -120,6 +122,7 @@ class Coverage:
                 path,
                 self.shapes[path],
                 self.status(path),
+                # dict.fromkeys: each once, in the order of the program.
                 "; ".join(dict.fromkeys(u.plan for u in self.uses[path] if u.plan)),
                 ", ".join(dict.fromkeys(f"{u.primitive} at {u.source}" for u in self.uses[path])),
             )

@@ -20,9 +20,11 @@ from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, has_seed, is_
 from lora_jax._quantized.sending import sent
 from lora_jax._quantized.weight import is_quantized, value
 
+# No primitive is in two of them.
 RULES = moves.RULES | joins.RULES | uses.RULES | lookups.RULES | bodies.RULES | loops.RULES
 
 
+# Their results differ along an axis only if an operand does.
 _ELEMENTWISE = frozenset(
     "convert_element_type copy stop_gradient neg sign abs exp log sqrt rsqrt square not "
     "add sub mul div max min pow eq ne lt le gt ge and or select_n".split()
@@ -35,8 +37,10 @@ class _Body:
     def __init__(self, eqns: Sequence, env: dict, scopes: int, fixed: Iterable = ()):
         self.env = env
         self.scopes = scopes
-        self._fixed = set(fixed)  # of its inputs, those that no data enters
-        self.done: set[int] = set()  # ids of equations
+        # The inputs that no data enters.
+        self._fixed = set(fixed)
+        # The ids of the equations that were evaluated, in their turn or ahead of it.
+        self.done: set[int] = set()
         self._eqns = eqns
 
     def read(self, v: Any) -> Any:
@@ -54,6 +58,7 @@ class _Body:
 
     @functools.cached_property
     def _products(self) -> dict:
+        # {what tells an operand: (equation, which operand it is)}
         found = collections.defaultdict(list)
         for eqn in self._eqns:
             if eqn.primitive.name == "dot_general":
@@ -64,6 +69,7 @@ class _Body:
     @functools.cached_property
     def _constants(self) -> set:
         found = set(self._fixed)
+        # Equations stand in order, so that one pass finds all; what has effects may bring in data.
         for eqn in self._eqns:
             if not eqn.effects and all(
                 isinstance(v, compat.Literal) or v in found for v in eqn.invars
@@ -82,12 +88,14 @@ class _Body:
         if eqn is None or not dims:
             return dims
         name, p = eqn.primitive.name, eqn.params
+        # New axes, and those of size 1 that are repeated, do not vary.
         if name == "broadcast_in_dim":
             return {p["broadcast_dimensions"][d] for d in self.varies(eqn.invars[0])}
         if name == "iota":
             return dims & {p["dimension"]}
         if name in _ELEMENTWISE:
             return dims & set().union(*map(self.varies, eqn.invars))
+        # Nothing is known of any other primitive.
         return dims
 
     def leaves_of(self, v: Any) -> set:
@@ -98,6 +106,7 @@ class _Body:
             if isinstance(v, compat.Literal) or v in seen:
                 continue
             seen.add(v)
+            # A value that is not made yet is followed to its makers all the same.
             if is_weight(self.env.get(v)):
                 found.update(origins(self.env[v]))
             eqn = self.maker(v)
@@ -143,6 +152,7 @@ class Interpreter:
         still = [v for v, one in zip(jaxpr.invars, fixed) if one]
         still += [v for v, x in zip(jaxpr.invars, args) if is_weight(x)]
         body = _Body(jaxpr.eqns, env, scopes, [*jaxpr.constvars, *still])
+        # Bodies nest: rules run those inside by this method.
         outer, self._body = self._body, body
         repeats = Repeats(jaxpr) if any(map(is_weight, args)) else None
         try:
@@ -178,6 +188,7 @@ class Interpreter:
             yield run
 
     def _is_plain(self, eqn: Equation) -> bool:
+        # What the run itself makes is not there yet; plain equations make no weights.
         values = [self._body.env.get(v) for v in eqn.invars if not isinstance(v, compat.Literal)]
         return not eqn.effects and not any(is_weight(v) or is_quantized(v) for v in values)
 
@@ -185,6 +196,8 @@ class Interpreter:
         """A run that equals an earlier one, by the function of that: JAX keeps its derivative."""
         args = [self._body.read(v) for v in body.invars]
         evaluate = functools.partial(self.run, first, (), scopes=first.scopes)
+        # The names that all of the run share are this call's; inside come those of the first run,
+        # less the names that all of that share.
         with compat.eqn_context(run[0], slice(self._body.scopes, body.scopes)):
             outs = self.once(
                 first, evaluate, args, run[0], "run", lambda _: dict(inline=compat.INLINED)
@@ -209,9 +222,11 @@ class Interpreter:
     ) -> list:
         """`run(args)` by a jitted function that serves all calls of one source with alike weights.
 
-        The events of the one trace are taken over for the weights of each call. `options` gives
-        those of `jax.jit` for the arguments as the function takes them.
+        The events of the one trace are taken over for the weights of each call. `options` makes
+        the options of `jax.jit` from the arguments that the function takes.
         """
+        # In the shared function a weight goes by the number of its argument, and its masks are
+        # those of this call.
         entered = [
             dataclasses.replace(self.fresh(a), origin=i) if is_weight(a) else a
             for i, a in enumerate(args)
@@ -229,9 +244,11 @@ class Interpreter:
             # `source` is kept so that no other object gets its id.
             self._jits[key] = (jax.jit(body, **options(entered)), events, source)
         fn, events, _ = self._jits[key]
+        # Traced at the first call, which records `events`; later calls repeat them.
         outs = fn(*entered)
         self.replay(events, args, call)
         return [
+            # From numbers of arguments back to paths.
             dataclasses.replace(o, origin=origins(*(args[i] for i in origins(o))))
             if is_weight(o)
             else o
@@ -260,6 +277,7 @@ class Interpreter:
         if self._body.has(v):
             return True
         eqn = self._body.maker(v)
+        # Moves alone: making them early reads no data, and changes no product.
         if eqn is None or not _moves(eqn) or not all(map(self._reach, eqn.invars)):
             return False
         self.evaluate(eqn)
@@ -277,6 +295,7 @@ class Interpreter:
         outs = fn(self, eqn, values) if fn else None
         if outs is None or isinstance(outs, str):
             why = outs or ""
+            # No rule, or one that cannot: the sum itself, as a visible use.
             plain = [self.materialise(v, eqn, why=why) if is_weight(v) else v for v in values]
             outs = self.bind(eqn, plain)
         # What moves codes may have to read them: an array then, and no weight any more.
@@ -287,14 +306,17 @@ class Interpreter:
         """The equation itself, on arrays; what only moves a quantised weight waits."""
         if any(map(is_quantized, values)):
             alone = len(values) == 1
+            # A gather over devices or a new sharding: codes are sent, and not what they stand for.
             elsewhere = sent(values[0], eqn) if alone else None
             if elsewhere is not None:
                 return [elsewhere]
             alone = alone and len(eqn.outvars) == 1
+            # A transpose, reshape or cast waits until the weight is read.
             moved = values[0].moved(eqn) if alone and _moves(eqn) else None
             if moved is not None:
                 return [moved]
             if eqn.primitive.name == "gather" and is_quantized(values[0]):
+                # Only the rows that are looked up are read.
                 rows = values[0].rows(eqn, values[1])
                 if rows is not None:
                     return [rows]
@@ -351,10 +373,12 @@ class Interpreter:
     ) -> None:
         """The same, in terms of the axes of the leaf; an axis has the first part that it is in."""
         inner, outer, batch = axes
+        # An axis that a loop or an index consumed is a batch axis, if it is neither in nor out.
         axes = inner, outer - inner, (batch | set(w.stacked)) - inner - outer
         inner, outer, batch = (tuple(sorted(a)) for a in axes)
         dilated = max(eqn.params.get("rhs_dilation") or (1,)) > 1
         use = Use(name, how, compat.source_line(eqn), inner, outer, batch, plan, dilated, why)
+        # By the equation, so that one that is evaluated again counts once.
         self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
 
     def materialise(
@@ -369,8 +393,8 @@ class Interpreter:
         return w.array()
 
     def returned(self, w: Followed, moved: bool) -> jax.Array:
-        """A weight that the function returns, as an array; one that was not even moved is no use
-        that strict mode minds."""
+        """A weight that the function returns, as an array. Strict mode does not object to one that
+        comes back as it was."""
         if moved and not isinstance(w, Coded):
             how = LOW_RANK if w.indexed else MATERIALISED
             use = Use("output", how, "the outputs")
@@ -389,6 +413,7 @@ class Interpreter:
     def replay(self, events: dict, args: Sequence, call: Equation) -> None:
         """Takes over the events of such a function, for the arguments of the equation `call`."""
         for (i, eqn, how), use in events.items():
+            # In JAX's own code (einsum is a jit) there is no line of the user's: the call has it.
             source = use.source or compat.source_line(call)
             use = dataclasses.replace(use, source=source)
             self.events |= {(leaf, eqn, how): use for leaf in origins(args[i])}

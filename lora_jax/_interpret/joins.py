@@ -1,5 +1,8 @@
 """The rules of the primitives that join weights with others or with arrays: sums, concatenations,
-choices. The update of the whole is the sum of all updates, so their ranks add up."""
+choices. The update of the whole is the sum of all updates, so their ranks add up.
+
+Shapes: A₁ (in, r₁), A₂ (in, r₂) make A (in, r₁ + r₂); B₁ (r₁, out), B₂ (r₂, out) B (r₁ + r₂, out).
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ def _sum(
         return ROWS
     if not all(map(ctx.constant, rest)):
         return DATA
+    # An axis that comes from no axis of the leaf is a repetition.
     if any(n > 1 and not w.axes[d] for w in parts for d, n in enumerate(w.shape)) and rest:
         return "it is repeated along an axis, as a bias is"
     base = ctx.bind(eqn, [x.base if is_weight(x) else x for x in args])[0]
@@ -51,11 +55,13 @@ def _joined(base: Any, parts: Sequence[Any]) -> Followed | str:
         return dataclasses.replace(first, base=base, a=None, **labels)
     if any(w.gain is not None for w in parts):
         return GAIN
+    # The joined branch has one input, so one rate and one mask.
     if len({w.dropout if w.drops else 0.0 for w in parts}) > 1:
         return "the rates of dropout differ"
     pairs = _alike(parts)
     if isinstance(pairs, str):
         return pairs
+    # Each scale is in its first factor by now, so the whole has 1.
     a, b = (_ranks_side_by_side([pair[i] for pair in pairs]) for i in (0, 1))
     return dataclasses.replace(first, base=base, a=a, b=b, rows=None, scale=1.0, **labels)
 
@@ -85,6 +91,7 @@ def _way(w: Followed) -> tuple:
 def _alike(parts: Sequence[AdaptedWeight]) -> list[tuple[Factor, Factor]] | str:
     """The factors of each weight, the scale in the first, in such an order and with such axes
     that all first ones run along the same axes, and all second ones do."""
+    # How the first weight's factors lie; others are taken in the order that fits better.
     want = [{*parts[0].a.dims}, {*parts[0].b.dims}]
     pairs = []
     for w in parts:
@@ -93,6 +100,7 @@ def _alike(parts: Sequence[AdaptedWeight]) -> list[tuple[Factor, Factor]] | str:
         misfit = lambda pair: sum(len({*f.dims} ^ dims) for f, dims in zip(pair, want))
         pairs.append(min(orders, key=misfit))
     for i in (0, 1):
+        # Then all get the axes that any of them has; along a new one a factor is constant.
         want[i] = want[i].union(*(pair[i].dims for pair in pairs)) - {RANK}
     out = []
     for w, (first, second) in zip(parts, pairs):
@@ -119,6 +127,7 @@ def _add(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
     if any(w is None for w in parts):
         return None
     if eqn.primitive.name == "sub":
+        # Operand 1 is what is subtracted.
         parts = [w.scaled(w.base, lambda a: -a) if i else w for i, w in zip(at, parts)]
     return _sum(ctx, eqn, args, at, parts)
 
@@ -132,6 +141,7 @@ def _select(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
         base = ctx.bind(eqn, [which, *(w.base for w in cases)])[0]
         return [cases[0].with_base(base)]
     dims = ctx.varies(eqn.invars[0])
+    # Operand 0 only chooses: inputs may enter it.
     at, parts = [0], []
     for i, w in enumerate(cases):
         if is_weight(w):
@@ -171,7 +181,9 @@ def _stack(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
         if not is_weight(w):
             return w
         label = {d: d + (d >= dim) for d in range(w.ndim)}
+        # Only shapes are asked for here: the base is that of the equation itself.
         w = w.relabelled(jax.ShapeDtypeStruct(shape, w.dtype), label)
+        # Every factor has the new axis, so that they are stacked and no rank grows.
         return w.moved(w.base, lambda f: f.spread({dim: 1}), w.axes)
 
     return _side_by_side(ctx, eqn, args, dim, list(map(raised, args)))
@@ -200,18 +212,22 @@ def _side_by_side(
     pairs = _alike(weights)
     if isinstance(pairs, str):
         return pairs
+    # If neither factor has the axis A takes it, and is zero outside of the weight's part.
     if not any(f.has(dim) for f in pairs[0]):
         size = lambda w: {dim: w.shape[dim]}
         pairs = [(a.spread(size(w)), b) for w, (a, b) in zip(weights, pairs)]
     stacked = all(f.has(dim) for f in pairs[0])
     rank = max(a.size(RANK) for a, _ in pairs)
+    # The parts of A, those of B, and the gains.
     parts: list[list] = [[], [], []]
     start, each = 0, iter(pairs)
     for w in placed:
+        # An array that is stacked has no axis `dim` yet, and takes one place.
         stop = start + w.shape[dim] if is_weight(w) or w.ndim == base.ndim else start + 1
         around = {dim: (start, base.shape[dim] - stop)}  # how much of the result is not this one
         if is_weight(w):
             for i, f in enumerate(next(each)):
+                # A stack has one rank: the largest.
                 more = {RANK: (0, rank - f.size(RANK))} if stacked else {}
                 parts[i].append(_padded(f, around | more))
             if w.gain is not None:
@@ -233,6 +249,7 @@ def _total(factors: Sequence[Factor]) -> Factor:
 
 
 def _padded(f: Factor, around: dict[int, tuple[int, int]]) -> Factor:
+    # (low, high, none in between) of each axis, as lax.pad takes them
     ends = [(*around.get(d, (0, 0)), 0) for d in f.dims]
     if not any(low or high for low, high, _ in ends):
         return f

@@ -1,4 +1,8 @@
-"""The rule of indexing: rows of a table, or weights of a stack."""
+"""The rule of indexing: rows of a table, or weights of a stack.
+
+Shapes, with indices (T,): a table W (V, d), A (V, r), B (r, d) gives W (T, d), A (T, r), B (r, d);
+a stack W (E, d, k), A (E, d, r), B (E, r, k) gives W (T, d, k), A (T, d, r), B (T, r, k).
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,7 @@ def _gather_rule(fn: Callable) -> Function:
         rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
         base = ctx.bind(eqn, [w.base, indices])[0]
         axes: list[tuple[int, ...]] = [()] * base.ndim
+        # Where the axes that are left lie in the result; its others are those of the indices.
         for old, new in zip(rest, dn.offset_dims):
             axes[new] = w.axes[old]
         taken = tuple(axis for d in indexed for axis in w.axes[d])
@@ -52,6 +57,7 @@ def _masked(w: Followed, picked: Followed, indices: jax.Array, p: Mapping[str, A
     loose = [i for i, d in enumerate(dn.start_index_map) if not any(f.has(d) for f in parts)]
     if not parts or not loose or p["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
         return picked
+    # The last index from which a slice still fits. The fill may be 0, where an update shows.
     ends = [w.shape[d] - p["slice_sizes"][d] for d in dn.start_index_map]
     at = [indices[..., i] for i in loose]
     inside = jnp.stack([(x >= 0) & (x <= ends[i]) for i, x in zip(loose, at)]).all(0)
@@ -59,11 +65,13 @@ def _masked(w: Followed, picked: Followed, indices: jax.Array, p: Mapping[str, A
 
     def mask(f: Factor) -> Factor:
         f = f.order((*filter(f.has, batch), *(d for d in f.dims if d not in batch)))
+        # The indices' axes come first, then what is the factor's own: (*batch, *own).
         own = f.dims[sum(map(f.has, batch)) :]
         seen = lax.expand_dims(inside, range(len(batch), len(batch) + len(own)))
         value = jnp.where(seen, f.value, jnp.zeros((), f.value.dtype))
         return Factor(value, (*batch, *own))
 
+    # With A zero, A·B is.
     masked: dict[str, Any] = {
         name: mask(f) for name, f in picked.parts.items() if name in ("a", "gain")
     }
@@ -114,17 +122,20 @@ def _gather_factor(
     sizes = [f.size(RANK) if d == RANK else p["slice_sizes"][d] for d in f.dims]
     rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
     label = dict(zip(rest, dn.offset_dims))
+    # Which of the n positions are along axes that this factor has.
     columns = [i for i, d in enumerate(dn.start_index_map) if f.has(d)]
     if not columns:  # nothing that it has is indexed
         value = lax.slice(f.value, [0] * f.value.ndim, sizes)
         return Factor(value, f.dims).relabel(label)
     kept = [d for d in f.dims if d not in dn.collapsed_slice_dims]  # the rank among them
     lead = indices.ndim - 1
+    # The gather of the weight, in the factor's axes: (*lead, *kept).
     numbers = lax.GatherDimensionNumbers(
         offset_dims=tuple(range(lead, lead + len(kept))),
         collapsed_slice_dims=tuple(i for i, d in enumerate(f.dims) if d in dn.collapsed_slice_dims),
         start_index_map=tuple(f.dims.index(dn.start_index_map[i]) for i in columns),
     )
+    # Fewer columns may repeat, and need not be sorted.
     every = len(columns) == len(dn.start_index_map)
     value = lax.gather(
         f.value,
@@ -149,12 +160,14 @@ def _dynamic_slice(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     base = ctx.bind(eqn, [w.base, *starts])[0]
 
     def move(f: Factor) -> Factor:
+        # All of the rank. Starts are clamped for a factor as they are for the base.
         at = [jnp.zeros_like(starts[0]) if d == RANK else starts[d] for d in f.dims]
         size = [f.size(RANK) if d == RANK else sizes[d] for d in f.dims]
         return Factor(lax.dynamic_slice(f.value, at, size), f.dims)
 
     cut = tuple(d for d, n in enumerate(sizes) if n < w.shape[d])
     picked = w.moved(base, move, w.axes)
+    # A part that no input chooses is a weight; one that an input chooses may be rows.
     if all(map(ctx.constant, eqn.invars[1:])) or not cut:
         return [picked]
     if isinstance(w, AdaptedWeight):

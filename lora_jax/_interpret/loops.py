@@ -38,6 +38,7 @@ class Operand:
         w = self.value
         if not is_weight(w):
             return w
+        # lax.scan slices axis 0 of each array: codes that cannot be cut so are read before it.
         base = w.base if not is_quantized(w.base) or w.base.sliceable else w.base.value()
         return [base, *(_lead(f).value for f in w.parts.values() if f.has(0))]
 
@@ -84,7 +85,7 @@ def _carry(
 
 
 def _each_step(operands: Sequence, carry: Iterable = (), xs: Iterable = ()) -> list:
-    """The operands as a step gets them; or, of what the last one left, as the loop returns them."""
+    """The operands as a step gets them; with the last step's carry, as the loop returns them."""
     carry, xs = iter(carry), iter(xs)
     return [o.at_step(carry, xs) for o in operands]
 
@@ -97,6 +98,7 @@ def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     """Stacked weights are sliced with their factors; a weight carried unchanged is a constant."""
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
+    # The body: (*constants, *carry, *slices) to (*carry, *ys).
     n_consts, n_carry = compat.scan_counts(p)
     came = forwarded(jaxpr)
 
@@ -105,20 +107,25 @@ def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     carry = _carry(ctx, eqn, args[n_consts:][:n_carry], came, n_consts)
     stacks = [Operand(read(a), Part.SLICED) for a in args[n_consts + n_carry :]]
     operands = [*constants, *carry, *stacks]
-    # A stack of weights that leaves the loop as it entered is no output of it.
+    # For each of the ys the operand that it hands on, if that is a stack of weights: one that
+    # leaves the loop as it entered is no output of it.
     left = [None if i is None else operands[i] for i in came[n_carry:]]
     left = [o if o and o.part is Part.SLICED and is_weight(o.value) else None for o in left]
-    dropping = any(map(has_seed, args))  # masks differ by step: its number is sliced as well
+    # Masks differ by step: its number is sliced as well.
+    dropping = any(map(has_seed, args))
 
     def body(carry_in: list, xs: tuple) -> tuple[list, list]:
         step, parts = xs
         values = _each_step(operands, carry_in, parts)
+        # Masks: `fresh` tells this loop from others, and the step's number one step from another.
         outs = ctx.run(jaxpr, consts, [_at_step(ctx.fresh(v), step) for v in values])
+        # What leaves as it entered is no part of lax.scan's carry, nor of its ys.
         carry_out = [y for y, o in zip(outs, carry) if o.part is Part.CARRIED]
         ys = [y for y, o in zip(outs[n_carry:], left) if o is None]
         return arrays(ctx, eqn, carry_out, "scan output"), arrays(ctx, eqn, ys, "scan output")
 
     steps = jnp.arange(p["length"]) if dropping else None
+    # Given only where it is set: not part of the documented interface.
     options = {"_split_transpose": p["_split_transpose"]} if p.get("_split_transpose") else {}
     carry_out, ys = lax.scan(
         body,
@@ -150,6 +157,7 @@ def _while(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
         return ctx.run(cond, cond_consts, [*for_cond, *_each_step(carry, state[1])])[0]
 
     def body_fun(state: tuple) -> tuple:
+        # The step's number, or None without dropout, and the values that are carried.
         step, values = state
         inner = [_at_step(v, step) for v in (*for_body, *_each_step(carry, values))]
         outs = ctx.run(body, body_consts, inner)

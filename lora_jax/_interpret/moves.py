@@ -1,4 +1,8 @@
-"""The rules of the primitives that move or scale a weight: its factors are carried along."""
+"""The rules of the primitives that move or scale a weight: its factors are carried along.
+
+Along the axes that a factor has it goes through what the weight goes through; it has no others. For
+W (in, out) with A (in, r) and B (r, out), out as (heads, size) reshapes B alone: (r, heads, size).
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,7 @@ def _alone(
 
 
 def _transpose(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+    # Labels change, and the factors' arrays stay as they are.
     return w.relabelled(base(), {old: new for new, old in enumerate(eqn.params["permutation"])})
 
 
@@ -76,8 +81,8 @@ def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed
 
 
 def _with_repeats(w: Followed, blocks: Sequence) -> Followed:
-    """The weight with each axis that none of its factors has in those of its block: along that,
-    the others repeat."""
+    """The weight with each repeated axis, which neither factor has, given to the factors that have
+    another axis of its block."""
     if not isinstance(w, AdaptedWeight):
         return w
 
@@ -98,6 +103,7 @@ def _runs_along(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
 
 
 def _reshapeable(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
+    # All of the block's axes, or none; those of size 1 say nothing.
     big = [d for d in old if shape[d] > 1]
     return len({f.has(d) for d in big}) <= 1
 
@@ -120,6 +126,7 @@ def _slice(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed |
     strides = p["strides"] or (1,) * w.ndim
 
     def move(f: Factor) -> Factor:
+        # From 0 to r by 1 along the rank: all of it.
         start, limit, step = (
             [r if d == RANK else q[d] for d in f.dims]
             for q, r in ((p["start_indices"], 0), (p["limit_indices"], f.size(RANK)), (strides, 1))
@@ -139,7 +146,8 @@ def _rev(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | N
 
 
 def _convert(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
-    # The factors keep their own precision; the contraction casts them to its operand's.
+    # The factors keep their own precision; the contraction casts them to its operand's. A cast to
+    # integers rounds the sum W + A·B, and so needs it.
     return w.with_base(base()) if jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact) else None
 
 
@@ -157,6 +165,7 @@ def _mul(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
     if is_weight(args[by]):  # of two weights the one that is a vector along the other
         axes = [ctx.varies(v) for v in eqn.invars]
         by = 0 if axes[0] < axes[1] else 1
+        # A proper subset: a vector along the other, or a scalar.
         if not axes[by] < axes[1 - by]:
             return "it is a product of two weights"
     op = lambda f, c: f * lax.convert_element_type(c, f.dtype)
@@ -181,6 +190,7 @@ def _times(
     if isinstance(w, Probe) and ctx.leaves_of(eqn.invars[by]) & {*origins(w)}:
         return "it is scaled by what is made of it"  # no linear map
     c = ctx.materialise(args[by], eqn) if is_weight(args[by]) else args[by]
+    # The operands in their order, with the factor c and the weight's base.
     base = ctx.bind(eqn, [c if i == by else x.base for i, x in ((0, args[0]), (1, args[1]))])[0]
     out = scaled_along(moved, base, c, ctx.varies(eqn.invars[by]), op)
     return out if isinstance(out, str) else [out]
@@ -200,10 +210,12 @@ def scaled_along(
     if not dims:
         return w.scaled(base, lambda f: op(f, c))
     if not isinstance(w, AdaptedWeight):
+        # A probe: a scale along all axes of the leaf at once would be in neither factor.
         own = {d for d, n in enumerate(w.shape) if n > 1 and w.axes[d]}
         return w.with_base(base) if {*dims} < own else f"it is scaled {BOTH}"
     both = {*w.a.dims, *w.b.dims}
     new = [d for d in dims if d not in both]
+    # A factor that has all of `dims`, or lacks only such as the other lacks too.
     fits = [n for n in "ab" if all(w.parts[n].has(d) or d in new for d in dims)]
     if not fits:
         return f"it is scaled {BOTH}"
@@ -213,6 +225,7 @@ def scaled_along(
     def along(f: Factor) -> Factor:
         f = f.spread({d: w.shape[d] for d in new})
         at = [d for d in f.dims if d in order]
+        # c lies in the order of `dims`, sorted; the factor's axes may stand in another.
         c_ = lax.transpose(c, [order.index(d) for d in at])
         return Factor(
             op(f.value, lax.broadcast_in_dim(c_, f.value.shape, list(map(f.dims.index, at)))),
@@ -221,6 +234,7 @@ def scaled_along(
 
     moved: dict[str, Any] = {name: along(w.parts[name])}
     out = dataclasses.replace(w, base=base, **moved)
+    # Rows lie as B does. Where A is scaled, they are multiplied by it later.
     rows = along(w.rows) if w.rows is not None and name == "b" else w.rows
     return dataclasses.replace(out, rows=rows)
 
@@ -268,6 +282,7 @@ def _pad(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | s
         ends = [config.get(d, (0, 0, 0)) for d in f.dims]
         return Factor(lax.pad(f.value, jnp.zeros((), f.value.dtype), ends), f.dims)
 
+    # A row that replaces the base's would put zeros where the base is padded with another value.
     return dataclasses.replace(w.moved(base(), move, w.axes), rows=None)
 
 
@@ -298,7 +313,9 @@ def _reduce_sum(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Follo
     if {d for d in gone if w.a.has(d)} and {d for d in gone if w.b.has(d)}:
         return f"it is summed {BOTH}"
     kept = [d for d in range(w.ndim) if d not in gone]
+    # The axes that are left, renumbered.
     label = {RANK: RANK} | {d: i for i, d in enumerate(kept)}
+    # Along an axis that neither factor has the update repeats: the sum is a multiple of it.
     many = math.prod(w.shape[d] for d in gone if not w.a.has(d) and not w.b.has(d))
 
     def move(f: Factor) -> Factor:
@@ -309,6 +326,7 @@ def _reduce_sum(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Follo
     out = dataclasses.replace(w, seed=None, rows=None).moved(
         base(), move, [w.axes[d] for d in kept], {axis for d in gone for axis in w.axes[d]}
     )
+    # On A alone, as A·B is linear in it.
     a = Factor(times(out.a.value, float(many)), out.a.dims)
     return dataclasses.replace(out, a=a, seed=seed)
 
@@ -347,6 +365,7 @@ def _along(w: Followed, base: Any, sharding: NamedSharding, place: Callable) -> 
 def _all_gather(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
     p = eqn.params
     dim = p["all_gather_dimension"]
+    # Untiled it adds an axis for the devices, and groups gather parts.
     if not p["tiled"] or p["axis_index_groups"] is not None:
         return None
 

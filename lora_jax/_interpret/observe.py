@@ -5,6 +5,8 @@ aᵀ ↦ xᵀ(x·a) is the product followed by its own transpose. `observed` is 
 differentiation in which the gradient of `a` is that. Where `a` is the identity it is the second
 moment of the inputs, C = xᵀx. It comes out of scans, jits, remat and shardings as any gradient
 does, and no rule but those of the products knows of it.
+
+Shapes: x (T, in), a (in, r), x·a (T, r), and the moment xᵀ(x·a) (in, r), where r is the size of in.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def observed(
 
     # The cotangent g goes on to x as it is; to a goes the moment, which needs no g.
     def forward(x: jax.Array, a: jax.Array, rest: Sequence) -> tuple:
+        # h = x·a, (T, r), and back(h) = xᵀ·h, (in, r)
         h, back = jax.vjp(lambda a: product(cast(x, a.dtype), a, *rest), a)
         return x, back(h)[0]
 

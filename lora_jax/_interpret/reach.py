@@ -38,11 +38,14 @@ Axes = tuple[frozenset, ...]  # for each axis, the (leaf, axis) that run along i
 class Value:
     """What a value depends on: parameters alone, or also inputs, through certain last products."""
 
-    leaves: frozenset = frozenset()  # of a value that depends on parameters alone
-    products: frozenset = frozenset()  # numbers: those with no other product in between
+    # The leaves that it is made of, where it depends on parameters alone.
+    leaves: frozenset = frozenset()
+    # The numbers of the products that it depends on with no other product in between.
+    products: frozenset = frozenset()
     data: bool = False
     axes: Axes = ()
-    made: bool = False  # of a product of parameters alone: it is used as an input is
+    # By a product of parameters alone: it is used as an input is.
+    made: bool = False
 
 
 class Flow:
@@ -62,7 +65,8 @@ class Flow:
         """`paths`: that of each argument that is a leaf; None of an input."""
         self.reached: set[str] = set()
         self.stacks: set[tuple[str, int]] = set()
-        self._leaves: list[frozenset] = []  # of each product, in program order
+        # Products are numbered in program order: the leaves of each, and those that another reads.
+        self._leaves: list[frozenset] = []
         self._read: set[int] = set()
         self._size: dict[tuple[str, int], int] = {}
         ins = [self._argument(v, path) for v, path in zip(jaxpr.invars, paths)]
@@ -81,6 +85,7 @@ class Flow:
         env = dict(zip(jaxpr.invars, values))
 
         def read(v: Any) -> Value:
+            # Constants and literals are neither parameters nor inputs.
             return env.get(v, Value(axes=_none(v))) if _is_var(v) else Value(axes=_none(v))
 
         for eqn in jaxpr.eqns:
@@ -91,9 +96,11 @@ class Flow:
         name, p = eqn.primitive.name, eqn.params
         if name in INLINE:
             return self._walk(compat.opened(p.get("jaxpr", p.get("call_jaxpr")))[0], ins)
-        operands = ins[:1] if name in (LOOK_UP, "dynamic_slice") else ins  # the rest: indices
+        # Indices choose; what they choose from is what the result is made of.
+        operands = ins[:1] if name in (LOOK_UP, "dynamic_slice") else ins
         leaves = frozenset().union(*(v.leaves for v in operands))
         axes = _axes(eqn, operands)
+        # Parameters alone, so far.
         if not any(v.data for v in ins):
             product = name in PRODUCTS and all(v.leaves for v in operands[:2])
             made = any(v.made for v in ins) or product
@@ -101,14 +108,17 @@ class Flow:
         products = frozenset().union(*(v.products for v in ins))
         if name in PRODUCTS and leaves:
             self._meets(eqn, operands)
+            # It reads the products before it, none of which is a head then.
             self._read |= products
             self._leaves.append(leaves)
             products = frozenset([len(self._leaves) - 1])
             if name != "dot_general":
+                # Through a convolution or a look-up axes are not followed.
                 axes = map(_none, eqn.outvars)
             return [Value(products=products, data=True, axes=a) for a in axes]
         inside = self._loop(name, p, ins)
         if inside is None:
+            # No loop and no known product: a solver or a kernel may still be one.
             if leaves and _multiplies(eqn, ins):
                 self.reached |= leaves
         elif inside:
@@ -127,6 +137,8 @@ class Flow:
                 continue
             self.reached |= {leaf for d in contracting[side] for leaf, _ in v.axes[d]}
             for d, other in zip(batch[side], batch[1 - side]):
+                # Axis 0 of this leaf meets axis 0 of an earlier one, which that product left free:
+                # experts that were all applied to each token, and now their second weights.
                 size = eqn.invars[side].aval.shape[d]
                 if any(axis == 0 for _, axis in v.axes[d]):
                     self.stacks |= {
@@ -155,6 +167,7 @@ class Flow:
         for i, v in enumerate(body.invars):  # a scan takes the first axis of what it runs over
             axes = values[i].axes
             values[i] = dataclasses.replace(values[i], axes=axes[len(axes) - len(_none(v)) :])
+        # Until nothing changes; each round turns a carried value into data, so it ends.
         while True:
             outs = self._walk(body, values)
             new = [
@@ -200,6 +213,7 @@ def _axes(eqn: Any, ins: Sequence[Value]) -> list[Axes]:
     met = [v.axes for v in ins if any(v.axes) and not _is_bias(v, ins)]
 
     def one(shape: tuple[int, ...]) -> Axes:
+        # Where shapes differ nothing is known: anything may run along each axis.
         if not met or any(len(axes) != len(shape) for axes in met):
             return (every,) * len(shape)
         return tuple(frozenset().union(*tags) for tags in zip(*met))  # element by element
@@ -217,6 +231,7 @@ def _is_bias(v: Value, ins: Sequence[Value]) -> bool:
 
 def _dot(eqn: Any, ins: Sequence[Value]) -> Axes:
     contracting, batch = eqn.params["dimension_numbers"]
+    # (*batch, *free of the left, *free of the right)
     met = [ins[0].axes[i] | ins[1].axes[j] for i, j in zip(*batch)]
     for side, v in enumerate(ins):
         met += [t for d, t in enumerate(v.axes) if d not in (*contracting[side], *batch[side])]
@@ -246,6 +261,7 @@ def _squeeze(eqn: Any, ins: Sequence[Value]) -> Axes:
 
 def _reshape(eqn: Any, ins: Sequence[Value]) -> Axes:
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    # Without elements there are no blocks: anything may run along each axis.
     axes = [frozenset().union(*ins[0].axes)] * len(new)
     for before, after in blocks_of(old, new) or ():
         for d in after:

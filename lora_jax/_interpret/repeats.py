@@ -33,6 +33,7 @@ class Repeats:
 
     def __init__(self, jaxpr: Any):
         eqns = enumerate(jaxpr.eqns)
+        # The last equation that reads each variable; outputs are read after all of them.
         self._last = {v: i for i, e in eqns for v in e.invars if not isinstance(v, Literal)}
         self._last |= dict.fromkeys(
             (v for v in jaxpr.outvars if not isinstance(v, Literal)), len(jaxpr.eqns)
@@ -46,6 +47,7 @@ class Repeats:
         made = dict.fromkeys(v for e in run for v in e.outvars)
         reads = (v for e in run for v in e.invars if not isinstance(v, Literal))
         invars = list(dict.fromkeys(v for v in reads if v not in made))
+        # What nobody reads after the run is no output of its function.
         read_later = [v for v in made if self._last.get(v, -1) > end]
         body = Body(invars, run, read_later, len(scopes(run[0])))
         signature = _signature(body)
@@ -57,11 +59,13 @@ def _signature(body: Body) -> Hashable | None:
     """What two runs must share to be one program; None if that cannot be told."""
     number: dict[Any, int] = {}
     for v in [*body.invars, *(v for e in body.eqns for v in e.outvars)]:
+        # Variables by their order, in which two equal runs agree.
         number[v] = len(number)
 
     def atom(v: Any) -> tuple:
         if isinstance(v, Literal):
             value = np.asarray(v.val)
+            # By bytes: NaN is not equal to itself, and 0.0 is to -0.0.
             return value.dtype, value.shape, value.tobytes(), v.aval
         return number[v], v.aval
 
@@ -81,6 +85,7 @@ def _signature(body: Body) -> Hashable | None:
         tuple(map(atom, body.outvars)),
     )
     try:
+        # A parameter that cannot be hashed, such as an array, cannot be compared either.
         hash(signature)
     except TypeError:
         return None

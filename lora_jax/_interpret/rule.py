@@ -42,6 +42,7 @@ class Rule:
     def of(self, weights: Sequence[Followed]) -> Function | None:
         """The function for operands with these weights."""
         kinds = set(map(type, weights))
+        # Weights in codes beside others are read before: see `Interpreter._equation`.
         if AdaptedWeight in kinds:
             return self.adapted
         return self.probe if Probe in kinds else self.coded

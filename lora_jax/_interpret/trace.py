@@ -20,9 +20,12 @@ class Constants:
     """What is not traced of a call: the structure and the leaves that are not arrays."""
 
     treedef: Any
-    leaves: tuple  # one per leaf, _ARRAY where it is traced
-    types: tuple  # of the leaves: 1 and True are equal, but not alike
-    static: tuple  # (position or name, value) of the static arguments
+    # One for each leaf; _ARRAY where it is traced.
+    leaves: tuple
+    # Those of the leaves: 1 and True are equal and hash alike, but trace differently.
+    types: tuple
+    # (position or name, value) of the static arguments
+    static: tuple
 
 
 _ARRAY = object()
@@ -48,11 +51,13 @@ class Traceable:
         self._trace = functools.partial(_rejoined, self)
 
     def split(self, args: Sequence, kwargs: dict[str, Any]) -> tuple[Constants, list]:
+        # Negative ones count from the end; one that this call lacks is passed over, as by jax.jit.
         nums = {n % len(args) for n in self.static_argnums if -len(args) <= n < len(args)}
         static = tuple((i, args[i]) for i in sorted(nums)) + tuple(
             (k, kwargs[k]) for k in sorted(kwargs) if k in self.static_argnames
         )
         named = {k for k, _ in static}
+        # None keeps the place of a static argument.
         rest = nnx.pack(
             (
                 [None if i in nums else a for i, a in enumerate(args)],
@@ -69,6 +74,7 @@ class Traceable:
         arrays = iter(arrays)
         leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
         (args, kwargs), before = nnx.unpack(*jax.tree.unflatten(constants.treedef, leaves))
+        # Static arguments come back as they are, by position or by name.
         for where, value in constants.static:
             (args if isinstance(where, int) else kwargs)[where] = value
         return nnx.calling(self.fn, *args, **kwargs), nnx.changes(before)
@@ -79,6 +85,7 @@ class Traceable:
         leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
         (args, kwargs), objects = jax.tree.unflatten(constants.treedef, leaves)
         found = []
+        # NNX objects share one state, and so count as one argument.
         for argument in (*args, *kwargs.values(), objects):
             own = list(filter(is_array, jax.tree.leaves(argument, is_leaf=is_weight)))
             found += [any(map(is_weight, own))] * len(own)
@@ -87,6 +94,7 @@ class Traceable:
     def jaxpr(self, constants: Constants, arrays: Sequence) -> tuple:
         """The jaxpr of `call`, with plain arrays for adapted weights, and its output shapes."""
         bases = [x.base if is_weight(x) else x for x in arrays]
+        # `fn` is traced as if the weight were there; codes have another shape and type.
         bases = [x.abstract if is_quantized(x) else x for x in bases]
         return jax.make_jaxpr(self._trace, static_argnums=0, return_shape=True)(constants, *bases)
 

@@ -1,6 +1,9 @@
 """The rules of the primitives that multiply by a weight: contractions and convolutions.
 
 Each binds the primitive unchanged on the frozen base and adds the low-rank product beside it.
+
+Shapes: x (T, in), W (in, out), A (in, r), x·A (T, r), B (r, out), y (T, out); for x·Wᵀ, A and B
+change places. Operand `side` of a dot_general is the weight, and operand 1 − side is x.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array)
     uses = [(eqn, side, w)]
     if w.gain is not None and _gains_input(eqn, side, w):
         wl = _labels(eqn, side, xl, w.ndim)
+        # It runs along another axis of the weight as well, which x does not have.
         if not {wl[d] for d in w.gain.dims if d != RANK} <= {*xl}:
             return None
         x = cast(x, meeting(x.dtype, w.dtype, eqn.outvars[0].aval.dtype))
@@ -67,6 +71,7 @@ def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array)
         uses[0] = eqn, side, dataclasses.replace(w, gain=None)
     else:
         siblings = ctx.siblings(eqn, 1 - side)
+        # Not those whose gain is applied to x first: it would be another input.
         uses += [u for u in siblings if not _gains_input(*u) and _can_add(u[0])]
     # One group: q, k and v of an input share the product with A and what the plan makes of it.
     products = [_product(ctx, e, s, x, xl, w) for e, s, w in uses]
@@ -102,10 +107,12 @@ def _probed_dot(ctx: Context, eqn: Equation, side: int, w: Probe, x: jax.Array) 
     if w.a is not None:
         xl = _own_labels(x)
         wl = _labels(eqn, side, xl, w.ndim)
+        # Labels of a; `met`: the axes of the weight that are summed; `inner`: their labels in a.
         al = tuple(RANK if d == RANK else wl[d] for d in w.a.dims)
         met = eqn.params["dimension_numbers"][0][side]
         inner = {wl[d] for d in w.a.dims if d in met}
-        hl = [d for d in dict.fromkeys([*xl, *al]) if d not in inner]  # of x·a
+        # Those of x·a.
+        hl = [d for d in dict.fromkeys([*xl, *al]) if d not in inner]
         down = lambda x, a: contract(x, xl, a, al, hl, precision=lax.Precision.HIGHEST)
         x = observed(w.a, met, x, down)
     return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
@@ -158,6 +165,7 @@ def _product(
         eqn.outvars[0].aval.dtype,
         eqn.params,
         weight_first=side == 0,
+        # Called only for a product that is not `whole`; else the group makes x·W too.
         base=lambda: ctx.bind(eqn, operands)[0],
         whole=jnp.issubdtype(x.dtype, jnp.inexact) and eqn.params["out_sharding"] is None,
         use=ctx.use(),
@@ -187,18 +195,21 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     if is_weight(x) or p["batch_group_count"] != 1:
         return None
     out_dim, inner = _conv_axes(eqn)
+    # For a kernel that is used transposed, A and B change places.
     first, second = (w.b, w.a) if w.a.has(out_dim) else (w.a, w.b)
     # A must run along the window and the input features alone, B along the output features.
     if any(
         first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
     ) or not second.has(out_dim):
         return None
+    # A gain along what is summed cannot be applied to the sum.
     if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
         return None
     ctx.used(w, eqn, (inner, (out_dim,), ()))
     y = ctx.bind(eqn, [x, w.base])[0]
 
     dtype = meeting(x.dtype, w.dtype, y.dtype)
+    # Below, x is the branch's alone: the base has seen it whole.
     x = dropout(cast(x, dtype), w, ctx.use())
     first = Factor(times(cast(first.value, x.dtype), w.scale), first.dims)
     h = _conv_down(eqn, w.ndim, x, first)
@@ -244,6 +255,7 @@ def _conv_down(eqn: Equation, ndim: int, x: jax.Array, first: Factor) -> jax.Arr
     p = eqn.params
     dn = p["dimension_numbers"]
     out_dim, inner = _conv_axes(eqn)
+    # In the kernel's own order of axes, with the rank where the output features are.
     kernel = _insert(first, [d for d in inner if not first.has(d)])
     kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(ndim))).value
     return lax.conv_general_dilated(
@@ -262,6 +274,7 @@ def _groups_to_batch(x: jax.Array, batch: int, feature: int, groups: int) -> jax
     """(N, ..., groups·c) as (N·groups, ..., c): one ordinary convolution for all groups."""
     if groups == 1:
         return x
+    # (N, ..., groups, c), (N, groups, ..., c), (N·groups, ..., c)
     x = x.reshape(*x.shape[:feature], groups, -1, *x.shape[feature + 1 :])
     x = jnp.moveaxis(x, feature, batch + 1)
     return x.reshape(*x.shape[:batch], -1, *x.shape[batch + 2 :])
@@ -277,6 +290,8 @@ def _ragged_axes(eqn: Equation, args: Sequence) -> tuple[int, int, int, bool] | 
     x, w = args[:2]
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
+    # A fourth operand is a group offset. What is ragged along the summed axis is the form of a
+    # gradient of the weight.
     if (
         is_weight(x)
         or len(args) > 3
@@ -300,6 +315,7 @@ def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     if axes is None:
         return None
     (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
+    # Each factor has to run along the experts and one more axis.
     first, second = (w.a, w.b) if w.a.has(inner) else (w.b, w.a)
     if set(first.dims) != {group, inner, RANK} or set(second.dims) != {group, outer, RANK}:
         return None

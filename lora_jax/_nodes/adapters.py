@@ -2,6 +2,7 @@
 
 An adapter tree is a nested dict with one of these nodes at the path of each leaf that is trained.
 Everything that is not trained (scale, axes, row numbers) is static, so no optimiser can reach it.
+Shapes: W (in, out), A (in, r), B (r, out), all with the same batch axes in front.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class LowRank(Node):
         if key is None or not self.dropout:
             return None
         batch = self.geometry.batch_axes
+        # The sizes of the batch axes, which A has in front.
         shape = self.a.shape[: len(batch)]
+        # Words and no key: scans, vmap and shard_map take them as they take any array.
         return Factor(jax.random.bits(path_key(key, path), (*shape, 2), "uint32"), (*batch, RANK))
 
     def labels(self) -> Any:
@@ -88,6 +91,7 @@ class LowRank(Node):
         room = max(getattr(n, "rank", 0) for n in nodes) if rank is None else rank
         dtype = jnp.result_type(*(x.dtype for n in nodes for x in jax.tree.leaves(n)))
         a, b = (jnp.zeros(s, dtype) for s in self.geometry.factor_shapes(self.shape, room))
+        # Static fields are one for the whole stack: each adapter's scale goes into its B.
         return dataclasses.replace(self, a=a, b=b, scale=1.0, dropout=0.0)
 
     def fitted(self, like: Any) -> Any:
@@ -101,6 +105,7 @@ class LowRank(Node):
         if self.rank > like.rank:
             raise LoRAError(f"expected a rank of at most {like.rank}, found {self.rank}")
         more = like.rank - self.rank
+        # New columns of A meet new rows of B, both zero: the update is the same.
         pad = lambda x, d: jnp.pad(x, [(0, more if i == d else 0) for i in range(x.ndim)])
         a = pad(self.a, self.a.ndim - 1).astype(like.a.dtype)
         b = pad(self.b, len(self.geometry.batch_axes)).astype(like.b.dtype) * self.scale
@@ -171,9 +176,10 @@ class DoRA(LowRank):
                 "there is no norm. Adapt the function that calls jax.shard_map, and bind outside: "
                 "lora.adapt(jax.shard_map(fn, ...))(lora.bind(params, adapters), x)"
             )
+        # W' = V · m / n = V + gain · V: as a difference, in fp32, a small gain is not rounded away.
         m = self.magnitude.astype(wide(self.magnitude.dtype))
         n = jax.lax.stop_gradient(norms(self, base)).astype(m.dtype)
-        # An output unit that is zero, in V, stays so.
+        # An output unit of V that is zero stays so; the inner `where` spares its gradient 0 / 0.
         gain = jnp.where(n > 0, (m - n) / jnp.where(n > 0, n, 1), 0)
         gain = jnp.expand_dims(gain, len(self.geometry.batch_axes))  # (*batch, 1, *out)
         weight = super().weight(base, path, key)
@@ -184,6 +190,7 @@ class DoRA(LowRank):
 
     def empty(self, nodes: Sequence[Any], rank: int | None, base: Any) -> DoRA:
         like = super().empty(nodes, rank, base)
+        # With m = ‖W‖ the slot changes nothing.
         m = norms(like, base if is_quantized(base) else jnp.asarray(base)).astype(like.a.dtype)
         return dataclasses.replace(like, magnitude=m)
 
@@ -199,6 +206,7 @@ def norms(node: LowRank, base: Any) -> jax.Array:
     """
     g, base = node.geometry, near(value(base))
     dtype = wide(base.dtype)
+    # `other` labels a second rank axis, so that AᵀA has two.
     a, b, w, other = cast(node.a, dtype), cast(node.b, dtype), cast(base, dtype), RANK - 1
     rename = lambda dims: tuple(other if d == RANK else d for d in dims)
     where = compat.explicit_sharding(base)
@@ -209,13 +217,17 @@ def norms(node: LowRank, base: Any) -> jax.Array:
         own = where and NamedSharding(where.mesh, spec_along(tuple(out), where.spec))
         return contract(x, xl, y, yl, out, own, precision=jax.lax.Precision.HIGHEST)
 
+    # (*batch, r, *out); (*batch, r, r); (*batch, r, *out)
     aw = product(a, g.a_dims, w, range(base.ndim), g.b_dims)
     aa = product(a, g.a_dims, a, rename(g.a_dims), (*g.batch_axes, RANK, other))
     aab = product(aa, (*g.batch_axes, RANK, other), b, rename(g.b_dims), g.b_dims)
+    # Summed over the rank: (*batch, *out)
     low_rank = jnp.sum(b * (2 * node.scale * aw + node.scale**2 * aab), len(g.batch_axes))
-    squares = jnp.sum(w**2, g.in_axes)  # its axes in the leaf's order
+    # Summed over the in axes, its axes are in the leaf's order: to (*batch, *out) as well.
+    squares = jnp.sum(w**2, g.in_axes)
     left = sorted((*g.batch_axes, *g.out_axes))
     squares = squares.transpose([left.index(d) for d in (*g.batch_axes, *g.out_axes)])
+    # Where the terms cancel, rounding may leave a sum below zero.
     return jnp.sqrt(jnp.maximum(squares + low_rank, 0))
 
 
@@ -281,6 +293,7 @@ class Rows(Node):
 
     @property
     def dims(self) -> dict[str, tuple[int, ...]]:
+        # The number of trained rows is the rank of the update, and no axis of the leaf.
         return {"value": (RANK, *range(1, len(self.shape)))}
 
     def weight(self, base: Any, path: str, key: chex.PRNGKey | None = None) -> AdaptedWeight:
@@ -291,6 +304,7 @@ class Rows(Node):
         one_hot = jnp.zeros((self.length, len(self.index)), self.value.dtype)
         one_hot = one_hot.at[index, jnp.arange(len(self.index))].set(1)
         rows = base.at_rows(index) if is_quantized(base) else base[index]
+        # W + one_hot·(value − W[index]): these rows are `value`, all others W.
         change = self.value - jax.lax.stop_gradient(rows).astype(self.value.dtype)
         return AdaptedWeight(
             base,
@@ -303,6 +317,7 @@ class Rows(Node):
 
     def merged(self, base: Any, sign: float = 1.0) -> jax.Array:
         del sign
+        # Set and not added, as a sum with W would round.
         return value(base).at[jnp.asarray(self.index)].set(self.value.astype(base.dtype))
 
     def labels(self) -> Rows:

@@ -43,7 +43,8 @@ def factors(adapters: Any, frozen: Any = None) -> Any:
     """
     failures: list[str] = []
     flat = {} if frozen is None else flatten(frozen, is_leaf=is_node)
-    each = {path: x for path, x in flat.items() if is_node(x)}  # none: it is shared by all leaves
+    # A node for each leaf, or none: then `frozen` itself is shared by all leaves.
+    each = {path: x for path, x in flat.items() if is_node(x)}
 
     def leaf(path: str, node: Any) -> Any:
         if not is_node(node):
@@ -52,6 +53,7 @@ def factors(adapters: Any, frozen: Any = None) -> Any:
             return node.factors(each.get(path) if each else frozen)
         except LoRAError as problem:
             failures.append(f"'{path}' is a {_name(node)}: {problem}")
+            # Every leaf is looked at; the one error comes below.
             return node
 
     out = map_with_path(leaf, adapters, is_leaf=is_node)
@@ -64,6 +66,7 @@ def without_frozen(nodes: Mapping[str, Node], verb: str) -> dict[str, Any]:
     out, failures = {}, []
     for path, node in nodes.items():
         try:
+            # What the node says is for `factors`; here the way out is another call.
             out[path] = node.factors()
         except LoRAError:
             failures.append(f"'{path}' is a {_name(node)}")
@@ -79,6 +82,7 @@ def check_factors(nodes: Mapping[str, Node]) -> None:
     """Raises for nodes that are no factors, nor values in the base's place."""
     plain = LowRank | Full | Rows
     rest = {p: n for p, n in nodes.items() if is_node(n) and not isinstance(n, plain)}
+    # It does not override `factors`: it acts on the weight by `weight` alone.
     has_none = lambda n: type(n).factors is Node.factors
     raise_all(
         "these adapters are no factors yet:",

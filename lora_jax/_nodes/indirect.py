@@ -15,6 +15,7 @@ from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import Node
 
 
+# kw_only: the arrays of a subclass, without defaults, may then come after these.
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Indirect(Node):
     """All that is static of the `LoRA` that a node stands for.

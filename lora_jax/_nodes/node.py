@@ -53,6 +53,7 @@ class Node:
     def __init_subclass__(cls, **kwargs: Any):
         # So that flax.serialization, and what stands on it, writes any node: its arrays, by name.
         super().__init_subclass__(**kwargs)
+        # True replaces an earlier entry, for a class that a notebook defines again.
         serialization.register_serialization_state(cls, _state_dict, _from_state_dict, True)
 
     if TYPE_CHECKING:  # else no subclass could have it as a field
@@ -97,11 +98,13 @@ class Node:
         if geometry is not None and not geometry.covers(len(shape)):
             return f"the leaf has shape {shape}, the adapter was made for {self.shape}, {geometry}"
         size: dict[Any, Any] = dict(enumerate(shape))
+        # The leaf's sizes by axis, and the rank's by the first array that has it.
         for name, dims in self.dims.items():
             found = tuple(getattr(self, name).shape)
             for d, n in zip(dims, found):
                 if d == RANK:
                     size.setdefault(RANK, n)  # the first says what the rank is
+            # An axis of its own may have any size; one that the array lacks is said to be "any".
             own = (*found, *("any",) * (len(dims) - len(found)))
             want = tuple(size.get(d, n) for d, n in zip(dims, own))
             if want != found:
@@ -115,6 +118,7 @@ class Node:
         weight = self.weight(base, "")
         if not is_weight(weight):
             return weight.astype(base.dtype)
+        # A·B alone changes its sign, by the constant in front of it.
         return dataclasses.replace(weight, scale=sign * weight.scale).materialise()
 
     def specs(self, spec: PartitionSpec) -> Any:
@@ -130,11 +134,13 @@ class Node:
         size: dict[Any, int] = {}
         for name, dims in self.dims.items():
             size |= dict(zip(dims, getattr(self, name).shape))
+        # In the order of their labels, which are the leaf's axes 0, 1, …
         return tuple(size[d] for d in sorted(size.keys() - {RANK, None}))
 
     def _each(self, fn: Callable[[str], Any]) -> Any:
         """The node with fn(name) in the place of each array."""
         node: Any = self
+        # A field may hold several arrays.
         each = lambda name: jax.tree.map(lambda _: fn(name), getattr(node, name))
         return dataclasses.replace(node, **{name: each(name) for name in array_names(node)})
 
@@ -157,6 +163,7 @@ def _from_state_dict(node: Any, state: Mapping[str, Any]) -> Any:
             f"{', '.join(map(str, state)) or 'none'}: flax.serialization.from_bytes(adapters, "
             "data), with adapters as those that were written"
         )
+    # Flax restores values of any shape: shapes are compared below.
     restore = serialization.from_state_dict
     new: dict[str, Any] = {name: restore(getattr(node, name), state[name], name) for name in names}
     for name, x in new.items():

@@ -9,6 +9,8 @@ heads, experts, scanned layers and convolutions are one case: with labels a and 
     W'[w] = W[w] + scale · Σ_r a[a-axes of w, r] · b[b-axes of w, r]    (arXiv:2106.09685, eq. 3)
 
 and, where there is a gain g along some of its axes, (1 + g) times that (DoRA, arXiv:2402.09353).
+
+Shapes, of a dense layer: W (in, out), A (in, r), B (r, out), gain (1, out), seed (2,).
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class Followed:
 
     @property
     def parts(self) -> dict[str, Factor]:
-        """What there is that moves along with the base."""
+        """{field: factor} of the labelled factors, which move along with the base."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: f for name, f in fields.items() if isinstance(f, Factor)}
 
@@ -103,6 +105,7 @@ class Followed:
 
     def relabelled(self, base: Any, label: Mapping[int, int], stacked: Iterable[int] = ()) -> Self:
         """The weight after a change of shape that only renames or drops axes."""
+        # An axis that no old one becomes is constant, and comes from no axis of the leaf.
         axes: list[tuple[int, ...]] = [()] * len(base.shape)
         for old, new in label.items():
             axes[new] = self.axes[old]
@@ -122,7 +125,7 @@ class Followed:
     def __repr__(self) -> str:
         name, parts = type(self).__name__, self.parts
         if not all(hasattr(x, "shape") for x in (self.base, *(f.value for f in parts.values()))):
-            # what jax.tree.map made of it: shapes, shardings, names
+            # What jax.tree.map made of it holds shapes, shardings or names.
             shown = {"base": self.base} | {n: f.value for n, f in parts.items()}
             return f"{name}('{self.origin}', {', '.join(f'{n}={x}' for n, x in shown.items())})"
         return (
@@ -206,6 +209,7 @@ class AdaptedWeight(Followed):
         if self.seed is None:
             return self
         data = self.seed.sorted()  # (*batch, 2)
+        # (*batch, 2), as (n,) keys, each folded, and back
         keys = jax.random.wrap_key_data(data.value.reshape(-1, 2), impl=SEED_IMPL)
         words = jax.random.key_data(jax.vmap(lambda k: jax.random.fold_in(k, n))(keys))
         seed = Factor(words.reshape(data.value.shape), data.dims)
@@ -213,6 +217,7 @@ class AdaptedWeight(Followed):
 
     def delta(self, dtype: Any = jnp.float32, precision: Any = Precision.HIGHEST) -> jax.Array:
         """scale · A·B in the weight's shape, computed in `dtype`."""
+        # Along axes that neither factor has the update repeats.
         out = tuple(d for d in range(self.ndim) if self.a.has(d) or self.b.has(d))
         a, b = times(cast(self.a.value, dtype), self.scale), cast(self.b.value, dtype)
         delta = contract(a, self.a.dims, b, self.b.dims, out, precision=precision)
@@ -220,6 +225,7 @@ class AdaptedWeight(Followed):
 
     def materialise(self) -> jax.Array:
         """W + scale·A·B as a plain array, accumulated in fp32 (or wider) and rounded once."""
+        # fp32 also for a 16-bit base: most updates are smaller than one step of its type.
         total = self._sum(wide(self.base.dtype), Precision.HIGHEST)
         return self.gained(total, range(self.ndim)).astype(self.base.dtype)
 
@@ -234,6 +240,7 @@ class AdaptedWeight(Followed):
             return plus(base, self.delta(dtype, precision))
         # Not W + (v − W): where W is much larger than v, that has lost v.
         one_hot = self.a.sorted()
+        # (V, n) to (V,): which rows are trained
         hit = jnp.any(one_hot.value != 0, -1)
         hit = jax.lax.broadcast_in_dim(hit, self.shape, one_hot.dims[:-1])
         new = dataclasses.replace(self, b=self.rows).delta(wide(dtype))
@@ -252,10 +259,12 @@ class AdaptedWeight(Followed):
         if self.gain is None:
             return y
         of, labels = range(self.ndim) if of is None else of, list(labels)
+        # {label: axis of the weight} of the gain, then its axes in the order of y's.
         at = {of[d]: d for d in self.gain.dims if d != RANK}
         order = [at[label] for label in labels if label in at]
         gain = self.gain.order((*order, RANK))
         full = cast(y, holding(y.dtype))
+        # (*order, 1), without the rank, and broadcast along the rest of y
         value = jax.lax.squeeze(cast(gain.value, full.dtype), (len(order),))
         dims = [i for i, label in enumerate(labels) if label in at]
         value = jax.lax.broadcast_in_dim(value, y.shape, dims)

@@ -1,10 +1,9 @@
-"""Products with quantised weights, so that as little as can be of what is read is written out.
+"""Products with quantised weights, which write out as little as possible of what they read.
 
-* On TPUs, to put the two halves of a byte side by side is to write the weight out, several times
-  over. So the upper and the lower halves, which are the even and the odd numbers along the last
-  axis, each have a product of their own, and what is put together is the result, or taken apart is
-  x.
-* A table of many rows, as a head that is tied to an embedding, is read in parts of some rows.
+* On TPUs, putting the two halves of each byte side by side writes the weight out several times.
+  So the upper halves (the even numbers along the last axis) and the lower ones (the odd numbers)
+  have a product each. Then either the two results are put side by side, or x is taken apart.
+* A table of many rows, such as a head that is tied to an embedding, is read some rows at a time.
 
 Shapes: x (T, in), W (in, out) in codes, y (T, out); each axis has a label.
 """
@@ -24,8 +23,10 @@ from lora_jax._core.einsum import Labels, cast, contract
 from lora_jax._quantized.formats import STORED
 from lora_jax._quantized.weight import Quantized, is_quantized, value
 
-LARGE, PART, MOST = 2**24, 2**22, 512  # numbers of a table, of a part of it, and parts
-TALL = 4  # rows of a table for each of its columns
+# A table of LARGE numbers or more, and of TALL rows or more for each column, is read in parts: of
+# PART numbers at most each, and at most MOST of them.
+LARGE, PART, MOST = 2**24, 2**22, 512
+TALL = 4
 
 
 def dot(
@@ -43,10 +44,12 @@ def dot(
     if not is_quantized(w):
         return whole(x, w)
     parts = _parts(w, x)
+    # The rows are summed (x has them) or free (the result has them); a batch axis is both.
     if parts > 1 and (_label(w, wl, 0) in xl) != (_label(w, wl, 0) in out):
         return by_rows(x, xl, w, wl, out, parts, **params)
     if not _in_halves(w):
         return whole(x, value(w, after))
+    # Decided when it is lowered, so that one jaxpr serves every platform.
     return lax.platform_dependent(
         x,
         w,
@@ -56,6 +59,7 @@ def dot(
 
 
 def _in_halves(q: Quantized) -> bool:
+    # A padded axis has no whole pairs; one with an explicit sharding cannot be split in two.
     explicit = compat.explicit_sharding(q.codes) is not None
     return STORED[q.format].bits == 4 and q.pad == 0 and q.order is not None and not explicit
 
@@ -115,8 +119,10 @@ def by_rows(
     summed = label not in out
     # terms are added in fp32, whatever the result's type
     kept = jnp.promote_types(dtype, jnp.float32) if summed else dtype
+    # Constants in codes of their own lie in groups that run across rows: read once, for all.
     q = dataclasses.replace(q, constants=q.block_constants(), second=None)
     size = dict(zip(wl, q.shape)) | dict(zip(xl, x.shape))
+    # A carry has one type from the first step on: it varies wherever a term does.
     every = frozenset().union(*map(compat.varying, (x, *jax.tree.leaves(q))))
     start = compat.vary(jnp.zeros([size[d] for d in out], kept), every)
 
@@ -124,6 +130,7 @@ def by_rows(
         return lax.dynamic_slice_in_dim(v, i * count, count, axis)
 
     def add(i: jax.Array, y: jax.Array) -> jax.Array:
+        # Constants per channel have size 1 along the rows where these are the in axis.
         of_rows = lambda v: some(v, i, 0) if v.shape[0] == q.stored[0] else v
         w = jax.tree.map(of_rows, q).value()
         part = some(x, i, list(xl).index(label)) if summed else x

@@ -102,6 +102,7 @@ def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     top = jnp.where(jnp.isfinite(w).all(-1), jnp.max(jnp.abs(w), -1), jnp.nan)
     if fmt.power:
         assert fmt.levels is not None  # as such a format has
+        # The least power of two by which 6, the largest level, reaches the block's maximum.
         power = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(top, 2.0**-120) / 6)))
         codes = _nearest(fmt.levels, jnp.clip(w / (6 * power)[..., None], -1, 1))
         return codes, power.astype(jnp.float8_e8m0fnu)
@@ -110,6 +111,7 @@ def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     unit = w * down * (1.0 / (jnp.maximum(top, 1e-38)[..., None] * down))
     if fmt.levels is not None:
         return _nearest(fmt.levels, jnp.clip(unit, -1, 1)), top
+    # Integers are rounded here; a float type rounds in its cast.
     if jnp.issubdtype(fmt.dtype, jnp.integer):
         return jnp.round(unit * fmt.top).astype(fmt.dtype), top
     return (unit * fmt.top).astype(fmt.dtype), top
@@ -118,6 +120,7 @@ def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _nearest(levels: Sequence[float], x: jax.Array) -> jax.Array:
     """The number of the nearest level; half way, the lower one."""
     values = np.asarray(levels, np.float32)
+    # middle[i] is the border between levels i and i + 1.
     middle = (values[1:] + values[:-1]) / 2
     return jnp.searchsorted(jnp.asarray(middle), x, side="left").astype(jnp.uint8)
 
@@ -135,8 +138,9 @@ def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> j
 
 
 def level(levels: Sequence[float], codes: jax.Array) -> jax.Array:
-    """The levels of codes of four bits, in fp32: looked up on GPUs, where the compiler writes out
-    what halving has on the way, by halving elsewhere, where it writes out what a look-up has."""
+    """The levels of codes of four bits, in fp32: by a look-up on GPUs, by halving elsewhere. Each
+    is the form whose intermediate values the compiler of that platform does not write out."""
+    # A value for each of 16 codes: int4 and E2M1 have 15 levels, and never use the last.
     levels = (*levels, *(0.0,) * (16 - len(levels)))
     look_up, halving = (functools.partial(f, levels) for f in (looked_up, _by_halving))
     return lax.platform_dependent(codes, cuda=look_up, rocm=look_up, default=halving)
@@ -149,6 +153,8 @@ def looked_up(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.Arr
 
 
 def _by_halving(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.Array:
+    # Each bit of the code, from the lowest, chooses within pairs of neighbours: 16 values are
+    # 8, then 4, 2 and 1.
     values: list = [np.float32(x) for x in levels]
     bit = 0
     while len(values) > 1:
@@ -162,6 +168,7 @@ def _scales(fmt: Format, constants: jax.Array) -> tuple[jax.Array, jax.Array | N
     """(scale, offset or None) of each block, in fp32."""
     if fmt.parts == 1:
         return constants.astype(jnp.float32) * (6 if fmt.power else 1), None
+    # (..., blocks, 2), or for Q4_K (..., groups of eight blocks, 16 bytes)
     each = constants.reshape(*constants.shape[:-1], -1, fmt.parts)
     if fmt.parts == 2:
         return each[..., 0].astype(jnp.float32), each[..., 1].astype(jnp.float32)
@@ -171,12 +178,14 @@ def _scales(fmt: Format, constants: jax.Array) -> tuple[jax.Array, jax.Array | N
     low, high, both = each[..., 4:8], each[..., 8:12], each[..., 12:]
     scales = jnp.concatenate([low & 63, (both & 15) | (low >> 6 << 4)], -1)
     minima = jnp.concatenate([high & 63, (both >> 4) | (high >> 6 << 4)], -1)
+    # (..., groups, 1) · (..., groups, 8) as (..., blocks)
     scales, minima = (
         (halves[..., i, None].astype(jnp.float32) * x.astype(jnp.float32)).reshape(
             *constants.shape[:-1], -1
         )
         for i, x in enumerate((scales, minima))
     )
+    # Q4_K is w = scale · code − minimum.
     return scales, -minima
 
 
@@ -222,6 +231,7 @@ def dynamic_look_up(codes: jax.Array) -> jax.Array:
 def dynamic_level(codes: jax.Array) -> jax.Array:
     """The same without a look-up: it is odd about 127, but for the last, 1."""
     far = jnp.where(codes < 127, 127 - codes, codes - 127)
+    # Entries 127 to 254 are zero and what is above it, a power of two of them; 1 is the last.
     of = jnp.where(far == 128, np.float32(1), _by_halving(dynamic_map()[127:255], far))
     return jnp.where(codes < 127, -of, of)
 
@@ -235,6 +245,7 @@ def blocks_of(size: int, block: int | None) -> tuple[int, int]:
 def doubled(constants: jax.Array, stack: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """8 bits for each constant less their mean (arXiv:2305.14314, section 3), in groups of 256."""
     lead = constants.shape[:stack]
+    # All constants of one weight in a row, cut into groups without regard to its axes.
     flat = constants.reshape(*lead, -1)
     mean = jnp.mean(flat, -1)
     flat = flat - mean[..., None]
@@ -257,6 +268,7 @@ def undoubled(
     """The constants, of `shape`, from their codes, read by `level`."""
     top, mean = second
     lead, rest = shape[:stack], shape[stack:]
+    # (*stack, groups, 256) · (*stack, groups, 1), without the padding of the last group
     flat = level(codes) * top[..., None]
     flat = flat.reshape(*lead, -1)[..., : math.prod(rest)] + mean[..., None]
     return flat.reshape(shape)
@@ -267,6 +279,7 @@ def read(
 ) -> jax.Array:
     """The weight of `shape` from codes (..., n), or (..., n / 2), and constants (..., blocks)."""
     if fmt.block is None:
+        # Per channel: constants of size 1 along the in axes, against the codes as they lie.
         return (codes.astype(jnp.float32) * (constants * (1 / fmt.top))).astype(dtype)
     codes = unpack(codes) if fmt.bits == 4 else codes
     n, block = blocks_of(shape[-1], fmt.block)

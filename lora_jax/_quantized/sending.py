@@ -18,6 +18,7 @@ from lora_jax._quantized.weight import Quantized, lie
 def sent(q: Quantized, eqn: Any) -> Quantized | None:
     """The weight after an equation that only sends it; None if it must be read for that."""
     name, p = eqn.primitive.name, eqn.params
+    # After a reshape no axis of the weight is one of the codes.
     if q.order is None:
         return None
     if name == "all_gather":
@@ -34,9 +35,11 @@ def _gathered(q: Quantized, p: Mapping[str, Any]) -> Quantized | None:
     axis = q.order[p["all_gather_dimension"]]
     if not p["tiled"] or p["axis_index_groups"] is not None or not _splits(q, axis):
         return None
+    # Per channel the constants have size 1 along the in axes: each device has them all.
     in_axis = STORED[q.format].block is None and q.constants.shape[axis] < q.codes.shape[axis]
 
     def gather(x: jax.Array) -> jax.Array:
+        # The mean of constants that are quantised twice has the axes of the stack alone.
         alone = x.ndim <= axis or (in_axis and x is q.constants)
         return x if alone else lax.all_gather(x, p["axis_name"], axis=axis, tiled=True)
 
@@ -59,8 +62,11 @@ def _splits(q: Quantized, axis: int, parts: int = 1) -> bool:
     if fmt.block is None or axis < q.stack:
         return True
     per_row = math.ceil(q.stored[-1] / fmt.block)
-    if q.second is not None:  # one row of constants after the other: whole groups of them
+    if q.second is not None:
+        # One row of constants after the other, in groups: only whole groups can be apart.
         rows = math.prod(q.stored[q.stack : -1])
         return axis == q.stack < q.codes.ndim - 1 and rows * per_row % (parts * SECOND) == 0
+    # Q4_K has its constants in bytes that serve eight blocks each.
     blocks = per_row // (8 if fmt.parts == 16 else 1)
+    # Other axes are cut between rows of blocks, the last one between blocks.
     return axis < q.codes.ndim - 1 or (q.pad == 0 and blocks % parts == 0)

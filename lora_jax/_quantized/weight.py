@@ -87,13 +87,15 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        order = self.order  # `moved_to` is of the whole, where the arrays are of a part
+        # `moved_to` is the whole's, and stays so where a scan or shard_map cuts the arrays.
+        order = self.order
         return self.moved_to[0] if order is None else tuple(self.stored[d] for d in order)
 
     @property
     def sharding(self) -> Any:
         """That of the codes, in the order of the weight's axes; None where it is not known."""
-        traced = isinstance(self.codes, jax.core.Tracer)  # its type's
+        # A tracer has that of its type, an array its own.
+        traced = isinstance(self.codes, jax.core.Tracer)
         found = getattr(jax.typeof(self.codes) if traced else self.codes, "sharding", None)
         if not isinstance(found, NamedSharding) or not self.moves:
             return found
@@ -131,6 +133,7 @@ class Quantized:
 
     def moved(self, eqn: Any) -> Quantized | None:
         """The weight after an equation that only moves or casts it; None if that cannot wait."""
+        # Moves are static, part of the tree's structure, which jit hashes.
         move = (eqn.primitive, tuple(sorted(eqn.params.items())))
         try:
             hash(move)
@@ -149,6 +152,7 @@ class Quantized:
         """Other numbers of the same shape, stored in the same way."""
         fmt, shape = STORED[self.format], self.constants.shape
         per_channel = fmt.block is None
+        # Per channel the in axes are those along which constants have size 1.
         in_axes = tuple(d for d, n in enumerate(shape) if n == 1) if per_channel else (-2,)
         double = self.second is not None
         return _jitted(w, self.format, in_axes=in_axes, stack=self.stack, double=double)
@@ -157,6 +161,7 @@ class Quantized:
     def sliceable(self) -> bool:
         """Whether the parts of axis 0 are those of each array."""
         order = self.order
+        # Constants that are quantised twice keep the weight's axis 0 only if it is a stack's.
         whole = self.codes.ndim > 1 and (self.stack > 0 or self.second is None)
         return whole and order is not None and order[0] == 0
 
@@ -166,6 +171,7 @@ class Quantized:
         order = tuple(range(self.codes.ndim))
         for primitive, params in self.moves:
             if primitive.name == "transpose":
+                # Axis d of what comes out is axis permutation[d] of what went in.
                 order = tuple(order[d] for d in dict(params)["permutation"])
             elif primitive.name != "convert_element_type":
                 return None
@@ -187,12 +193,14 @@ class Quantized:
         """
         if self.order is None:
             raise LoRAError(f"{self!r} is not spread over devices once it is moved: bind it after")
+        # `spec` is in the order of the moved weight, `own` in that of the codes.
         of = dict(zip(self.order, spec))
         own = [of.get(d) for d in range(self.codes.ndim)]
         stack, first = own[: self.stack], own[self.stack]
 
         def fit(x: Any, entries: Sequence) -> PartitionSpec:
             parts = [math.prod(mesh.shape[n] for n in names(e)) if mesh else 1 for e in entries]
+            # One number cannot be spread, nor what the devices do not divide.
             even = [n > 1 and n % p == 0 for n, p in zip(x.shape, parts)]
             return PartitionSpec(*(e if fits else None for e, fits in zip(entries, even)))
 
@@ -210,6 +218,7 @@ class Quantized:
         at = self.read_at and NamedSharding(
             self.read_at.mesh, PartitionSpec(*self.read_at.spec[1:])
         )
+        # Axis 0 is gone: each permutation is taken to begin with it, and is numbered anew.
         stack = max(self.stack - 1, 0)
         part = dataclasses.replace(self, stack=stack, read_at=at, moves=(), moved_to=None)
         for primitive, params in self.moves:
@@ -234,6 +243,7 @@ class Quantized:
         whole = (
             not self.moves
             and STORED[self.format].block is not None
+            # The last axis is whole and stays the last: codes and constants take one gather.
             and last not in (*dn.start_index_map, *dn.collapsed_slice_dims)
             and p["slice_sizes"][last] == self.shape[last]
             and eqn.outvars[0].aval.ndim - 1 in dn.offset_dims
@@ -241,6 +251,7 @@ class Quantized:
         )
         if not whole:
             return None
+        # Out of bounds the constants are NaN, and so is all that is read with them.
         same = {k: p[k] for k in ("mode", "unique_indices", "indices_are_sorted")}
         sizes = lambda x: (*p["slice_sizes"][:last], x.shape[last])
         pick = lambda x: lax.gather(x, indices, dn, sizes(x), **same)
@@ -268,6 +279,7 @@ class Quantized:
             groups = math.ceil(math.prod(lead[self.stack :]) * n / SECOND)
             good = found == (*lead[: self.stack], groups, SECOND) and n * block == last + self.pad
         else:
+            # Scales; scales and offsets; 16 bytes for eight blocks.
             each = {1: n, 2: 2 * n, 16: 2 * n}[fmt.parts]
             good = found == (*lead, each) and n * block == last + self.pad
         if not good:
@@ -286,7 +298,7 @@ class Quantized:
         return f"Quantized({self.shape}, {self.dtype}, {self.format!r}{bits})"
 
     def value(self, after: jax.Array | None = None) -> jax.Array:
-        """The weight as an array. `after`: not before that is there, and not the one of another."""
+        """The weight as an array; with `after`, read anew and no sooner than that is there."""
         q = self._there(after)
         fmt = STORED[self.format]
         return self._moved(read(fmt, q.codes, q.block_constants(), q.stored, q.dtype))
@@ -314,8 +326,10 @@ class Quantized:
     def _there(self, after: jax.Array | None) -> Quantized:
         """The weight as it lies there, about to be read."""
         self._require_one_part()
+        # Else XLA may read all weights at the start, or keep one reading for the backward pass.
         codes = self.codes if after is None else ordered(after, self.codes)
         q = dataclasses.replace(self, codes=codes, moves=(), moved_to=None)
+        # Under shard_map the arrays are one device's part, and lie where they are.
         return q if self.read_at is None or compat.manual(codes) else lie(q, self.read_at)
 
     def _moved(self, w: jax.Array) -> jax.Array:
@@ -364,13 +378,16 @@ def quantized(
     shape, dtype = tuple(w.shape), np.dtype(w.dtype)
     if fmt.block is None:
         axes = tuple(d % w.ndim for d in in_axes)
+        # (*rest, *in axes), then (*rest, in): one constant for each row
         front = jnp.moveaxis(w, axes, range(-len(axes), 0))
         flat = front.reshape(*front.shape[: w.ndim - len(axes)], -1)
         codes, constants = encode(fmt, flat)
+        # Back to the weight's axes; constants have ones where the in axes are.
         codes = jnp.moveaxis(codes.reshape(front.shape), range(-len(axes), 0), axes)
         constants = jnp.expand_dims(constants, sorted(axes))
         return Quantized(codes, constants, None, format, dtype, stack=stack)
     n, block = blocks_of(shape[-1], fmt.block)
+    # Zeros fill the last block; a block is (..., n, block).
     w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, n * block - shape[-1])])
     codes, constants = encode(fmt, w.reshape(*shape[:-1], n, block))
     codes = codes.reshape(*shape[:-1], n * block)
