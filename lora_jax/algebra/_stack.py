@@ -82,7 +82,9 @@ def stack(
         except LoRAError as problem:
             failures.append(f"'{path}': {problem}")
             continue
+        # At least one, the last: it stays empty.
         slots += [like] * (capacity + 1 - len(trees))
+        # All slots have the same static fields (scale 1, dropout 0), so they are one pytree type.
         out[path] = jax.tree.map(_stacked, *slots)
     raise_all("these adapters cannot be stacked:", failures, "they must be of one base")
     return nest(out)
@@ -121,9 +123,11 @@ def _at(index: int | chex.Array, count: int) -> jax.Array:
     index = jnp.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise LoRAError(f"expected integers as an index, found {index.dtype}: choose(stacked, 0)")
-    if jnp.issubdtype(index.dtype, jnp.unsignedinteger):  # those too large are not to wrap
+    # A large unsigned number would wrap to a negative one, and -1 is the empty slot.
+    if jnp.issubdtype(index.dtype, jnp.unsignedinteger):
         most = min(count, jnp.iinfo(index.dtype).max)
         index = jnp.minimum(index, jnp.asarray(most, index.dtype)).astype(jnp.int32)
+    # int8 could not hold a count of 200.
     index = index.astype(jnp.int32) if index.dtype.itemsize < 4 else index
     exists = (index >= 0) & (index < count - 1)
     return jnp.where(index == -1, count - 1, jnp.where(exists, index, count))
@@ -150,6 +154,7 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
     slots = flatten(stacked, is_leaf=is_node)
     new = {} if adapters is None else flatten(checked(adapters), is_leaf=is_node)
     failures = [f"'{p}' is no leaf of the stack" for p in new if p not in slots]
+    # What a slot looks like: the same kinds, ranks and dtypes.
     empty = choose(stacked, -1)
     filled = {}
     for path, like in flatten(empty, is_leaf=is_node).items():
@@ -165,11 +170,13 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
         failures,
         "make a new one: lora.algebra.stack([...], capacity=..., rank=...)",
     )
+    # In the structure of the stack; a leaf that `adapters` lacks is an empty slot.
     one = map_with_path(lambda path, _: filled[path], empty, is_leaf=is_node)
 
     def written(all_: jax.Array, new: jax.Array) -> jax.Array:
         at = _at(index, len(all_))
-        at = jnp.where(at == capacity, len(all_), at)  # the empty slot stays empty
+        # A traced -1 must not fill the empty slot: past the end, the write is dropped.
+        at = jnp.where(at == capacity, len(all_), at)
         return all_.at[at].set(_in_a_slot(new, all_), mode="drop")
 
     return jax.tree.map(written, stacked, one)
@@ -178,6 +185,7 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
 def _in_a_slot(x: jax.Array, stacked: jax.Array) -> jax.Array:
     """x where the slots of a stacked array lie."""
     where = placement(stacked)
+    # Without the entry of the slots' own axis, the first.
     return laid(x, where and NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])))
 
 
