@@ -144,7 +144,7 @@ def of_orbax(path: Path) -> Generator[None, None, None]:
         yield
     except LoRAError:
         raise
-    # Of their own kinds, and many.
+    # Each of them has many kinds of errors of its own.
     except Exception as e:
         text = str(e).strip().partition("\n")[0]
         raise LoRAError(f"{path}: {type(e).__name__}: {quoted(text, 600)}") from e

@@ -162,7 +162,7 @@ def _experts(group: Experts, unclear: list[str]) -> list[Update]:
 
 
 def torch_shape(file: AdapterFile, u: Update) -> tuple[tuple[int, ...], Geometry]:
-    """The weight that an update without experts belongs to, were it not a GPT-2 Conv1D's."""
+    """(shape, axes) of the weight of an update without experts, unless it is a GPT-2 Conv1D's."""
     if u.kind == "embedding":
         return (u.n_in, u.n_out), IN_OUT
     # A Linear's A is (rank, in), a convolution's (rank, in, *window): the rest is the weight's.
@@ -179,7 +179,7 @@ def entry(
 
 
 def norm(node: LoRA) -> float:
-    """‖ΔW‖ (Frobenius, of a stack of all its weights) from the factors, without ΔW.
+    """‖ΔW‖ (Frobenius, over all weights of a stack) from the factors, without ΔW.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> norm(lora.LoRA(jnp.ones((2, 2)), jnp.ones((2, 8)), 0.5, OUT_IN))  # of 16 ones

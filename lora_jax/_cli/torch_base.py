@@ -272,8 +272,8 @@ def _resized(name: str, have: tuple[int, ...], want: tuple[int, ...]) -> str:
 
 
 def _rename(names: Sequence[str], shapes: Mapping[str, Any]) -> Callable[[str], str]:
-    """From the adapter's names to the base's: the same, or one first name less or more for all, of
-    those that stand for the whole model."""
+    """From the adapter's names to the base's: as they are, or all of them with one first name less
+    or more, which must be one that stands for the whole model."""
     ways = [way for first, way in _ways(names, shapes) if is_wrapper([first])]
     # The name as it is comes first, and wins where others do as well.
     ways = [lambda name: name, *ways]
@@ -290,7 +290,7 @@ def _far(names: Sequence[str], shapes: Mapping[str, Any]) -> dict[str, str]:
 def _ways(
     names: Sequence[str], shapes: Mapping[str, Any]
 ) -> list[tuple[str, Callable[[str], str]]]:
-    """(first name, from a name of the adapter to one of the base without it, or with it)."""
+    """(first name, a function that takes it off a name of the adapter, or puts it before one)."""
     ways: list[tuple[str, Callable[[str], str]]] = []
     for first in sorted({n.partition(".")[0] for n in names}):
         ways.append((first, lambda name, first=first: name.removeprefix(first + ".")))

@@ -52,7 +52,7 @@ def combine(
     Returns:
       An adapter tree; the weights are folded into B, and each scale is 1. Dropout is kept where
       all agree on it, and 0 elsewhere. Factors in 16 bits come back in fp32 where weight · scale
-      · B would be rounded: by all but 1, and powers of two in bf16.
+      · B would be rounded. It is not where weight · scale is 0 or ±1, or, in bf16, a power of two.
 
     Raises:
       LoRAError: no adapters, another number of weights, adapters that do not fit each other, a leaf
@@ -230,8 +230,8 @@ def typed_alike(nodes: list[LoRA]) -> list[LoRA]:
 
 
 def _keeps(dtype: Any, scale: float, weight: Any) -> bool:
-    """Whether scale · weight · B keeps every bit of B in this type, but for rounding to fp32 or
-    wider. bf16 has the exponents of fp32, so there powers of two do."""
+    """Whether scale · weight · B may stay in this type: always in fp32 or wider, and in 16 bits
+    where no bit of B is lost. bf16 has the exponents of fp32, so there powers of two lose none."""
     # An array may be traced: in 16 bits nothing can be promised of its values.
     if jnp.finfo(dtype).bits > 16 or not isinstance(weight, int | float):
         return jnp.finfo(dtype).bits > 16

@@ -118,7 +118,7 @@ def parts_of(
 
 
 def _spread(path: str, node: Any, weight: Any) -> jax.Array:
-    """A leaf's weight, one for each weight of a stack."""
+    """What a leaf's update is multiplied by, a number for each of the stacked weights: (n,)."""
     axes = node.geometry.batch_axes if isinstance(node, LoRA) else ()
     dtype = wide(jax.tree.leaves(node)[0].dtype)
     weight = jnp.asarray(weight_of(weight, path), dtype)

@@ -23,7 +23,7 @@ def check_finite(*trees: Any, weights: Iterable[Any] = (), base: Any = None) -> 
     Args:
       *trees: adapters.
       weights: one for each of the trees, as of `combine`.
-      base: parameters, of which those leaves count that an adapter is trained for.
+      base: parameters; only leaves that have an adapter are looked at.
     """
     flat = [flatten(tree, is_leaf=is_node) for tree in trees]
     leaves = {} if base is None else flatten(state_of(base))

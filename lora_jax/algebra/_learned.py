@@ -39,10 +39,10 @@ class Change:
     """The change ΔW of one leaf; of a stack (layers, experts), an entry for each of n weights.
 
     Attributes:
-      kind: "lora", "rows" (of the rows that are trained alone, ‖W‖ too), or "full" (of the leaf as
-        one weight; it has no spectrum, as nothing says which of its axes are in and which out).
+      kind: "lora", "rows" (only the rows that are trained count, in ‖W‖ too), or "full" (the leaf
+        as one weight; it has no spectrum, as nothing says which of its axes are in and which out).
       stack: the sizes of the batch axes, of product n; () for one weight.
-      rank: the largest that the change can have by its making; None in full.
+      rank: the largest that the change can have, by how it is made; None in full.
       norm: ‖ΔW‖ (Frobenius), (n,).
       base_norm: ‖W‖, (n,); None without the base's values.
       singular_values: of ΔW, from the largest on, (n, k); None in full.

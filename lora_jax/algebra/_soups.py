@@ -62,7 +62,7 @@ def ties(
 ) -> tuple[dict, dict[str, jax.Array]]:
     """TIES (arXiv:2306.01708): trim, elect signs, and the mean of what agrees.
 
-    Of each task vector τₖ = wₖ·Δₖ the share `density` of elements stays, the largest by magnitude.
+    Each task vector τₖ = wₖ·Δₖ keeps the share `density` of its elements, the largest by magnitude.
     The elected sign of an element is that of Σ τₖ. Its value is the mean of the τₖ that have this
     sign. Zero has no sign, so neither what was trimmed nor what a tree does not have is counted,
     and an element whose sum is zero (but for rounding) is zero.
@@ -309,7 +309,7 @@ def _elementwise(
                 u, s, v = anywhere(functools.partial(_range_svd, rank=rank, passes=passes))(delta)
             keep = rank if energy is None else rank_for(s, energy)
             assert keep is not None  # one of the two is given
-            # Of ‖Δ‖² itself: subspace iteration does not have all of the σ.
+            # Against ‖Δ‖² itself: subspace iteration does not have all of the σ.
             kept[path] = share_kept(s, keep, jnp.sum(delta**2, (1, 2)))
             out[path] = placed(from_svd(typed_alike(nodes)[0], u, s, v, keep), where)
         else:

@@ -32,7 +32,7 @@ def stack(
     rank: int | None = None,
     base: Any = None,
 ) -> dict:
-    """Several adapters as one tree: of other ranks (padded with zeros, exactly) and other targets.
+    """Several adapters as one tree. Ranks may differ (zeros fill up, which is exact), and targets.
 
     Args:
       adapters: adapter trees of one base.
@@ -91,7 +91,7 @@ def stack(
 
 
 def choose(stacked: Any, index: int | chex.Array) -> Any:
-    """The adapters of a number, or of an array of numbers, one for each example; -1 for none.
+    """The adapters under a number, or under an array of them, one for each example; -1 is none.
 
     Args:
       stacked: as from `stack`.
@@ -118,8 +118,11 @@ def choose(stacked: Any, index: int | chex.Array) -> Any:
 
 
 def _at(index: int | chex.Array, count: int) -> jax.Array:
-    """Where a slot lies among `count`; the last one is empty, -1. What has no slot lies past the
-    end: there JAX reads NaN, writes nothing, and does not count from the other side."""
+    """The place of a slot among `count`. The last one is empty, and is -1.
+
+    A number without a slot goes past the end. There JAX reads NaN and writes nothing; it does not
+    count from the other side, as it would with a negative place.
+    """
     index = jnp.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise LoRAError(f"expected integers as an index, found {index.dtype}: choose(stacked, 0)")
@@ -190,7 +193,7 @@ def _in_a_slot(x: jax.Array, stacked: jax.Array) -> jax.Array:
 
 
 def _stacked(*slots: jax.Array) -> jax.Array:
-    """The arrays with an axis in front, where the first of them lies that lies over devices."""
+    """The arrays with an axis in front, placed like the first one that is spread over devices."""
     where = next(filter(None, map(placement, slots)), None)
     return jnp.stack([laid(x, where) for x in slots])
 

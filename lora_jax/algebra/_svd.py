@@ -26,7 +26,7 @@ def matrices(node: LoRA) -> tuple[jax.Array, jax.Array]:
 
 
 def leaf_sharding(node: LoRA) -> NamedSharding | None:
-    """How the leaf is sharded that these factors run along, as far as they show it."""
+    """The sharding of the leaf that these factors belong to, as far as their own shows it."""
     sides = ((node.geometry.a_dims, placement(node.a)), (node.geometry.b_dims, placement(node.b)))
     known = [(dims, s) for dims, s in sides if s is not None]
     # {axis of the leaf: mesh axes}; the rank's own axis is no axis of the leaf and drops out.
@@ -61,8 +61,11 @@ def range_svd(x: jax.Array, rank: int, passes: int) -> tuple[jax.Array, jax.Arra
 
 
 def best_svd(x: jax.Array, rank: int, spread: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, σ and Vᵀ of x (n, in, out), of which the largest `rank` are wanted: all, by LAPACK; of
-    what is spread over devices a few more, by products alone, so that no device gathers x."""
+    """U, σ and Vᵀ of x (n, in, out), at least for the largest `rank` σ.
+
+    All of them, by LAPACK; where x is spread over devices, a few more than `rank`, by products
+    alone, so that no device gathers x.
+    """
     if spread:
         return spread_svd(x, rank)
     u, s, v = jnp.linalg.svd(x, full_matrices=False)
@@ -72,7 +75,7 @@ def best_svd(x: jax.Array, rank: int, spread: bool) -> tuple[jax.Array, jax.Arra
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def spread_svd(x: jax.Array, rank: int, passes: int = 8) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `range_svd`, with bases from Gram matrices: each device keeps its part of x, and what is
-    sent has as many columns as twice the rank and 16. Exact where x has no more rows or columns."""
+    sent has 2·rank + 16 columns. Exact where x has no more rows or columns than that."""
     width = min(2 * rank + 16, *x.shape[-2:])
     # q (n, out, width) and p (n, in, width), in turns.
     q = jax.random.normal(jax.random.key(0), (len(x), x.shape[-1], width), x.dtype)
@@ -125,7 +128,7 @@ def rank_for(s: jax.Array, energy: float) -> int:
 
 
 def share_kept(s: jax.Array, rank: int, total: jax.Array | None = None) -> jax.Array:
-    """The share of the total, Σσ², that the largest `rank` σ have, the least of a stack."""
+    """The share of the total, Σσ², that the largest `rank` σ have; of a stack, the least."""
     total = jnp.sum(s**2, -1) if total is None else total
     top = jnp.sum(s[:, :rank] ** 2, -1)
     return jnp.min(jnp.where(total > 0, top / jnp.where(total > 0, total, 1), 1))

@@ -339,14 +339,14 @@ def _placed_as(saved: Any, base: Any) -> Any:
         (f"'{p}'" for p, where in own.items() if where is None),
         "place all of them, jax.device_put(params, shardings), or pass adapters that are placed",
     )
-    # Of another base, as `restore` is about to say.
+    # The base is another one, as `restore` is about to say.
     if own.keys() != flatten(saved, is_leaf=is_node).keys():
         return saved  # another base, as is about to be said
     return _at(saved, shardings(nest(own), saved))
 
 
 def _beside(state: Any, adapters: Any) -> Any:
-    """The state, of which shapes that are nowhere go where the adapters' shardings say."""
+    """The state; its shapes without a sharding get the one that the adapters' shardings imply."""
     leaves = jax.tree.leaves(adapters)
     placed = [isinstance(placement(x), NamedSharding) for x in leaves]
     nowhere = lambda x: isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None

@@ -26,8 +26,8 @@ def kind(cls: type) -> str:
 
 
 def own_classes() -> dict[str, type]:
-    """{kind: class} of the library's own nodes: for a restore without adapters, that would bring
-    their classes."""
+    """{kind: class} of the library's own nodes, for a restore to which no adapters are passed: with
+    them come their classes."""
     # Here, as it brings all methods and what they stand on: few restores need it.
     import lora_jax.methods as methods
 

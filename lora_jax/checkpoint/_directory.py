@@ -14,7 +14,7 @@ from etils import epath
 
 from lora_jax._core.errors import LoRAError
 
-# Of the description; a reader refuses those above its own.
+# The description's format; a reader refuses those above its own.
 FORMAT = 1
 
 
@@ -22,11 +22,11 @@ FORMAT = 1
 def opened(
     manager: ocp.CheckpointManager | str | os.PathLike,
 ) -> Generator[ocp.CheckpointManager, None, None]:
-    """The manager; of a directory, one that cannot write."""
+    """The manager itself; for a directory, one that cannot write."""
     if isinstance(manager, ocp.CheckpointManager):
         yield manager
     elif isinstance(manager, str | os.PathLike):
-        # Of a file system, or of a bucket.
+        # A path of a file system, or of a bucket.
         directory = epath.Path(manager)
         if not directory.is_dir():
             raise LoRAError(f"there is no directory {os.fspath(manager)!r}")
@@ -85,11 +85,11 @@ def description(manager: ocp.CheckpointManager, step: int | None) -> tuple[int, 
 
 
 def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
-    """What orbax restores; whatever it raises for a file that is not as it should be is one error,
-    which says what else is there."""
+    """What orbax restores. Whatever it raises over a damaged file becomes one error, which says
+    what other steps there are."""
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    # Of JSON, tensorstore, orbax, the file system.
+    # JSON, tensorstore, orbax and the file system each have errors of their own.
     except Exception as e:
         others = [s for s in manager.all_steps() if s != step]
         reason = (str(e).strip().splitlines() or [""])[0][:300]

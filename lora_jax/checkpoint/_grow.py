@@ -39,7 +39,7 @@ def growing(tree: Any, saved: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
 def kept(adapters: Any, saved: Mapping[str, Any], paths: set[str]) -> tuple[set[str], list[str]]:
     """(names of the factors whose new part stays as it was passed, what is wrong).
 
-    One factor of the new part is zero, so that the product stays, and the other is not, or neither
+    One factor of the new part is zero, so that the product stays. The other is not, or neither
     would ever get a gradient: that one is kept.
     """
     names, lines = set(), []

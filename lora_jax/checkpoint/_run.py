@@ -2,9 +2,10 @@
 
 Two files say so, beside the steps. `.lora_lock` is locked (`fcntl`) by the process that saves, from
 its first save until it ends or the manager is gone; the kernel frees it however a process ends, so
-that a crashed run goes on without a hand's turn. `.lora_run` names the run that saved last, and the
-step, replaced as a whole. It is what counts where there are no locks (buckets, some network file
-systems), and between two managers of one process: a run that finds another one's name there stops.
+that a crashed run resumes with nothing to clean up. `.lora_run` names the run that saved last and
+its step; it is replaced as a whole. It is what counts where there are no locks (buckets, some
+network file systems), and between two managers of one process: a run that finds another one's name
+there stops.
 
 What that guarantees. On a local file system, and on NFS with its lock service: no two processes
 save to one directory. Without locks: a run that another one has overtaken is told at its next save;

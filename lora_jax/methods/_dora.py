@@ -49,7 +49,7 @@ def dora(params: Any, adapters: Any) -> dict:
             return node
         # A quantised leaf stays in codes: `norms` reads it, and only here.
         base = leaves[path] if is_quantized(leaves[path]) else jnp.asarray(leaves[path])
-        # Of W + s·A·B and not of W, so that training starts where the adapters are.
+        # The norms are of W + s·A·B and not of W: training starts where the adapters are.
         m = norms(node, base).astype(node.a.dtype)
         return node.with_magnitude(m)
 

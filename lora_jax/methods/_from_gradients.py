@@ -96,7 +96,7 @@ def low_rank_gradients(
 
 
 def _random(path: str, t: Target | LowRank, rank: int) -> jax.Array:
-    """(n, in, about rank), always the same."""
+    """Normal numbers (n, in, k), k a little more than the rank; the same in every call."""
     n, i, o = t.geometry.sizes(t.shape)
     width = min(rank + OVERSAMPLED, i, o)
     return jax.random.normal(path_key(jax.random.key(0), path), (n, i, width), jnp.float32)
@@ -108,7 +108,7 @@ def _pair(node: LoRA) -> tuple[jax.Array, jax.Array]:
 
 
 def _node(t: Target | LowRank, a: jax.Array | None, b: jax.Array | None) -> LoRA:
-    """A node of matrices (n, in, k) and (n, k, out); of one of them, the other is zero."""
+    """A node of matrices (n, in, k) and (n, k, out); where one is None, it is zero."""
     n, i, o = t.geometry.sizes(t.shape)
     if a is None:
         assert b is not None  # one of the two is given

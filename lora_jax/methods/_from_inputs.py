@@ -45,7 +45,7 @@ def second_moments(
 
     Returns:
       {path: (n, in, in)} in fp32 or wider, n the number of weights that the leaf stacks. It is zero
-      where no output depends on the product by a differentiable way, or the product is in a
+      where no differentiable way leads from the product to an output, or where the product is in a
       function with a `jax.custom_vjp` of its own: `eva` and `corda` refuse that.
 
     Raises:
@@ -141,9 +141,9 @@ def _no_cotangent(y: Any) -> Any:
 
 def eva(adapters: Any, moments: Mapping[str, chex.Array], *, rho: float = 2.0) -> dict:
     """A has the leading right singular vectors of the leaf's inputs X, and B is zero (EVA, Paischer
-    2024, arXiv:2410.07170, section 3). The ranks are redistributed: of all leaves' directions those
-    are kept that explain the largest shares σ²/Σσ² of their leaf's second moment (eq. 6 has Σσ;
-    the authors' code and PEFT have this).
+    2024, arXiv:2410.07170, section 3). The ranks are redistributed: the directions of all leaves
+    compete, and those stay that explain the largest shares σ²/Σσ² of their leaf's second moment
+    (eq. 6 has Σσ; the authors' code and PEFT have this).
 
     The eigenvectors of C = XᵀX, summed over batches, are the singular vectors of all rows: what the
     paper's incremental SVD comes to where it is not truncated. They are of X itself; PEFT's port

@@ -93,12 +93,12 @@ def olora(params: Any, adapters: Any) -> tuple[Any, dict]:
 
 
 def orthogonal(key: chex.PRNGKey, adapters: Any, *, scale: float = 0.1) -> dict:
-    """A and B that are not zero, with a product that is (PEFT's "orthogonal"): of an orthogonal
-    matrix (r, r) one half of the rows, Q₁, goes into A = scale·X·Q₁, the other into
-    B = scale·Q₂ᵀ·Y, with X and Y normal; A·B = 0 as Q₁·Q₂ᵀ is. The base stays.
+    """A and B are not zero, and their product is (PEFT's "orthogonal"). Half of the rows of an
+    orthogonal matrix (r, r), Q₁, go into A = scale·X·Q₁, the other half, Q₂, into
+    B = scale·Q₂ᵀ·Y, with X and Y normal. As Q₁·Q₂ᵀ = 0, A·B = 0 and the base stays.
 
     Args:
-      key: a PRNG key; each leaf's values are of it and the leaf's path alone.
+      key: a PRNG key; the values of a leaf depend on it and on the leaf's path alone.
       adapters: as of `pissa`.
       scale: of either factor; a tenth in PEFT.
 

@@ -94,7 +94,7 @@ def propose(
     Args:
       params: the parameters, or an NNX module; abstract ones where there are no moments.
       survey: how the function uses each leaf.
-      tokens: how many tokens are trained on; of each epoch the same ones count once.
+      tokens: how many tokens are trained on; those that are seen again in later epochs count once.
       full_learning_rate: a good one for full fine-tuning.
       moments: C of each linear leaf, from `second_moments` with the targets of "all-linear".
       gradients: of each, as in `lora_ga`.

@@ -43,7 +43,7 @@ def each(adapters: Any, make: Callable) -> dict:
 
 
 def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]:
-    """(base − scale·A·B, adapters), of the nodes make(path, node, w), with w (n, in, out)."""
+    """(base − scale·A·B, adapters), with nodes from make(path, node, w), w (n, in, out)."""
     # For its checks alone: adapters of this model.
     adapter_nodes(params, adapters, "init")
     nodes = lora_nodes(adapters)

@@ -59,10 +59,10 @@ def adalora(
     Each step the optimiser moves P, Λ and Q. The importance of an entry is the product of a moving
     mean of its sensitivity |w · ∂L/∂w| and of that mean's uncertainty (eq. 8 to 11), that of a
     triplet S(λ) + mean S(P's column) + mean S(Q's row) (eq. 7). At an allocation the `budget(t)`
-    triplets of the highest importance, of all matrices, keep their λ, and all others get zero:
-    exactly as many, also among equals, the first ones then. Between two allocations all λ train
-    freely, by which a pruned triplet can come back (section 4); after the last one the mask is
-    fixed and holds at each step.
+    triplets of the highest importance, of all matrices, keep their λ, and all others get zero. It
+    is exactly that many: among equals the first ones. Between two allocations all λ train freely,
+    by which a pruned triplet can come back (section 4); after the last one the mask is fixed and
+    holds at each step.
 
     The sensitivity is that of the parameters at which the gradient was taken, as in the paper (the
     authors' code and PEFT multiply the gradient with the parameters after the step). To prune is
@@ -111,7 +111,7 @@ def adalora(
     end = steps - tfinal
 
     def budget_at(mask: Any, step: jax.Array):
-        """b(t) of a traced t: how many of the steps at which it falls are still to come."""
+        """b(t) of a traced t: the target, and 1 for each larger budget that t has not passed."""
         # λ is (*batch, rank): all its entries are triplets, all but its last axis are matrices.
         lams = [n.lam for n in adalora_nodes(mask)]
         start, matrices = (sum(math.prod(x.shape[:d]) for x in lams) for d in (None, -1))

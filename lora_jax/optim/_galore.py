@@ -289,7 +289,7 @@ def _masked(x: Any) -> bool:
 
 
 def _projectors(sides: list, gradients: list, old: list) -> list:
-    """The left singular vectors of each gradient, as many as of old. The moments are kept, and mean
+    """The left singular vectors of each gradient, as many as before. The moments are kept, and mean
     something only if a vector's sign, which is open, is that of the one before it."""
 
     def one(side: _Sides, g: jax.Array, p: Any):

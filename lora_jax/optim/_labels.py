@@ -101,6 +101,6 @@ def lora_plus(
 
 
 def decays(weight_decay: Any) -> bool:
-    """Whether there is any; of an array, as `optax.inject_hyperparams` passes, the value is not
-    looked at: the state may not depend on it."""
+    """Whether there is any weight decay. An array, as `optax.inject_hyperparams` passes it, counts
+    as some: the structure of the state may not depend on a value."""
     return not isinstance(weight_decay, int | float) or weight_decay != 0

@@ -50,9 +50,9 @@ def lora_muon(
 
     The paper has s = 1; the division by s, which makes the step independent of alpha, is ours. So
     is the way to compute: inverse roots of r × r matrices by eigendecompositions, exact to fp32
-    (the paper's appendix B iterates polynomials), with directions that a factor or its momentum
-    lacks left out, those below √(r·ε) of the largest, about 10⁻³, so that at B = 0 only B moves.
-    The paper's optional rebalancing of the factors' norms is left out.
+    (the paper's appendix B iterates polynomials). Directions that a factor or its momentum lacks,
+    below √(r·ε) of the largest, about 10⁻³, are left out, so that at B = 0 only B moves. So is the
+    paper's optional rebalancing of the factors' norms.
 
     State: (in + out)·r numbers. FLOPs of a step: about 12·(in + out)·r² and four r × r
     eigendecompositions for each weight.

@@ -116,7 +116,7 @@ def partition(
 
 
 def zeros_like(node: LowRank, size: int | None = None) -> LowRank:
-    """Zeros for A and B, or of each of their weights (size, size); nothing for a magnitude."""
+    """Zeros like A and B, or (size, size) for each weight of the stack; nothing for a magnitude."""
     n = len(node.geometry.batch_axes)
     # As many axes as the factor has, so that a sharding along its batch axes fits.
     square = lambda x: (*x.shape[:n], size, *(1,) * (x.ndim - n - 2), size)

@@ -153,7 +153,7 @@ def lora_fa(
     tx: optax.GradientTransformation, *, corrected: bool = False, delta: float = 0.0
 ) -> optax.GradientTransformation:
     """LoRA-FA (arXiv:2308.03303): A stays as it was drawn; B, and all else, is trained by `tx`.
-    Of an embedding B is what was drawn, and A is zero: there B stays and A is trained.
+    In an embedding B is what was drawn, and A is zero: there B stays and A is trained.
 
     A gets an update of exactly zero and no state. Inside of one `jax.jit` with the gradient, XLA
     drops what nobody reads: the gradient of A is not computed, and an input that only it needs

@@ -152,8 +152,8 @@ def _slot(node: Any, n: int) -> Any:
 def _slot_axes(nodes: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, int]:
     """{path: how many axes of slots stand before those that the node knows of}.
 
-    A node says it by its `dims`, or the base by its shape. Where neither does, as in a leaf trained
-    in full of which there is a spec alone, it is as in the rest of the tree.
+    A node says it by its `dims`, or the base by its shape. Where neither does (a leaf trained in
+    full, for which there is a spec alone), it is as in the rest of the tree.
     """
 
     def fits(node: Any, n: int, ndim: int | None) -> bool:

@@ -128,8 +128,11 @@ def _masked(x: Any) -> bool:
 
 
 def _matched(x: Any, paired: Any) -> list | None:
-    """For each leaf of x its partner, if x has the structure of `paired`, or less of it; or more,
-    where it has several arrays for each of a leaf's (codes and constants of moments in 8 bits)."""
+    """The partner of each leaf of x, if x has the structure of `paired`; else None.
+
+    x may have less of it, MaskedNodes, or more: several arrays for a leaf, such as codes and
+    constants of moments in 8 bits.
+    """
     bare = _bare(x)
     leaves = jax.tree.leaves(bare, is_leaf=_masked)
     try:

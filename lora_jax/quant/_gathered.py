@@ -27,7 +27,7 @@ def gathered(params: Any, axes: str | Sequence[str]) -> Any:
       axes: the axes over which both the batch and the weights are cut, such as "fsdp".
 
     Returns:
-      The same arrays; the leaves know.
+      The same arrays, in leaves that know where they are read.
 
     Raises:
       LoRAError: no quantised leaf; leaves without a `NamedSharding`, or of a mesh without the axes.
