@@ -119,7 +119,7 @@ def compare(first: Any, second: Any) -> Comparison:
                 "in the second; compare adapters of one base"
             )
         leaves[path] = _likeness(a, b)
-    # Also leaves that both have, but one of them in full: a `Full` has no factors to compare.
+    # Also leaves that both have, but in full or by rows: there are no factors to compare.
     alone = lambda tree: tuple(p for p in tree if p not in both)
     return Comparison(leaves, alone(one), alone(two))
 
@@ -148,7 +148,8 @@ def _angles(q1: jax.Array, q2: jax.Array) -> jax.Array:
     if q2.shape[-1] > q1.shape[-1]:
         q1, q2 = q2, q1
     inner = product(q1.mT, q2)
-    # Cosines fall and so the angles rise; the sines of the same angles fall, hence the reversal.
+    # An SVD sorts falling: the cosines from the smallest angle on, and the sines from the largest,
+    # hence the reversal.
     cosines = jnp.linalg.svd(inner, compute_uv=False)
     sines = jnp.linalg.svd(q2 - product(q1, inner), compute_uv=False)[..., ::-1]
     small = jnp.arcsin(jnp.clip(sines, 0, 1))

@@ -178,7 +178,7 @@ def _merged(
     elect: bool,
     rows: tuple,
 ) -> jax.Array:
-    # Trim and drop come before the rows are joined: a row that one lacks was neither.
+    # Before the rows are joined: in rows that a vector lacks there is nothing to trim or drop.
     vectors = [_sparse(x, cut, key, rate) for x, cut, key in zip(vectors, cuts, keys)]
     if rows[0] is not None:
         union = sorted({i for index in rows for i in index})

@@ -58,7 +58,7 @@ def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]
     def one(path: str, node: LoRA) -> LoRA:
         # A leaf that is offloaded to the host is fetched by itself.
         w = near(jnp.asarray(leaves[path]))
-        # `anywhere` gives replicated factors; they go where the leaf's sharding puts them.
+        # On meshes with explicit axes `anywhere` gives replicated factors: they go to their places.
         found = anywhere(lambda w: make(path, node, node.geometry.matrices(widened(w))))(w)
         return placed(found, placement(w))
 
