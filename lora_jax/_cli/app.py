@@ -201,7 +201,7 @@ def convert(
     from lora_jax._cli.convert import convert
 
     along = (_names(experts), experts_a)
-    # What only one direction has a use for.
+    # Only the way from PEFT has a use for these.
     more = {"rename": _renamed(rename), "conv1d": _names(conv1d), "keep_base": keep_base}
     typer.echo(str(convert(src, dst, params, mapping, torch, to, ignore or (), *along, **more)))
 

@@ -162,7 +162,7 @@ def _mapping(
         infos[path] = info
     finder, found = Finder(infos, table), {}
     for name, shape in torch.items():
-        # A torch model has many parameters that are not adapted: for those nothing fails.
+        # A torch model has many parameters that are not adapted: what fails there does not count.
         finder.failures.clear()
         entry = finder.value(name, tuple(shape), ())
         if entry is None or not {b.leaf.path for b in entry.blocks} & nodes.keys():

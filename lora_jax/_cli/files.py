@@ -27,7 +27,7 @@ def replacing(out: Path) -> Generator[Path, None, None]:
             raise LoRAError(f"{out} was made meanwhile, and is left as it is; give another path")
         with writing(out):
             os.rename(new, out)
-    # The path beside `out` is gone by the time that someone reads of it.
+    # The message names the final path: the one beside it is gone when someone reads it.
     except LoRAError as e:
         raise LoRAError(str(e).replace(str(new), str(out))) from e
     finally:

@@ -144,7 +144,7 @@ def of_orbax(path: Path) -> Generator[None, None, None]:
         yield
     except LoRAError:
         raise
-    # Each of them has many kinds of errors of its own.
+    # Orbax and its libraries raise many kinds of errors.
     except Exception as e:
         text = str(e).strip().partition("\n")[0]
         raise LoRAError(f"{path}: {type(e).__name__}: {quoted(text, 600)}") from e

@@ -91,9 +91,9 @@ def fingerprint(params: Any, *, content: bool | None = None) -> Fingerprint:
     >>> one == two
     True
     """
+    # Shapes are those of all leaves, values those of parameters: a module's statistics move.
     state, values = (lasting(params, kind) for kind in (..., nnx.Param))
     leaves = {p: (tuple(x.shape), _type(x)) for p, x in state.items()}
-    # All leaves count as shapes; values are those of parameters (a module's statistics move).
     shapes = [x for x in jax.tree.leaves(values) if isinstance(x, jax.ShapeDtypeStruct)]
     content = not shapes if content is None else content
     if content and shapes:

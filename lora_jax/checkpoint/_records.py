@@ -241,7 +241,7 @@ def _padded(value: Any, like: Any, axis: int, keep: bool) -> Any:
 
 
 def _is_number(entry: Mapping) -> bool:
-    """Whether it is a number, or an array of one: a count may be saved as one, and be the other."""
+    """Whether it is a number, or an array of one: either may be read as the other."""
     if "value" in entry:
         return isinstance(entry["value"], int | float) and not isinstance(entry["value"], bool)
     return entry["array"][1] == [] and "key" not in entry

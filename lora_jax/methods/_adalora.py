@@ -134,7 +134,7 @@ def orthogonality(adapters: Any) -> jax.Array:
     """
     total = jnp.zeros((), jnp.float32)
     for node in adalora_nodes(adapters):
-        # P (n, in, r), Q (n, r, out); in fp32, as a sum of squares in bf16 would stop growing.
+        # P (n, in, r) and Q (n, r, out) in fp32: PᵀP − I is a small difference.
         p, q = node.geometry.pair(widened(node.p), widened(node.q))
         for x in (p, q.mT):
             # PᵀP, then QQᵀ: (n, r, r).

@@ -127,7 +127,7 @@ def adalora(
                 f"target_rank={target_rank} is above the rank {min(low)} of the adapters; start "
                 "with more, the paper with 1.5 times the target: lora.LoRAConfig(rank=12)"
             )
-        # In fp32 at least: in bf16 a mean with β = 0.85 would stop moving.
+        # In fp32 at least: in fp16 |w · g| would underflow.
         zeros = lambda x: jnp.zeros(x.shape, wide(x.dtype))
         like = lambda fn: _map(lambda n: _each(fn, n), params)
         return AdaLoRAState(
@@ -257,7 +257,7 @@ def _means(
     """Eq. 9 and 10: the moving means of I = |w·g| and of |I − Ī|."""
 
     def entry(g: jax.Array, w: jax.Array, mean: jax.Array, spread: jax.Array):
-        # I = |w · ∂L/∂w|, how much the loss changes if the entry were zero (eq. 8).
+        # I = |w · ∂L/∂w|, about how much the loss would change without the entry (eq. 8).
         now = jnp.abs(w.astype(mean.dtype) * g.astype(mean.dtype))
         mean = beta1 * mean + (1 - beta1) * now
         # |I − Ī| with the new mean.
@@ -272,7 +272,7 @@ def _means(
         return of
 
     trees = (params, grads, state.sensitivity, state.uncertainty)
-    # One tree each of means and of spreads; what is computed twice, XLA computes once.
+    # One tree each of means and of spreads; what stands there twice, XLA computes once.
     return tuple(jax.tree.map(node(i), *trees, is_leaf=is_node) for i in range(2))
 
 

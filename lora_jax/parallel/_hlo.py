@@ -162,8 +162,8 @@ def _arrays(i: Instruction, names: Names) -> list[str]:
 
 
 def _trips(loop: Instruction, blocks: Blocks, names: Names) -> int | None:
-    """The trip count as the compiler notes it. The TPU compiler drops its note: then that of a loop
-    which counts up by a constant, and None of any other."""
+    """The trip count as the compiler notes it. Where there is no note, as on TPU, it is that of a
+    loop which counts up by a constant; None for any other loop."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(known[1])
 

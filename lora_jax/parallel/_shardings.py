@@ -236,7 +236,7 @@ def _ruled(names: PartitionSpec, rules: Sequence, own: Sequence[str]) -> Partiti
     """Logical names as mesh axes; the mesh's own names stand for themselves."""
     entries = tuple(None if x is P.UNCONSTRAINED else x for x in names)
     free = set(own) - {name for name, _ in rules}
-    # Flax takes rules in order and drops what none names: last, the mesh's own names as they are.
+    # Flax takes rules in order, and replicates what none names: the mesh's own names come last.
     kept: list[Any] = [(x, x) for x in entries if _entry(x) and free.issuperset(_entry(x))]
     return nn.logical_to_mesh_axes(entries, [*rules, *kept]) or P()
 

@@ -124,7 +124,7 @@ def _one(tensors: Mapping[str, Any], name: str) -> Quantized:
     state, parts = _checked(tensors, name)
     shape, dtype = tuple(state["shape"]), jnp.dtype(state["dtype"])
     # (n / 2, 1) to (*rows, columns / 2): rows are whole blocks, so no byte holds codes of two rows.
-    # Here as there the first of two codes is in the upper half of the byte.
+    # In both formats the first of two codes is in the upper half of its byte.
     codes = jnp.asarray(parts[""].reshape(*shape[:-1], shape[-1] // 2))
     constants = parts["absmax"]
     if "nested_offset" not in state:

@@ -112,7 +112,7 @@ def _fit(
         # Algorithm 1: Q = q(W − s·A·B), then s·A·B = the best of rank r of W − Q.
         rest = exact - node.weight(exact, "").delta(exact.dtype)
         q = quantized(rest, format, in_axes=g.in_axes, stack=stacked(g), double=double)
-        # Before it is read: it is read in the leaf's own type, and that rounding is error, too.
+        # Set before it is read: a read is rounded to the leaf's own type, which is error, too.
         q = dataclasses.replace(q, stored_dtype=w.dtype)
         error = g.matrices(exact - q.value().astype(exact.dtype))
         return q, from_svd(node, *plain_svd(error), node.rank, node.scale)
