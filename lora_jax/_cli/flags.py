@@ -44,7 +44,7 @@ def _calls(text: str) -> Iterator[tuple[int, int, str]]:
     """(start, stop, the same in flags) of the calls in a message."""
     for found in CALL.finditer(text):
         ends = (m.end() for m in re.compile(r"\)").finditer(text, found.end()))
-        # A parenthesis may end the call, or something in it: the first with which it parses ends it.
+        # A parenthesis may end the call or something in it: the first that makes it parse ends it.
         for stop in ends:
             try:
                 call = ast.parse(f"f({text[found.end() : stop]}", mode="eval").body

@@ -252,8 +252,8 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
             f"under jit, {size:,} elements of a task vector are more than can be counted: merge "
             "outside of jit, or trim each weight by itself, per_weight=True"
         )
-    # int32 counts on the device, int64 on the host.
-    xp = jnp if traced else np  # the host counts to 2⁶³
+    # int32 counts on the device; the host, with int64, counts to 2⁶³.
+    xp = jnp if traced else np
     own = (lambda c: c) if per_weight else (lambda c: c.sum(0, keepdims=True))
     at = lambda table, digit: xp.take_along_axis(table, digit[:, None], 1)[:, 0]
     # `found` holds the leading digits of the element sought; `need` is its place, from the largest

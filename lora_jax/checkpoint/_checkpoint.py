@@ -341,7 +341,7 @@ def _placed_as(saved: Any, base: Any) -> Any:
     )
     # The base is another one, as `restore` is about to say.
     if own.keys() != flatten(saved, is_leaf=is_node).keys():
-        return saved  # another base, as is about to be said
+        return saved
     return _at(saved, shardings(nest(own), saved))
 
 

@@ -137,8 +137,8 @@ def _locked(mine: _Claim, directory: epath.Path) -> bool:
         # this directory is closed.
         fcntl.lockf(mine.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        # These say that another process has it; all others, that there are no locks.
-        return e.errno not in (errno.EACCES, errno.EAGAIN)  # else the file system has no locks
+        # These say that another process has the lock; others, that the file system has no locks.
+        return e.errno not in (errno.EACCES, errno.EAGAIN)
     return True
 
 
