@@ -20,7 +20,6 @@ import jax.numpy as jnp
 
 from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._core.geometry import Geometry
 from lora_jax._core.mesh import placed
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
@@ -213,7 +212,7 @@ def _side_by_side(parts: list[tuple[LoRA, Any]]) -> LoRA:
     if not all(_keeps(n.b.dtype, n.scale, w) for n, (_, w) in zip(nodes, parts)):
         # All of them, not only those that would be rounded: one array has one dtype.
         nodes = [dataclasses.replace(n, a=widened(n.a), b=widened(n.b)) for n in nodes]
-    b = [_times(n.b, n.scale, w, n.geometry) for n, (_, w) in zip(nodes, parts)]
+    b = [_times(n.b, n.scale, w) for n, (_, w) in zip(nodes, parts)]
     # Σ wₖsₖ·Aₖ·Bₖ as one product of block matrices: A grows along its last axis, B along the first
     # after its batch axes.
     a = jnp.concatenate([n.a for n in nodes], -1)
@@ -242,7 +241,7 @@ def _keeps(dtype: Any, scale: float, weight: Any) -> bool:
     return factor in (0.0, 1.0)
 
 
-def _times(b: jax.Array, scale: float, weight: Any, geometry: Geometry):
+def _times(b: jax.Array, scale: float, weight: Any) -> jax.Array:
     """scale · weight · B, the weight along the batch axes."""
     if isinstance(weight, int | float):
         # Two Python numbers: the product is rounded in fp64, and then once to B's type.

@@ -303,7 +303,7 @@ def restore(
         raise_all(f"{where} is of something else:", failures + others, RESTORE)
         found: dict[str, Any] = {}
         for name, tree in likes.items():
-            arrays = arrays_of(manager, step, name, abstract(record[name], tree), where)
+            arrays = arrays_of(manager, step, name, abstract(record[name], tree))
             # The new part is as passed in the factor that was drawn, and zero in the other one and
             # in all moments.
             of = {

@@ -101,9 +101,7 @@ def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
         ) from e
 
 
-def arrays_of(
-    manager: ocp.CheckpointManager, step: int, name: str, targets: dict, where: str
-) -> dict:
+def arrays_of(manager: ocp.CheckpointManager, step: int, name: str, targets: dict) -> dict:
     if not targets:
         return {}
     return _read(manager, step, **{name: ocp.args.StandardRestore(targets)})[name]
