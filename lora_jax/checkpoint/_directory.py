@@ -102,6 +102,7 @@ def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
 
 
 def arrays_of(manager: ocp.CheckpointManager, step: int, name: str, targets: dict) -> dict:
+    """{escaped path: array} of the step's item `name`, as `targets` asks for them."""
     if not targets:
         return {}
     return _read(manager, step, **{name: ocp.args.StandardRestore(targets)})[name]

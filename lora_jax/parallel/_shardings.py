@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.geometry import names as mesh_axes
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest, path_of
 from lora_jax._core.placement import check_placed
@@ -206,7 +207,7 @@ def _base_sharding(
                 return None, f"{found}: {problem}"
         if mesh is None:
             return found, None
-        names = [name for entry in found for name in _entry(entry)]
+        names = [name for entry in found for name in mesh_axes(entry)]
         unknown = set(names) - set(mesh.axis_names)
         if unknown:
             return None, (
@@ -237,7 +238,7 @@ def _ruled(names: PartitionSpec, rules: Sequence, own: Sequence[str]) -> Partiti
     entries = tuple(None if x is P.UNCONSTRAINED else x for x in names)
     free = set(own) - {name for name, _ in rules}
     # Flax takes rules in order, and replicates what none names: the mesh's own names come last.
-    kept: list[Any] = [(x, x) for x in entries if _entry(x) and free.issuperset(_entry(x))]
+    kept: list[Any] = [(x, x) for x in entries if mesh_axes(x) and free.issuperset(mesh_axes(x))]
     return nn.logical_to_mesh_axes(entries, [*rules, *kept]) or P()
 
 
@@ -272,13 +273,6 @@ def _names(x: Any) -> tuple:
     return None, P() if x is None else x, None, None
 
 
-def _entry(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    if entry is None or entry is P.UNCONSTRAINED:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 def _too_long(found: Any, ndim: int) -> str | None:
     spec = getattr(found, "spec", found)
     if isinstance(spec, PartitionSpec) and len(spec) > ndim:
@@ -295,7 +289,7 @@ def _even(adapters: Any, result: Any) -> tuple[Any, list[str]]:
             return sharding
         entries = list(sharding.spec)
         for d, entry in enumerate(entries):
-            parts = math.prod(sharding.mesh.shape[name] for name in _entry(entry))
+            parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
             # jax.device_put and jit's out_shardings refuse such an axis.
             if x.shape[d] % parts:
                 entries[d] = None
