@@ -25,6 +25,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             with warnings.catch_warnings():
+                # The library's kind of warning: each as a line, without the file and the code.
                 warnings.simplefilter("default", UserWarning)
                 warnings.showwarning = lambda message, *_, **__: typer.echo(
                     f"warning: {in_flags(str(message))}", err=True
@@ -34,6 +35,7 @@ class _Group(TyperGroup):
             typer.echo(f"error: {in_flags(str(e))}", err=True)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+        # An OSError too, but no trouble (`| head`): click ends quietly.
         except BrokenPipeError:
             raise
         except OSError as e:
@@ -126,9 +128,11 @@ def _names(text: str | None) -> list[str] | None:
 @contextlib.contextmanager
 def _progress(what: str) -> Generator[Callable[[int, int], None], None, None]:
     """A bar on stderr, if a person sees it; yields progress(done, total)."""
+    # In a log the bar would be a line a step.
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
+    # Only where a bar is drawn.
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
@@ -149,6 +153,7 @@ def inspect(
     rename: Rename = None,
 ) -> None:
     """Show what is in an adapter: leaves, ranks, alphas, norms, sizes. No base model is needed."""
+    # In the command: `--help` does not wait for orbax.
     from lora_jax._cli.inspect import inspect
 
     found = inspect(path, ignore or (), _renamed(rename))
@@ -196,6 +201,7 @@ def convert(
     from lora_jax._cli.convert import convert
 
     along = (_names(experts), experts_a)
+    # Only the way from PEFT has a use for these.
     more = {"rename": _renamed(rename), "conv1d": _names(conv1d), "keep_base": keep_base}
     typer.echo(str(convert(src, dst, params, mapping, torch, to, ignore or (), *along, **more)))
 
@@ -279,6 +285,7 @@ def combine(
         raise typer.BadParameter("expected one of --rank and --energy", param_hint="--energy")
     if method not in ("sum", "ties", "dare", "knots"):
         raise typer.BadParameter("expected sum, ties, dare or knots", param_hint="--method")
+    # The library would give leaves in full, base + Δ; here there is no base.
     if method in ("ties", "dare") and rank is None and energy is None:
         message = f"{method} is of full rank; give --rank or --energy"
         raise typer.BadParameter(message, param_hint="--method")
@@ -295,6 +302,7 @@ def combine(
     }
     kept |= {"method": method, "density": density, "seed": seed, "rename": _renamed(rename)}
     ranks = combine_folders(out, folders, weights, dtype=jnp.dtype(DTYPES[dtype]), **kept)
+    # "8", or "4–16" where they differ.
     span = "–".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))
     typer.echo(f"{out}: {len(ranks)} updates of rank {span}")
 
@@ -302,6 +310,7 @@ def combine(
 def _weighted(text: str) -> tuple[str, float]:
     """ADAPTER:WEIGHT, unless a folder has that name."""
     folder, colon, weight = text.rpartition(":")
+    # What is no number behind the colon is part of the name.
     if colon and not Path(text).exists():
         with contextlib.suppress(ValueError):
             return folder, float(weight)
@@ -322,6 +331,7 @@ def diff(
     """Compare two PEFT folders. Exits with 0 if they are equal, 1 if they differ, 2 on trouble."""
     from lora_jax._cli.diff import diff_folders
 
+    # Caught here, as 1 means that they differ.
     try:
         more = {"ignore": ignore or (), "rename": _renamed(rename)}
         found = diff_folders(first, second, tolerance=tolerance, **more)

@@ -65,22 +65,29 @@ def combine_folders(
     raise_all("the weights are to be finite:", odd)
     adapters = [open_torch(folder, ignore, rename) for folder in folders]
     raise_all("these adapters cannot be combined:", _unfit(adapters))
+    # Torch names are the leaves: flat trees of LoRA nodes, for the functions of `algebra`.
     trees = [a.low_rank() for a in adapters]
     mixed = _mixed(trees, weights, method, density, seed, {"rank": rank, "energy": energy})
+    # Reversed, so that the first adapter that has a parameter says where it lies.
     entries = {n: entry for a in reversed(adapters) for n, (entry, _) in a.parts.items()}
     nodes, mapping = _named_as_peft(mixed, entries, adapters)
+    # Nodes to tensors, failures and settings, as `lora.peft.save` does it.
     export = Export(nodes, mapping, True)
     export.run(uniform)
     settings = export.config(_shared(adapters, "base_model_name_or_path"), None)
     settings |= {k: _shared(adapters, k) for k in ("task_type", "revision")}
     settings["fan_in_fan_out"] = all(a.config.fan_in_fan_out for a in adapters)
     settings["ensure_weight_tying"] = adapters[0].config.tying
+    # PEFT takes the names of a list as endings. A text is a whole regular expression, in which no
+    # other "….lin" is meant.
     modules = settings["target_modules"]
     if isinstance(modules, list) and not all("." in m for m in modules):
-        settings["target_modules"] = "|".join(map(re.escape, modules))  # no other "….lin" is meant
+        settings["target_modules"] = "|".join(map(re.escape, modules))
     raise_all("the sum cannot be written for PEFT:", export.failures)
     tensors = {PREFIX + k: v for k, v in export.tensors.items()}
+    # Tables of the base beside adapted embeddings: `_unfit` has found them to be equal.
     tensors |= {t.key: a.file.read(t.key) for a in adapters for t in a.parsed.tables}
+    # Settings that the library does not know are kept where all agree on them.
     names = {k for a in adapters for k in unknown(a.file.config)}
     more = {k: _shared(adapters, k) for k in names}
     with replacing(Path(out)) as new:
@@ -97,6 +104,7 @@ def _mixed(
     kept: Mapping[str, Any],
 ) -> dict[str, Any]:
     share: dict[str, Any] = {} if density is None else {"density": density}
+    # These two give back the rank that is asked for; the others are exact, and are cut after it.
     if method == "ties":
         return ties(trees, weights, **share, **kept)[0]
     if method == "dare":
@@ -123,6 +131,7 @@ def _unfit(adapters: Sequence[TorchAdapter]) -> list[str]:
                     f"{a.file.folder}: '{name}' {how}; its change is known beside the base alone, "
                     "lora.algebra.combine(adapters, weights, base=params)"
                 )
+        # Up to 0.19.0 lora_A runs along another axis of the experts' weights.
         if a.parsed.experts and (a.config.version or (0,)) < (0, 19, 1):
             lines.append(
                 f"{a.file.folder}: adapters of experts lie otherwise before PEFT 0.19.1; load and "
@@ -131,6 +140,7 @@ def _unfit(adapters: Sequence[TorchAdapter]) -> list[str]:
         if a.config.tying != adapters[0].config.tying:
             lines.append(f"{a.file.folder}: another ensure_weight_tying than the first")
     groups: dict[str, set] = {}
+    # What must be the same in all: {module: sets of its adapted parameters}, {key: first table}.
     tables: dict[str, np.ndarray] = {}
     for a in adapters:
         for group in a.parsed.experts:
@@ -155,6 +165,7 @@ def _named_as_peft(
     Which of them is which is not known, and need not be: the file holds them by their depth.
     """
     groups: dict[str, Experts] = {g.module: g for a in adapters for g in a.parsed.experts}
+    # {name by depth, as `expert_names` gives it: module.parameter}.
     names = {n: n for n in mixed}
     for g in groups.values():
         inner_first = reversed(expert_names(g))
@@ -162,6 +173,7 @@ def _named_as_peft(
     order = sorted(mixed, key=lambda n: names[n])
     found = {}
     for n in order:
+        # Each torch parameter is a leaf of its own here, and so one block.
         (block,) = entries[n].blocks
         leaf = dataclasses.replace(block.leaf, path=names[n])
         block = dataclasses.replace(block, leaf=leaf)

@@ -62,9 +62,11 @@ def to_orbax(
     Returns:
       The mapping that was found.
     """
+    # Without the limit of `load`: the size of the file is the person's choice.
     options |= {"experts": experts, "experts_a": experts_a, "max_bytes": 1 << 62}
     found = load(folder, params, survey, mapping=mapping, ignore=ignore, **options)
     data = {"peft": {"config": dict(found.config), "mapping": mapping_to_json(found.mapping)}}
+    # Orbax makes the directory itself, under the temporary name.
     with replacing(Path(out)) as new, of_orbax(Path(out)):
         _room(new, sum(x.nbytes for x in jax.tree.leaves(found.adapters)))
         with ocp.CheckpointManager(new.absolute()) as manager:
@@ -107,6 +109,7 @@ def to_peft(
       The mapping that was used.
     """
     found = restored(directory, params)
+    # What `to_orbax` left in the checkpoint's data; a training run may have put anything there.
     stored = found.data.get("peft") if isinstance(found.data, dict) else None
     stored = stored if isinstance(stored, dict) else None
     if torch is None and stored is None:
@@ -149,6 +152,7 @@ def _mapping(
 ) -> TorchMapping:
     """The torch parameters that lie on adapted leaves."""
     nodes = flatten(adapters, is_leaf=is_node)
+    # Without parameters the nodes say all that there is to know of the leaves.
     infos = leaf_infos(params, survey) if params is not None else {}
     for path, node in nodes.items():
         info = infos.get(path, LeafInfo(path, tuple(node.shape), None))
@@ -158,12 +162,14 @@ def _mapping(
         infos[path] = info
     finder, found = Finder(infos, table), {}
     for name, shape in torch.items():
+        # A torch model has many parameters that are not adapted: what fails there does not count.
         finder.failures.clear()
         entry = finder.value(name, tuple(shape), ())
         if entry is None or not {b.leaf.path for b in entry.blocks} & nodes.keys():
             continue
         if finder.failures:
             raise LoRAError(finder.failures[0])
+        # A leaf in full is written as it lies; only low-rank ones have a kind and a side.
         low = isinstance(nodes.get(entry.blocks[0].leaf.path), LowRank)
         found[name] = of_kind(entry, experts_a) if low else entry
     return TorchMapping(found)
@@ -171,6 +177,7 @@ def _mapping(
 
 def mapping_to_json(mapping: TorchMapping) -> dict[str, Any]:
     """A mapping without the parameters that it is of."""
+    # Several entries may lie on one leaf (layers of a stack): each leaf once, blocks by their text.
     leaves = {b.leaf.path: b.leaf for e in mapping.entries.values() for b in e.blocks}
     return {
         "leaves": {path: dataclasses.asdict(leaf) for path, leaf in leaves.items()},
@@ -185,6 +192,7 @@ def mapping_from_json(x: Mapping[str, Any]) -> TorchMapping:
     """What `mapping_to_json` wrote, also after a pass through JSON."""
     leaves = {}
     for path, leaf in x["leaves"].items():
+        # JSON has made lists of tuples.
         g = leaf["geometry"]
         geometry = g and Geometry(**{k: tuple(v) for k, v in g.items()})
         rest = (leaf["kind"], leaf["tied"], leaf["dilated"])
@@ -209,6 +217,7 @@ def read_params(text: str) -> tuple[Any, Survey | Targets | None]:
     path = Path(text)
     if path.is_file() or (path.is_dir() and any(path.glob("*.safetensors"))):
         tensors = open_base(path).tensors
+        # Names as paths, or with dots, as torch has them.
         separator = "/" if any("/" in n for n in tensors) else "."
         odd = sorted({t.dtype for t in tensors.values()} - DTYPES.keys() - _OTHER.keys())
         if odd:
@@ -217,7 +226,8 @@ def read_params(text: str) -> tuple[Any, Survey | Targets | None]:
     if path.is_dir():
         return _of_orbax(path), None
     if path.exists():
-        opened(path).close()  # says that it is a pipe or a device
+        # It raises, and says that it is a pipe or a device.
+        opened(path).close()
     if ":" in text:
         return _called(text)
     raise LoRAError(f"--params {text}: there is no such file; expected {PARAMS}")
@@ -232,6 +242,7 @@ def _abstract(t: Tensor) -> jax.ShapeDtypeStruct:
 
 def _of_orbax(path: Path) -> Any:
     only_files(path)
+    # The folder itself or its latest step; in it the tree, or the item that managers write.
     steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     for root in (path, *steps[-1:]):
         for folder in (root, root / "default", root / "params"):
@@ -241,6 +252,7 @@ def _of_orbax(path: Path) -> Any:
                         ocp.StandardCheckpointer().metadata(folder.absolute()).item_metadata
                     )
                 is_leaf = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
+                # Orbax's metadata of arrays; no array is read.
                 shapes = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
                 return jax.tree.map(shapes, found.tree, is_leaf=is_leaf)
     raise LoRAError(f"--params {path}: holds no parameters; expected {PARAMS}")
@@ -248,6 +260,7 @@ def _of_orbax(path: Path) -> Any:
 
 def _called(text: str) -> tuple[Any, Survey | Targets | None]:
     module, _, name = text.partition(":")
+    # An installed command does not have it, as `python -m` has.
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
@@ -299,8 +312,10 @@ def convert(
         raise LoRAError(f"--params is needed: {PARAMS}")
     tree, survey = (None, None) if params is None else read_params(params)
     if kind == "peft":
+        # By position, in the order of `to_orbax`.
         along = (experts, experts_a)
         return to_orbax(src, dst, tree, survey, table or None, ignore, *along, **options)
-    known = torch is None or Path(torch).suffix == ".json"  # the order of the experts
+    # The order of the experts: JSON and the checkpoint keep it, safetensors need not.
+    known = torch is None or Path(torch).suffix == ".json"
     experts = () if known and experts is None else experts
     return to_peft(src, dst, tree, survey, table or None, shapes or None, experts, experts_a)

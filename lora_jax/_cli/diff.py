@@ -15,15 +15,16 @@ from lora_jax._core.errors import LoRAError
 from lora_jax._nodes.adapters import DoRA, LoRA
 from lora_jax.algebra._compare import Comparison, compare
 
-# Settings that say how a file was written; that choose modules, as the tensors show; and what the
-# others are if they are absent.
+# Settings that say how a file was written.
 NOT_COMPARED = ("auto_mapping", "peft_version", "inference_mode", "fan_in_fan_out")
+
+# Settings that choose modules, as the tensors show.
 CHOOSING = (
     "target_modules target_parameters exclude_modules modules_to_save layers_to_transform "
     "layers_pattern trainable_token_indices"
 ).split()
 
-
+# What the others are where they are absent.
 DEFAULTS = {
     "bias": "none",
     "init_lora_weights": True,
@@ -61,6 +62,7 @@ class Difference:
         return near and not (self.first or self.second or self.config.keys() - {*CHOOSING})
 
     def __str__(self):
+        # What one has alone is said below, of all kinds of parameters.
         bare = dataclasses.replace(self.updates, first=(), second=())
         lines = [str(bare)] if self.updates.leaves else []
         if self.equal:
@@ -77,6 +79,7 @@ class Difference:
             n: jax.tree.map(lambda x: x.tolist(), dataclasses.asdict(leaf))
             for n, leaf in self.updates.leaves.items()
         }
+        # JSON has no infinity, which here means: of other kinds.
         finite = {n: d if np.isfinite(d) else None for n, d in self.distances.items()}
         rest = {"first": self.first, "second": self.second, "config": self.config}
         return {"equal": self.equal, "distances": finite, "updates": likeness, **rest}
@@ -109,6 +112,7 @@ def diff_folders(
     )
     trees = [a.low_rank() for a in (one, two)]
     both = [n for n in one.parts if n in two.parts]
+    # Low-rank in both; DoRA's have a distance, but no place in the comparison of updates.
     common = [{n: t[n] for n in both if n in trees[0] and n in trees[1]} for t in trees]
     plain = [{n: narrow(x) for n, x in t.items() if isinstance(x, LoRA)} for t in common]
     likeness = compare(*plain) if plain[0] and plain[1] else Comparison({}, (), ())
@@ -132,6 +136,7 @@ def _settings(adapter: TorchAdapter) -> dict[str, Any]:
     return {
         k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v
         for k, v in found.items()
+        # Not `v not in (False, …)`: 0 would be equal to it, and is a setting.
         if v is not False and v not in (None, [], {}, "") and v != DEFAULTS.get(k)
     }
 
@@ -142,6 +147,7 @@ def _distance(
     if name in common[0]:
         return _apart(name, *(tree[name] for tree in common))
     (entry, a), (other, b) = one.parts[name], two.parts[name]
+    # Another kind, or other rows: nothing to subtract.
     if entry.kind != other.kind or getattr(a, "index", ()) != getattr(b, "index", ()):
         return float("inf")
     keys = one.keys(name), two.keys(name)
@@ -170,6 +176,7 @@ def _between(one: Any, two: Any) -> float:
     a, b = np.asarray(one.a), np.asarray(one.b)
     if one.scale == two.scale and np.array_equal(a, two.a) and np.array_equal(b, two.b):
         return 0.0
+    # Δ₁ − Δ₂ = [A₁ A₂]·[s₁B₁; −s₂B₂], one update of rank r₁ + r₂.
     pair = [n.b * np.float32(sign * n.scale) for n, sign in ((one, 1), (two, -1))]
     between = dataclasses.replace(
         one,

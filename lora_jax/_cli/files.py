@@ -14,6 +14,7 @@ from lora_jax.peft._file import partial, remove, writing
 @contextlib.contextmanager
 def replacing(out: Path) -> Generator[Path, None, None]:
     """A path beside `out` for what becomes `out` if all goes well, and is removed otherwise."""
+    # Also a link that leads nowhere.
     if os.path.lexists(out):
         raise LoRAError(f"{out} is there already, and is left as it is; give another path")
     if not out.parent.is_dir():
@@ -26,7 +27,8 @@ def replacing(out: Path) -> Generator[Path, None, None]:
             raise LoRAError(f"{out} was made meanwhile, and is left as it is; give another path")
         with writing(out):
             os.rename(new, out)
-    except LoRAError as e:  # of what is written there; the path beside `out` is gone by then
+    # The message names the final path: the one beside it is gone when someone reads it.
+    except LoRAError as e:
         raise LoRAError(str(e).replace(str(new), str(out))) from e
     finally:
         remove(new)

@@ -31,6 +31,7 @@ def in_flags(text: str) -> str:
     "--rename '^=base_model.model.'"
     """
     out, at = "", 0
+    # `at` is where the text goes on that is not yet copied.
     for start, stop, flags in _calls(text):
         out, at = out + text[at:start] + flags, stop
     out += text[at:]
@@ -43,7 +44,8 @@ def _calls(text: str) -> Iterator[tuple[int, int, str]]:
     """(start, stop, the same in flags) of the calls in a message."""
     for found in CALL.finditer(text):
         ends = (m.end() for m in re.compile(r"\)").finditer(text, found.end()))
-        for stop in ends:  # of the call, or of something in it
+        # A parenthesis may end the call or something in it: the first that makes it parse ends it.
+        for stop in ends:
             try:
                 call = ast.parse(f"f({text[found.end() : stop]}", mode="eval").body
             except SyntaxError:
@@ -58,7 +60,8 @@ def _flag(argument: ast.keyword) -> str:
     flag = "--" + name.replace("_", "-")
     try:
         value = ast.literal_eval(argument.value)
-    except ValueError:  # code, such as survey=lora.survey(fn, params, x)
+    # Code, such as survey=lora.survey(fn, params, x).
+    except ValueError:
         return "--params module:function, which returns (params, survey)"
     if name == "mapping":
         return f"--mapping FILE, with {json.dumps(value)}"

@@ -26,11 +26,11 @@ from lora_jax.peft._file import CONFIG, TENSORS, opened
 from lora_jax.peft._parse import split
 from lora_jax.peft._parts import NewRows, Update
 
-SHOWN = 160  # characters of a setting
+# Characters of a setting that a table shows.
+SHOWN = 160
 
-
+# Settings with these values say nothing.
 EMPTY = (None, [], {}, "", False)
-
 
 HEADS = ("name", "kind", "shape", "rank", "alpha", "scale", "norm", "dtype", "parameters", "bytes")
 
@@ -97,21 +97,23 @@ def kind_of(path: str | os.PathLike) -> Literal["peft", "orbax", "base"]:
     path = Path(path)
     if path.is_file() and path.name not in (CONFIG, TENSORS):
         return "base"
+    # A pickle counts too, so that it is refused as one, by name.
     if any((path / name).exists() for name in (CONFIG, TENSORS, "adapter_model.bin")):
         return "peft"
+    # Before the base: a folder may hold both, checkpoints beside a model.
     steps = [path] if _is_step(path) else path.glob("*")
     if any(_is_step(p) for p in steps):
         return "orbax"
     if any(path.glob("*.safetensors")):
         return "base"
     if path.exists() and not path.is_dir():
-        opened(path).close()  # says so of a pipe or a device
+        # It raises, and says that it is a pipe or a device.
+        opened(path).close()
     found = "there is nothing" if not path.exists() else "" if path.is_dir() else "it is a file"
     found = found or ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
     raise LoRAError(
         f"{path}: expected a PEFT folder ({CONFIG}), a checkpoint directory of "
-        f"lora.checkpoint.save, or a "
-        f"base model in safetensors; found: {found}"
+        f"lora.checkpoint.save, or a base model in safetensors; found: {found}"
     )
 
 
@@ -142,7 +144,8 @@ def of_orbax(path: Path) -> Generator[None, None, None]:
         yield
     except LoRAError:
         raise
-    except Exception as e:  # of their own kinds, and many
+    # Orbax and its libraries raise many kinds of errors.
+    except Exception as e:
         text = str(e).strip().partition("\n")[0]
         raise LoRAError(f"{path}: {type(e).__name__}: {quoted(text, 600)}") from e
 
@@ -189,22 +192,26 @@ def inspect(
 
 def _natural(row: Mapping[str, Any]) -> list:
     """Layer 2 before layer 10."""
+    # Pairs, as numbers and texts cannot be compared with each other.
     parts = re.split(r"(\d+)", row["name"])
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in parts]
 
 
 def _of_peft(adapter: TorchAdapter, name: str) -> dict[str, Any]:
     entry, what = adapter.parts[name]
-    assert entry.shape is not None  # as `open_torch` makes them
+    # `open_torch` makes them with a shape.
+    assert entry.shape is not None
     row = _stored(adapter, name, entry.kind, entry.shape, adapter.keys(name))
     if isinstance(what, NewRows):
         return row | {"kind": f"{len(what.index)} rows", "shape": list(what.shape)}
     if not isinstance(what, Update):
         return row | {"kind": "added to" if what.key is None else "full"}
+    # alpha_pattern has the attention's own name where the key has PEFT's wrapper in it as well.
     module, _ = split(what.a)
     alpha = adapter.config.alpha_of(module.replace(".base_layer.out_proj", ""))
     if what.magnitude is not None:
         row["kind"] += ", dora"
+    # The only line that reads tensors: one parameter at a time.
     size = _norm(adapter.node(name, dtype="float32"))
     return row | {"rank": what.rank, "alpha": alpha, "scale": what.scale, "norm": size}
 

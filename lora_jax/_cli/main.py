@@ -20,11 +20,13 @@ def main() -> None:
 
     from lora_jax._cli.app import app
 
-    if "JAX_PLATFORMS" not in os.environ:  # the work is the disk's; leave the accelerator alone
+    # The work is the disk's: the accelerator is left alone, and its memory to others.
+    if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stopped)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: what is raised is said below
+    # Orbax logs what it raises, and what is raised is said below.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
     app(prog_name="lora-jax")
@@ -32,5 +34,6 @@ def main() -> None:
 
 def _stopped(number: int, frame: FrameType | None) -> None:
     """Leaves as after an error, so that what is half written is removed on the way."""
-    signal.signal(number, signal.SIG_IGN)  # once is enough
+    # Once is enough: a second signal would interrupt the cleaning up.
+    signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)

@@ -70,6 +70,7 @@ def merge_files(
         experts_a=experts_a,
         mapping=mapping,
     )
+    # All that can fail has failed by here; from now on a tensor at a time is read, and written.
     _check(placed, model, keep_base)
     total = sum(file.stat().st_size for file in model.files)
     done = 0
@@ -80,6 +81,7 @@ def merge_files(
         progress(done, total)
 
     with replacing(out) as new:
+        # {tensor: old value to new}; each is called when the copy comes to its place.
         changed = {n: functools.partial(_merged, placed, n) for n in placed.parts}
         if not model.path.is_dir():
             write_changed(model, model.path, new, changed, told)
@@ -87,6 +89,7 @@ def merge_files(
         copied, left = model.others()
         with writing(out):
             new.mkdir()
+            # The model's other files first: they are small.
             for path in copied:
                 (new / path).parent.mkdir(parents=True, exist_ok=True)
                 with opened(model.path / path) as source, open(new / path, "wb") as target:
@@ -99,12 +102,14 @@ def merge_files(
 def tied_tables(base: Base) -> list[str]:
     """The table that is the model's output head as well, by config.json."""
     text = base.config.get("text_config")
+    # Multimodal models have the text model's settings in a part of their own.
     config = {**(text if isinstance(text, dict) else {}), **base.config}
     kinds = config.get("architectures")
     kinds = kinds if isinstance(kinds, list) else []
     head = any("LM" in str(k) or "ForConditionalGeneration" in str(k) for k in kinds)
     if not head or config.get("tie_word_embeddings") is False:
         return []
+    # Where two tables have that size, the head is a tensor of its own.
     of_size = [
         n for n, s in base.shapes.items() if len(s) == 2 and s[0] == config.get("vocab_size")
     ]
@@ -122,8 +127,10 @@ def _check(placed: TorchAdapter, base: Base, keep_base: bool) -> None:
     read = placed.file.read
     failures += placed.parsed.unequal(placed.file)
     for name, (_, what) in placed.parts.items():
+        # PEFT changes tied tables together, and a file of safetensors does not say that they are.
         failures += _copies(base, name) if isinstance(what, NewRows) else []
     names = {entry.name: n for n, (entry, _) in placed.parts.items()}
+    # Read only where nothing else is wrong: tables are large.
     for table in () if keep_base or failures else placed.parsed.tables:
         name = names.get(table.name)
         if name is None:

@@ -18,8 +18,8 @@ import numpy as np
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax.peft._file import DTYPES, checked, opened, parse_json, read_json, writing
 
+# Bytes that are copied at a time.
 INDEX, CHUNK = "model.safetensors.index.json", 8 << 20
-
 
 # What in a folder holds weights in another form, or would change which are loaded.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
@@ -73,6 +73,7 @@ class Base:
         weights are, what does not)."""
         keep, leave = [], []
         for root, folders, names in os.walk(self.path):
+            # In place: `os.walk` goes only into what is left.
             folders[:] = sorted(f for f in folders if not f.startswith("."))
             for name in sorted(n for n in names if not n.startswith(".")):
                 path = Path(root) / name
@@ -114,6 +115,7 @@ def open_base(path: str | os.PathLike) -> Base:
     if path.is_dir() and (path / INDEX).is_file():
         for name, where in _weight_map(path).items():
             own = tensors[name].file.name if name in tensors else "no file"
+            # None or one.
             failures += [f"'{name}' is in {where} by the index, found in {own}"] * (own != where)
     raise_all(f"{path}: the files do not belong together:", failures[:20])
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
@@ -144,6 +146,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     odd = [
         f"{name!a}: {file!a}"
         for name, file in found.items()
+        # A name with a folder could lead out of this one.
         if not isinstance(file, str) or Path(file).name != file or not file.isprintable()
     ]
     raise_all(f"{folder / INDEX}: expected names of files:", odd)
@@ -153,6 +156,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def _header(path: Path) -> tuple[int, dict[str, Tensor]]:
     """(where the tensors begin, {name: tensor} in the order in which they lie)."""
     with checked(path), opened(path) as file:
+        # Offsets count from the end of the header, which `checked` has found to be whole.
         start = 8 + int.from_bytes(file.read(8), "little")
         header = parse_json(file.read(start - 8), f"{path}, its header")
     header.pop("__metadata__", None)
@@ -191,6 +195,7 @@ def write_changed(
                 progress(len(data))
                 count -= len(data)
 
+        # The length and the header: shapes and types stay, and so do the offsets.
         copy(base.files[file])
         for name, t in tensors.items():
             source.seek(t.start)
@@ -198,11 +203,14 @@ def write_changed(
                 copy(t.stop - t.start)
                 continue
             value = changed[name](t.read())
+            # One byte more would move all that follows.
             if (value.shape, value.dtype) != (t.shape, DTYPES[t.dtype]):
                 raise LoRAError(
                     f"'{name}': {value.dtype}{value.shape} in place of {t.dtype}{t.shape}"
                 )
+            # As bytes: NumPy gives no buffer of bf16.
             target.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
             progress(t.stop - t.start)
         target.flush()
+        # On the disk before the folder gets its name.
         os.fsync(target.fileno())

@@ -26,9 +26,10 @@ from lora_jax.peft._mapping import Entry
 from lora_jax.peft._parse import parse
 from lora_jax.peft._parts import Experts, NewRows, Parsed, Update, Value
 
+# Torch's Linear is (out, in), GPT-2's Conv1D and an embedding's table (in, out).
 OUT_IN, IN_OUT = Geometry((1,), (0,)), Geometry((0,), (1,))
 
-
+# (experts, out, in)
 EXPERTS_OUT_IN = Geometry((2,), (1,), (0,))
 
 
@@ -58,6 +59,7 @@ class TorchAdapter:
         """
         place, what = self.parts[name]
         path, shape = place.blocks[0].leaf.path, place.shape
+        # An update is built from shapes; only what is added to the base reads its value.
         base = jax.ShapeDtypeStruct(shape, np.float32) if base is None else base
         build = Build(self.file, self.config, _OneLeaf(path, base), dtype)
         build.add(place, what)
@@ -116,6 +118,7 @@ def open_torch(
     parsed = parse(file, config)
     parts: dict[str, tuple[Entry, Any]] = {}
     for u in parsed.updates:
+        # Each parameter is a leaf of its own name.
         parts[u.name] = entry(u.name, u.name, *torch_shape(file, u), u.kind), u
     unclear: list[str] = []
     for group in parsed.experts:
@@ -125,7 +128,8 @@ def open_torch(
     for v in parsed.values:
         parts[v.name] = entry(v.name, v.name, v.shape, None, "value"), v
     for r in parsed.rows:
-        shape = (max(r.index, default=-1) + 1, r.shape[1])  # at least so long
+        # The table has at least so many rows; how many, the file does not say.
+        shape = (max(r.index, default=-1) + 1, r.shape[1])
         parts[r.name] = entry(r.name, r.name, shape, None, "rows"), r
     return TorchAdapter(file, config, parsed, parts, tuple(unclear))
 
@@ -144,7 +148,8 @@ def _experts(group: Experts, unclear: list[str]) -> list[Update]:
     numbers = {u.batch for pair in group.pairs for u in pair.values()}
     found = [
         [u for _, u in way]
-        for n in sorted(numbers)  # of experts: one for all pairs
+        # A number of experts, one for all pairs.
+        for n in sorted(numbers)
         for way in ways(group, lambda _, u, n=n: u if u.batch == n else None)
     ]
     if len({tuple((u.rank, u.scale) for u in way) for way in found}) != 1:
@@ -152,13 +157,15 @@ def _experts(group: Experts, unclear: list[str]) -> list[Update]:
             f"'{group.module}': which of its tensors are {' and '.join(group.parameters)} the base "
             "says alone, and their ranks or alphas differ"
         )
+    # Where all ways give the same ranks and scales, any of them will do.
     return found[0] if found else [next(iter(pair.values())) for pair in group.pairs]
 
 
 def torch_shape(file: AdapterFile, u: Update) -> tuple[tuple[int, ...], Geometry]:
-    """The weight that an update without experts belongs to, were it not a GPT-2 Conv1D's."""
+    """(shape, axes) of the weight of an update without experts, unless it is a GPT-2 Conv1D's."""
     if u.kind == "embedding":
         return (u.n_in, u.n_out), IN_OUT
+    # A Linear's A is (rank, in), a convolution's (rank, in, *window): the rest is the weight's.
     shape = (u.n_out, *file.shape(u.a)[1:])
     return shape, Geometry(tuple(range(1, len(shape))), (0,))
 
@@ -172,7 +179,7 @@ def entry(
 
 
 def norm(node: LoRA) -> float:
-    """‖ΔW‖ (Frobenius, of a stack of all its weights) from the factors, without ΔW.
+    """‖ΔW‖ (Frobenius, over all weights of a stack) from the factors, without ΔW.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> norm(lora.LoRA(jnp.ones((2, 2)), jnp.ones((2, 8)), 0.5, OUT_IN))  # of 16 ones
@@ -200,6 +207,7 @@ def narrow(node: LoRA) -> LoRA:
     if node.rank <= min(i, o):
         return node
     a, b = node.geometry.pair(*(np.asarray(x, np.float32) for x in (node.a, node.b)))
+    # A·B = 1·(A·B) = (A·B)·1, with the identity on the smaller side.
     product, one = a @ b, np.stack([np.eye(min(i, o), dtype=np.float32)] * len(a))
     a, b = (one, product) if i <= o else (product, one)
     shapes = node.geometry.factor_shapes(node.shape, min(i, o))

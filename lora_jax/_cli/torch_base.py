@@ -23,6 +23,7 @@ from lora_jax.peft._find import is_head, is_wrapper, looked_up
 from lora_jax.peft._mapping import Entry
 from lora_jax.peft._parts import Experts, NewRows, Update, Value
 
+# (experts, in, out)
 EXPERTS_IN_OUT = Geometry((1,), (2,), (0,))
 
 
@@ -93,6 +94,7 @@ class _Placing:
         own = self.named(name)
         if own in self.shapes:
             return own, tuple(self.shapes[own])
+        # It is not there: what is likely to be meant, the most telling reason last.
         module = own.rpartition(".")[0]
         near = [n for n in self.shapes if n.startswith(module + ".")] or nearest(own, self.shapes)
         hint = f"nearest: {', '.join(near[:3])}"
@@ -121,6 +123,7 @@ class _Placing:
             return self.rename(name)
         if len(found) != 1:
             raise LoRAError(f"mapping: '{name}' is {found}, expected one tensor of the base")
+        # The table may name a module: then the parameter has its own last name there.
         return found[0] if found[0] in self.shapes else f"{found[0]}.{name.rpartition('.')[2]}"
 
     def add(
@@ -134,6 +137,7 @@ class _Placing:
     ) -> None:
         if own in self.parts:
             self.failures.append(f"'{own}' is changed in two ways, by {name}")
+        # Head and embedding are one tensor of the base: a change of one would be of both.
         if own in self.tied and not isinstance(what, NewRows) and not self.adapter.config.tying:
             self.failures.append(
                 f"'{own}' is the embedding and the head, but the file changes {name} alone; untie "
@@ -150,6 +154,7 @@ class _Placing:
         fits = [geometry] if shape == expected else []
         if u.kind == "linear" and shape == expected[::-1]:
             fits += [IN_OUT]
+        # A square Linear: (out, in) or (in, out).
         if len(fits) == 2:
             fits = [self._square(own, shape)]
         if not fits:
@@ -170,11 +175,13 @@ class _Placing:
             return IN_OUT if named else OUT_IN
         if f"{module}.bias" not in self.shapes:
             return OUT_IN
+        # Weights that are not square, each with its bias: its length is the number of outputs.
         votes = set()
         for name, other in self.shapes.items():
             bias = self.shapes.get(name.removesuffix(".weight") + ".bias", ())
             if len(other) == 2 and other[0] != other[1] and bias in ((other[0],), (other[1],)):
                 votes.add(OUT_IN if bias[0] == other[0] else IN_OUT)
+        # Without votes, the adapter's fan_in_fan_out decides.
         if len(votes or {self.flag}) == 1:
             return (votes or {self.flag}).pop()
         self.failures.append(
@@ -185,6 +192,7 @@ class _Placing:
 
     def experts(self, group: Experts, order: Sequence[str] | None, along: str | None) -> None:
         """The one assignment of pairs to parameters that the shapes allow."""
+        # What lora_A may run along, as the caller says, or else as the version of PEFT does.
         axes = {None: ("last", "first"), "first": ("first",), "last": ("last",)}
         if along not in axes:
             raise LoRAError(f"experts_a={along!r}: expected 'first' or 'last'")
@@ -200,6 +208,7 @@ class _Placing:
             for axis in axes[along]
             for way in ways(group, functools.partial(_expert, found, axis), order)
         ]
+        # Ways that agree on the parameter and the axes of each tensor are one.
         if len({tuple((p, place[1]) for p, place in way) for way in fits}) != 1:
             shapes = ", ".join(f"{p} {f[1]}" for p, f in found.items())
             return self.failures.append(
@@ -263,9 +272,10 @@ def _resized(name: str, have: tuple[int, ...], want: tuple[int, ...]) -> str:
 
 
 def _rename(names: Sequence[str], shapes: Mapping[str, Any]) -> Callable[[str], str]:
-    """From the adapter's names to the base's: the same, or one first name less or more for all, of
-    those that stand for the whole model."""
+    """From the adapter's names to the base's: as they are, or all of them with one first name less
+    or more, which must be one that stands for the whole model."""
     ways = [way for first, way in _ways(names, shapes) if is_wrapper([first])]
+    # The name as it is comes first, and wins where others do as well.
     ways = [lambda name: name, *ways]
     best = max(ways, key=lambda way: sum(n in shapes or way(n) in shapes for n in names))
     return lambda name: name if name in shapes or best(name) not in shapes else best(name)
@@ -280,7 +290,7 @@ def _far(names: Sequence[str], shapes: Mapping[str, Any]) -> dict[str, str]:
 def _ways(
     names: Sequence[str], shapes: Mapping[str, Any]
 ) -> list[tuple[str, Callable[[str], str]]]:
-    """(first name, from a name of the adapter to one of the base without it, or with it)."""
+    """(first name, a function that takes it off a name of the adapter, or puts it before one)."""
     ways: list[tuple[str, Callable[[str], str]]] = []
     for first in sorted({n.partition(".")[0] for n in names}):
         ways.append((first, lambda name, first=first: name.removeprefix(first + ".")))

@@ -3,6 +3,9 @@
 Every adapter stands for its update Δ = scale · A·B, and these are functions of updates: exact, or
 the best of a given rank. They work on the factors: the singular values of a product of (in, r) and
 (r, out) are those of an r × r matrix, after a QR decomposition of each.
+
+Shapes: A (*batch, *in, r) and B (*batch, r, *out) in a node; scale·A (n, in, r), B (n, r, out) and
+Δ (n, in, out) as matrices, of the n weights that a leaf stacks.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import jax.numpy as jnp
 
 from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._core.geometry import Geometry
 from lora_jax._core.mesh import placed
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
@@ -49,7 +51,7 @@ def combine(
     Returns:
       An adapter tree; the weights are folded into B, and each scale is 1. Dropout is kept where
       all agree on it, and 0 elsewhere. Factors in 16 bits come back in fp32 where weight · scale
-      · B would be rounded: by all but 1, and powers of two in bf16.
+      · B would be rounded. It is not where weight · scale is 0 or ±1, or, in bf16, a power of two.
 
     Raises:
       LoRAError: no adapters, another number of weights, adapters that do not fit each other, a leaf
@@ -75,7 +77,9 @@ def combine(
     leaves = {} if base is None else flatten(state_of(base))
     failures: list[str] = []
     out = {}
+    # The union of the targets, in the order of their first appearance.
     for path in dict.fromkeys(p for tree in trees for p in tree):
+        # (node, weight) of the trees that have the leaf; in the others its update is zero.
         parts = [
             (tree[path], weight_of(w, path)) for tree, w in zip(trees, weights) if path in tree
         ]
@@ -85,6 +89,7 @@ def combine(
         elif isinstance(parts[0][0], LoRA):
             out[path] = _side_by_side(parts)
         else:
+            # Full or Rows: `differ` has made sure that the base has the leaf.
             out[path] = _moved(parts, leaves[path])
     raise_all("these adapters cannot be combined:", failures, "they must be of one base")
     return nest(out)
@@ -136,6 +141,7 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
             "lora.algebra.resize(adapters, rank=8) or lora.algebra.resize(adapters, energy=0.95)"
         )
 
+    # `linear` refuses DoRA, `check_finite` NaN: an SVD of it would not say which leaf had it.
     check_finite(linear(adapters))
 
     def leaf(node: Any) -> Any:
@@ -144,6 +150,7 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
         u, s, v = svd(node)
         keep = rank if energy is None else rank_for(s, energy)
         assert keep is not None  # one of the two is given
+        # The SVD does not keep a sharding: the factors go to where that of the leaf puts them.
         return placed(from_svd(node, u, s, v, keep), leaf_sharding(node))
 
     return jax.tree.map(leaf, adapters, is_leaf=is_node)
@@ -188,6 +195,7 @@ def differ(nodes: list, base: Any) -> str | None:
     if any(type(n) is not type(first) or n.shape != first.shape for n in nodes):
         return "found " + ", ".join(f"{type(n).__name__} of {n.shape}" for n in nodes)
     if isinstance(first, LoRA):
+        # Factors of one shape may still run along other axes of a square leaf.
         if any((n.geometry, n.embedding) != (first.geometry, first.embedding) for n in nodes):
             return f"the axes differ: {[n.geometry for n in nodes]}"
     elif base is None:
@@ -202,8 +210,11 @@ def _side_by_side(parts: list[tuple[LoRA, Any]]) -> LoRA:
     """[A₁ A₂ …] and [w₁s₁B₁; w₂s₂B₂; …], in fp32 where w·s·B is no number of a narrower type."""
     nodes = typed_alike([n for n, _ in parts])
     if not all(_keeps(n.b.dtype, n.scale, w) for n, (_, w) in zip(nodes, parts)):
+        # All of them, not only those that would be rounded: one array has one dtype.
         nodes = [dataclasses.replace(n, a=widened(n.a), b=widened(n.b)) for n in nodes]
-    b = [_times(n.b, n.scale, w, n.geometry) for n, (_, w) in zip(nodes, parts)]
+    b = [_times(n.b, n.scale, w) for n, (_, w) in zip(nodes, parts)]
+    # Σ wₖsₖ·Aₖ·Bₖ as one product of block matrices: A grows along its last axis, B along the first
+    # after its batch axes.
     a = jnp.concatenate([n.a for n in nodes], -1)
     b = jnp.concatenate(b, len(nodes[0].geometry.batch_axes))
     return dataclasses.replace(nodes[0], a=a, b=b, scale=1.0)
@@ -218,21 +229,25 @@ def typed_alike(nodes: list[LoRA]) -> list[LoRA]:
 
 
 def _keeps(dtype: Any, scale: float, weight: Any) -> bool:
-    """Whether scale · weight · B keeps every bit of B in this type, but for rounding to fp32 or
-    wider. bf16 has the exponents of fp32, so there powers of two do."""
+    """Whether scale · weight · B may stay in this type: always in fp32 or wider, and in 16 bits
+    where no bit of B is lost. bf16 has the exponents of fp32, so there powers of two lose none."""
+    # An array may be traced: in 16 bits nothing can be promised of its values.
     if jnp.finfo(dtype).bits > 16 or not isinstance(weight, int | float):
         return jnp.finfo(dtype).bits > 16
     factor = abs(scale * weight)
     if dtype == jnp.bfloat16 and 2.0**-32 < factor < 2.0**32:
+        # A power of two has this mantissa. It moves the exponent alone, for which ±32 leaves room.
         return math.frexp(factor)[0] == 0.5
     return factor in (0.0, 1.0)
 
 
-def _times(b: jax.Array, scale: float, weight: Any, geometry: Geometry):
+def _times(b: jax.Array, scale: float, weight: Any) -> jax.Array:
     """scale · weight · B, the weight along the batch axes."""
     if isinstance(weight, int | float):
-        weight, scale = weight * scale, 1.0  # in fp64
+        # Two Python numbers: the product is rounded in fp64, and then once to B's type.
+        weight, scale = weight * scale, 1.0
     weight = jnp.asarray(weight, b.dtype) * scale
+    # (*batch,) to (*batch, 1, …), beside B (*batch, r, *out).
     return b * weight.reshape(weight.shape + (1,) * (b.ndim - weight.ndim))
 
 
@@ -245,8 +260,10 @@ def _moved(parts: list[tuple[Any, Any]], base: Any) -> Any:
     if isinstance(first, Rows):
         index = tuple(sorted({i for n, _ in parts for i in n.index}))
         base = base[jnp.asarray(index)]
-    total = start = widened(base.astype(dtype))  # what was not trained has not moved
+    # In the adapters' dtype first, as they started from it: what was not trained has not moved.
+    total = start = widened(base.astype(dtype))
     for node, w in parts:
+        # The node's own rows among those of all; a leaf in full is taken whole.
         at = ... if index is None else jnp.asarray([index.index(i) for i in node.index])
         move = widened(node.value).astype(start.dtype) - start[at]
         total = total.at[at].add(move * jnp.asarray(w, start.dtype))

@@ -119,6 +119,7 @@ def compare(first: Any, second: Any) -> Comparison:
                 "in the second; compare adapters of one base"
             )
         leaves[path] = _likeness(a, b)
+    # Also leaves that both have, but in full or by rows: there are no factors to compare.
     alone = lambda tree: tuple(p for p in tree if p not in both)
     return Comparison(leaves, alone(one), alone(two))
 
@@ -129,21 +130,28 @@ def _likeness(one: LoRA, two: LoRA) -> Likeness:
 
 @anywhere
 def _numbers(one: LoRA, two: LoRA) -> tuple[jax.Array, ...]:
+    # A (n, in, r), B (n, r, out); U (n, in, k), σ (n, k), Vᵀ (n, k, out).
     (a1, b1), (a2, b2) = matrices(one), matrices(two)
     (u1, s1, v1), (u2, s2, v2) = svd(one), svd(two)
     norms = jnp.stack([jnp.linalg.norm(s, axis=-1) for s in (s1, s2)])
-    inner = jnp.sum(product(a1.mT, a2) * product(b1, b2.mT), (-2, -1))  # ⟨A₁B₁, A₂B₂⟩
+    # ⟨A₁B₁, A₂B₂⟩ = tr(B₁ᵀA₁ᵀA₂B₂) = Σ (A₁ᵀA₂) ∘ (B₁B₂ᵀ), from two r₁ × r₂ matrices.
+    inner = jnp.sum(product(a1.mT, a2) * product(b1, b2.mT), (-2, -1))
     size = norms[0] * norms[1]
+    # The inner `where` keeps 0 / 0 out of the branch that is not taken.
     cosine = jnp.where(size > 0, inner / jnp.where(size > 0, size, 1), 0)
     return norms, cosine, _angles(u1, u2), _angles(v1.mT, v2.mT)
 
 
 def _angles(q1: jax.Array, q2: jax.Array) -> jax.Array:
     """Angles of the column spaces; small ones by their sines, which rounding does not lose."""
+    # The wider one first, so that q2 has a column for each angle.
     if q2.shape[-1] > q1.shape[-1]:
         q1, q2 = q2, q1
     inner = product(q1.mT, q2)
+    # An SVD sorts falling: the cosines from the smallest angle on, and the sines from the largest,
+    # hence the reversal.
     cosines = jnp.linalg.svd(inner, compute_uv=False)
     sines = jnp.linalg.svd(q2 - product(q1, inner), compute_uv=False)[..., ::-1]
     small = jnp.arcsin(jnp.clip(sines, 0, 1))
+    # Each on the side of 45° where it is steep: there a rounded value moves the angle least.
     return jnp.degrees(jnp.where(cosines**2 > 0.5, small, jnp.arccos(jnp.clip(cosines, 0, 1))))

@@ -28,7 +28,8 @@ from lora_jax.algebra._combine import differ, weight_of
 from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import matrices
 
-DIGIT = 16  # bits of a magnitude that one pass over the leaves decides
+# Bits of a magnitude that one pass over the leaves decides: fp32 takes two passes.
+DIGIT = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Part:
     base: Any = None
 
 
-Parts = tuple[Part | None, ...]  # of one leaf, for each adapter; None where it has none
+# The parts of one leaf, one for each adapter; None where an adapter lacks the leaf.
+Parts = tuple[Part | None, ...]
 
 
 def parts_of(
@@ -103,6 +105,7 @@ def parts_of(
         if problem is not None:
             failures.append(f"'{path}': {problem}")
             continue
+        # Without `exact` a low-rank leaf stays low-rank, and its update needs no base.
         start = None if low_rank and not exact else start
         out[path] = tuple(
             Part(tree[path], _spread(path, tree[path], w), start) if path in tree else None
@@ -115,16 +118,18 @@ def parts_of(
 
 
 def _spread(path: str, node: Any, weight: Any) -> jax.Array:
-    """A leaf's weight, one for each weight of a stack."""
+    """What a leaf's update is multiplied by, a number for each of the stacked weights: (n,)."""
     axes = node.geometry.batch_axes if isinstance(node, LoRA) else ()
     dtype = wide(jax.tree.leaves(node)[0].dtype)
     weight = jnp.asarray(weight_of(weight, path), dtype)
     shape = tuple(node.shape[d] for d in axes)
+    # An array may follow the first batch axes alone, such as the layers of (layers, experts).
     if weight.shape != shape[: weight.ndim]:
         raise LoRAError(
             f"'{path}': a weight of shape {weight.shape}; expected a number, or an array along the "
             f"leaf's batch axes, {shape}"
         )
+    # (*first,) to (*first, 1, …) to (*batch,) to (n,).
     weight = weight.reshape(weight.shape + (1,) * (len(shape) - weight.ndim))
     return jnp.broadcast_to(weight, shape).reshape(-1)
 
@@ -134,9 +139,12 @@ def vector(part: Part) -> jax.Array:
     """weight · Δ in fp32 or wider: (n, in, out); (1, size, 1) of a leaf in full; (1, rows, d)."""
     node, weight = part.node, part.weight.reshape(-1, 1, 1)
     if isinstance(node, LoRA):
+        # scale·A (n, in, r) times B (n, r, out).
         node = product(*matrices(node))
+    # An array is a task vector already (what `knots` has aligned): it is only weighted.
     elif not isinstance(node, jax.Array):
         index = slice(None) if isinstance(node, Full) else jnp.asarray(node.index)
+        # Rounded as the adapter's own start was, so that what was not trained has moved by 0.
         start = jnp.asarray(part.base)[index].astype(node.value.dtype)
         dtype = wide(start.dtype)
         shape = (1, -1, 1) if isinstance(node, Full) else (1, *start.shape)
@@ -152,6 +160,8 @@ def merged(
     vectors = [vector(part) for _, part in have]
     if key is not None:
         key = path_key(key, path)
+    # By the path and then by the place among all adapters, so that a leaf that another adapter
+    # lacks, or one more leaf, draws nothing anew.
     keys = [None if key is None else jax.random.fold_in(key, k) for k, _ in have]
     rows = tuple(getattr(part.node, "index", None) for _, part in have)
     at = [cuts[path][k] for k, _ in have]
@@ -168,9 +178,11 @@ def _merged(
     elect: bool,
     rows: tuple,
 ) -> jax.Array:
+    # Before the rows are joined: in rows that a vector lacks there is nothing to trim or drop.
     vectors = [_sparse(x, cut, key, rate) for x, cut, key in zip(vectors, cuts, keys)]
     if rows[0] is not None:
         union = sorted({i for index in rows for i in index})
+        # (1, rows of any, d), each vector in its own rows.
         blank = jnp.zeros((1, len(union), vectors[0].shape[-1]), vectors[0].dtype)
         at = [jnp.asarray([union.index(i) for i in index]) for index in rows]
         vectors = [blank.at[:, i].set(x) for i, x in zip(at, vectors)]
@@ -179,24 +191,31 @@ def _merged(
 
 
 def _sparse(x: jax.Array, cut: jax.Array, key: jax.Array | None, rate: Any) -> jax.Array:
-    rounding = 1 - 4 * jnp.finfo(x.dtype).eps  # what is equal but for it is kept together
+    # What is equal to the cut but for rounding is kept with it.
+    rounding = 1 - 4 * jnp.finfo(x.dtype).eps
     x = jnp.where(jnp.abs(x) < cut.astype(x.dtype) * rounding, 0, x)
-    x = jnp.where(jnp.isfinite(cut), x, jnp.nan)  # what is larger than infinity is not known
+    # A cut of infinity or NaN says nothing of what is below it.
+    x = jnp.where(jnp.isfinite(cut), x, jnp.nan)
     if key is None:
         return x
     left = 1 - jnp.asarray(rate, x.dtype)
-    return jnp.where(jax.random.bernoulli(key, left, x.shape), x / left, 0 * x)  # NaN stays NaN
+    # 0·x and not 0, so that NaN stays NaN.
+    return jnp.where(jax.random.bernoulli(key, left, x.shape), x / left, 0 * x)
 
 
 def _agreed(vectors: Sequence[jax.Array]) -> jax.Array:
     """The mean of the elements that have the elected sign; zero has none, and is not counted."""
     total: Any = sum(vectors)
+    # γ = sgn(Σ τₖ), then the mean over {k: sgn τₖ = γ} (arXiv:2306.01708, algorithm 1).
     size = sum(map(jnp.abs, vectors))
-    rounding = 4 * jnp.finfo(total.dtype).eps  # of a sum that is no larger, the sign is unknown
+    # The sign of a sum that is no larger than the rounding of its terms is not known: none.
+    rounding = 4 * jnp.finfo(total.dtype).eps
     sign = jnp.where(jnp.abs(total) <= rounding * size, 0, jnp.sign(total))
     agree = [x * sign > 0 for x in vectors]
     count = sum(a.astype(total.dtype) for a in agree)
+    # Where none agrees the sum is 0, and so is the mean.
     mean = sum(jnp.where(a, x, 0) for a, x in zip(agree, vectors)) / jnp.maximum(count, 1)
+    # A comparison with NaN is False, which would hide it.
     return jnp.where(jnp.isfinite(total), mean, jnp.nan)
 
 
@@ -204,11 +223,13 @@ def cuts(leaves: Mapping[str, Parts], method: Method) -> dict[str, list]:
     """{path: for each adapter the magnitude to trim at}: one for all leaves, or for each weight."""
     count = len(next(iter(leaves.values())))
     if method.density == 1:
+        # No magnitude is below 0: nothing is trimmed.
         nothing = [jnp.zeros((1, 1, 1))] * count
         return dict.fromkeys(leaves, nothing)
     if method.per_weight:
         cut = lambda part: part and _cut([part], method.density, per_weight=True)
         return {path: [cut(part) for part in parts] for path, parts in leaves.items()}
+    # The task vector is all leaves of one adapter: one magnitude for each adapter.
     each = ([p for x in leaves.values() if (p := x[k]) is not None] for k in range(count))
     found = [_cut(parts, method.density) for parts in each]
     return dict.fromkeys(leaves, found)
@@ -231,16 +252,22 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
             f"under jit, {size:,} elements of a task vector are more than can be counted: merge "
             "outside of jit, or trim each weight by itself, per_weight=True"
         )
-    xp = jnp if traced else np  # the host counts to 2⁶³
+    # int32 counts on the device; the host, with int64, counts to 2⁶³.
+    xp = jnp if traced else np
     own = (lambda c: c) if per_weight else (lambda c: c.sum(0, keepdims=True))
     at = lambda table, digit: xp.take_along_axis(table, digit[:, None], 1)[:, 0]
+    # `found` holds the leading digits of the element sought; `need` is its place, from the largest
+    # on, among the elements that begin with them.
     need = xp.full((weights,), max(1, round(density * size)))
     found = xp.zeros((weights,), f"uint{bits}")
     for shift in np.arange(bits - DIGIT, -1, -DIGIT, dtype=np.int32):
         each = (_digits(vector(part).astype(dtype), found, shift) for part in parts)
-        counts: Any = sum(own(xp.asarray(c).astype(int)) for c in each)  # (weights, digits)
-        above = xp.cumsum(counts[:, ::-1], 1)[:, ::-1]  # those of this digit and of larger ones
+        # (weights, 2¹⁶); summed over the leaves, one array at a time.
+        counts: Any = sum(own(xp.asarray(c).astype(int)) for c in each)
+        # Elements with this digit or a larger one. It falls: the last digit with enough is the one.
+        above = xp.cumsum(counts[:, ::-1], 1)[:, ::-1]
         digit = xp.sum(above >= need[:, None], 1) - 1
+        # Those with a larger digit come before it.
         need = need - (at(above, digit) - at(counts, digit))
         found = (found << DIGIT) | digit.astype(found.dtype)
     return lax.bitcast_convert_type(jnp.asarray(found), dtype).reshape(-1, 1, 1)
@@ -250,9 +277,11 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
 @jax.jit
 def _digits(x: jax.Array, found: jax.Array, shift: Any) -> jax.Array:
     """How many magnitudes of each weight begin with the bits `found` and have each digit next."""
+    # Bits have no derivative: the cut is a constant of the merge.
     word = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(x)), found.dtype)
     word = word.reshape(len(x), -1) >> shift.astype(word.dtype)
     digit = (word & (2**DIGIT - 1)).astype(jnp.int32)
+    # In the first pass nothing is found yet: both sides are 0.
     match = ((word >> DIGIT) == found[:, None]).astype(jnp.int32)
     return (
         jnp.zeros((len(x), 2**DIGIT), jnp.int32).at[jnp.arange(len(x))[:, None], digit].add(match)

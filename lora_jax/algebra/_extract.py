@@ -52,6 +52,7 @@ def extract(
     if energy is not None and not 0 < energy <= 1:
         raise LoRAError(f"energy={energy}: expected a share in (0, 1]")
     before, after = (flatten(state_of(x)) for x in (base, tuned))
+    # All checks come before the first SVD, which can take minutes.
     failures = [f"'{p}' is in one tree alone" for p in before.keys() ^ after.keys()]
     failures += [
         f"'{p}': {tuple(before[p].shape)} became {tuple(after[p].shape)}"
@@ -73,6 +74,7 @@ def extract(
         same = lambda p: not bool(jnp.any(before[p] != after[p]))
         lost = [f"'{p}'" for p in before if p not in chosen and not same(p)]
         for p, (_, index) in targets.rows.items():
+            # Tables are (rows, d).
             changed = np.any(np.asarray(before[p] != after[p]), 1).nonzero()[0]
             if rows := sorted({*changed.tolist()} - {*index}):
                 more = ", …" if len(rows) > 8 else ""
@@ -100,9 +102,12 @@ def _extracted(
     """The node of one leaf, and the share of its change that is kept."""
     g = t.geometry
     dtype = wide(after.dtype)
+    # Widened before the subtraction: in bf16 a small change would be lost in it.
     change = jnp.asarray(after).astype(dtype) - jnp.asarray(before).astype(dtype)
+    # U (n, in, k), σ (n, k), Vᵀ (n, k, out).
     u, s, v = jnp.linalg.svd(g.matrices(change), full_matrices=False)
     rank = t.rank if energy is None else rank_for(s, energy)
+    # Zeros that only say the dtype: `from_svd` puts the directions in their place.
     a, b = (jnp.zeros(shape, config.dtype) for shape in g.factor_shapes(t.shape, rank))
     like = LoRA(a, b, 1.0, g, t.dropout, t.embedding)
     return from_svd(like, u, s, v, rank), round(float(share_kept(s, rank)), 6)

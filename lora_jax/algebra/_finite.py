@@ -23,7 +23,7 @@ def check_finite(*trees: Any, weights: Iterable[Any] = (), base: Any = None) -> 
     Args:
       *trees: adapters.
       weights: one for each of the trees, as of `combine`.
-      base: parameters, of which those leaves count that an adapter is trained for.
+      base: parameters; only leaves that have an adapter are looked at.
     """
     flat = [flatten(tree, is_leaf=is_node) for tree in trees]
     leaves = {} if base is None else flatten(state_of(base))
@@ -42,7 +42,8 @@ def is_finite(tree: Any) -> bool:
     """Whether all numbers are finite, as far as they are known."""
     known = (jax.Array, np.ndarray, float)
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, known)]
-    with jax.ensure_compile_time_eval():  # constants of a jitted function have values
+    # Under jit, constants have values and adapters do not: only the former are computed at once.
+    with jax.ensure_compile_time_eval():
         return all([bool(_all_finite(x)) for x in arrays if not isinstance(x, jax.core.Tracer)])
 
 

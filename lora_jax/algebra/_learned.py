@@ -39,10 +39,10 @@ class Change:
     """The change ΔW of one leaf; of a stack (layers, experts), an entry for each of n weights.
 
     Attributes:
-      kind: "lora", "rows" (of the rows that are trained alone, ‖W‖ too), or "full" (of the leaf as
-        one weight; it has no spectrum, as nothing says which of its axes are in and which out).
+      kind: "lora", "rows" (only the rows that are trained count, in ‖W‖ too), or "full" (the leaf
+        as one weight; it has no spectrum, as nothing says which of its axes are in and which out).
       stack: the sizes of the batch axes, of product n; () for one weight.
-      rank: the largest that the change can have by its making; None in full.
+      rank: the largest that the change can have, by how it is made; None in full.
       norm: ‖ΔW‖ (Frobenius), (n,).
       base_norm: ‖W‖, (n,); None without the base's values.
       singular_values: of ΔW, from the largest on, (n, k); None in full.
@@ -66,6 +66,7 @@ class Change:
         """‖ΔW‖ / ‖W‖, (n,); infinite for a change from zeros. None without the base's values."""
         if self.base_norm is None:
             return None
+        # What stands where ‖W‖ is 0: `np.divide` leaves those entries of `out` alone.
         moved = np.where(self.norm > 0, np.inf, 0.0)
         return np.divide(self.norm, self.base_norm, out=moved, where=self.base_norm > 0)
 
@@ -77,6 +78,7 @@ class Change:
             return None
         s = self.singular_values.astype(np.float64)
         total = s.sum(-1, keepdims=True)
+        # p·log p is 0 at p = 0, and so is log 1: neither warns.
         p = np.divide(s, total, out=np.ones_like(s), where=total > 0)
         entropy = -np.sum(p * np.log(np.where(p > 0, p, 1)), -1)
         return np.where(total[:, 0] > 0, np.exp(entropy), 0.0)
@@ -173,7 +175,8 @@ class Learned:
         drawn = figure(self.leaves)
         if path is not None:
             path = Path(path)
-            new = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix is the format's
+            # Beside the target, so that the replacement is atomic; the suffix says the format.
+            new = path.with_name(f".{os.getpid()}.{path.name}")
             try:
                 drawn.savefig(new)
                 os.replace(new, path)
@@ -184,7 +187,8 @@ class Learned:
     def _repr_png_(self) -> bytes | None:
         try:
             drawn = self.plot()
-        except LoRAError:  # no matplotlib, say: the table alone
+        # Without matplotlib, say, a notebook shows the table alone.
+        except LoRAError:
             return None
         out = io.BytesIO()
         drawn.savefig(out, format="png")
@@ -230,6 +234,7 @@ def learned(params: Any, adapters: Any) -> Learned:
         nodes, leaves = flatten(linear(adapters), is_leaf=is_node), {}
     else:
         nodes = adapter_nodes(params, adapters, "algebra.learned")
+        # Here for its check alone: it refuses DoRA.
         linear(adapters)
         leaves = flatten(state_of(params))
     arrays = jax.tree.leaves((adapters, [leaves[p] for p in nodes if p in leaves]))
@@ -238,10 +243,10 @@ def learned(params: Any, adapters: Any) -> Learned:
         raise LoRAError(
             "what adapters have learned is in their values, found "
             f"{'traced' if traced else 'abstract'} ones: call lora.algebra.learned outside of "
-            f"jit, on "
-            "arrays"
+            "jit, on arrays"
         )
     check_finite(adapters, base=params)
+    # Abstract leaves (ShapeDtypeStruct) count as unknown.
     bases = {p: x for p, x in leaves.items() if _has_values(x)}
     changes = {p: _change(node, bases.get(p)) for p, node in nodes.items()}
     known = {p: c for p, c in changes.items() if c is not None}
@@ -255,6 +260,7 @@ def _has_values(x: Any) -> bool:
 def _change(node: Any, base: Any) -> Change | None:
     if isinstance(node, LoRA):
         batch = node.geometry.batch_axes
+        # (n, k); ‖ΔW‖² = Σσ², so the update is not formed for its norm either.
         s = np.asarray(_singular_values(node))
         size = None if base is None else np.asarray(_norms(base, batch))
         stack = node.a.shape[: len(batch)]
@@ -265,6 +271,7 @@ def _change(node: Any, base: Any) -> Change | None:
         moved, size = np.asarray(_norms(_difference(node.value, base), ())), _norms(base, ())
         return Change("full", (), None, moved, np.asarray(size), None)
     s, size = map(np.asarray, _rows(node, base))
+    # A change of m rows of d has rank min(m, d) at most.
     return Change("rows", (), min(node.value.shape), np.linalg.norm(s, axis=-1), size, s)
 
 
@@ -282,6 +289,7 @@ def _norms(x: Any, batch: tuple[int, ...]) -> jax.Array:
 def _each_norm(batch: tuple[int, ...], x: Any) -> jax.Array:
     x, rest = value(x), tuple(d for d in range(x.ndim) if d not in batch)
     squares = jnp.sum(jnp.square(x.astype(wide(x.dtype))), rest)
+    # The sum leaves the batch axes in the leaf's order; the factors have them in the geometry's.
     return jnp.sqrt(squares.transpose([sorted(batch).index(d) for d in batch]).reshape(-1))
 
 
@@ -298,6 +306,7 @@ def _difference(tuned: jax.Array, base: Any) -> jax.Array:
 def _rows(node: Rows, base: Any) -> tuple[jax.Array, jax.Array]:
     """Singular values of the rows' change, (1, k), and the norm of what they were, (1,)."""
     index = jnp.asarray(node.index)
+    # Only the rows in question are dequantised.
     before = base.at_rows(index) if is_quantized(base) else jnp.asarray(base)[index]
     s = jnp.linalg.svd(_difference(node.value, before), compute_uv=False)
     return s[None], _norms(before, ())

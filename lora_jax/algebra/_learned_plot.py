@@ -16,22 +16,23 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-NUMBERED = re.compile(r"(.*?)(\d+)")  # layers_3, layers3, 3
+# The parts of a path that say a layer: layers_3, layers3, 3.
+NUMBERED = re.compile(r"(.*?)(\d+)")
 
+# Perceptually uniform: equal steps of the value look equal.
+MAP = "viridis"
 
-MAP = "viridis"  # perceptually uniform
+# A heat map of at most so many cells has a number in each.
+WRITTEN = 48
 
+# The legend names at most so many targets.
+NAMED = 24
 
-WRITTEN = 48  # cells at most, for a number in each
+# Where the largest value is so many times the smallest, a scale is logarithmic.
+SPREAD = 30
 
-
-NAMED = 24  # targets at most in the legend
-
-
-SPREAD = 30  # from here on, the largest / the smallest, a scale is logarithmic
-
-
-FLOOR = 1e-6  # of σ₁: below, fp32's rounding
+# Below this share of σ₁, a singular value is fp32's rounding and is not drawn.
+FLOOR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,10 @@ def figure(leaves: Mapping[str, Any]) -> Figure:
     relative = any(c.ratio is not None for c in leaves.values())
     cells = [cell for path, change in leaves.items() for cell in cells_of(path, change, relative)]
     in_layers = {c.target for c in cells if c.layer is not None}
+    # Stable: those in layers first, each group in the order of the model.
     targets = sorted(dict.fromkeys(c.target for c in cells), key=lambda t: t not in in_layers)
     rows: list = sorted({c.layer for c in cells if c.layer is not None})
+    # One more row, "no layer", for what stands outside of the layers, such as the head.
     rows += [None] if len(in_layers) < len(targets) else []
     names = short_names(targets, in_layers)
     ranks = [c.rank for c in leaves.values() if c.kind == "lora"]
@@ -60,6 +63,7 @@ def figure(leaves: Mapping[str, Any]) -> Figure:
         f"effective rank of ΔW (of {max(ranks)})" if ranks else "effective rank of ΔW",
     )
     if in_layers:
+        # Inches: a column is wider where a number is written in it.
         wide = 0.45 if len(rows) * len(targets) <= WRITTEN else 0.32
         width, height = wide * len(targets) + 1.8, 0.24 * len(rows) + 0.09 * max(map(len, names))
     else:
@@ -75,6 +79,7 @@ def figure(leaves: Mapping[str, Any]) -> Figure:
             _heat_map(axes, np.array(grid), rows, names, title, key == "size")
         else:
             _bars(axes, [value[None, t] for t in targets], names, title)
+    # The first panel says it.
     panels[1].set_ylabel("")
     _spectra(right, cells, dict(zip(targets, names)))
     if height > 7:
@@ -88,12 +93,14 @@ def cells_of(path: str, change: Any, relative: bool) -> Iterable[Cell]:
     if layer is not None or not change.stack:
         groups = [(layer, slice(None))]
     else:
+        # The n weights lie in C order, so those of one index of the first axis are adjacent.
         each = len(change.norm) // change.stack[0]
         groups = [(i, slice(i * each, (i + 1) * each)) for i in range(change.stack[0])]
     for layer, which in groups:
         size = np.linalg.norm(change.norm[which])
         if relative:
             base = None if change.base_norm is None else np.linalg.norm(change.base_norm[which])
+            # As `Change.ratio`, for the weights of the cell together.
             size = np.nan if base is None else size / base if base else math.inf if size else 0.0
         s = change.singular_values[which] if change.kind == "lora" else None
         effective = np.nan if s is None else change.effective_rank[which].mean()
@@ -112,6 +119,7 @@ def layer_of(path: str, stacked: bool) -> tuple[str, int | None]:
     (('Dense_*/kernel', 1), ('head/kernel', None))
     """
     parts = path.split("/")
+    # In a stack the last two parts, module and leaf, are no layer: the axis is.
     for i in range(len(parts) - (2 if stacked else 0)):
         if (found := NUMBERED.fullmatch(parts[i])) is not None:
             name, number = found.groups()
@@ -127,6 +135,7 @@ def short_names(targets: Sequence[str], in_layers: Collection[str]) -> list[str]
     >>> short_names([*layered, "head/bias"], layered)
     ['mlp/up', 'q', 'head/bias']
     """
+    # The leaf's own name is never cut from the front.
     alike = [t.split("/")[:-1] for t in in_layers or targets]
     shared = 0
     while all(len(p) > shared for p in alike) and len({p[shared] for p in alike}) == 1:
@@ -134,6 +143,7 @@ def short_names(targets: Sequence[str], in_layers: Collection[str]) -> list[str]
     cut = lambda t: t.split("/", shared)[-1] if t in in_layers or not in_layers else t
     names = _distinct([cut(t) for t in targets], targets)
     (last, count), *_ = Counter(n.rpartition("/")[2] for n in names).most_common(1)
+    # Most end alike, in "kernel" say.
     if 2 * count >= len(names):
         names = _distinct([n.removesuffix(f"/{last}") for n in names], names)
     return names
@@ -150,11 +160,13 @@ def _heat_map(
     """Rows are layers, columns are targets; what there is not stays grey."""
     norm = _scale(grid, from_zero)
     shown = axes.imshow(grid, MAP, norm, aspect="auto", interpolation="nearest")
+    # imshow draws nothing for NaN: this shows through.
     axes.set_facecolor("0.92")
     labels = ["no layer" if r is None else str(r) for r in rows]
     flat = len(names) * max(map(len, names)) <= 40
     _ticks(axes.set_xticks, names, 72, rotation=0 if flat else 90)
     _ticks(axes.set_yticks, labels, 64)
+    # Minor ticks lie between the cells, for the white lines of the grid.
     axes.set_xticks(np.arange(len(names) + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=0.6)
@@ -167,6 +179,7 @@ def _heat_map(
     bar.outline.set_visible(False)
     for (i, j), x in np.ndenumerate(grid):
         if math.isinf(x) or (grid.size <= WRITTEN and not math.isnan(x)):
+            # Viridis begins dark.
             dark = math.isfinite(x) and norm(x) < 0.6
             color = "white" if dark else "black"
             axes.text(j, i, _text(x), ha="center", va="center", color=color, fontsize=7)
@@ -182,6 +195,7 @@ def _bars(axes: Axes, values: Sequence, names: Sequence[str], title: str) -> Non
                 _text(x), (length, y), (3, 0), textcoords="offset points", va="center", fontsize=7
             )
     _ticks(axes.set_yticks, names, 150)
+    # Upside down: the first leaf is on top.
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 1.18 * (finite.max() or 1))
     axes.set_xlabel(title)
@@ -213,12 +227,14 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
         return
     longest = max(len(s) for of in curves.values() for s in of)
     for color, (target, lines) in zip(_colors(len(curves)), curves.items()):
+        # (weights, k); a line ends where NaN begins.
         padded = np.full((len(lines), longest), np.nan)
         for row, s in zip(padded, lines):
             row[: len(s)] = np.where(s > FLOOR, s, np.nan)
         at = np.arange(1, longest + 1)
         if len(lines) > 1:
             axes.plot(at, padded.T, color=color, linewidth=0.5, alpha=0.35)
+        # nanmedian warns of a column without a number.
         there = ~np.isnan(padded).all(0)
         middle = np.nanmedian(padded[:, there], 0)
         axes.plot(
@@ -261,6 +277,7 @@ def _scale(grid: np.ndarray, from_zero: bool) -> Normalize:
     low, high = positive.min(), positive.max()
     if from_zero and high > SPREAD * low:
         return LogNorm(low, high)
+    # An effective rank is at least 1: its colours need not begin at 0.
     return Normalize(0.0, high) if from_zero else Normalize(math.ceil(known.min()) - 1, high)
 
 

@@ -39,7 +39,8 @@ from lora_jax.algebra._svd import (
 if TYPE_CHECKING:
     import chex
 
-HOW = {  # which of its steps a method has: (trim, drop, elect signs)
+# Which of its steps a method has: (trim, drop, elect signs).
+HOW = {
     "sum": (False, False, False),
     "prune": (True, False, False),
     "ties": (True, False, True),
@@ -237,13 +238,16 @@ def knots(
     leaves = parts_of(adapters, weights, base)
     shared = {}
     for path, parts in leaves.items():
+        # One kind a leaf: `parts_of` has refused a mixture.
         if any(p is not None and isinstance(p.node, LoRA) for p in parts):
+            # From here on the parts are arrays Vₖ·Σ, trimmed and added up as any task vector.
             leaves[path], shared[path] = _aligned(parts)
     trimmed, out = cuts(leaves, method), {}
     for path, parts in leaves.items():
         delta = merged(leaves, path, trimmed, key, method)
         if path in shared:
             like, b = shared[path]
+            # The merged Vₖ·Σ (n, in, k) are A; B is Uᵀ (n, k, out).
             out[path] = placed(as_node(like, delta, b, 1.0), leaf_sharding(like))
         else:
             out[path] = _moved(parts, delta)
@@ -271,6 +275,7 @@ def _elementwise(
     passes: int | None,
     base: Any,
 ):
+    # Exact: low-rank leaves come back in full, as base + Δ.
     exact = rank is None and energy is None
     if not exact:
         of_rank = energy is None and rank is not None and rank >= 1
@@ -288,12 +293,14 @@ def _elementwise(
     leaves = parts_of(adapters, weights, base, exact)
     trimmed, out, kept = cuts(leaves, method), {}, {}
     for path, parts in leaves.items():
+        # (n, in, out), of one leaf at a time.
         delta = merged(leaves, path, trimmed, key, method)
         nodes = [p.node for p in parts if p is not None]
         kept[path] = jnp.ones(())
         if isinstance(nodes[0], LoRA) and not exact:
             where = leaf_sharding(nodes[0])
             if passes is None:
+                # An energy needs all singular values: there even a sharded leaf has the whole SVD.
                 spread = where is not None and rank is not None
                 u, s, v = anywhere(functools.partial(best_svd, rank=rank or 0, spread=spread))(
                     delta
@@ -302,6 +309,7 @@ def _elementwise(
                 u, s, v = anywhere(functools.partial(_range_svd, rank=rank, passes=passes))(delta)
             keep = rank if energy is None else rank_for(s, energy)
             assert keep is not None  # one of the two is given
+            # Against ‖Δ‖² itself: subspace iteration does not have all of the σ.
             kept[path] = share_kept(s, keep, jnp.sum(delta**2, (1, 2)))
             out[path] = placed(from_svd(typed_alike(nodes)[0], u, s, v, keep), where)
         else:
@@ -323,7 +331,9 @@ def _moved(parts: Parts, delta: jax.Array) -> Full | Rows:
         return Rows(value.astype(start.dtype), index, node.length)
     dtype = node.value.dtype if isinstance(node, Full) else delta.dtype
     if isinstance(node, LoRA):
+        # (n, in, out) to the leaf's own order of axes.
         delta = node.geometry.leaf(delta, node.shape)
+    # As `vector` has it: from the base as the adapter's dtype rounds it.
     start = base.astype(dtype)
     value = start.astype(delta.dtype) + delta.reshape(start.shape)
     return Full(value.astype(dtype))
@@ -342,12 +352,17 @@ def _aligned(parts: Parts) -> tuple[Parts, tuple[LoRA, jax.Array]]:
 @jax.jit
 def _shared(nodes: list[LoRA]) -> tuple[list[jax.Array], jax.Array]:
     """The SVD of updates one above the other, Δₖ = (Vₖ·Σ)·Uᵀ, from the QR of their factors."""
-    a, b = zip(*map(matrices, nodes))  # (n, in, r), (n, r, out)
-    q, r = jnp.linalg.qr(jnp.concatenate(b, -2).mT)  # all that any of them writes to
+    # Aₖ (n, in, rₖ), Bₖ (n, rₖ, out).
+    a, b = zip(*map(matrices, nodes))
+    # [B₁ᵀ B₂ᵀ …] = Q·[R₁ R₂ …]: Q (n, out, k) spans all that any of them writes to, Bₖ = Rₖᵀ·Qᵀ.
+    q, r = jnp.linalg.qr(jnp.concatenate(b, -2).mT)
     ends = [sum(x.shape[-1] for x in a[: i + 1]) for i in range(len(a))]
-    small = [  # Δₖ·q without the q of its QR, which changes no singular vector of the right
+    # Aₖ = Qₖ·Tₖ, so Δₖ = Qₖ·(Tₖ·Rₖᵀ)·Qᵀ. An orthonormal Qₖ on the left changes no right singular
+    # vector: those of the stacked Tₖ·Rₖᵀ, times Qᵀ, are those of the stacked Δₖ.
+    small = [
         product(jnp.linalg.qr(x, mode="r"), y.mT)
         for x, y in zip(a, jnp.split(r, ends[:-1], axis=-1))
     ]
     v = product(jnp.linalg.svd(jnp.concatenate(small, -2), full_matrices=False)[2], q.mT)
+    # Vₖ·Σ = Δₖ·U, by the small product first: Bₖ·U is (n, rₖ, k).
     return [product(x, product(y, v.mT)) for x, y in zip(a, b)], v

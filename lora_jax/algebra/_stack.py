@@ -32,7 +32,7 @@ def stack(
     rank: int | None = None,
     base: Any = None,
 ) -> dict:
-    """Several adapters as one tree: of other ranks (padded with zeros, exactly) and other targets.
+    """Several adapters as one tree. Ranks may differ (zeros fill up, which is exact), and targets.
 
     Args:
       adapters: adapter trees of one base.
@@ -82,14 +82,16 @@ def stack(
         except LoRAError as problem:
             failures.append(f"'{path}': {problem}")
             continue
+        # At least one, the last: it stays empty.
         slots += [like] * (capacity + 1 - len(trees))
+        # All slots have the same static fields (scale 1, dropout 0), so they are one pytree type.
         out[path] = jax.tree.map(_stacked, *slots)
     raise_all("these adapters cannot be stacked:", failures, "they must be of one base")
     return nest(out)
 
 
 def choose(stacked: Any, index: int | chex.Array) -> Any:
-    """The adapters of a number, or of an array of numbers, one for each example; -1 for none.
+    """The adapters under a number, or under an array of them, one for each example; -1 is none.
 
     Args:
       stacked: as from `stack`.
@@ -116,14 +118,19 @@ def choose(stacked: Any, index: int | chex.Array) -> Any:
 
 
 def _at(index: int | chex.Array, count: int) -> jax.Array:
-    """Where a slot lies among `count`; the last one is empty, -1. What has no slot lies past the
-    end: there JAX reads NaN, writes nothing, and does not count from the other side."""
+    """The place of a slot among `count`. The last one is empty, and is -1.
+
+    A number without a slot goes past the end. There JAX reads NaN and writes nothing; it does not
+    count from the other side, as it would with a negative place.
+    """
     index = jnp.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise LoRAError(f"expected integers as an index, found {index.dtype}: choose(stacked, 0)")
-    if jnp.issubdtype(index.dtype, jnp.unsignedinteger):  # those too large are not to wrap
+    # A large unsigned number would wrap to a negative one, and -1 is the empty slot.
+    if jnp.issubdtype(index.dtype, jnp.unsignedinteger):
         most = min(count, jnp.iinfo(index.dtype).max)
         index = jnp.minimum(index, jnp.asarray(most, index.dtype)).astype(jnp.int32)
+    # int8 could not hold a count of 200.
     index = index.astype(jnp.int32) if index.dtype.itemsize < 4 else index
     exists = (index >= 0) & (index < count - 1)
     return jnp.where(index == -1, count - 1, jnp.where(exists, index, count))
@@ -150,6 +157,7 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
     slots = flatten(stacked, is_leaf=is_node)
     new = {} if adapters is None else flatten(checked(adapters), is_leaf=is_node)
     failures = [f"'{p}' is no leaf of the stack" for p in new if p not in slots]
+    # What a slot looks like: the same kinds, ranks and dtypes.
     empty = choose(stacked, -1)
     filled = {}
     for path, like in flatten(empty, is_leaf=is_node).items():
@@ -165,11 +173,13 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
         failures,
         "make a new one: lora.algebra.stack([...], capacity=..., rank=...)",
     )
+    # In the structure of the stack; a leaf that `adapters` lacks is an empty slot.
     one = map_with_path(lambda path, _: filled[path], empty, is_leaf=is_node)
 
     def written(all_: jax.Array, new: jax.Array) -> jax.Array:
         at = _at(index, len(all_))
-        at = jnp.where(at == capacity, len(all_), at)  # the empty slot stays empty
+        # A traced -1 must not fill the empty slot: past the end, the write is dropped.
+        at = jnp.where(at == capacity, len(all_), at)
         return all_.at[at].set(_in_a_slot(new, all_), mode="drop")
 
     return jax.tree.map(written, stacked, one)
@@ -178,11 +188,12 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
 def _in_a_slot(x: jax.Array, stacked: jax.Array) -> jax.Array:
     """x where the slots of a stacked array lie."""
     where = placement(stacked)
+    # Without the entry of the slots' own axis, the first.
     return laid(x, where and NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])))
 
 
 def _stacked(*slots: jax.Array) -> jax.Array:
-    """The arrays with an axis in front, where the first of them lies that lies over devices."""
+    """The arrays with an axis in front, placed like the first one that is spread over devices."""
     where = next(filter(None, map(placement, slots)), None)
     return jnp.stack([laid(x, where) for x in slots])
 

@@ -1,4 +1,8 @@
-"""Updates by their singular values, without forming a matrix of the size of W."""
+"""Updates by their singular values, without forming a matrix of the size of W.
+
+Shapes: n weights in a stack; A (n, in, r), B (n, r, out), x (n, in, out); U (n, in, k), σ (n, k),
+falling, and Vᵀ (n, k, out).
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,10 @@ def matrices(node: LoRA) -> tuple[jax.Array, jax.Array]:
 
 
 def leaf_sharding(node: LoRA) -> NamedSharding | None:
-    """How the leaf is sharded that these factors run along, as far as they show it."""
+    """The sharding of the leaf that these factors belong to, as far as their own shows it."""
     sides = ((node.geometry.a_dims, placement(node.a)), (node.geometry.b_dims, placement(node.b)))
     known = [(dims, s) for dims, s in sides if s is not None]
+    # {axis of the leaf: mesh axes}; the rank's own axis is no axis of the leaf and drops out.
     entry = {d: e for dims, s in known for d, e in zip(dims, s.spec) if e is not None}
     spec = PartitionSpec(*(entry.get(d) for d in range(len(node.shape))))
     return NamedSharding(known[0][1].mesh, spec) if known else None
@@ -34,6 +39,7 @@ def leaf_sharding(node: LoRA) -> NamedSharding | None:
 def svd(node: LoRA) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U (n, in, k), σ (n, k) and Vᵀ (n, k, out) of the update, k = min(rank, in, out)."""
     a, b = matrices(node)
+    # A·B = Qa·(Ra·Rbᵀ)·Qbᵀ: the middle is r × r, and its singular values are those of A·B.
     qa, ra = jnp.linalg.qr(a)
     qb, rb = jnp.linalg.qr(b.mT)
     u, s, v = jnp.linalg.svd(product(ra, rb.mT), full_matrices=False)
@@ -45,16 +51,21 @@ def range_svd(x: jax.Array, rank: int, passes: int) -> tuple[jax.Array, jax.Arra
     random start, always the same (Halko, Martinsson and Tropp, arXiv:0909.4061, algorithm 4.4)."""
     width = min(rank + 10, *x.shape[-2:])
     basis = lambda x, y: jnp.linalg.qr(product(x, y))[0]
+    # q (n, in, width): x times a random (out, width).
     q = basis(x, jax.random.normal(jax.random.key(0), (x.shape[-1], width), x.dtype))
     for _ in range(passes):
+        # A QR after each product: otherwise all columns turn to the first singular vector.
         q = basis(x, basis(x.mT, q))
     u, s, v = jnp.linalg.svd(product(q.mT, x), full_matrices=False)
     return product(q, u), s, v
 
 
 def best_svd(x: jax.Array, rank: int, spread: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, σ and Vᵀ of x (n, in, out), of which the largest `rank` are wanted: all, by LAPACK; of
-    what is spread over devices a few more, by products alone, so that no device gathers x."""
+    """U, σ and Vᵀ of x (n, in, out), at least for the largest `rank` σ.
+
+    All of them, by LAPACK; where x is spread over devices, a few more than `rank`, by products
+    alone, so that no device gathers x.
+    """
     if spread:
         return spread_svd(x, rank)
     u, s, v = jnp.linalg.svd(x, full_matrices=False)
@@ -64,14 +75,16 @@ def best_svd(x: jax.Array, rank: int, spread: bool) -> tuple[jax.Array, jax.Arra
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def spread_svd(x: jax.Array, rank: int, passes: int = 8) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `range_svd`, with bases from Gram matrices: each device keeps its part of x, and what is
-    sent has as many columns as twice the rank and 16. Exact where x has no more rows or columns."""
+    sent has 2·rank + 16 columns. Exact where x has no more rows or columns than that."""
     width = min(2 * rank + 16, *x.shape[-2:])
+    # q (n, out, width) and p (n, in, width), in turns.
     q = jax.random.normal(jax.random.key(0), (len(x), x.shape[-1], width), x.dtype)
     for _ in range(passes):
         p = _basis(product(x, q))
         q = _basis(product(x.mT, p))
     p = _basis(product(x, q))
-    u, s, v = jnp.linalg.svd(product(product(p.mT, x), q), full_matrices=False)  # width × width
+    # Only pᵀ·x·q, width × width, is decomposed: it is small and the same on every device.
+    u, s, v = jnp.linalg.svd(product(product(p.mT, x), q), full_matrices=False)
     return product(p, u), s, product(v, q.mT)
 
 
@@ -83,17 +96,23 @@ def _basis(y: jax.Array) -> jax.Array:
     """
 
     def turn(y: jax.Array):
+        # The largest entry becomes 1: squares in the Gram matrix neither overflow nor vanish.
         y = y / jnp.maximum(jnp.max(jnp.abs(y), (1, 2), keepdims=True), jnp.finfo(y.dtype).tiny)
-        w, v = jnp.linalg.eigh(product(y.mT, y))  # rising
+        # Eigenvalues rise: the largest is the last.
+        w, v = jnp.linalg.eigh(product(y.mT, y))
         kept = (w > 2 * w.shape[-1] * jnp.finfo(w.dtype).eps * w[:, -1:])[:, None]
+        # Orthogonal columns of length √w; a root of infinity makes zeros of those that are lost.
         y = product(y, v)
         root = jnp.where(kept, jnp.sqrt(jnp.where(kept, w[:, None], 1)), jnp.inf)
         return y / root, jnp.where(kept, 0, y)
 
     q, rest = turn(y)
+    # Twice, as after one projection rounding leaves a part along q.
     outside = lambda y: y - product(q, product(q.mT, y))
     found = jnp.any(rest != 0, (1, 2), keepdims=True)
-    more = jnp.where(found, turn(outside(outside(rest)))[0], 0)[..., ::-1]  # in the columns left
+    # q has its zeros in front, and so has this: reversed, it fills them.
+    more = jnp.where(found, turn(outside(outside(rest)))[0], 0)[..., ::-1]
+    # The last turn makes the two orthonormal to each other.
     return turn(jnp.where(jnp.any(q != 0, 1, keepdims=True), q, more))[0]
 
 
@@ -102,12 +121,14 @@ def rank_for(s: jax.Array, energy: float) -> int:
     if isinstance(s, jax.core.Tracer):
         raise LoRAError("a rank from the energy depends on values: not under jit; pass rank=")
     total = jnp.sum(s**2, -1, keepdims=True)
+    # The slack is for an energy of 1: the running sum may end just below the total.
     enough = jnp.cumsum(s**2, -1) >= energy * total * (1 - 4 * jnp.finfo(s.dtype).eps)
+    # argmax of booleans is the first True; the largest rank of a stack serves all of it.
     return int(jnp.max(jnp.argmax(enough, -1))) + 1
 
 
 def share_kept(s: jax.Array, rank: int, total: jax.Array | None = None) -> jax.Array:
-    """The share of the total, Σσ², that the largest `rank` σ have, the least of a stack."""
+    """The share of the total, Σσ², that the largest `rank` σ have; of a stack, the least."""
     total = jnp.sum(s**2, -1) if total is None else total
     top = jnp.sum(s[:, :rank] ** 2, -1)
     return jnp.min(jnp.where(total > 0, top / jnp.where(total > 0, total, 1), 1))
@@ -118,8 +139,10 @@ def from_svd(
 ) -> LoRA:
     """A node like `like`, of this rank and scale, with the largest of these directions."""
     keep = min(rank, s.shape[-1])
+    # scale·A·B = U·Σ·Vᵀ with A = U·√(Σ/scale) and B = √(Σ/scale)·Vᵀ.
     root = jnp.sqrt(s[:, :keep] / scale)
     a, b = u[:, :, :keep] * root[:, None, :], root[:, :, None] * v[:, :keep]
+    # min(in, out) may be less than the rank: zeros along its axis.
     pad = [(0, rank - keep)]
     a, b = jnp.pad(a, [(0, 0), (0, 0), *pad]), jnp.pad(b, [(0, 0), *pad, (0, 0)])
     return as_node(like, a, b, scale)

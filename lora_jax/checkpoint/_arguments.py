@@ -33,6 +33,7 @@ def refuse_variables(base: Fingerprint, wanted: Iterable[str]) -> None:
 
 def step_number(step: Any) -> int:
     try:
+        # Also NumPy's and JAX's integers, and no floats.
         number = operator.index(step)
     except TypeError:
         number = -1

@@ -161,6 +161,7 @@ def save(
     step = step_number(step)
     metrics = numbers(metrics)
     refuse_a_train_state(adapters, SAVE)
+    # Without values: every call is checked, and few of them save.
     shapes = base if isinstance(base, Fingerprint) else fingerprint(base, content=False)
     refuse_variables(shapes, flatten(adapters, is_leaf=is_node))
     adapter_nodes(_shapes(shapes), adapters, "save")
@@ -171,10 +172,13 @@ def save(
             "pass the one that made them, or config=None",
         )
     latest = manager.latest_step()
+    # A step that is not after the latest goes on: below it is the same one again, or an error.
     if (latest is None or step > latest) and not (force or manager.should_save(step)):
         return False
-    manager.wait_until_finished()  # orbax would wait as well
-    manager.reload()  # others may have saved
+    # Orbax would wait as well.
+    manager.wait_until_finished()
+    # Other processes may have saved since.
+    manager.reload()
     latest = manager.latest_step()
     if latest is not None and not ours(manager, latest):
         raise LoRAError(
@@ -182,6 +186,7 @@ def save(
             f"{latest}), which the manager would remove in time; nothing was saved. Use another "
             "directory, or manager.delete(step)"
         )
+    # From here on it is to be saved, and the values are read: once for a manager.
     base = base if isinstance(base, Fingerprint) else taken_once(manager, base)
     record: dict = {
         "format": FORMAT,
@@ -196,10 +201,12 @@ def save(
     items = {}
     for name, tree in {"adapters": adapters, "state": state}.items():
         record[name], arrays = recorded(tree, name)
+        # Orbax refuses an item without arrays; its entries are in the record.
         if arrays:
             items[name] = ocp.args.StandardSave(arrays)
     record["crc32"] = crc32(record)
     if latest is not None and step <= latest:
+        # The record has a checksum of each array: one number compares it all.
         if step == latest and description(manager, step)[1]["crc32"] == record["crc32"]:
             return False
         raise LoRAError(
@@ -207,6 +214,7 @@ def save(
             "saved. To go back, remove what comes after, manager.delete(step), or use another "
             "directory"
         )
+    # Last, when nothing that can be known beforehand speaks against it.
     claim(manager, step)
     args = ocp.args.Composite(lora=ocp.args.JsonSave(record), **items)
     return manager.save(step, args=args, metrics=metrics, force=force)
@@ -274,12 +282,14 @@ def restore(
     with opened(manager) as manager:
         step, record = description(manager, None if step is None else step_number(step))
         where = f"checkpoint {step} in {manager.directory}"
+        # Shapes and static fields alone; no array is read before all of it is compared.
         saved = nodes_from_json(record["nodes"], adapters, where)
         if adapters is None:
             adapters = _placed_as(nest(saved), base)
         likes = {"adapters": adapters}
         if state is not None:
             likes["state"] = _beside(state, adapters)
+        # {array: (its adapter, the axis that grows)}, of the adapters and of their moments.
         larger = {n: growing(t, saved) if rank == "grow" else {} for n, t in likes.items()}
         owners = {owner for owner, _ in larger["adapters"].values()}
         keep, unfit = kept(adapters, saved, owners)
@@ -287,13 +297,15 @@ def restore(
         failures = _other_base(record, base) + other_config(record, config, rank == "grow")
         for name, tree in likes.items():
             axes = {p: axis for p, (_, axis) in larger[name].items()}
-            # the shapes of adapters, and of their moments if they differ, are said by `others`
+            # `others` has a line for each adapter of another shape; each array need not say it too.
             axes = None if name == "adapters" or others else axes
             failures += differences(record[name], tree, name, axes)
         raise_all(f"{where} is of something else:", failures + others, RESTORE)
         found: dict[str, Any] = {}
         for name, tree in likes.items():
-            arrays = arrays_of(manager, step, name, abstract(record[name], tree), where)
+            arrays = arrays_of(manager, step, name, abstract(record[name], tree))
+            # The new part is as passed in the factor that was drawn, and zero in the other one and
+            # in all moments.
             of = {
                 p: (axis, p in keep and name == "adapters") for p, (_, axis) in larger[name].items()
             }
@@ -327,16 +339,18 @@ def _placed_as(saved: Any, base: Any) -> Any:
         (f"'{p}'" for p, where in own.items() if where is None),
         "place all of them, jax.device_put(params, shardings), or pass adapters that are placed",
     )
+    # The base is another one, as `restore` is about to say.
     if own.keys() != flatten(saved, is_leaf=is_node).keys():
-        return saved  # another base, as is about to be said
+        return saved
     return _at(saved, shardings(nest(own), saved))
 
 
 def _beside(state: Any, adapters: Any) -> Any:
-    """The state, of which shapes that are nowhere go where the adapters' shardings say."""
+    """The state; its shapes without a sharding get the one that the adapters' shardings imply."""
     leaves = jax.tree.leaves(adapters)
     placed = [isinstance(placement(x), NamedSharding) for x in leaves]
     nowhere = lambda x: isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None
+    # What the caller has placed stays there; a fresh `eval_shape` of a state says nothing.
     if not placed or not all(placed) or not any(map(nowhere, jax.tree.leaves(state))):
         return state
     at = state_shardings(state, adapters, jax.tree.map(placement, adapters))
@@ -363,6 +377,7 @@ def _other_base(record: Mapping, base: Any) -> list[str]:
     if base is None:
         return []
     if not isinstance(base, Fingerprint):
+        # The values are read only where there is something to compare them with.
         base = fingerprint(base, content=None if record["content"] else False)
     refuse_variables(base, record["base"])
     return [f"base: {line}" for line in _fingerprint(record).differences(base)]

@@ -26,9 +26,10 @@ def kind(cls: type) -> str:
 
 
 def own_classes() -> dict[str, type]:
-    """{kind: class} of the library's own nodes: for a restore without adapters, that would bring
-    their classes."""
-    import lora_jax.methods as methods  # all of them, and what they stand on: only where needed
+    """{kind: class} of the library's own nodes, for a restore to which no adapters are passed: with
+    them come their classes."""
+    # Here, as it brings all methods and what they stand on: few restores need it.
+    import lora_jax.methods as methods
 
     nodes = (LoRA, DoRA, Full, Rows, *vars(methods).values())
     is_class = lambda x: isinstance(x, type) and issubclass(x, Node) and x is not Node
@@ -46,6 +47,7 @@ def node_to_json(node: Any) -> dict:
     {'kind': 'full', 'value': ['float32', [2, 3]]}
     """
     values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+    # A trained field is an array, or a tree of them in a node of the user's own.
     typed = lambda x: jax.tree.map(lambda x: [str(x.dtype), list(x.shape)], x)
     values |= {name: typed(values[name]) for name in array_names(node)}
     return plain({"kind": kind(type(node))} | values)
@@ -76,6 +78,7 @@ def nodes_from_json(described: Mapping[str, Mapping], adapters: Any, where: str)
 def _is_of(x: Mapping, classes: Mapping[str, type]) -> bool:
     """Whether a description is one of these classes'."""
     cls = classes.get(x["kind"])
+    # By the fields as well: a user's class may have the name of one of ours.
     return cls is not None and {"kind", *(f.name for f in dataclasses.fields(cls))} == x.keys()
 
 
@@ -89,6 +92,7 @@ def node_from_json(x: Mapping, classes: Mapping[str, type] | None = None) -> Any
             value = jax.ShapeDtypeStruct(tuple(value[1]), jnp.dtype(value[0]))
         elif field.name == "geometry":
             value = Geometry(**{k: tuple(v) for k, v in value.items()})
+        # JSON has no tuples, and static fields are hashed.
         values[field.name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 
@@ -128,6 +132,7 @@ def another_config(config: LoRAConfig, adapters: Any) -> list[str]:
             rule = config.rule(path, jax.ShapeDtypeStruct(node.shape, node.a.dtype))
             want = (rule.rank, config.scale(rule.rank, rule.alpha), rule.dropout)
             found = (node.rank, node.scale, node.dropout)
+            # Equal to the last bit: both scales are of one formula.
             if want != found:
                 lines.append(
                     f"'{path}': rank, scale and dropout {want} by the configuration, found {found}"
@@ -140,7 +145,9 @@ def other_config(
 ) -> list[str]:
     if config is None or record["config"] is None:
         return []
+    # By way of JSON, as the saved one went: tuples are lists on both sides.
     mine = json.loads(json.dumps(config_to_json(as_config(config))))
+    # What growing changes, and how the new part was drawn.
     ignored = ("rank", "alpha", "rules", "init") if grow else ()
     return [
         f"config: {name}={value!r} was saved, found {mine.get(name)!r}"

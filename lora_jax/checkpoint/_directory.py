@@ -14,6 +14,7 @@ from etils import epath
 
 from lora_jax._core.errors import LoRAError
 
+# The description's format; a reader refuses those above its own.
 FORMAT = 1
 
 
@@ -21,15 +22,17 @@ FORMAT = 1
 def opened(
     manager: ocp.CheckpointManager | str | os.PathLike,
 ) -> Generator[ocp.CheckpointManager, None, None]:
-    """The manager; of a directory, one that cannot write."""
+    """The manager itself; for a directory, one that cannot write."""
     if isinstance(manager, ocp.CheckpointManager):
         yield manager
     elif isinstance(manager, str | os.PathLike):
-        directory = epath.Path(manager)  # of a file system or a bucket
+        # A path of a file system, or of a bucket.
+        directory = epath.Path(manager)
         if not directory.is_dir():
             raise LoRAError(f"there is no directory {os.fspath(manager)!r}")
         options = ocp.CheckpointManagerOptions(read_only=True, create=False)
         local = "://" not in str(directory)
+        # Orbax refuses relative paths.
         directory = directory.absolute() if local else directory
         with ocp.CheckpointManager(directory, options=options) as opened:
             yield opened
@@ -43,6 +46,7 @@ def opened(
 
 def crc32(record: Mapping) -> int:
     """The checksum of a description without its own, as JSON would give it back."""
+    # With sorted keys: what JSON gives back need not have their order.
     rest = {k: v for k, v in record.items() if k != "crc32"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
@@ -57,6 +61,7 @@ def description(manager: ocp.CheckpointManager, step: int | None) -> tuple[int, 
             f"there is no checkpoint {step} in {manager.directory}; there are "
             f"{manager.all_steps() or 'none'}"
         )
+    # In this order: whose it is, how new, whether whole, which step.
     record = _read(manager, step, lora=ocp.args.JsonRestore())["lora"]
     where = f"checkpoint {step} in {manager.directory}"
     if not isinstance(record, dict) or not isinstance(record.get("format"), int):
@@ -80,11 +85,12 @@ def description(manager: ocp.CheckpointManager, step: int | None) -> tuple[int, 
 
 
 def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
-    """What orbax restores; whatever it raises for a file that is not as it should be is one error,
-    which says what else is there."""
+    """What orbax restores. Whatever it raises over a damaged file becomes one error, which says
+    what other steps there are."""
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except Exception as e:  # of JSON, tensorstore, orbax, the file system
+    # JSON, tensorstore, orbax and the file system each have errors of their own.
+    except Exception as e:
         others = [s for s in manager.all_steps() if s != step]
         reason = (str(e).strip().splitlines() or [""])[0][:300]
         raise LoRAError(
@@ -95,9 +101,8 @@ def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
         ) from e
 
 
-def arrays_of(
-    manager: ocp.CheckpointManager, step: int, name: str, targets: dict, where: str
-) -> dict:
+def arrays_of(manager: ocp.CheckpointManager, step: int, name: str, targets: dict) -> dict:
+    """{escaped path: array} of the step's item `name`, as `targets` asks for them."""
     if not targets:
         return {}
     return _read(manager, step, **{name: ocp.args.StandardRestore(targets)})[name]
@@ -107,5 +112,6 @@ def ours(manager: ocp.CheckpointManager, step: int) -> bool:
     try:
         metadata: Any = manager.metadata(step)
         return "lora" in metadata.item_handlers
-    except Exception:  # whatever a foreign or damaged file makes orbax raise
+    # Whatever a foreign or damaged file makes orbax raise.
+    except Exception:
         return False

@@ -21,6 +21,7 @@ from lora_jax._core.nnx import is_module
 from lora_jax._core.paths import flatten
 from lora_jax._quantized.weight import is_quantized
 
+# Two sums of 32 bits, as jit has no 64 by default; the second seed is 2³² / the golden ratio.
 _SEEDS = (0x00000000, 0x9E3779B9)
 
 
@@ -55,7 +56,7 @@ class Fingerprint:
             else:
                 alike.add(path)
         one, two = self.content or {}, other.content or {}
-        # a quantised leaf has several arrays, `path/codes` and others
+        # A quantised leaf has several arrays, `path/codes` and others.
         leaf = lambda p: p if p in self.leaves else p.rpartition("/")[0]
         changed = {leaf(p) for p in one.keys() & two.keys() if one[p] != two[p]}
         lines += [f"'{p}': has other values" for p in changed & alike]
@@ -90,6 +91,7 @@ def fingerprint(params: Any, *, content: bool | None = None) -> Fingerprint:
     >>> one == two
     True
     """
+    # Shapes are those of all leaves, values those of parameters: a module's statistics move.
     state, values = (lasting(params, kind) for kind in (..., nnx.Param))
     leaves = {p: (tuple(x.shape), _type(x)) for p, x in state.items()}
     shapes = [x for x in jax.tree.leaves(values) if isinstance(x, jax.ShapeDtypeStruct)]
@@ -112,9 +114,11 @@ def taken_once(owner: Any, params: Any) -> Fingerprint:
     arrays = jax.tree.leaves(lasting(params, ...))
     refs, found = _TAKEN.get(owner, ([], None))
     if found is not None and len(refs) == len(arrays):
+        # The very same arrays: a reference to one that is gone gives None, which is none of them.
         if all(ref() is x for ref, x in zip(refs, arrays)):
             return found
     found = fingerprint(params)
+    # JAX's arrays do not change; NumPy's may.
     if all(isinstance(x, jax.Array) for x in arrays):
         _TAKEN[owner] = [weakref.ref(x) for x in arrays], found
     return found
@@ -140,11 +144,13 @@ def _arrays(path: str, x: Any) -> list[tuple[str, Any]]:
     if not is_quantized(x):
         return [(path, x)]
     names = ("codes", "constants", "maxima", "means")
+    # In the order of the fields; without double quantisation the last two are not there.
     return list(zip([f"{path}/{name}" for name in names], jax.tree.leaves(x)))
 
 
 def checksums(flat: Mapping[str, Any]) -> dict[str, str]:
     """{path: 64 bits in hex} of arrays; all are started before the first is waited for."""
+    # Dispatch is asynchronous: the second line waits, this one does not.
     sums = {p: _checksum(_summable(x)) for p, x in flat.items()}
     return {p: "".join(f"{int(n):08x}" for n in np.asarray(x)) for p, x in sums.items()}
 
@@ -160,6 +166,7 @@ def _summable(x: Any) -> Any:
     x = np.asarray(x)
     if x.dtype.itemsize < 8 or x.dtype.kind == "c":
         return x
+    # Two words for each element, as `_words` has them of an array of 64 bits.
     return np.ascontiguousarray(x).view(np.uint32).reshape(*x.shape, -1)
 
 
@@ -170,6 +177,7 @@ def _checksum(x: jax.Array) -> jax.Array:
     The mixture is one to one in the word, so that no change of a single word is lost.
     """
     words = _words(x)
+    # Integers wrap, and their sum has no order: any sharding gives the same.
     return jnp.stack(
         [jnp.sum(_mix(words + _mix(_index(words.shape) + jnp.uint32(seed)))) for seed in _SEEDS]
     ).astype(jnp.uint32)
@@ -183,6 +191,7 @@ def _words(x: jax.Array) -> jax.Array:
         return _words(jnp.stack([x.real, x.imag], axis=-1))
     small = x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.integer)
     if small and x.dtype.itemsize <= 4:
+        # One to one: negative numbers wrap.
         return x.astype(jnp.uint32)
     width = min(8 * x.dtype.itemsize, 32)
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)

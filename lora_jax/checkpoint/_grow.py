@@ -20,6 +20,7 @@ def growing(tree: Any, saved: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
     their moments in a state) that have a larger rank than the one that was saved."""
     found = {}
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
+        # A moment of "layers/q" is at "0/mu/layers/q" in the state.
         owner = _owner(path_of(keys), saved)
         if owner is None or not isinstance(node, LowRank):
             continue
@@ -29,6 +30,7 @@ def growing(tree: Any, saved: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
         at = jax.tree_util.keystr(keys, simple=True, separator="/")
         for name, axis in of.items():
             factor = getattr(node, name)
+            # A MaskedNode in a state has no shape.
             if hasattr(factor, "shape") and factor.shape[axis] != saved[owner].rank:
                 found[f"{at}/{name}"] = (owner, axis)
     return found
@@ -37,11 +39,12 @@ def growing(tree: Any, saved: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
 def kept(adapters: Any, saved: Mapping[str, Any], paths: set[str]) -> tuple[set[str], list[str]]:
     """(names of the factors whose new part stays as it was passed, what is wrong).
 
-    One factor of the new part is zero, so that the product stays, and the other is not, or neither
+    One factor of the new part is zero, so that the product stays. The other is not, or neither
     would ever get a gradient: that one is kept.
     """
     names, lines = set(), []
     for path, node in flatten(adapters, is_leaf=is_node).items():
+        # Those that do not grow are compared as they are, by `other_nodes`.
         if path not in paths:
             continue
         rank, least = node.rank, saved[path].rank
@@ -54,6 +57,7 @@ def kept(adapters: Any, saved: Mapping[str, Any], paths: set[str]) -> tuple[set[
         elif not all(isinstance(x, jax.Array) for x in (node.a, node.b)):
             problem = "to grow, pass arrays, adapters = lora.init(key, params, config), not shapes"
         else:
+            # The new columns of A, (*batch, *in, rank), and rows of B, (*batch, rank, *out).
             tails = {
                 "a": node.a[..., least:],
                 "b": jax.lax.slice_in_dim(node.b, least, rank, axis=len(node.geometry.batch_axes)),
@@ -88,6 +92,7 @@ def config_of(config: LoRAConfig, adapters: Any) -> LoRAConfig:
     rules = []
     for path, node in flatten(adapters, is_leaf=is_node).items():
         if isinstance(node, LowRank):
+            # The scale is linear in alpha, by rank or by its root.
             alpha = node.scale / config.scale(node.rank, 1.0)
             leaf = jax.ShapeDtypeStruct(node.shape, node.a.dtype)
             rule = dataclasses.replace(config.rule(path, leaf), pattern=path, rank=node.rank)
@@ -95,6 +100,7 @@ def config_of(config: LoRAConfig, adapters: Any) -> LoRAConfig:
     if not rules:
         return config
     first: Rule = rules[0]
+    # All alike: the configuration's own rank and alpha say it.
     if all((r.rank, r.alpha) == (first.rank, first.alpha) for r in rules) and not config.rules:
         assert first.rank is not None and first.alpha is not None  # by `rule`
         return dataclasses.replace(config, rank=first.rank, alpha=first.alpha)

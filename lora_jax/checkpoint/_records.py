@@ -30,7 +30,8 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 def escaped(name: str) -> str:
-    """
+    """A path as orbax may name it.
+
     >>> escaped("layers/0.1/kernel")
     'layers.0%2E1.kernel'
     """
@@ -51,6 +52,7 @@ def recorded(tree: Any, what: str) -> tuple[dict[str, dict], dict[str, Any]]:
             entries[path] = {"array": _type(x)}
             if _is_key(x):
                 entries[path]["key"] = str(jax.random.key_impl(x))
+            # A typed key is written as its words, uint32.
             arrays[path] = jax.random.key_data(x) if _is_key(x) else _own(x)
         else:
             kind = f"{x.dtype}{x.shape}" if hasattr(x, "dtype") else type(x).__name__
@@ -60,8 +62,10 @@ def recorded(tree: Any, what: str) -> tuple[dict[str, dict], dict[str, Any]]:
         failures,
         "expected arrays, random keys, numbers or strings",
     )
+    # After all are known to be storable: this reads every value.
     for path, value in checksums(arrays).items():
         entries[path]["sum"] = value
+    # What has no elements is whole by its entry, and not written.
     return entries, {escaped(p): x for p, x in arrays.items() if x.size}
 
 
@@ -79,6 +83,7 @@ def differences(
         if "value" in entry and "value" in mine:
             same = type(entry["value"]) is type(x)
         elif "value" in entry or "value" in mine:
+            # A step count may be Python's number in one tree and an array of one in the other.
             same = _is_number(entry) and _is_number(mine)
         elif growing is None:
             same = True
@@ -98,7 +103,8 @@ def other_nodes(described: Mapping[str, Any], adapters: Any, growing: Set[str]) 
     for path, node in flatten(adapters, is_leaf=is_node).items():
         if not is_node(node):
             lines.append(f"adapters: '{path}' is a {type(node).__name__}, not an adapter")
-        elif path in described:  # else `differences` says so
+        # Otherwise `differences` says so.
+        elif path in described:
             mine, theirs = node_to_json(node), described[path]
             aside = ("a", "b", "scale") if path in growing else ()
             odd = {k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)}
@@ -116,13 +122,16 @@ def abstract(entries: Mapping[str, Mapping], like: Any) -> dict[str, Any]:
     """
     targets: dict[str, Any] = {}
     for path, x in named(like).items():
+        # Nothing of it is in orbax's files.
         if "value" in entries[path] or 0 in entries[path]["array"][1]:
             continue
         dtype, shape = entries[path]["array"]
         if "key" in entries[path]:
+            # The words of its keys.
             dtype, shape = "uint32", jax.eval_shape(jax.random.key_data, x).shape
         where = placement(x)
         targets[escaped(path)] = (
+            # Orbax reads into NumPy what is asked for as NumPy.
             np.empty(shape, jnp.dtype(dtype))
             if where is None
             else jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=where)
@@ -142,6 +151,7 @@ def rebuilt(
     `growing`: {path: (axis, whether it keeps the rest of `like` there, and not zeros)}.
     """
     values = {p: arrays[escaped(p)] for p in entries if escaped(p) in arrays}
+    # Before anything is padded: of what was saved.
     sums = checksums(values)
     raise_all(
         f"{where} is damaged:",
@@ -205,7 +215,8 @@ def _leaf(entry: Mapping, value: Any, like: Any, axis: int | None, keep: bool) -
         value = np.asarray(entry["value"], like.dtype)
         where = placement(like)
         return jnp.asarray(value) if where is None else jax.device_put(value, where)
-    if value is None:  # of size 0
+    # It has no elements.
+    if value is None:
         return like if isinstance(like, jax.Array) else jnp.zeros(like.shape, like.dtype)
     if "key" in entry:
         return jax.random.wrap_key_data(jnp.asarray(value), impl=entry["key"])
@@ -224,14 +235,16 @@ def _padded(value: Any, like: Any, axis: int, keep: bool) -> Any:
         return jnp.concatenate([value, rest if keep else jnp.zeros_like(rest)], axis)
 
     if isinstance(like, np.ndarray):
+        # On the host, and back to it.
         return np.asarray(pad(value, like))
     if not isinstance(like, jax.Array):
         like = jnp.zeros(like.shape, like.dtype)
+    # Jitted, so that the result lies as `like` does without a copy on one device.
     return jax.jit(pad, out_shardings=placement(like))(value, like)
 
 
 def _is_number(entry: Mapping) -> bool:
-    """Whether it is a number, or an array of one: a count may be saved as the one of the other."""
+    """Whether it is a number, or an array of one: either may be read as the other."""
     if "value" in entry:
         return isinstance(entry["value"], int | float) and not isinstance(entry["value"], bool)
     return entry["array"][1] == [] and "key" not in entry

@@ -2,9 +2,10 @@
 
 Two files say so, beside the steps. `.lora_lock` is locked (`fcntl`) by the process that saves, from
 its first save until it ends or the manager is gone; the kernel frees it however a process ends, so
-that a crashed run goes on without a hand's turn. `.lora_run` names the run that saved last, and the
-step, replaced as a whole. It is what counts where there are no locks (buckets, some network file
-systems), and between two managers of one process: a run that finds another one's name there stops.
+that a crashed run resumes with nothing to clean up. `.lora_run` names the run that saved last and
+its step; it is replaced as a whole. It is what counts where there are no locks (buckets, some
+network file systems), and between two managers of one process: a run that finds another one's name
+there stops.
 
 What that guarantees. On a local file system, and on NFS with its lock service: no two processes
 save to one directory. Without locks: a run that another one has overtaken is told at its next save;
@@ -32,7 +33,7 @@ from jax.experimental import multihost_utils
 
 from lora_jax._core.errors import LoRAError
 
-# not there on Windows
+# It is not there on Windows.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
@@ -42,7 +43,8 @@ LOCK, RUN = ".lora_lock", ".lora_run"
 INSTEAD = "nothing was saved. Use another directory, or end the other run"
 
 
-MESSAGE = 2048  # bytes of an error that all processes raise
+# Bytes of an error that all processes raise: a broadcast has one shape in all of them.
+MESSAGE = 2048
 
 
 class _Claim:
@@ -65,7 +67,8 @@ _CLAIMS: MutableMapping[ocp.CheckpointManager, _Claim] = weakref.WeakKeyDictiona
 def claim(manager: ocp.CheckpointManager, step: int) -> None:
     """Takes the directory for this manager's run and `step`, or says which other run has it."""
     _by_the_first(_take, manager, step)
-    manager.reload()  # the lock is ours, and others may have saved before
+    # Between the manager's last look and the lock, others may have saved.
+    manager.reload()
     latest = manager.latest_step()
     if latest is not None and step <= latest:
         raise LoRAError(f"another run has saved step {latest} to {manager.directory}; {INSTEAD}")
@@ -80,6 +83,7 @@ def _by_the_first(do: Callable, manager: ocp.CheckpointManager, step: int) -> No
             do(manager, step)
         except (LoRAError, OSError) as e:
             problem = str(e)
+    # A collective: every process comes here, with an error or without.
     if jax.process_count() > 1:
         text = np.zeros(MESSAGE, np.uint8)
         data = problem.encode()[:MESSAGE]
@@ -95,6 +99,7 @@ def _take(manager: ocp.CheckpointManager, step: int) -> None:
     mine = _CLAIMS.get(manager)
     if mine is None:
         mine = _Claim()
+        # The method holds the claim, and not the manager, which would never end.
         weakref.finalize(manager, mine.close)
         _CLAIMS[manager] = mine
     free = _locked(mine, directory)
@@ -105,6 +110,7 @@ def _take(manager: ocp.CheckpointManager, step: int) -> None:
     if last and last["run"] != mine.run:
         if mine.saved:
             raise LoRAError(f"{who} has saved step {last['step']} to {directory} since; {INSTEAD}")
+        # Another manager of this process, which the lock does not keep out, may still be writing.
         others = [m for m, claimed in _CLAIMS.items() if claimed.run == last["run"]]
         if any(m.is_saving_in_progress() for m in others) and step <= last["step"]:
             raise LoRAError(f"{who} is saving step {last['step']} to {directory}; {INSTEAD}")
@@ -113,6 +119,7 @@ def _take(manager: ocp.CheckpointManager, step: int) -> None:
 def _note(manager: ocp.CheckpointManager, step: int) -> None:
     directory, mine = epath.Path(manager.directory), _CLAIMS[manager]
     entry = {"run": mine.run, "step": step, "pid": os.getpid(), "host": socket.gethostname()}
+    # Whole or not at all, and under a name of our own until then.
     new = directory / f"{RUN}.{mine.run}"
     new.write_text(json.dumps(entry))
     new.replace(directory / RUN)
@@ -130,7 +137,8 @@ def _locked(mine: _Claim, directory: epath.Path) -> bool:
         # this directory is closed.
         fcntl.lockf(mine.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        return e.errno not in (errno.EACCES, errno.EAGAIN)  # else the file system has no locks
+        # These say that another process has the lock; others, that the file system has no locks.
+        return e.errno not in (errno.EACCES, errno.EAGAIN)
     return True
 
 

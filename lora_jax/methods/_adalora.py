@@ -66,6 +66,7 @@ class AdaLoRA(Indirect):
     def factors(self, frozen: Any = None) -> LoRA:
         """P and Λ·Q; it needs nothing frozen."""
         del frozen
+        # Λ on Q's side: where Λ is zero, as it is at first, A stays and B is zero, as in LoRA.
         return self.lora(self.p, along_rank(self.lam, self.q) * self.q)
 
 
@@ -133,8 +134,10 @@ def orthogonality(adapters: Any) -> jax.Array:
     """
     total = jnp.zeros((), jnp.float32)
     for node in adalora_nodes(adapters):
+        # P (n, in, r) and Q (n, r, out) in fp32: PᵀP − I is a small difference.
         p, q = node.geometry.pair(widened(node.p), widened(node.q))
         for x in (p, q.mT):
+            # PᵀP, then QQᵀ: (n, r, r).
             gram = product(x.mT, x)
             total = total + jnp.sum((gram - jnp.eye(node.rank, dtype=x.dtype)) ** 2)
     return total
@@ -171,6 +174,7 @@ def pruned(adapters: Any) -> dict:
     for path, node in flatten(adapters, is_leaf=is_node).items():
         if not isinstance(node, AdaLoRA):
             out[path] = node
+        # One rank for a stack: that of the weight with the most left. 0: the leaf has no adapter.
         elif rank := int(jnp.max(jnp.sum(node.lam != 0, -1), initial=0)):
             out[path] = _kept(plain[path], node.lam, rank)
     return nest(out)
@@ -179,6 +183,8 @@ def pruned(adapters: Any) -> dict:
 def _kept(node: LoRA, lam: jax.Array, rank: int) -> LoRA:
     """Columns of A and rows of B whose λ is not zero, in their order; `rank` of each weight."""
     a, b = node.geometry.pair(node.a, node.b)
+    # False sorts before True: first those that are kept, (n, rank). A weight with fewer of them
+    # fills up with λ = 0, for which `factors` has made rows of B that are zero.
     index = jnp.argsort(lam.reshape(len(a), -1) == 0, axis=-1, stable=True)[:, :rank]
     a = jnp.take_along_axis(a, index[:, None, :], 2)
     b = jnp.take_along_axis(b, index[:, :, None], 1)
@@ -190,7 +196,6 @@ def adalora_nodes(tree: Any) -> list[AdaLoRA]:
     if not found:
         raise LoRAError(
             "expected adapters of AdaLoRA, found none: adapters = lora.methods.init_adalora(key, "
-            "params, "
-            f"config); tx = {CALL}"
+            f"params, config); tx = {CALL}"
         )
     return found

@@ -47,7 +47,9 @@ def dora(params: Any, adapters: Any) -> dict:
     def leaf(path: str, node: Any) -> Any:
         if not isinstance(node, LoRA):
             return node
+        # A quantised leaf stays in codes: `norms` reads it, and only here.
         base = leaves[path] if is_quantized(leaves[path]) else jnp.asarray(leaves[path])
+        # The norms are of W + s·A·B and not of W: training starts where the adapters are.
         m = norms(node, base).astype(node.a.dtype)
         return node.with_magnitude(m)
 

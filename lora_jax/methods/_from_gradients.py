@@ -29,6 +29,7 @@ from lora_jax.methods._start import (
     positive,
 )
 
+# Columns beside the rank, as Halko et al. advise: the largest directions are found in fewer passes.
 OVERSAMPLED = 10
 
 
@@ -78,19 +79,24 @@ def low_rank_gradients(
         of = lambda ad: call(bind(params, ad), *args)
         return flatten(jax.grad(of)(nest(factors)), is_leaf=lambda x: isinstance(x, LoRA))
 
+    # left (n, in, k) spans G's columns, q (n, out, k) its rows: in turns, each by way of the other.
     left = {p: _random(p, t, ranks[p]) for p, t in nodes.items()}
     q: dict[str, jax.Array] = {}
     for i in range(passes):
+        # A product with G turns all columns to its first singular vector; a QR sets them apart.
         left = {p: jnp.linalg.qr(x)[0] for p, x in left.items()} if i else left
+        # B = 0, so that the adapted loss is the plain one: ∂/∂B = leftᵀ·G (n, k, out).
         g = gradients({p: _node(t, left[p], None) for p, t in nodes.items()})
         q = {p: jnp.linalg.qr(_pair(g[p])[1].mT)[0] for p in nodes}
         g = gradients({p: _node(t, None, q[p].mT) for p, t in nodes.items()})
-        left = {p: _pair(g[p])[0] for p in nodes}  # G·Q
+        # A = 0 and B = Qᵀ: ∂/∂A = G·Q (n, in, k).
+        left = {p: _pair(g[p])[0] for p in nodes}
+    # G ≈ (G·Q)·Qᵀ, cut to the rank that was asked for.
     return nest({p: _best(_node(t, left[p], q[p].mT), ranks[p]) for p, t in nodes.items()})
 
 
 def _random(path: str, t: Target | LowRank, rank: int) -> jax.Array:
-    """(n, in, about rank), always the same."""
+    """Normal numbers (n, in, k), k a little more than the rank; the same in every call."""
     n, i, o = t.geometry.sizes(t.shape)
     width = min(rank + OVERSAMPLED, i, o)
     return jax.random.normal(path_key(jax.random.key(0), path), (n, i, width), jnp.float32)
@@ -102,7 +108,7 @@ def _pair(node: LoRA) -> tuple[jax.Array, jax.Array]:
 
 
 def _node(t: Target | LowRank, a: jax.Array | None, b: jax.Array | None) -> LoRA:
-    """A node of matrices (n, in, k) and (n, k, out); of one of them, the other is zero."""
+    """A node of matrices (n, in, k) and (n, k, out); where one is None, it is zero."""
     n, i, o = t.geometry.sizes(t.shape)
     if a is None:
         assert b is not None  # one of the two is given
@@ -154,7 +160,9 @@ def lora_ga(params: Any, adapters: Any, gradients: Any, *, gamma: float = 16.0) 
     def make(path: str, node: LoRA, w: jax.Array) -> LoRA:
         r = node.rank
         u, _, v = found[path]
+        # w is (n, in, out).
         c = w.shape[-1] ** 0.25 / math.sqrt(gamma)
+        # Other directions for B than for A: with one set in both, the first step has rank r only.
         return as_node(node, c * u[:, :, :r], c * v[:, r : 2 * r])
 
     return off_the_base(params, adapters, make)
@@ -194,8 +202,10 @@ def lora_one(
 
     def make(path: str, node: LoRA) -> LoRA:
         u, s, v = found[path]
+        # σ (n, k), the largest first.
         top = s[:, :1] if normalized else jnp.ones_like(s[:, :1])
         s = s / jnp.where(top > 0, top, 1) * (node.scale / gamma)
+        # `from_svd` takes the scale out again: A·B = −G_r / (γ·S₁).
         return from_svd(node, -u, s, v, node.rank, node.scale)
 
     return each(adapters, make)

@@ -45,7 +45,7 @@ def second_moments(
 
     Returns:
       {path: (n, in, in)} in fp32 or wider, n the number of weights that the leaf stacks. It is zero
-      where no output depends on the product by a differentiable way, or the product is in a
+      where no differentiable way leads from the product to an output, or where the product is in a
       function with a `jax.custom_vjp` of its own: `eva` and `corda` refuse that.
 
     Raises:
@@ -73,6 +73,7 @@ def second_moments(
     ]
     raise_all("these have no second moments:", failures, "exclude them, or pass their own params")
     probes = {p: _identity(t.geometry, t.shape, leaves[p].dtype) for p, t in nodes.items()}
+    # Not strict: a leaf that meets no input is told by a zero moment, see `checked_moments`.
     call = adapt(fn, strict=False)
 
     def run(probes: Mapping[str, jax.Array]) -> Any:
@@ -84,9 +85,12 @@ def second_moments(
 
         return call(map_state(lambda tree: map_with_path(leaf, tree), params), *args, **kwargs)
 
+    # The gradient of a probe is C·a whatever the cotangent (see `_interpret/observe.py`); a is the
+    # identity, so zeros for the outputs are enough, and no loss is needed.
     out, back = jax.vjp(run, probes)
     (moments,) = back(jax.tree.map(_no_cotangent, out))
     return {
+        # (*batch, *in, in) to (n, in, in).
         p: c.reshape(*t.geometry.sizes(t.shape)[:2], -1)
         for (p, t), c in zip(nodes.items(), (moments[p] for p in nodes))
     }
@@ -117,7 +121,8 @@ def checked_moments(moments: Any, nodes: Mapping[str, Any]) -> dict[str, jax.Arr
 
 def _says_something(c: jax.Array) -> bool:
     """An expert may have seen nothing, but not all of them."""
-    with jax.ensure_compile_time_eval():  # it may be a constant of a jitted function
+    # Under jit it may be a constant, whose values are known.
+    with jax.ensure_compile_time_eval():
         return bool(jnp.isfinite(c).all() & (jnp.trace(c, axis1=1, axis2=2) > 0).any())
 
 
@@ -130,6 +135,7 @@ def _identity(g: Geometry, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def _no_cotangent(y: Any) -> Any:
+    # For integers JAX wants cotangents of float0.
     if jnp.issubdtype(y.dtype, jnp.inexact):
         return jnp.zeros(y.shape, y.dtype)
     return np.zeros(y.shape, jax.dtypes.float0)
@@ -137,9 +143,9 @@ def _no_cotangent(y: Any) -> Any:
 
 def eva(adapters: Any, moments: Mapping[str, chex.Array], *, rho: float = 2.0) -> dict:
     """A has the leading right singular vectors of the leaf's inputs X, and B is zero (EVA, Paischer
-    2024, arXiv:2410.07170, section 3). The ranks are redistributed: of all leaves' directions those
-    are kept that explain the largest shares σ²/Σσ² of their leaf's second moment (eq. 6 has Σσ;
-    the authors' code and PEFT have this).
+    2024, arXiv:2410.07170, section 3). The ranks are redistributed: the directions of all leaves
+    compete, and those stay that explain the largest shares σ²/Σσ² of their leaf's second moment
+    (eq. 6 has Σσ; the authors' code and PEFT have this).
 
     The eigenvectors of C = XᵀX, summed over batches, are the singular vectors of all rows: what the
     paper's incremental SVD comes to where it is not truncated. They are of X itself; PEFT's port
@@ -177,6 +183,7 @@ def eva(adapters: Any, moments: Mapping[str, chex.Array], *, rho: float = 2.0) -
     moments = checked_moments(moments, nodes)
     if rho > 1 and any(isinstance(c, jax.core.Tracer) for c in moments.values()):
         raise LoRAError("the ranks depend on the values of the moments: not under jit; pass rho=1")
+    # With rho = 1 the ranks stay and all of it may be traced; above, ranks become shapes.
     ranks = {p: n.rank for p, n in nodes.items()}
     with jax.ensure_compile_time_eval() if rho > 1 else contextlib.nullcontext():
         found = {p: _principal(moments[p]) for p in nodes}
@@ -186,6 +193,7 @@ def eva(adapters: Any, moments: Mapping[str, chex.Array], *, rho: float = 2.0) -
     return nest(
         {
             p: _started(node, found[p][1], ranks[p]) if p in nodes else node
+            # No rank, no adapter; what is trained in full or by rows has no entry, and stays.
             for p, node in flat.items()
             if ranks.get(p, 1)
         }
@@ -236,11 +244,15 @@ def corda(
 
     def make(path: str, node: LoRA, w: jax.Array) -> LoRA:
         c = moments[path].astype(w.dtype)
+        # C (n, in, in) with a mean diagonal of 1: the damping is a share of it. An expert that saw
+        # nothing has C = 0, and only the damping is left.
         mean = jnp.trace(c, axis1=1, axis2=2)[:, None, None] / c.shape[-1]
         c = c / jnp.where(mean > 0, mean, 1) + damping * jnp.eye(c.shape[-1], dtype=c.dtype)
+        # w (n, in, out); C stands on the side of the inputs.
         u, s, v = plain_svd(product(c, w))
         take = slice(0, node.rank) if mode == "instruction" else slice(-node.rank, None)
         u, s, v = u[:, :, take], s[:, take], v[:, take]
+        # C⁻¹·U: the damped C is positive definite, so a Cholesky solve does it.
         u = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(c), True), u)
         return from_svd(node, u, s, v, node.rank, node.scale)
 
@@ -251,6 +263,7 @@ def corda(
 def _principal(c: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The explained shares, falling, as the mean of a stack (in,), and the vectors (n, in, in)."""
     values, vectors = jnp.linalg.eigh(c.astype(wide(c.dtype)))
+    # eigh is rising; rounding makes small eigenvalues negative.
     values, vectors = jnp.maximum(values[:, ::-1], 0), vectors[:, :, ::-1]
     total = jnp.sum(values, -1, keepdims=True)
     return jnp.mean(values / jnp.where(total > 0, total, 1), 0), vectors
@@ -263,10 +276,14 @@ def _ranks(
     budget, each, most = 0, {}, []
     for i, (path, node) in enumerate(nodes.items()):
         n, inner, outer = node.geometry.sizes(node.shape)
+        # One more direction of a stack costs n, as all its weights have one rank.
         budget, each[path] = budget + n * node.rank, n
+        # At most ρ·r, and no more than the leaf has.
         top = min(int(rho * node.rank), inner, outer)
         most += [(-float(s), i, path) for s in shares[path][:top]]
     ranks = dict.fromkeys(nodes, 0)
+    # Shares are negated, the largest first; among equals the first leaf. A dear stack is passed
+    # over where the rest of the budget does not pay for it, cheaper ones still come.
     for share, _, path in sorted(most):
         if share < 0 and each[path] <= budget:
             ranks[path] += 1

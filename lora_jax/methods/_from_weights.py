@@ -59,6 +59,7 @@ def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any,
             f"expected niter >= 0 or None, found {niter}: lora.methods.pissa(..., niter=4)"
         )
 
+    # Read off the leaves: what `make` gets is reshaped or traced, and no longer says it.
     spread = {p: placement(w) is not None for p, w in flatten(state_of(params)).items()}
 
     def make(path: str, node: LoRA, w: jax.Array) -> LoRA:
@@ -84,19 +85,20 @@ def olora(params: Any, adapters: Any) -> tuple[Any, dict]:
     """
 
     def make(path: str, node: LoRA, w: jax.Array) -> LoRA:
-        q, r = jnp.linalg.qr(w.mT)  # (n, out, k), (n, k, in)
+        # Q (n, out, k), R (n, k, in).
+        q, r = jnp.linalg.qr(w.mT)
         return as_node(node, r[:, : node.rank].mT, q[:, :, : node.rank].mT)
 
     return off_the_base(params, adapters, make)
 
 
 def orthogonal(key: chex.PRNGKey, adapters: Any, *, scale: float = 0.1) -> dict:
-    """A and B that are not zero, with a product that is (PEFT's "orthogonal"): of an orthogonal
-    matrix (r, r) one half of the rows, Q₁, goes into A = scale·X·Q₁, the other into
-    B = scale·Q₂ᵀ·Y, with X and Y normal; A·B = 0 as Q₁·Q₂ᵀ is. The base stays.
+    """A and B are not zero, and their product is (PEFT's "orthogonal"). Half of the rows of an
+    orthogonal matrix (r, r), Q₁, go into A = scale·X·Q₁, the other half, Q₂, into
+    B = scale·Q₂ᵀ·Y, with X and Y normal. As Q₁·Q₂ᵀ = 0, A·B = 0 and the base stays.
 
     Args:
-      key: a PRNG key; each leaf's values are of it and the leaf's path alone.
+      key: a PRNG key; the values of a leaf depend on it and on the leaf's path alone.
       adapters: as of `pissa`.
       scale: of either factor; a tenth in PEFT.
 
@@ -124,6 +126,7 @@ def orthogonal(key: chex.PRNGKey, adapters: Any, *, scale: float = 0.1) -> dict:
         r, dtype = node.rank, wide(node.a.dtype)
         to_q, to_a, to_b = jax.random.split(path_key(key, path), 3)
         q = jnp.linalg.qr(jax.random.normal(to_q, (n, r, r), dtype))[0]
+        # Even rows of q are Q₁, odd ones Q₂, (n, r/2, r) each: Q₁·Q₂ᵀ = 0.
         a = product(jax.random.normal(to_a, (n, i, r // 2), dtype), q[:, 0::2])
         b = product(q[:, 1::2].mT, jax.random.normal(to_b, (n, r // 2, o), dtype))
         return as_node(node, scale * a, scale * b)
@@ -163,6 +166,7 @@ def on_original(adapters: Any, start: Any) -> dict:
         "these are not the adapters before and after:",
         sorted(f"'{p}' is in one of them alone" for p in after.keys() ^ before.keys()),
     )
+    # `combine` folds the scales into B; leaves in full and by rows are not relative to a base.
     low = lambda flat: nest({p: n for p, n in flat.items() if isinstance(n, LoRA)})
     both = flatten(combine([low(after), low(before)], [1.0, -1.0]), is_leaf=is_node)
     return nest({p: both.get(p, n) for p, n in after.items()})

@@ -74,7 +74,9 @@ class LoRAXS(Indirect):
         if (found := (frozen.shape, frozen.rank, frozen.geometry)) != want:
             raise LoRAError(f"expected singular vectors of {want}, found {found}")
         b = constant(frozen.b, self.r.dtype)
-        flat = b.reshape(*b.shape[: len(self.geometry.batch_axes) + 1], -1)  # (*batch, rank, out)
+        # R (*batch, rank, rank) times B (*batch, rank, out), the out axes as one.
+        flat = b.reshape(*b.shape[: len(self.geometry.batch_axes) + 1], -1)
+        # R goes into B: A = U·Σ stays a constant, of which no gradient is formed.
         b = product(self.r, flat).reshape(b.shape)
         return self.lora(constant(frozen.a, self.r.dtype), b)
 
@@ -137,6 +139,7 @@ def init_lora_xs(
     def principal(path: str, t: Target) -> LoRA:
         w = near(jnp.asarray(value(leaves[path])))
         where = placement(w)
+        # Hashable, as static arguments of jit: leaves that agree on them are compiled once.
         static = (t.geometry, t.rank, jnp.dtype(dtype), where is not None)
         a, b = anywhere(lambda w: _principal(w, *static))(w)
         return placed(LoRA(a, b, t.scale, t.geometry, t.dropout, t.embedding), where)
@@ -152,7 +155,9 @@ def _principal(
     """U·Σ (*batch, *in, rank) and Vᵀ (*batch, rank, *out) of the leaf's largest singular values."""
     u, s, v = best_svd(g.matrices(widened(w)), rank, spread)
     u, s, v = u[:, :, :rank], s[:, :rank], v[:, :rank]
+    # The entry of largest magnitude in each column of U, (n, 1, rank).
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), 1, keepdims=True), 1)
-    sign = jnp.where(largest < 0, -1, 1).astype(u.dtype)  # (n, 1, rank)
+    # (−u)·σ·(−v) is the same product: both sides turn together.
+    sign = jnp.where(largest < 0, -1, 1).astype(u.dtype)
     a, b = g.factors(u * (s[:, None] * sign), v * sign.mT, w.shape)
     return a.astype(dtype), b.astype(dtype)

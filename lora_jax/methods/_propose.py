@@ -25,11 +25,11 @@ from lora_jax._targets import Target
 from lora_jax.algebra._svd import svd
 from lora_jax.methods._from_inputs import checked_moments
 
-BITS_PER_PARAMETER = 2.0  # what a parameter remembers (Allen-Zhu and Li, arXiv:2404.05405)
+# What a parameter remembers (Allen-Zhu and Li, arXiv:2404.05405).
+BITS_PER_PARAMETER = 2.0
 
-
-BITS_PER_TOKEN = 1.0  # what is to be learnt of one: about its loss (Schulman et al. 2025)
-
+# What is to be learnt of a token: about its loss (Schulman et al. 2025).
+BITS_PER_TOKEN = 1.0
 
 USUAL_RANK, LARGEST_RANK = 32, 512
 
@@ -94,7 +94,7 @@ def propose(
     Args:
       params: the parameters, or an NNX module; abstract ones where there are no moments.
       survey: how the function uses each leaf.
-      tokens: how many tokens are trained on; of each epoch the same ones count once.
+      tokens: how many tokens are trained on; those that are seen again in later epochs count once.
       full_learning_rate: a good one for full fine-tuning.
       moments: C of each linear leaf, from `second_moments` with the targets of "all-linear".
       gradients: of each, as in `lora_ga`.
@@ -120,6 +120,7 @@ def propose(
 fine-tuning
     """
     _check(tokens, full_learning_rate, moments, gradients, keep)
+    # At rank 1, so that `t.parameters` is what each unit of rank costs.
     everything = select(params, LoRAConfig(rank=1, alpha=32.0, targets=ALL_LINEAR), survey).lora
     scores: dict[str, float] = {}
     if moments is None and gradients is None:
@@ -136,6 +137,7 @@ fine-tuning
         scores = _by_type(each, rising=plop)
         kept = list(scores)[: max(1, math.ceil(keep * len(scores)))]
         chosen = {p: t for p, t in everything.items() if module_type(p) in kept}
+        # A pattern is checked against all leaves, also those that are no linear layers.
         paths = [*flatten(state_of(params))]
         targets = tuple(_pattern(kind, everything, paths) for kind in kept)
         what = "least normalised feature norm" if plop else "largest gradient for its size"
@@ -156,7 +158,8 @@ fine-tuning
 
 
 def module_type(path: str) -> str:
-    """
+    """The path with a star for each number.
+
     >>> module_type("model/layers_11/attn/q_proj/kernel")
     'model/layers_*/attn/q_proj/kernel'
     """
@@ -184,6 +187,7 @@ def _feature_norms(
     out = {}
     for path, t in targets.items():
         w, c = t.geometry.matrices(widened(value(leaves[path]))), moments[path]
+        # Σ‖xW‖² = tr(Wᵀ·C·W) = Σ W ∘ (C·W), with C (n, in, in), W (n, in, out).
         aligned = jnp.sum(w * product(c, w), (1, 2))
         random = jnp.trace(c, axis1=1, axis2=2) * jnp.sum(w**2, (1, 2)) / w.shape[1]
         ratio = aligned / jnp.where(random > 0, random, 1)
@@ -199,6 +203,7 @@ def _gains(targets: Mapping[str, Target], gradients: Any) -> dict[str, float]:
         (f"'{p}'" for p in targets if p not in flat),
         "jax.grad(loss)(params), or lora.methods.low_rank_gradients(loss, params, targets)",
     )
+    # ‖G‖² = Σσ².
     square = lambda g: jnp.sum((svd(g)[1] if isinstance(g, LoRA) else jnp.asarray(g, "f4")) ** 2)
     return {p: float(square(flat[p])) / t.parameters for p, t in targets.items()}
 
@@ -217,17 +222,20 @@ def _pattern(kind: str, targets: Iterable[str], paths: Sequence[str]):
     members = {p for p in targets if module_type(p) == kind}
     if {p for p in paths if matches(kind, p)} == members:
         return kind
+    # The star would also match, say, a router of the same name: the paths, one by one.
     return re.compile("|".join(re.escape(p) for p in sorted(members)))
 
 
 def _rank(targets: Mapping[str, Target], tokens: int | None) -> tuple[int, str]:
     """The smallest power of two at which the adapters hold the data, and why."""
+    # The largest rank that any leaf can use; smaller leaves get rules of their own, see `_smaller`.
     top = max(min(t.geometry.sizes(t.shape)[1:]) for t in targets.values())
     if tokens is None:
         rank = min(USUAL_RANK, top)
         return rank, f"rank {rank}: the usual one; pass tokens= to fit it to the data"
     of_rank_1 = sum(t.parameters for t in targets.values())
     bits = tokens * BITS_PER_TOKEN
+    # rank · of_rank_1 · 2 bits ≥ the bits of the data.
     rank = 2 ** max(0, math.ceil(math.log2(bits / (of_rank_1 * BITS_PER_PARAMETER))))
     said = f"{tokens:,} tokens hold about {bits:,.0f} bits"
     if rank > min(LARGEST_RANK, top):

@@ -43,7 +43,8 @@ def each(adapters: Any, make: Callable) -> dict:
 
 
 def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]:
-    """(base − scale·A·B, adapters), of the nodes make(path, node, w), with w (n, in, out)."""
+    """(base − scale·A·B, adapters), with nodes from make(path, node, w), w (n, in, out)."""
+    # For its checks alone: adapters of this model.
     adapter_nodes(params, adapters, "init")
     nodes = lora_nodes(adapters)
     leaves = flatten(state_of(params))
@@ -55,12 +56,15 @@ def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]
     )
 
     def one(path: str, node: LoRA) -> LoRA:
+        # A leaf that is offloaded to the host is fetched by itself.
         w = near(jnp.asarray(leaves[path]))
+        # On meshes with explicit axes `anywhere` gives replicated factors: they go to their places.
         found = anywhere(lambda w: make(path, node, node.geometry.matrices(widened(w))))(w)
         return placed(found, placement(w))
 
     new = each(adapters, one)
     flat = flatten(new, is_leaf=is_node)
+    # The factors as they are stored, so that what their rounding lost stays in the base.
     return unmerge(params, nest({p: flat[p] for p in nodes})), new
 
 

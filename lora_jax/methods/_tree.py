@@ -44,6 +44,7 @@ def tree_of(
     key: jax.Array, params: Any, targets: Targets, node: Callable[[str, Target], Node]
 ) -> dict:
     """The nodes of all leaves: those in full and by rows as `init` makes them."""
+    # Without low-rank leaves only those in full and by rows are left.
     rest = init(key, params, dataclasses.replace(targets, lora={}))
     flat = {path: node(path, t) for path, t in targets.lora.items()}
     return nest(flat | flatten(rest, is_leaf=is_node))
@@ -51,6 +52,7 @@ def tree_of(
 
 def along_rank(x: jax.Array, b: jax.Array) -> jax.Array:
     """x (*batch, rank), to be multiplied with b (*batch, rank, *out)."""
+    # (*batch, rank, 1, …)
     return jnp.expand_dims(x, tuple(range(x.ndim, b.ndim)))
 
 

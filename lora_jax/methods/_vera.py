@@ -67,10 +67,13 @@ class VeRA(Indirect):
         _, n_in, n_out = g.sizes(self.shape)
         _check_shared(frozen, a=(n_in, self.rank), b=(self.rank, n_out))
         a_shape, b_shape = g.factor_shapes(self.shape, self.rank)
+        # The first rows and columns of the shared matrices, (in, rank) and (rank, out).
         a = constant(frozen["a"][:n_in, : self.rank], dtype)
         b = constant(frozen["b"][: self.rank, :n_out], dtype)
+        # diag(d)·B·diag(b): b is (*batch, *out), B (rank, *out), the product (*batch, rank, *out).
         n = len(g.batch_axes)
-        b = b.reshape(b_shape[n:]) * jnp.expand_dims(self.b, n)  # (*batch, rank, *out)
+        b = b.reshape(b_shape[n:]) * jnp.expand_dims(self.b, n)
+        # All weights of a stack have the same A; what differs is in B.
         a = jnp.broadcast_to(a.reshape(a_shape[n:]), a_shape)
         return self.lora(a, b * along_rank(self.d, b))
 
@@ -145,11 +148,13 @@ def init_vera(
         vectors = jnp.full((*batch, t.rank), d, dtype), jnp.zeros((*batch, *out), dtype)
         return VeRA(*vectors, shape=t.shape, **static_of(t, scale=1.0))
 
+    # As large as the largest leaf in each direction; the ones are for a tree without leaves.
     sizes = [(*t.geometry.sizes(t.shape)[1:], t.rank) for t in targets.lora.values()]
     n_in, n_out, widest = map(max, zip(*sizes, (1, 1, 1)))
 
     def he(name: str, shape: tuple[int, int], fan_in: int) -> jax.Array:
         bound = math.sqrt(6 / fan_in)
+        # A key by name, so that the two draw apart and the same in every run.
         return jax.random.uniform(path_key(key, f"vera/{name}"), shape, dtype, -bound, bound)
 
     frozen = {"a": he("a", (n_in, widest), n_in), "b": he("b", (widest, n_out), widest)}

@@ -59,10 +59,10 @@ def adalora(
     Each step the optimiser moves P, Λ and Q. The importance of an entry is the product of a moving
     mean of its sensitivity |w · ∂L/∂w| and of that mean's uncertainty (eq. 8 to 11), that of a
     triplet S(λ) + mean S(P's column) + mean S(Q's row) (eq. 7). At an allocation the `budget(t)`
-    triplets of the highest importance, of all matrices, keep their λ, and all others get zero:
-    exactly as many, also among equals, the first ones then. Between two allocations all λ train
-    freely, by which a pruned triplet can come back (section 4); after the last one the mask is
-    fixed and holds at each step.
+    triplets of the highest importance, of all matrices, keep their λ, and all others get zero. It
+    is exactly that many: among equals the first ones. Between two allocations all λ train freely,
+    by which a pruned triplet can come back (section 4); after the last one the mask is fixed and
+    holds at each step.
 
     The sensitivity is that of the parameters at which the gradient was taken, as in the paper (the
     authors' code and PEFT multiply the gradient with the parameters after the step). To prune is
@@ -111,9 +111,11 @@ def adalora(
     end = steps - tfinal
 
     def budget_at(mask: Any, step: jax.Array):
-        """b(t) of a traced t: how many of the steps at which it falls are still to come."""
+        """b(t) of a traced t: the target, and 1 for each larger budget that t has not passed."""
+        # λ is (*batch, rank): all its entries are triplets, all but its last axis are matrices.
         lams = [n.lam for n in adalora_nodes(mask)]
         start, matrices = (sum(math.prod(x.shape[:d]) for x in lams) for d in (None, -1))
+        # Eq. 12 is computed in Python's integers, exactly; the traced t is only compared.
         falls = _falls(start, round(target_rank * matrices), tinit, end)
         return start - len(falls) + jnp.sum(jnp.asarray(falls, jnp.int32) >= step)
 
@@ -125,6 +127,7 @@ def adalora(
                 f"target_rank={target_rank} is above the rank {min(low)} of the adapters; start "
                 "with more, the paper with 1.5 times the target: lora.LoRAConfig(rank=12)"
             )
+        # In fp32 at least: in fp16 |w · g| would underflow.
         zeros = lambda x: jnp.zeros(x.shape, wide(x.dtype))
         like = lambda fn: _map(lambda n: _each(fn, n), params)
         return AdaLoRAState(
@@ -144,19 +147,25 @@ def adalora(
         if params is None:
             raise LoRAError("adalora needs the parameters: tx.update(grads, state, adapters)")
         adalora_nodes(params)
+        # t counts from 1, as in the paper.
         step = state.step + 1
         new = _means(updates, params, state, beta1, beta2)
+        # After the last allocation the importances are not read again, and rest.
         old = (state.sensitivity, state.uncertainty)
         sensitivity, uncertainty = jax.tree.map(lambda n, o: jnp.where(step <= end, n, o), new, old)
+        # Ranked in every step and used in some: the step is one program without branches.
         kept = _largest(sensitivity, uncertainty, state.mask, budget_at(state.mask, step))
         allocates = (step > tinit) & (step <= end) & ((step % interval == 0) | (step == end))
         mask = jax.tree.map(lambda new, old: jnp.where(allocates, new, old), kept, state.mask)
+        # Between allocations nothing is held at zero: a pruned λ may train and come back.
         holds = allocates | (step > end)
+        # The gradients have been read: from here on `updates` are the optimiser's.
         updates, inner = tx.update(updates, state.inner, params, **extra)
 
         def pruning(node: Any, u: Any, m: Any):
             if not isinstance(node, AdaLoRA):
                 return u
+            # λ + (−λ) is exactly zero, whatever the optimiser said.
             lam = jnp.where(m.lam | ~holds, u.lam, -node.lam.astype(u.lam.dtype))
             return dataclasses.replace(u, lam=lam)
 
@@ -177,6 +186,7 @@ def budget(t: int, *, start: int, target: int, tinit: int, end: int) -> int:
     >>> [budget(t, **of) for t in (500, 750, 1000, 1500)]
     [864, 697, 612, 576]
     """
+    # (1 − (t − t_i)/(end − t_i))³ = left³ / (end − t_i)³, in integers.
     left = end - min(max(t, tinit), end)
     return target + (start - target) * left**3 // (end - tinit) ** 3
 
@@ -219,6 +229,7 @@ def _check(
 def _falls(start: int, target: int, tinit: int, end: int) -> list[int]:
     """For each budget k from target + 1 to start the last step t with budget(t) >= k."""
     of = dict(start=start, target=target, tinit=tinit, end=end)
+    # The budget falls, so "below k" is False and then True: bisection finds where.
     at_least = lambda k: bisect.bisect_left(
         range(tinit, end), True, key=lambda t: budget(t, **of) < k
     )
@@ -227,6 +238,7 @@ def _falls(start: int, target: int, tinit: int, end: int) -> list[int]:
 
 def _map(fn: Callable, tree: Any) -> Any:
     """`fn` of each AdaLoRA node; nothing of all else."""
+    # A MaskedNode has no leaves, so the state holds nothing for it.
     nothing = lambda x: jax.tree.map(lambda _: optax.MaskedNode(), x)
     one = lambda x: fn(x) if isinstance(x, AdaLoRA) else nothing(x)
     return jax.tree.map(one, tree, is_leaf=is_node)
@@ -248,8 +260,10 @@ def _means(
     """Eq. 9 and 10: the moving means of I = |w·g| and of |I − Ī|."""
 
     def entry(g: jax.Array, w: jax.Array, mean: jax.Array, spread: jax.Array):
+        # I = |w · ∂L/∂w|, about how much the loss would change without the entry (eq. 8).
         now = jnp.abs(w.astype(mean.dtype) * g.astype(mean.dtype))
         mean = beta1 * mean + (1 - beta1) * now
+        # |I − Ī| with the new mean.
         return mean, beta2 * spread + (1 - beta2) * jnp.abs(now - mean)
 
     def node(i: int):
@@ -261,15 +275,19 @@ def _means(
         return of
 
     trees = (params, grads, state.sensitivity, state.uncertainty)
+    # One tree each of means and of spreads; what stands there twice, XLA computes once.
     return tuple(jax.tree.map(node(i), *trees, is_leaf=is_node) for i in range(2))
 
 
 def _largest(sensitivity: Any, uncertainty: Any, mask: Any, number: jax.Array) -> Any:
     """A tree like the mask, with True for this many triplets of the highest importance."""
+    # The triplets of all leaves in one row.
     scores = jnp.concatenate([s.ravel() for s in _scores(sensitivity, uncertainty)])
     order = jnp.argsort(-scores, stable=True)
+    # By rank in the order and not by a threshold, which equal scores would pass together.
     kept = jnp.zeros(scores.shape, bool).at[order].set(jnp.arange(scores.size) < number)
     lams = [n.lam for n in adalora_nodes(mask)]
+    # Back to the leaves, in the order in which `_scores` has them.
     parts = jnp.split(kept, list(itertools.accumulate(x.size for x in lams))[:-1])
     found = iter([part.reshape(x.shape) for part, x in zip(parts, lams)])
     return _map(lambda n: _lam(n, next(found)), mask)
@@ -280,7 +298,8 @@ def _scores(sensitivity: Any, uncertainty: Any) -> list[jax.Array]:
     found = []
     for mean, spread in zip(adalora_nodes(sensitivity), adalora_nodes(uncertainty)):
         s = _each(lambda m, u: m * u, mean, spread)
-        n = s.lam.ndim - 1  # batch axes
+        # The number of batch axes: P is (*batch, *in, rank), Q (*batch, rank, *out).
+        n = s.lam.ndim - 1
         p = jnp.mean(s.p, tuple(range(n, s.p.ndim - 1)))
         q = jnp.mean(s.q, tuple(range(n + 1, s.q.ndim)))
         found.append(s.lam + p + q)

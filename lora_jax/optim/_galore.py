@@ -19,7 +19,7 @@ from lora_jax.optim._pairs import unzip
 
 MATRIX = Geometry((0,), (1,))
 
-
+# With integers as labels of axes: einsum(x, (0, 1), y, (1, 2), (0, 2)) is x·y.
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -141,24 +141,31 @@ def scale_by_galore(
         del params
         treedef = jax.tree.structure(updates)
         flat, geometry = flatten(updates), _geometries(updates, targets)
+        # `flatten_up_to` keeps a MaskedNode, which has no leaves, as the entry of its leaf.
         old, mus, nus = (treedef.flatten_up_to(part) for part in state[1:])
+        # None where there is no projector: not ours, or r ≥ m.
         sides = [
             None if _masked(p) else _Sides(g.shape, geometry[path])
             for (path, g), p in zip(flat.items(), old)
         ]
+        # `cond` takes no gradient that neither branch reads.
         sources = [p if _masked(p) else g for g, p in zip(flat.values(), old)]
+        # In the first step too: the projectors begin as zeros.
         new = state.count % update_proj_gap == 0
         projectors = functools.partial(_projectors, sides)
         ps = jax.lax.cond(new, projectors, lambda sources, old: old, sources, old)
         count: Any = optax.safe_increment(state.count)
 
         def leaf(g: jax.Array, side: _Sides | None, p: Any, mu: Any, nu: Any):
+            # Not a leaf to project: its update passes unchanged.
             if _masked(mu):
                 return _Leaf(g, p, mu, nu)
+            # PᵀG, or G itself where there is no projector.
             low = g.astype(mu.dtype)
             low = low if side is None else side.project(low, p)
             mu, nu = b1 * mu + (1 - b1) * low, b2 * nu + (1 - b2) * low**2
             t = count.astype(mu.dtype)
+            # Adam's step with its two bias corrections, times α.
             step = scale * (mu / (1 - b1**t)) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
             step = step if side is None else side.back(step, p)
             return _Leaf(step.astype(g.dtype), p, mu, nu)
@@ -187,9 +194,11 @@ class _Sides:
         self.shape, self.batch = tuple(shape), g.batch_axes
         self.n, i, o = g.sizes(self.shape)
         self.m = min(i, o)
+        # Rows are the shorter side, m: P has its vectors there.
         self.rows, self.cols = (g.in_axes, g.out_axes) if i <= o else (g.out_axes, g.in_axes)
         self.all = tuple(range(len(shape)))
-        self.rank = len(shape)  # a label; the numbers after it are spare ones for the rows
+        # The label of the rank's axis; the numbers after it are spare ones for the rows.
+        self.rank = len(shape)
 
     def shape_with(self, r: int, gone: tuple[int, ...]) -> tuple[int, ...]:
         """The leaf's shape with these axes as one of size r, and ones."""
@@ -214,6 +223,7 @@ class _Sides:
 
     def gram(self, x: jax.Array, labels: tuple[int, ...], rows: tuple[int, ...]) -> jax.Array:
         """x·xᵀ (n, m, m) over the columns, of an array with these labels and these as its rows."""
+        # The second x has other labels for its rows, so that they are not summed; the columns are.
         spare = {d: self.rank + 1 + i for i, d in enumerate(rows)}
         other = [spare.get(d, d) for d in labels]
         out = (*self.batch, *rows, *spare.values())
@@ -226,12 +236,16 @@ class _Sides:
         values σ, and its rounding hides those below √ε·σ₁. So those above ε^⅕·σ₁ are taken out of
         G, and the others are found in what is left.
         """
+        # To entries of at most 1: their squares neither overflow nor vanish.
         peak = jnp.max(jnp.abs(g), (*self.rows, *self.cols), keepdims=True)
         g, eps = g / jnp.where(peak > 0, peak, 1), float(jnp.finfo(g.dtype).eps)
         w, v = _eigh(self.gram(g, self.all, self.rows))
+        # w = σ², so this is σ > ε^⅕·σ₁.
         known = w > eps**0.4 * w[:, :1]
-        others = jnp.where(known[:, None, :], 0, v)  # (n, m, m)
+        # (n, m, m), the known columns as zeros.
+        others = jnp.where(known[:, None, :], 0, v)
         size = [self.shape[d] for d in (*self.batch, *self.rows)]
+        # y = othersᵀ·G, m rows again; its Gram matrix is of what is left, in the basis V.
         across = (*self.batch, self.rank, *self.cols)
         y = einsum(
             g, self.all, others.reshape(*size, self.m), (*self.batch, *self.rows, self.rank), across
@@ -242,8 +256,10 @@ class _Sides:
         _, q = _eigh(left - jnp.where(known, top, 0)[:, None, :] * jnp.eye(self.m, dtype=g.dtype))
         # The known columns of V come first, then those that Q gives.
         index, c = jnp.arange(r), jnp.sum(known, -1)[:, None, None]
+        # Column j of the result is V's j-th for j < c, and V times Q's (j − c)-th from there on.
         later = jnp.take_along_axis(q, jnp.maximum(index - c, 0), -1)
         u = jnp.where(index < c, v[:, :, :r], einsum("nij,njk->nik", v, later))
+        # (n, m, r), each axis back to its place in the leaf.
         order = (*self.batch, *self.rows, self.rank)
         u = einsum(u.reshape(*size, r), order, self.labels(self.cols))
         return u.reshape(self.shape_with(r, self.cols))
@@ -264,6 +280,7 @@ def _start(x: jax.Array, g: Geometry | None, rank: int) -> _Leaf:
     if rank >= side.m:
         return _Leaf(None, optax.MaskedNode(), zeros(x.shape), zeros(x.shape))
     p, low = (zeros(side.shape_with(rank, gone)) for gone in (side.cols, side.rows))
+    # An array of its own for ν: a buffer that stood for both could not be donated.
     return _Leaf(None, p, low, jnp.zeros_like(low))
 
 
@@ -272,12 +289,13 @@ def _masked(x: Any) -> bool:
 
 
 def _projectors(sides: list, gradients: list, old: list) -> list:
-    """The left singular vectors of each gradient, as many as of old. The moments are kept, and mean
+    """The left singular vectors of each gradient, as many as before. The moments are kept, and mean
     something only if a vector's sign, which is open, is that of the one before it."""
 
     def one(side: _Sides, g: jax.Array, p: Any):
         if _masked(p):
             return p
+        # The first column axis holds r (`shape_with`).
         u = side.vectors(g.astype(p.dtype), p.shape[side.cols[0]])
         return u * jnp.where(jnp.sum(u * p, side.rows, keepdims=True) < 0, -1, 1).astype(u.dtype)
 

@@ -79,6 +79,7 @@ def lora_plus(
     >>> import optax, lora_jax as lora
     >>> tx = lora.optim.lora_plus(optax.adam, 1e-4, ratio=16)
     """
+    # A schedule is a function of the step, and so is its multiple.
     times = lambda rate: lambda step: ratio * rate(step)
     fast = times(learning_rate) if callable(learning_rate) else ratio * learning_rate
     slow = make(learning_rate)
@@ -91,7 +92,8 @@ def lora_plus(
         "embedding_a": own,
         "embedding_b": own,
         "rows": own,
-        "other": slow,  # the arrays of nodes that are no factors
+        # The arrays of nodes that are no factors.
+        "other": slow,
         FROZEN: optax.set_to_zero(),
     }
     known = lambda label: label if label in of else "other"
@@ -99,6 +101,6 @@ def lora_plus(
 
 
 def decays(weight_decay: Any) -> bool:
-    """Whether there is any; of an array, as `optax.inject_hyperparams` passes, the value is not
-    looked at: the state may not depend on it."""
+    """Whether there is any weight decay. An array, as `optax.inject_hyperparams` passes it, counts
+    as some: the structure of the state may not depend on a value."""
     return not isinstance(weight_decay, int | float) or weight_decay != 0

@@ -50,9 +50,9 @@ def lora_muon(
 
     The paper has s = 1; the division by s, which makes the step independent of alpha, is ours. So
     is the way to compute: inverse roots of r × r matrices by eigendecompositions, exact to fp32
-    (the paper's appendix B iterates polynomials), with directions that a factor or its momentum
-    lacks left out, those below √(r·ε) of the largest, about 10⁻³, so that at B = 0 only B moves.
-    The paper's optional rebalancing of the factors' norms is left out.
+    (the paper's appendix B iterates polynomials). Directions that a factor or its momentum lacks,
+    below √(r·ε) of the largest, about 10⁻³, are left out, so that at B = 0 only B moves. So is the
+    paper's optional rebalancing of the factors' norms.
 
     State: (in + out)·r numbers. FLOPs of a step: about 12·(in + out)·r² and four r × r
     eigendecompositions for each weight.
@@ -90,7 +90,9 @@ def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
 
     def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         def leaf(g: LowRank, node: LowRank, mu: LowRank):
+            # (m_A, m_B) as (n, in, r) and (n, out, r).
             m = [b1 * old + (1 - b1) * new for old, new in zip(columns(mu), columns(g))]
+            # Reversed: A's step is taken in B's metric, and B's in A's.
             step = [_muon(*side, node.scale) for side in zip(m, columns(node)[::-1])]
             return Out(with_columns(g, *step), with_columns(mu, *m, dtype=m[0].dtype))
 
@@ -104,9 +106,12 @@ def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
 
 def _muon(m: jax.Array, y: jax.Array, scale: float):
     """½·msign(m·R)·R / s of a factor's momentum m (n, p, r) and the other factor y (n, q, r)."""
+    # (n, r, r), the symmetric inverse root of yᵀ·y.
     root = power(gram(y), -0.5)
-    peak = jnp.max(jnp.abs(m), (-2, -1), keepdims=True)  # of no other effect than to keep squares
+    # msign does not depend on the size of m: this only keeps the squares in range.
+    peak = jnp.max(jnp.abs(m), (-2, -1), keepdims=True)
     m = product(m / jnp.where(peak > 0, peak, 1), root)
+    # msign(M) = M·(Mᵀ·M)^−½; the last root takes the step from the basis back to the factor.
     return product(product(m, power(gram(m), -0.5)), root) / (2 * scale)
 
 
@@ -128,6 +133,7 @@ def _split_decay(
         updates = jax.tree.map(leaf, updates, required(params, "lora_muon"))
         return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
+    # The updates descend already, so no learning rate follows. The state is optax's of a schedule.
     return optax.GradientTransformation(
         lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
     )

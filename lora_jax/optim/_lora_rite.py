@@ -123,11 +123,14 @@ def scale_by_lora_rite(
         def leaf(
             g: LowRank, node: LowRank, mu: LowRank, basis: LowRank, nu: LowRank, escaped: LowRank
         ):
+            # (*batch, r, 1, …, r) to (n, r, r), and (*batch, 1, …) to (n,).
             squares = [x.reshape(-1, node.rank, node.rank) for x in (nu.a, nu.b)]
             numbers = [x.ravel() for x in (escaped.a, escaped.b)]
+            # A's side needs B and B's old basis, and the other way round.
             y, u = columns(node)[::-1], columns(basis)[::-1]
             of = zip(columns(g), y, columns(mu), u, squares, numbers)
             sides = [_rite(*side, scale=node.scale, d1=d1, d2=d2, eps=eps) for side in of]
+            # Five pairs, A's first; the bases are those of the other factors, hence reversed back.
             step, m, u, v, e = zip(*sides)
             fp32 = m[0].dtype
             return Out(
@@ -162,19 +165,27 @@ def _rite(
     """One side of the algorithm: gradient g and moment m (n, p, r) of a factor, the other factor y
     and its old basis (n, q, r), second moment v (n, r, r), escaped mass (n,)."""
     d1, d2 = d1.astype(g.dtype), d2.astype(g.dtype)
-    root = power(gram(y), -0.5)  # R⁻¹
+    # R⁻¹ (n, r, r), the basis U = y·R⁻¹, and the gradient without y's magnitude, g·R⁻¹ / s.
+    root = power(gram(y), -0.5)
     u = product(y, root)
-    g = product(g, root) / scale  # without y's magnitude
+    g = product(g, root) / scale
+    # From the old basis to the new (n, r, r): a contraction, as part of the old one is left.
     p = product(u.mT, u_old)
     moved = product(product(p, v), p.mT)
+    # Rounding makes it unsymmetric, and eigh reads one triangle alone.
     moved = (moved + moved.mT) / 2
+    # What the second moment had in directions that the new basis lacks goes on the diagonal.
     lost = jnp.max(jnp.linalg.eigvalsh(v) - jnp.linalg.eigvalsh(moved), -1)
     escaped = d2 * (escaped + jnp.maximum(lost, 0))
+    # The mean over g's p rows of their outer products.
     v = d2 * moved + (1 - d2) * gram(g) / g.shape[-2]
     w, e = jnp.linalg.eigh(v)
+    # (V + ρI)^−½ in V's eigenbasis, with eps as in Adam.
     w = 1 / (jnp.sqrt(jnp.maximum(w, 0) + escaped[:, None]) + eps)
     step = product(product(g, e) * w[..., None, :], e.mT)
+    # The momentum is of steps, in the basis of the last one: it is turned to this one.
     m = d1 * product(m, p.mT) + (1 - d1) * step
+    # S·R⁻¹ / s: W' moves by s·(S·R⁻¹/s)·(R·U) = S·U.
     return product(m, root) / scale, m, u, v, escaped
 
 

@@ -41,8 +41,10 @@ def gram(x: jax.Array) -> jax.Array:
 def power(gram: jax.Array, exponent: float, delta: Any = 0.0) -> jax.Array:
     """(gram + δI)^exponent, and 0 in directions that are lost beside the largest."""
     w, v = jnp.linalg.eigh(gram)
+    # Rounding makes small eigenvalues negative.
     w = jnp.maximum(w, 0) + delta
     kept = w > w.shape[-1] * jnp.finfo(w.dtype).eps * w[..., -1:]
+    # The pseudo-inverse; the inner `where` keeps 0 ** −1 from being computed.
     w = jnp.where(kept, jnp.where(kept, w, 1) ** exponent, 0)
     return product(v * w[..., None, :], v.mT)
 
@@ -51,6 +53,7 @@ def has_factors(x: Any) -> bool:
     """Whether x is a node with A and B, and not one that `optax.partition` keeps from us."""
     if not isinstance(x, LowRank):
         return False
+    # optax.partition shows each transformation the whole tree, with MaskedNodes for others' leaves.
     hidden = [isinstance(part, optax.MaskedNode) for part in (x.a, x.b)]
     if any(hidden) and not all(hidden):
         raise LoRAError(
@@ -103,6 +106,7 @@ def partition(
     tx: optax.GradientTransformation, other: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """`tx` for factors, `other` for the adapters' other leaves, nothing for frozen ones."""
+    # A magnitude is "other": it is no factor, and goes to the second optimiser.
     own = {"a", "b", "embedding_a", "embedding_b"}
     kind = lambda label: "factor" if label in own else label if label == FROZEN else "other"
     return optax.partition(
@@ -112,8 +116,9 @@ def partition(
 
 
 def zeros_like(node: LowRank, size: int | None = None) -> LowRank:
-    """Zeros for A and B, or of each of their weights (size, size); nothing for a magnitude."""
+    """Zeros like A and B, or (size, size) for each weight of the stack; nothing for a magnitude."""
     n = len(node.geometry.batch_axes)
+    # As many axes as the factor has, so that a sharding along its batch axes fits.
     square = lambda x: (*x.shape[:n], size, *(1,) * (x.ndim - n - 2), size)
     shape = lambda x: x.shape if size is None else square(x)
     zeros: dict[str, Any] = {

@@ -51,6 +51,7 @@ def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
     """
 
     def leaf(g: LowRank, node: LowRank):
+        # Columns are A (n, in, r) and Bᵀ (n, out, r): with them both sides read alike.
         (x, y), (gx, gy) = columns(node), columns(g)
         dx = product(gx, power(gram(y), -1, delta))
         dy = product(gy, power(gram(x), -1, delta))
@@ -117,8 +118,10 @@ def nearest_gradients(
     Aᵀ·g_A and s."""
     aa, bb = gram(a), gram(b.mT)
     aa_inv, bb_inv = power(aa, -1, delta), power(bb, -1, delta)
+    # X (n, r, r): its terms cancel in dA·B + A·dB, so the equivalent gradient does not see it.
     x = free(aa, bb, aa_inv, bb_inv, product(a.mT, ga), scale)
-    outside = gb - product(product(product(gb, b.mT), bb_inv), b)  # g_B·(I − P_B)
+    # g_B·(I − P_B), P_B = Bᵀ·(B·Bᵀ)⁻¹·B, from the left: nothing out × out is formed.
+    outside = gb - product(product(product(gb, b.mT), bb_inv), b)
     da = product(ga, bb_inv) / scale**2 + product(a, x)
     db = product(aa_inv, outside) / scale**2 - product(x, b)
     return da, db
@@ -130,6 +133,7 @@ def _sylvester(
     """AᵀA·X + X·BBᵀ = C in the eigenbases of both, where it is a division."""
     (wa, va), (wb, vb) = jnp.linalg.eigh(aa), jnp.linalg.eigh(bb)
     c = -product(aga, bb_inv) / scale**2
+    # With X = V_A·Y·V_Bᵀ it reads (w_A,i + w_B,j)·Y_ij = (V_Aᵀ·C·V_B)_ij.
     sums = jnp.maximum(wa, 0)[..., :, None] + jnp.maximum(wb, 0)[..., None, :]
     c = product(product(va.mT, c), vb)
     return product(product(va, jnp.where(sums > 0, c / jnp.where(sums > 0, sums, 1), 0)), vb.mT)
@@ -138,7 +142,7 @@ def _sylvester(
 FREE = {
     "sylvester": _sylvester,
     "zero": lambda aa, bb, aa_inv, bb_inv, aga, scale: jnp.zeros_like(aa),
-    # Aᵀ·g_A = g_B·Bᵀ
+    # Aᵀ·g_A = g_B·Bᵀ, both s·AᵀGBᵀ: so this is the docstring's X.
     "symmetry": lambda aa, bb, aa_inv, bb_inv, aga, scale: (
         product(product(aa_inv, aga), bb_inv) / (-2 * scale**2)
     ),
@@ -149,7 +153,7 @@ def lora_fa(
     tx: optax.GradientTransformation, *, corrected: bool = False, delta: float = 0.0
 ) -> optax.GradientTransformation:
     """LoRA-FA (arXiv:2308.03303): A stays as it was drawn; B, and all else, is trained by `tx`.
-    An embedding has B drawn and A zero: there B stays and A is trained.
+    In an embedding B is what was drawn, and A is zero: there B stays and A is trained.
 
     A gets an update of exactly zero and no state. Inside of one `jax.jit` with the gradient, XLA
     drops what nobody reads: the gradient of A is not computed, and an input that only it needs
@@ -180,6 +184,7 @@ def lora_fa(
     """
 
     def trained(tree: Any):
+        # The factor that was drawn; the other begins at zero and is trained.
         frozen = (FROZEN, "a", "embedding_b")
         return jax.tree.map(lambda x: FROZEN if x in frozen else "trained", labels(tree))
 
@@ -190,6 +195,7 @@ def lora_fa(
     def leaf(g: LowRank, node: LowRank):
         (x, y), (gx, gy) = columns(node), columns(g)
         fix = lambda g, other: product(g, power(gram(other), -1, delta)) / node.scale**2
+        # Only the factor that is trained is preconditioned, by the one that stays.
         return with_columns(g, fix(gx, y)) if node.embedding else with_columns(g, None, fix(gy, x))
 
     return optax.chain(stateless(leaf, "lora_fa"), alone)

@@ -15,12 +15,14 @@ from lora_jax._core.table import table
 from lora_jax.parallel._hlo import Collective, collectives
 from lora_jax.parallel._topology import capacity
 
+# The two ways in which the TPU compiler says that a program does not fit.
 OUT_OF_MEMORY = (
     r"Used (?P<used>[\d.]+\w?) of (?P<limit>[\d.]+\w?) hbm",
     r"\((?P<used>[\d.]+\w?)\) exceeds available HBM \((?P<limit>[\d.]+\w?)\)",
 )
 
 
+# A printed forecast lists so many collectives, the largest.
 SHOWN = 8
 
 
@@ -160,17 +162,21 @@ def forecast(
     >>> plan.aliased == sum(map(local, trained))  # the donated adapters and state
     True
     """
+    # A function that is jitted already keeps its own settings where none are given here.
     given = [d for d in (donate_argnums, out_shardings) if d not in ((), None)]
     jitted: Any = fn
     if given or not hasattr(fn, "lower"):
         jitted = jax.jit(fn, donate_argnums=donate_argnums, out_shardings=out_shardings)
     lowered = jitted.lower(*args, **kwargs)
+    # JAX may not tell what it lowered for; then the arguments do.
     devices = compat.lowered_for(lowered) or _devices((args, kwargs))
     device = min(devices, key=lambda d: d.id)
+    # Tracing and lowering are not counted.
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
+        # JAX has one error for all that XLA says: only this one is an answer.
         used, limit = _out_of_memory(str(e))
         if used is None:
             raise
@@ -180,6 +186,7 @@ def forecast(
         text = ""
     else:
         sizes = {**_sizes(compiled.memory_analysis()), "capacity": capacity(device)}
+        # None where the backend has no cost analysis.
         costs = compiled.cost_analysis() or {}
         text = compiled.as_text()
     seconds = time.perf_counter() - start
@@ -208,6 +215,7 @@ def _sizes(stats: Any) -> dict[str, int]:
         aliased=stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
     )
+    # The sum holds the aliased bytes three times (arguments, outputs, aliased); they exist once.
     return sizes | dict(peak=sum(sizes.values()) - 2 * sizes["aliased"])
 
 
@@ -220,6 +228,7 @@ def _out_of_memory(message: str) -> tuple[int | None, int | None]:
 
 
 def _bytes(text: str) -> int:
+    # 0 where the last character is a digit, and no unit.
     power = "KMGT".find(text[-1]) + 1
     return int(float(text[:-1] if power else text) * 1024**power)
 

@@ -19,6 +19,8 @@ KINDS = (
 )
 
 
+# What an instruction calls, by one name, calls=%fused, or by several, {%one, %two}. Not `body` and
+# `condition`: loops are counted by themselves.
 CALLED = re.compile(
     r"(?:calls|to_apply|branch_computations|(?:true|false)_computation)=(\{.*?\}|%[\w.-]+)"
 )
@@ -50,11 +52,13 @@ class Instruction:
     shape: str
     op: str
     operands: tuple[str, ...]
-    rest: str  # all that follows the opening parenthesis
+    # All that follows the opening parenthesis: operands, then attributes.
+    rest: str
     root: bool
 
 
-Blocks = Mapping[str, Sequence[Instruction]]  # {computation: its instructions}
+# {computation: its instructions}
+Blocks = Mapping[str, Sequence[Instruction]]
 Names = Mapping[str, Instruction]
 
 
@@ -68,6 +72,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
     blocks, entry = _parse(text)
     names = {i.name: i for block in blocks.values() for i in block}
     found: collections.Counter = collections.Counter()
+    # One entry for each array, kind and number of times, however many instructions there are.
     for kind, i, times in _executed(blocks, names, _started(blocks), entry, 1):
         found.update((kind, array, times) for array in _arrays(i, names))
     every = (
@@ -90,11 +95,14 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     blocks: dict[str, list[Instruction]] = {}
     block: list[Instruction] = []
     entry = ""
+    # Without comments, such as /*index=5*/ within long tuples.
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
             block = blocks.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
+        # [ROOT] %name = shape op(operands), attributes
         elif i := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)", line):
+            # Up to "), ": the attributes name computations, which are no operands.
             operands = re.findall(r"%([\w.-]+)", i[5].split("), ")[0])
             block.append(Instruction(i[2], i[3], i[4], tuple(operands), i[5], bool(i[1])))
     return blocks, entry
@@ -127,6 +135,7 @@ def _executed(
     for i in blocks.get(computation, ()):
         kind = i.op.removesuffix("-start")
         if kind in KINDS:
+            # One that spans several fusions has the same channel in each: only its start counts.
             if started.get(_channel(i), computation) == computation:
                 scatters = computation.startswith("all-reduce-scatter")
                 yield "reduce-scatter" if scatters else kind, i, times
@@ -134,7 +143,8 @@ def _executed(
             trips = _trips(i, blocks, names)
             inner = None if trips is None or times is None else times * trips
             yield from _executed(blocks, names, started, _named("body", i), inner)
-        elif i.op not in ("async-update", "async-done"):  # they name what async-start calls
+        # These name the computation that async-start has called.
+        elif i.op not in ("async-update", "async-done"):
             for called in CALLED.findall(i.rest):
                 for callee in re.findall(r"[\w.-]+", called):
                     yield from _executed(blocks, names, started, callee, times)
@@ -146,25 +156,26 @@ def _arrays(i: Instruction, names: Names) -> list[str]:
     given = [part for name in i.operands for part in parts(names[name].shape)]
     made = parts(i.shape)
     if i.op.endswith("-start") and len(made) >= 2 * len(given):
-        made = made[len(given) : 2 * len(given)]  # (operands, results, contexts)
+        # The result of a start is (operands, results, contexts).
+        made = made[len(given) : 2 * len(given)]
     return [max(pair, key=nbytes) for pair in zip(given, made)] or made
 
 
 def _trips(loop: Instruction, blocks: Blocks, names: Names) -> int | None:
-    """The trip count as the compiler notes it, or else of a count up by a constant.
-
-    The TPU compiler drops its note.
-    """
+    """The trip count as the compiler notes it. Where there is no note, as on TPU, it is that of a
+    loop which counts up by a constant; None for any other loop."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(known[1])
 
     def constant(name: str) -> int | None:
+        # The bound of a loop may reach it by way of copies.
         i = names[name]
         while i.op == "copy":
             i = names[i.operands[0]]
         value = re.match(r"(-?\d+)\)", i.rest)
         return int(value[1]) if i.op == "constant" and value else None
 
+    # for (i = start; i < stop; i += step), with i at one place of the tuple that the loop carries.
     root = lambda role: next(i for i in blocks[_named(role, loop)] if i.root)
     test, before, after = root("condition"), names[loop.operands[0]], root("body")
     if "direction=LT" not in test.rest or {before.op, after.op} != {"tuple"}:
@@ -177,6 +188,7 @@ def _trips(loop: Instruction, blocks: Blocks, names: Names) -> int | None:
     step = next((n for n in map(constant, added.operands) if n), None)
     if added.op != "add" or start is None or stop is None or step is None:
         return None
+    # ⌈(stop − start) / step⌉
     return max(0, -((start - stop) // step))
 
 

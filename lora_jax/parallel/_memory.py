@@ -117,6 +117,7 @@ def memory(params: Any, adapters: Any, optimizer: Any = None, *, shardings: Any 
         )
     leaves, base, constants, count = {}, Bytes(), Bytes(), 0
     for path, x in found.items():
+        # A plain leaf counts as its own codes, without constants.
         codes = _sum(x.codes if is_quantized(x) else x)
         rest = _sum((x.constants, x.second)) if is_quantized(x) else Bytes()
         name = x.format if is_quantized(x) else str(x.dtype)
@@ -136,8 +137,10 @@ def _trained(adapters: Any, optimizer: Any, shardings: Any) -> tuple[Bytes, Byte
         )
     if shardings is None:
         shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), adapters)
+        # Where one array has no sharding, all are taken to be whole on each device.
         placed = all(isinstance(s, Sharding) for s in _each(shardings, adapters))
         shardings = shardings if placed else None
+    # A gradient has the shape, type and sharding of what it is of.
     own = _sum(adapters, shardings)
     if optimizer is None:
         return own, own, Bytes()
@@ -147,6 +150,7 @@ def _trained(adapters: Any, optimizer: Any, shardings: Any) -> tuple[Bytes, Byte
 
 
 def _each(tree: Any, like: Any) -> list:
+    # Not `jax.tree.leaves`: a None is no leaf there, and would shift the others.
     return jax.tree.structure(like).flatten_up_to(tree)
 
 
@@ -158,6 +162,7 @@ def _sum(tree: Any, shardings: Any = None) -> Bytes:
 
 
 def _bytes(x: Any, where: Any) -> Bytes:
+    # NumPy does not know the types of random keys.
     size = jnp.dtype(x.dtype).itemsize if not _is_key(x) else x.dtype.itemsize
     shape = tuple(x.shape)
     part = where.shard_shape(shape) if isinstance(where, Sharding) else shape

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.geometry import names as mesh_axes
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest, path_of
 from lora_jax._core.placement import check_placed
@@ -81,6 +82,7 @@ def shardings(
     """
     if uneven not in ("error", "replicate"):
         raise LoRAError(f"uneven={uneven!r}: expected 'error' or 'replicate'")
+    # A spec is a tuple to `jax.tree`, and None is nothing: both are leaves here.
     base = flatten(state_of(params), is_leaf=_says_where)
     failures: list[str] = []
     if isinstance(adapters, Targets):
@@ -97,6 +99,7 @@ def shardings(
     places = {} if mesh is not None else {p: _names(x)[1] for p, x in base.items()}
 
     def leaf(path: str, node: Any):
+        # The base's sharding, then the entries that the factors share with it, then the slots.
         found, problem = _base_sharding(base, path, mesh, rules)
         node = _slot(node, slots[path])
         if problem is None:
@@ -105,9 +108,11 @@ def shardings(
             failures.append(f"'{path}': {problem}")
             return node
         spec = getattr(found, "spec", found)
-        if not isinstance(spec, PartitionSpec):  # one device
+        # On one device. A base in host memory keeps its adapters on the device all the same.
+        if not isinstance(spec, PartitionSpec):
             return jax.tree.map(lambda _: found.with_memory_kind(None), node)
         places[path] = found
+        # What the compiler decides of the base, it does not decide of an adapter: replicated.
         spec = P(*(None if x is P.UNCONSTRAINED else x for x in spec))
         specs = jax.tree.map(lambda own: P(*(None,) * slots[path], *own), node.specs(spec))
         if isinstance(found, PartitionSpec):
@@ -116,6 +121,7 @@ def shardings(
 
     result = map_with_path(leaf, adapters, is_leaf=is_node)
     raise_all("the base does not say how these leaves are sharded:", failures, CALL)
+    # Every leaf must lie on the same devices, or one jit could not take them all.
     check_placed(places, flat)
     result, dropped = _even(adapters, result)
     if dropped and uneven == "error":
@@ -126,6 +132,7 @@ def shardings(
             "uneven='replicate')",
         )
     if dropped:
+        # The caller's line.
         warnings.warn("\n  - ".join(["replicated:", *dropped]), stacklevel=2)
     return result
 
@@ -146,11 +153,12 @@ def _slot(node: Any, n: int) -> Any:
 def _slot_axes(nodes: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, int]:
     """{path: how many axes of slots stand before those that the node knows of}.
 
-    A node says it by its `dims`, or the base by its shape. Where neither does, as in a leaf trained
-    in full of which there is a spec alone, it is as in the rest of the tree.
+    A node says it by its `dims`, or the base by its shape. Where neither does (a leaf trained in
+    full, for which there is a spec alone), it is as in the rest of the tree.
     """
 
     def fits(node: Any, n: int, ndim: int | None) -> bool:
+        # With n axes taken off, each array must have as many as its `dims` name.
         one = _slot(node, n)
         known = all(len(dims) == len(getattr(one, name).shape) for name, dims in one.dims.items())
         return known and ndim in (None, len(one.shape))
@@ -161,6 +169,7 @@ def _slot_axes(nodes: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, i
         ndim = None if shape is None else len(shape)
         most = min((len(x.shape) for x in jax.tree.leaves(node)), default=0)
         possible[path] = {n for n in range(most + 1) if fits(node, n, ndim)}
+    # A leaf that fits with several numbers takes one that all leaves can have, the smallest.
     common = set.intersection(*filter(None, possible.values())) if any(possible.values()) else {0}
     return {path: min(own & common or own, default=0) for path, own in possible.items()}
 
@@ -179,12 +188,14 @@ def _base_sharding(
 ) -> tuple[Any, str | None]:
     """(sharding or spec of a base leaf, None), or (None, what is wrong)."""
     if path not in base:
+        # P written as a plain tuple or list was flattened as a tree.
         if any(p.startswith(path + "/") for p in base):
             return None, "the base has a tree there; a PartitionSpec is written P('fsdp', 'tp')"
         return None, "the base has no such leaf; nearest: " + ", ".join(nearest(path, base, 3))
     x = base[path]
     names, value, own_rules, own_mesh = _names(x)
     found = value if isinstance(value, Sharding | PartitionSpec) else _own(value)
+    # Names in a box count where a mesh is passed, or where the value does not say it itself.
     if names is not None and (mesh is not None or not isinstance(found, NamedSharding)):
         found, mesh = names, own_mesh if mesh is None else mesh
     if isinstance(found, PartitionSpec):
@@ -196,7 +207,7 @@ def _base_sharding(
                 return None, f"{found}: {problem}"
         if mesh is None:
             return found, None
-        names = [name for entry in found for name in _entry(entry)]
+        names = [name for entry in found for name in mesh_axes(entry)]
         unknown = set(names) - set(mesh.axis_names)
         if unknown:
             return None, (
@@ -208,6 +219,7 @@ def _base_sharding(
         return NamedSharding(mesh, found), None
     if not isinstance(found, Sharding):
         return None, f"a {type(value).__name__} without a sharding"
+    # The type of a tracer says how it lies along Explicit and Manual axes, and not along Auto ones.
     traced = any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(value))
     if traced and isinstance(found, NamedSharding) and (left := _left_to_the_compiler(found.mesh)):
         return None, (
@@ -225,7 +237,8 @@ def _ruled(names: PartitionSpec, rules: Sequence, own: Sequence[str]) -> Partiti
     """Logical names as mesh axes; the mesh's own names stand for themselves."""
     entries = tuple(None if x is P.UNCONSTRAINED else x for x in names)
     free = set(own) - {name for name, _ in rules}
-    kept: list[Any] = [(x, x) for x in entries if _entry(x) and free.issuperset(_entry(x))]
+    # Flax takes rules in order, and replicates what none names: the mesh's own names come last.
+    kept: list[Any] = [(x, x) for x in entries if mesh_axes(x) and free.issuperset(mesh_axes(x))]
     return nn.logical_to_mesh_axes(entries, [*rules, *kept]) or P()
 
 
@@ -256,14 +269,8 @@ def _names(x: Any) -> tuple:
         if isinstance(names, Sharding):
             return None, names, None, None
         return P(*names) if names else None, value, of.get("sharding_rules"), of.get("mesh")
+    # None in a tree of specs is a leaf that is replicated.
     return None, P() if x is None else x, None, None
-
-
-def _entry(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    if entry is None or entry is P.UNCONSTRAINED:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _too_long(found: Any, ndim: int) -> str | None:
@@ -282,7 +289,8 @@ def _even(adapters: Any, result: Any) -> tuple[Any, list[str]]:
             return sharding
         entries = list(sharding.spec)
         for d, entry in enumerate(entries):
-            parts = math.prod(sharding.mesh.shape[name] for name in _entry(entry))
+            parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry))
+            # jax.device_put and jit's out_shardings refuse such an axis.
             if x.shape[d] % parts:
                 entries[d] = None
                 dropped.append(

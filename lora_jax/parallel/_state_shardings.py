@@ -55,25 +55,30 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
             "lora.parallel.state_shardings(state, adapters, lora.parallel.shardings(params, "
             "adapters))"
         )
+    # (leaf, sharding) in the structure of the tree: a part of the state is compared with this.
     paired = _bare(jax.tree.map(_Pair, tree, shardings))
     some = next(iter(jax.tree.leaves(shardings)), P())
     odd: list[str] = []
+    # Replicated, in the form that the caller's shardings have: a spec, a sharding, or one device.
     everywhere = P() if isinstance(some, PartitionSpec) else some
     if isinstance(some, NamedSharding):
         everywhere = NamedSharding(some.mesh, P())
 
     def part(keys: tuple, x: Any) -> Any:
+        # The partners of x's leaves, where x is a copy of the tree, such as mu in Adam's state.
         pairs = _matched(x, paired)
         if pairs is None:
             if is_node(x):
                 odd.append(f"'{path_of(keys)}': a {type(x).__name__} of {x.shape}")
             return everywhere
         leaves, treedef = jax.tree.flatten(x, is_leaf=_masked)
+        # A MaskedNode stays: the state that comes back has its structure.
         return treedef.unflatten(
             leaf if _masked(leaf) else _along(jnp.shape(leaf), pair, everywhere)
             for leaf, pair in zip(leaves, pairs)
         )
 
+    # The outermost part that matches is taken whole; what holds it, tuples and dicts, is walked.
     stop = lambda x: is_node(x) or _matched(x, paired) is not None
     result = jax.tree_util.tree_map_with_path(part, state, is_leaf=stop)
     raise_all(
@@ -99,6 +104,7 @@ def _along(shape: tuple[int, ...], pair: _Pair, everywhere: Any) -> Any:
         return found
     if len(shape) != len(like) or not isinstance(spec, PartitionSpec):
         return everywhere
+    # A spec may be shorter than the array; the axes that it lacks are replicated.
     entries = (*spec, *(None,) * (len(like) - len(spec)))
     spec = P(*(entry if n == size else None for entry, n, size in zip(entries, shape, like)))
     return NamedSharding(found.mesh, spec) if isinstance(found, NamedSharding) else spec
@@ -110,6 +116,7 @@ def _bare(tree: Any) -> Any:
     def arrays(x: Any) -> Any:
         if not is_node(x):
             return x
+        # One level deep: the node's arrays, or what stands in their place.
         leaves = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda child: child is not x)[0]
         return {keys[0].name: child for keys, child in leaves}
 
@@ -121,11 +128,15 @@ def _masked(x: Any) -> bool:
 
 
 def _matched(x: Any, paired: Any) -> list | None:
-    """For each leaf of x its partner, if x has the structure of `paired`, or less of it; or more,
-    where it has several arrays for each of a leaf's (codes and constants of moments in 8 bits)."""
+    """The partner of each leaf of x, if x has the structure of `paired`; else None.
+
+    x may have less of it, MaskedNodes, or more: several arrays for a leaf, such as codes and
+    constants of moments in 8 bits.
+    """
     bare = _bare(x)
     leaves = jax.tree.leaves(bare, is_leaf=_masked)
     try:
+        # Up to x's leaves: where x has less, a MaskedNode stands before a whole subtree of pairs.
         partners = jax.tree.structure(bare, is_leaf=_masked).flatten_up_to(paired)
     except ValueError:
         return _several(bare, paired)
@@ -135,6 +146,7 @@ def _matched(x: Any, paired: Any) -> list | None:
 
 def _several(bare: Any, paired: Any) -> list | None:
     try:
+        # The other way round: where x has more, several of its arrays stand for one leaf.
         parts = jax.tree.structure(paired).flatten_up_to(bare)
     except ValueError:
         return None

@@ -99,9 +99,12 @@ def topology_mesh(name: str, /, *, num_slices: int = 1, **axes: int) -> Mesh:
         raise LoRAError(
             f"the first axis runs over the {num_slices} slices, which do not divide it: {axes}"
         )
+    # A mesh in the order of the GPUs: there is no torus to follow.
     if kind == "h100":
         return Mesh(np.array(devices).reshape(sizes), tuple(axes))
+    # The shape within a slice, and over slices: their product is the mesh's.
     inside, across = (sizes[0] // num_slices, *sizes[1:]), (num_slices, *[1] * (len(sizes) - 1))
+    # An axis of the mesh need not be whole physical ones: 8 × 32 fits on a torus of 16 × 16.
     split = dict(allow_split_physical_axes=True)
     grid = (
         mesh_utils.create_hybrid_device_mesh(inside, across, devices, **split)
@@ -115,7 +118,8 @@ def capacity(device: jax.Device) -> int | None:
     """Bytes that a program may use on a device: its own figure if it is there, or a known one."""
     try:
         stats = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # a device that is not there
+    # A device that is not there has no statistics.
+    except jax.errors.JaxRuntimeError:
         stats = {}
     return stats.get("bytes_limit", CAPACITY.get(device.device_kind))
 

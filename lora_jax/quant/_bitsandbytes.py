@@ -19,17 +19,17 @@ from lora_jax._quantized.weight import Quantized
 
 STATE = "quant_state.bitsandbytes__nf4"
 
-
+# Numbers of a row that share a constant; bitsandbytes' default, and what `Quantized` has.
 BLOCK = 64
-
 
 DTYPES = ("float32", "float16", "bfloat16")
 
-
-MAX_STATE = 4096  # bytes; bitsandbytes writes about 200
+# Bytes; bitsandbytes writes about 200.
+MAX_STATE = 4096
 
 
 def _whole(x: Any) -> bool:
+    # Not isinstance: JSON's true is an int as well.
     return type(x) is int and 0 < x < 1 << 48
 
 
@@ -109,6 +109,7 @@ def bitsandbytes_weight(
             (f"'{n}' is {o}, and '{name[0]}' {of[0]}" for n, o in zip(name, of) if o != of[0]),
             "read each by itself, for layers that are not scanned",
         )
+        # Codes, constants and their own constants, each with an axis of layers in front.
         q = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
         q = dataclasses.replace(q, stack=1)
     n = q.ndim
@@ -122,13 +123,16 @@ def bitsandbytes_weight(
 def _one(tensors: Mapping[str, Any], name: str) -> Quantized:
     state, parts = _checked(tensors, name)
     shape, dtype = tuple(state["shape"]), jnp.dtype(state["dtype"])
+    # (n / 2, 1) to (*rows, columns / 2): rows are whole blocks, so no byte holds codes of two rows.
+    # In both formats the first of two codes is in the upper half of its byte.
     codes = jnp.asarray(parts[""].reshape(*shape[:-1], shape[-1] // 2))
     constants = parts["absmax"]
     if "nested_offset" not in state:
         constants = jnp.asarray(constants.reshape(*shape[:-1], -1))
         return Quantized(codes, constants, None, "nf4", dtype)
-    # the last group is a whole one in memory, and a shorter one in the file
+    # (groups, 256): the last group is a whole one in memory, and a shorter one in the file.
     constants = np.pad(constants, (0, -constants.size % SECOND)).reshape(-1, SECOND)
+    # Maxima (groups,), and the mean that was taken off all constants.
     second = (jnp.asarray(parts["nested_absmax"]), jnp.asarray(state["nested_offset"], jnp.float32))
     return Quantized(codes, jnp.asarray(constants), second, "nf4", dtype)
 
@@ -144,6 +148,8 @@ def _checked(tensors: Mapping[str, Any], name: str) -> tuple[dict, dict[str, np.
             f"expected a weight in NF4; there is no {', '.join(missing)}; nearest: {near}"
         )
     state = _state(tensors[of(STATE)], of(STATE))
+    # In this order, as each needs the one before: the kinds of the state's values, what they say,
+    # the tensors' types and shapes by it, the numbers in them.
     raise_all(title, _state_problems(state))
     raise_all(title, _format_problems(state))
     n, nested = math.prod(state["shape"]), "nested_offset" in state
@@ -175,7 +181,8 @@ def _array(x: Any) -> np.ndarray:
     """As NumPy has it; what it cannot read has the type of no tensor."""
     try:
         return np.asarray(x)
-    except Exception:  # whatever an object of a stranger raises
+    # Whatever an object of a stranger raises.
+    except Exception:
         return np.asarray(None)
 
 
@@ -195,7 +202,8 @@ def _state(data: Any, where: str) -> dict:
 
     try:
         state = json.loads(data.tobytes().decode(), object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
+    # UnicodeDecodeError is a ValueError.
+    except (ValueError, RecursionError) as e:
         text = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
         raise LoRAError(f"'{where}': expected JSON, found {quoted(text)}") from None
     if not isinstance(state, dict):
@@ -244,12 +252,14 @@ def _value_problems(
     maxima = "nested_absmax" if nested else "absmax"
     most = float(jnp.finfo(state["dtype"]).max)
     found = parts[maxima]
-    bad = ~((found >= 0) & (found <= most))  # also of NaN
+    # So, and not by its opposite, NaN is bad too.
+    bad = ~((found >= 0) & (found <= most))
     if bad.any():
         at = int(np.argmax(bad))
         yield f"'{of(maxima)}': expected from 0 to {most:.4g}, found {found[at]} at index {at}"
     elif nested:
         level = dynamic_map()[parts["absmax"]].astype(np.float64)
+        # The constant of a block is level · maximum of its group + mean.
         top = np.repeat(found, SECOND)[: level.size]
         read = np.abs(level * top + state["nested_offset"])
         if read.size and read.max() > most:

@@ -27,7 +27,7 @@ def gathered(params: Any, axes: str | Sequence[str]) -> Any:
       axes: the axes over which both the batch and the weights are cut, such as "fsdp".
 
     Returns:
-      The same arrays; the leaves know.
+      The same arrays, in leaves that know where they are read.
 
     Raises:
       LoRAError: no quantised leaf; leaves without a `NamedSharding`, or of a mesh without the axes.
@@ -46,12 +46,14 @@ def gathered(params: Any, axes: str | Sequence[str]) -> Any:
     def leaf(path: str, q: Any) -> Any:
         if not is_quantized(q):
             return q
+        # Codes have the weight's axes, the last one halved or padded: its sharding is theirs.
         where = getattr(q.codes, "sharding", None)
         found.append(path)
         if not isinstance(where, NamedSharding) or not set(axes) <= {*where.mesh.axis_names}:
             failures.append(f"'{path}' lies at {where}")
             return q
         entries = (where.spec[d] if d < len(where.spec) else None for d in range(q.codes.ndim))
+        # Other axes, such as those of tensor parallelism, stay cut.
         rest = [tuple(n for n in names(e) if n not in axes) or None for e in entries]
         return dataclasses.replace(q, read_at=NamedSharding(where.mesh, PartitionSpec(*rest)))
 

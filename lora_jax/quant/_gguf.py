@@ -54,7 +54,8 @@ def gguf_weight(
     >>> lora.quant.gguf_weight(tensor, kernel=True)  # a tensor of a file looks like this
     Quantized((64, 64), float32, 'q8_0', 8.5 bits)
     """
-    several = not hasattr(tensors, "tensor_type")  # which is a tuple as well
+    # By this, as a tensor of gguf's is a tuple as well.
+    several = not hasattr(tensors, "tensor_type")
     if several and not isinstance(tensors, Iterable):
         raise LoRAError(
             f"expected a tensor of gguf.GGUFReader(path).tensors, or several, found "
@@ -75,12 +76,14 @@ def gguf_weight(
     data = [x for _, x in found]
     data = np.stack(data) if several else data[0]
     if order is not None:
+        # Rows are output units, (*stack, out, bytes): their blocks move with them.
         data = data[..., _order(order, data.shape[several:]), :]
     if kernel and data.ndim - several < 2:
         raise LoRAError(
             f"expected a kernel of two axes or more, found {data.shape[several:]}: kernel=False"
         )
     if kind not in LAYOUT:
+        # `_checked` has dequantised what is not kept in blocks.
         w = jnp.asarray(data).astype(dtype)
         return w.swapaxes(-1, -2) if kernel else w
     q = _blocks(kind, data, dtype)
@@ -102,7 +105,8 @@ def _checked(tensor: Any, place: int | None) -> tuple[str, np.ndarray]:
             f"{what}: expected a tensor_type of gguf's and data in a NumPy array, found {kind!r} "
             f"and {type(data).__name__}: lora.quant.gguf_weight(gguf.GGUFReader(path).tensors[0])"
         )
-    elements, size = sizes[kind]  # of a block
+    # Elements and bytes of a block; F32 and F16 are blocks of one element.
+    elements, size = sizes[kind]
     want = np.dtype({"F32": np.float32, "F16": np.float16}.get(kind, np.uint8))
     unit = size // want.itemsize
     if data.dtype != want or not data.ndim or not data.size or data.shape[-1] % unit:
@@ -111,14 +115,15 @@ def _checked(tensor: Any, place: int | None) -> tuple[str, np.ndarray]:
             f"{data.dtype}{data.shape}"
         )
     shape = (*data.shape[:-1], data.shape[-1] // unit * elements)
-    said = getattr(tensor, "shape", None)  # in the order of the file: the innermost axis first
+    # In the order of the file, the innermost axis first.
+    said = getattr(tensor, "shape", None)
     said = shape if said is None else tuple(np.atleast_1d(said).tolist())[::-1]
     if said != shape:
         raise LoRAError(f"{what}: its data are of shape {shape}, and it says that it is of {said}")
     data = np.ascontiguousarray(data)
     if kind in LAYOUT:
         constants = data.reshape(-1, size)[:, : LAYOUT[kind][1]]
-        # of Q4_K the first two are numbers, and the rest codes
+        # Two numbers of fp16 at most; what follows in Q4_K are codes of 6 bits, always finite.
         numbers = np.ascontiguousarray(constants[:, :4]).view(np.float16)
         unit_of = "the constants of block"
     else:
@@ -154,8 +159,11 @@ def _blocks(kind: str, data: np.ndarray, dtype: Any) -> Quantized:
     constants = np.ascontiguousarray(blocks[..., :first]).view(number).reshape(*lead, -1)
     codes = np.ascontiguousarray(blocks[..., first:])
     if together is None:
+        # Q8_0: a byte a code.
         codes = codes.view(np.int8).reshape(*lead, -1)
-    else:  # lower halves of bytes first, then the upper ones: two neighbours into a byte
+    else:
+        # In GGUF the lower halves of 16 or 32 bytes are the first numbers, and the upper halves
+        # those after them. Here two neighbours share a byte, the first in the upper half.
         parts = codes.reshape(*lead, -1, together)
         flat = np.stack([parts & 15, parts >> 4], -2).reshape(*lead, -1)
         codes = (flat[..., ::2] << 4) | flat[..., 1::2]
@@ -166,7 +174,8 @@ def _blocks(kind: str, data: np.ndarray, dtype: Any) -> Quantized:
 def _dequantised(tensor: Any, data: np.ndarray, what: str) -> np.ndarray:
     quants = importlib.import_module("gguf.quants")
     try:
-        with np.errstate(all="ignore"):  # what is not finite is refused by its place
+        # What is not finite is refused by its place.
+        with np.errstate(all="ignore"):
             return quants.dequantize(data, tensor.tensor_type)
     except NotImplementedError as e:
         raise LoRAError(f"{what}: {e}") from None

@@ -88,7 +88,8 @@ def loftq(
         if path not in chosen:
             return w
         wrong = not_finite(path, w)
-        if wrong:  # the SVD of what holds NaN may not end
+        # The SVD of what holds NaN may not end.
+        if wrong:
             bad.extend(wrong)
             return w
         if path not in nodes:
@@ -108,12 +109,15 @@ def _fit(
     exact, g = w.astype(wide(w.dtype)), node.geometry
 
     def once(node: LoRA) -> tuple[Quantized, LoRA]:
+        # Algorithm 1: Q = q(W − s·A·B), then s·A·B = the best of rank r of W − Q.
         rest = exact - node.weight(exact, "").delta(exact.dtype)
         q = quantized(rest, format, in_axes=g.in_axes, stack=stacked(g), double=double)
+        # Set before it is read: a read is rounded to the leaf's own type, which is error, too.
         q = dataclasses.replace(q, stored_dtype=w.dtype)
         error = g.matrices(exact - q.value().astype(exact.dtype))
         return q, from_svd(node, *plain_svd(error), node.rank, node.scale)
 
     start = jax.tree.map(jnp.zeros_like, node)
+    # The loop carries the adapters alone; Q is made anew from them, and kept in the last step.
     before = lax.fori_loop(0, iterations - 1, lambda _, node: once(node)[1], start)
     return once(before)

@@ -73,6 +73,7 @@ def quantize(
     bad: list[str] = []
 
     def leaf(path: str, w: Any) -> Any:
+        # One leaf at a time: only its codes stay.
         w = w if load is None else load(path)
         if path not in chosen:
             return w
@@ -90,6 +91,7 @@ def chosen_leaves(params: Any, targets: Any, format: str, survey: Survey | None)
         raise LoRAError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
     chosen = targets
     if not isinstance(targets, Targets):
+        # The rank is of no account: only which leaves, and which of their axes are contracted.
         chosen = select(params, LoRAConfig(rank=1, targets=targets), survey)
     done = [p for p, x in flatten(state_of(params)).items() if p in chosen and is_quantized(x)]
     raise_all("these leaves are quantised already:", (f"'{p}'" for p in done))
@@ -100,7 +102,8 @@ def not_finite(path: str, w: Any) -> list[str]:
     """What is wrong with a leaf that holds NaN or infinity; of a traced one nothing is known."""
     if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
         return []
-    with jax.ensure_compile_time_eval():  # a constant of a jitted function has values
+    # A constant of a jitted function has values.
+    with jax.ensure_compile_time_eval():
         w = jnp.asarray(w)
         if not jnp.issubdtype(w.dtype, jnp.floating) or bool(_all_finite(w)):
             return []
@@ -116,11 +119,13 @@ def not_finite(path: str, w: Any) -> list[str]:
 
 @jax.jit
 def _all_finite(w: jax.Array) -> jax.Array:
+    # In fp32, as constants of blocks are: a larger fp64 is infinite there.
     return jnp.isfinite(w.astype(jnp.float32)).all()
 
 
 def stacked(g: Geometry) -> int:
     """How many leading axes are a stack of weights."""
+    # Only a stack that lies in front can be sliced in its codes, layer by layer.
     return len(g.batch_axes) if g.batch_axes == tuple(range(len(g.batch_axes))) else 0
 
 
@@ -143,6 +148,7 @@ def dequantize(params: Any) -> Any:
     >>> bool((lora.quant.dequantize(lora.quant.quantize(params, "q"))["q"] == params["q"]).all())
     True
     """
+    # Jitted, so that the codes' steps to numbers are fused and none of them is an array.
     read = jax.jit(lambda q: q.value())
     leaf = lambda _, x: read(x) if is_quantized(x) else x
     return map_state(lambda tree: map_with_path(leaf, tree), params)
