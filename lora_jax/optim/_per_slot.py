@@ -81,19 +81,19 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
 
     inner = optax.with_extra_args_support(tx)
 
-    def init(stacked: Any) -> PerSlotState:
-        nodes, count = flatten(stacked, is_leaf=is_node), _slots(stacked)
+    def init(params: Any) -> PerSlotState:
+        nodes, count = flatten(params, is_leaf=is_node), _slots(params)
         return PerSlotState(
-            jax.vmap(inner.init)(stacked),
+            jax.vmap(inner.init)(params),
             {p: jnp.tile(_in_three(1.0), (count, 1)) for p in nodes},
             {p: jnp.full(count, _rank(node), jnp.int32) for p, node in nodes.items()},
         )
 
     def update(
-        grads: Any, state: PerSlotState, params: Any = None, *, active: Any = None, **extra: Any
+        updates: Any, state: PerSlotState, params: Any = None, *, active: Any = None, **extra: Any
     ) -> tuple[Any, PerSlotState]:
-        trained = _active(active, _slots(grads))
-        grads = _alone(grads, state, lambda b, s: b * s, mask=True)
+        trained = _active(active, _slots(updates))
+        grads = _alone(updates, state, lambda b, s: b * s, mask=True)
         params = params if params is None else _alone(params, state, lambda b, s: b / s)
         one = lambda g, own, p: inner.update(g, own, p, **extra)
         updates, new = jax.vmap(one)(grads, state.inner, params)
