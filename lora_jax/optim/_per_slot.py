@@ -90,8 +90,8 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
         )
 
     def update(
-        updates: Any, state: PerSlotState, params: Any = None, *, active: Any = None, **extra: Any
-    ) -> tuple[Any, PerSlotState]:
+        updates: Any, state: Any, params: Any = None, *, active: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
         trained = _active(active, _slots(updates))
         grads = _alone(updates, state, lambda b, s: b * s, mask=True)
         params = params if params is None else _alone(params, state, lambda b, s: b / s)
