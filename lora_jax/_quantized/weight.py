@@ -251,11 +251,15 @@ class Quantized:
         )
         if not whole:
             return None
-        # Out of bounds the constants are NaN, and so is all that is read with them.
         same = {k: p[k] for k in ("mode", "unique_indices", "indices_are_sorted")}
         sizes = lambda x: (*p["slice_sizes"][:last], x.shape[last])
-        pick = lambda x: lax.gather(x, indices, dn, sizes(x), **same)
-        return self._picked(pick)
+        pick = lambda x, **fill: lax.gather(x, indices, dn, sizes(x), **same, **fill)
+        rows = self._picked(pick)
+        if p["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+            return rows
+        # Out of bounds are no codes: what is read there becomes the weight's own fill.
+        inside = pick(jnp.ones((*self.shape[:last], 1), bool), fill_value=False)
+        return jnp.where(inside, rows, jnp.asarray(p["fill_value"], rows.dtype))
 
     def at_rows(self, index: jax.Array) -> jax.Array:
         """Rows of a table."""
