@@ -299,3 +299,20 @@ def test_rows_out_of_bounds_are_what_the_look_up_fills_in(format, fill):
         got, want = lora.adapt(fn)(lora.bind(q, None)), fn(plain)
         # Rows that are read alone may be rounded otherwise than those of a whole table.
         np.testing.assert_allclose(got, want, rtol=4 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda w: w.swapaxes(0, 1).astype(jnp.bfloat16).swapaxes(0, 1),
+        lambda w: w.transpose(2, 0, 1).transpose(1, 0, 2),
+    ],
+    ids=["there and back", "a detour"],
+)
+def test_a_stack_that_was_moved_and_came_back(move):
+    """A scan slices codes where all moves together leave the stack in front."""
+    q = {"w": quantized(normal(10, 3, 64, 64), stack=1)}
+    fn = lambda p, x: lax.scan(lambda x, w: (x @ w.astype(x.dtype), None), x, move(p["w"]))[0]
+    ours = lambda x: lora.adapt(fn)(lora.bind(q, None), x)
+    assert_close(ours(X), fn(lora.quant.dequantize(q), X), factor=64)
+    assert "u8[64,32]" in str(jax.make_jaxpr(ours)(X))
