@@ -24,7 +24,7 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._nodes.node import is_node
-from lora_jax.algebra._combine import differ, weight_of
+from lora_jax.algebra._combine import checked, differ, weight_of
 from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import matrices
 
@@ -90,6 +90,8 @@ def parts_of(
         ),
         "as from lora.init(key, params, config)",
     )
+    for tree in adapters:
+        checked(tree)
     check_finite(*adapters, weights=weights, base=base)
     starts = {} if base is None else flatten(state_of(base))
     failures: list[str] = []
@@ -112,8 +114,6 @@ def parts_of(
             for tree, w in zip(trees, weights)
         )
     raise_all("these adapters cannot be merged:", failures, "they must be of one base")
-    if not out:
-        raise LoRAError("expected adapters, as from lora.init, found an empty tree")
     return out
 
 
