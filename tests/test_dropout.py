@@ -59,6 +59,35 @@ def test_masks_differ_by_leaf_and_use():
     assert distinct(branches(fn, {"w": ZERO, "v": ZERO}))
 
 
+@pytest.mark.parametrize("join", ["stack", "concatenate", "of layers", "uneven", "with an array"])
+def test_masks_of_joined_weights_are_those_of_each_alone(join):
+    """Each part of the joined axis keeps its seed: the first steps drop what the leaf alone does,
+    in whichever order they are joined."""
+    layers = {"of layers": (2, 2), "uneven": (3, 1)}.get(join, ())
+    shapes = [(n, D, D) for n in layers] or [(D, D)] * 2
+    params = {name: jnp.zeros(s) for name, s in zip("wu", shapes)}
+    joined = {
+        "stack": lambda a, b: jnp.stack([a, b]),
+        "concatenate": lambda a, b: jnp.concatenate([a[None], b[None]]),
+        "with an array": lambda a, b: jnp.stack([a, jnp.ones((D, D)), b]),
+    }.get(join, lambda a, b: jnp.concatenate([a, b]))
+    scan = lambda ws, x: lax.scan(lambda c, w: (c, x @ w), 0.0, ws)[1]
+
+    def check(a, b):
+        out = branches(lambda p, x: scan(joined(p[a], p[b]), x), params)
+        own = lambda p, x: scan(p[a] if layers else p[a][None], x)
+        alone = branches(own, {a: params[a]})
+        np.testing.assert_array_equal(out[: len(alone)], alone)
+        assert distinct(out)
+        # and one of them, where no loop cuts it
+        last = branches(lambda p, x: x @ joined(p[a], p[b])[-1], params)
+        one = branches(lambda p, x: x @ (p[b][-1] if layers else p[b]), {b: params[b]})
+        np.testing.assert_array_equal(last, one)
+
+    check("w", "u")
+    check("u", "w")
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_masks_differ_by_scanned_layer(remat):
     wrap = jax.checkpoint if remat else lambda f: f

@@ -16,6 +16,7 @@ from lora_jax._cli.safetensors import Base, open_base, write_changed
 from lora_jax._cli.torch_adapter import TorchAdapter, open_torch
 from lora_jax._cli.torch_base import on_base
 from lora_jax._core.errors import raise_all
+from lora_jax._core.numbers import unequal
 from lora_jax._merge import merge
 from lora_jax.peft._file import DTYPES, opened, writing
 from lora_jax.peft._parts import NewRows
@@ -137,12 +138,16 @@ def _check(placed: TorchAdapter, base: Base, keep_base: bool) -> None:
             failures.append(f"'{table.key}' is a table of the base that is not adapted")
             continue
         own, stored = base.tensors[name].read(), read(table.key)
-        differ = own.shape != stored.shape or (own != stored.astype(own.dtype)).any(-1).sum()
-        if differ:
-            failures.append(
-                f"'{table.key}': {int(differ)} rows differ from '{name}' of the base; take the "
-                "base that the adapter was trained on, or --keep-base"
-            )
+        if own.shape != stored.shape:
+            differ = f"is of {stored.shape}, and '{name}' of the base of {own.shape}"
+        elif rows := int(unequal(own, stored.astype(own.dtype)).any(-1).sum()):
+            differ = f"{rows} rows differ from '{name}' of the base"
+        else:
+            continue
+        failures.append(
+            f"'{table.key}': {differ}; take the base that the adapter was trained on, or "
+            "--keep-base"
+        )
     raise_all(f"{placed.file.folder}: cannot be merged into {base.path}:", failures)
 
 

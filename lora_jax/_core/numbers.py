@@ -26,6 +26,15 @@ def is_real(x: Any) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
+def unequal(x: Any, y: Any) -> Any:
+    """Where two arrays differ; of numbers that are none, NaN, any two are equal.
+
+    >>> unequal(jnp.array([1.0, jnp.nan]), jnp.array([2.0, jnp.nan]))
+    Array([ True, False], dtype=bool)
+    """
+    return (x != y) & ~((x != x) & (y != y))
+
+
 def number(x: Any) -> Any:
     """A number of any library as Python's; anything else as it is."""
     whole = integer(x)

@@ -82,14 +82,14 @@ class Coverage:
         if not uses:
             return "unused"
         # One such use is enough: it forms a gradient of the size of the leaf.
-        return MATERIALISED if any(u.how == MATERIALISED for u in uses) else "low-rank"
+        return MATERIALISED if any(u.how == MATERIALISED for u in uses) else LOW_RANK
 
     def _paths(self, status: str) -> tuple[str, ...]:
         return tuple(p for p in self.shapes if self.status(p) == status)
 
     @property
     def low_rank(self) -> tuple[str, ...]:
-        return self._paths("low-rank")
+        return self._paths(LOW_RANK)
 
     @property
     def materialised(self) -> tuple[str, ...]:

@@ -31,6 +31,11 @@ _ELEMENTWISE = frozenset(
 )
 
 
+def _long_axes(v: Any) -> set[int]:
+    # Not n > 1: a symbolic size is not known to be.
+    return {d for d, n in enumerate(getattr(v.aval, "shape", ())) if n != 1}
+
+
 class _Body:
     """A body under evaluation: its values, and who makes and who multiplies them."""
 
@@ -81,22 +86,31 @@ class _Body:
         """Whether a value is made of parameters and constants alone."""
         return isinstance(v, compat.Literal) or v in self._constants
 
+    @functools.cached_property
+    def _varying(self) -> dict[Any, set[int]]:
+        # {output: axes}. In order, as in `_constants`: a value may be an operand many times over.
+        found: dict[Any, set[int]] = {}
+        at = lambda v: None if isinstance(v, compat.Literal) else found.get(v)
+        of = lambda v: _long_axes(v) if (axes := at(v)) is None else axes
+        for eqn in self._eqns:
+            name, p = eqn.primitive.name, eqn.params
+            for v in eqn.outvars:
+                # Nothing is known of any other primitive.
+                dims = _long_axes(v)
+                # New axes, and those of size 1 that are repeated, do not vary.
+                if name == "broadcast_in_dim":
+                    dims = {p["broadcast_dimensions"][d] for d in of(eqn.invars[0])}
+                elif name == "iota":
+                    dims &= {p["dimension"]}
+                elif name in _ELEMENTWISE:
+                    dims &= set().union(*map(of, eqn.invars))
+                found[v] = dims
+        return found
+
     def varies(self, v: Any) -> set[int]:
         """The axes along which the elements of a value may differ."""
-        eqn = None if isinstance(v, compat.Literal) else self.maker(v)
-        dims = {d for d, n in enumerate(v.aval.shape) if n > 1}
-        if eqn is None or not dims:
-            return dims
-        name, p = eqn.primitive.name, eqn.params
-        # New axes, and those of size 1 that are repeated, do not vary.
-        if name == "broadcast_in_dim":
-            return {p["broadcast_dimensions"][d] for d in self.varies(eqn.invars[0])}
-        if name == "iota":
-            return dims & {p["dimension"]}
-        if name in _ELEMENTWISE:
-            return dims & set().union(*map(self.varies, eqn.invars))
-        # Nothing is known of any other primitive.
-        return dims
+        made = not isinstance(v, compat.Literal) and v in self._varying
+        return self._varying[v] if made else _long_axes(v)
 
     def leaves_of(self, v: Any) -> set:
         """The leaves that a value is made of."""

@@ -22,6 +22,7 @@ from lora_jax._interpret.rule import Context, Equation, Rule, read_first
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight, origins
 
 ROWS = "rows that were looked up are activations where they are added"
+RATES = "the rates of dropout differ"
 DATA = "it is added to an array that inputs enter: it acts as a bias there"
 
 
@@ -55,15 +56,19 @@ def _joined(base: Any, parts: Sequence[Any]) -> Followed | str:
         return dataclasses.replace(first, base=base, a=None, **labels)
     if any(w.gain is not None for w in parts):
         return GAIN
-    # The joined branch has one input, so one rate and one mask.
-    if len({w.dropout if w.drops else 0.0 for w in parts}) > 1:
-        return "the rates of dropout differ"
+    if _rates_differ(parts):
+        return RATES
     pairs = _alike(parts)
     if isinstance(pairs, str):
         return pairs
     # Each scale is in its first factor by now, so the whole has 1.
     a, b = (_ranks_side_by_side([pair[i] for pair in pairs]) for i in (0, 1))
     return dataclasses.replace(first, base=base, a=a, b=b, rows=None, scale=1.0, **labels)
+
+
+def _rates_differ(parts: Sequence[AdaptedWeight]) -> bool:
+    # The joined branch has one input, so one rate and one mask.
+    return len({w.dropout if w.drops else 0.0 for w in parts}) > 1
 
 
 def _labels(parts: Sequence[Followed]) -> dict | str:
@@ -204,8 +209,8 @@ def _side_by_side(
         if not all(map(ctx.constant, rest)):
             return DATA
         return [dataclasses.replace(first, base=base, a=None, **labels)]
-    if any(w.dropout != first.dropout for w in weights):
-        return "the rates of dropout differ"
+    if _rates_differ(weights):
+        return RATES
     gains = [w.gain for w in weights if w.gain is not None]
     if any({*g.dims} != {*gains[0].dims} or not g.has(dim) for g in gains):
         return GAIN
@@ -213,14 +218,16 @@ def _side_by_side(
     if isinstance(pairs, str):
         return pairs
     # If neither factor has the axis A takes it, and is zero outside of the weight's part.
-    if not any(f.has(dim) for f in pairs[0]):
+    new = not any(f.has(dim) for f in pairs[0])
+    if new:
         size = lambda w: {dim: w.shape[dim]}
         pairs = [(a.spread(size(w)), b) for w, (a, b) in zip(weights, pairs)]
     stacked = all(f.has(dim) for f in pairs[0])
     rank = max(a.size(RANK) for a, _ in pairs)
-    # The parts of A, those of B, and the gains.
-    parts: list[list] = [[], [], []]
-    start, each = 0, iter(pairs)
+    seeds = _seeds(weights, dim, new or stacked)
+    # The parts of A, those of B, the gains and the seeds.
+    parts: list[list] = [[], [], [], []]
+    start, each, each_seed = 0, iter(pairs), iter(seeds)
     for w in placed:
         # An array that is stacked has no axis `dim` yet, and takes one place.
         stop = start + w.shape[dim] if is_weight(w) or w.ndim == base.ndim else start + 1
@@ -232,13 +239,28 @@ def _side_by_side(
                 parts[i].append(_padded(f, around | more))
             if w.gain is not None:
                 parts[2].append(_padded(w.gain, around))
+            if seeds:
+                parts[3].append(_padded(next(each_seed), around))
         start = stop
     # Parts of a stack do not overlap: their sum is one beside the other.
     join = _total if stacked else _ranks_side_by_side
     a, b = map(join, parts[:2])
     gain = _total(parts[2]) if gains else None
-    whole = dict(base=base, a=a, b=b, gain=gain, rows=None, scale=1.0)
+    # Where no seed has the axis, the joined branch has the first one's mask.
+    seed = _total(parts[3]) if seeds else first.seed
+    whole = dict(base=base, a=a, b=b, gain=gain, seed=seed, rows=None, scale=1.0)
     return [dataclasses.replace(first, **whole, **labels)]
+
+
+def _seeds(weights: Sequence[AdaptedWeight], dim: int, parts: bool) -> list[Factor]:
+    """The seeds, all along the same axes, where each part of axis `dim` keeps its own: if it is one
+    of a stack (`parts`), or a seed has the axis; else none."""
+    seeds = [w.seed for w in weights if w.seed is not None and w.drops]
+    dims = {d for s in seeds for d in s.dims if d != RANK}
+    if dim not in dims and not parts:
+        return []
+    all_dims = sorted({dim, *dims})
+    return [s.spread({d: w.shape[d] for d in all_dims}) for w, s in zip(weights, seeds)]
 
 
 def _total(factors: Sequence[Factor]) -> Factor:

@@ -168,7 +168,10 @@ class Quantized:
     @property
     def order(self) -> tuple[int, ...] | None:
         """For each axis that of the codes, if moves are transposes and casts alone; else None."""
-        order = tuple(range(self.codes.ndim))
+        return self._order(self.codes.ndim)
+
+    def _order(self, ndim: int) -> tuple[int, ...] | None:
+        order = tuple(range(ndim))
         for primitive, params in self.moves:
             if primitive.name == "transpose":
                 # Axis d of what comes out is axis permutation[d] of what went in.
@@ -218,13 +221,16 @@ class Quantized:
         at = self.read_at and NamedSharding(
             self.read_at.mesh, PartitionSpec(*self.read_at.spec[1:])
         )
-        # Axis 0 is gone: each permutation is taken to begin with it, and is numbered anew.
         stack = max(self.stack - 1, 0)
         part = dataclasses.replace(self, stack=stack, read_at=at, moves=(), moved_to=None)
+        # All transposes as one, of the weight before it was sliced: only together do they keep axis
+        # 0 in front, see `sliceable`. It is gone, and the others are numbered anew.
+        order = self._order(self.codes.ndim + 1)
+        assert order is not None and order[0] == 0
+        if order != tuple(range(len(order))):
+            part = part.transposed([d - 1 for d in order[1:]])
         for primitive, params in self.moves:
-            if primitive.name == "transpose":
-                part = part.transposed([d - 1 for d in dict(params)["permutation"][1:]])
-            else:
+            if primitive.name == "convert_element_type":
                 moves = (*part.moves, (primitive, params))
                 to = (part.shape, np.dtype(dict(params)["new_dtype"]))
                 part = dataclasses.replace(part, moves=moves, moved_to=to)
@@ -251,11 +257,15 @@ class Quantized:
         )
         if not whole:
             return None
-        # Out of bounds the constants are NaN, and so is all that is read with them.
         same = {k: p[k] for k in ("mode", "unique_indices", "indices_are_sorted")}
         sizes = lambda x: (*p["slice_sizes"][:last], x.shape[last])
-        pick = lambda x: lax.gather(x, indices, dn, sizes(x), **same)
-        return self._picked(pick)
+        pick = lambda x, **fill: lax.gather(x, indices, dn, sizes(x), **same, **fill)
+        rows = self._picked(pick)
+        if p["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+            return rows
+        # Out of bounds are no codes: what is read there becomes the weight's own fill.
+        inside = pick(jnp.ones((*self.shape[:last], 1), bool), fill_value=False)
+        return jnp.where(inside, rows, jnp.asarray(p["fill_value"], rows.dtype))
 
     def at_rows(self, index: jax.Array) -> jax.Array:
         """Rows of a table."""

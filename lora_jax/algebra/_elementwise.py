@@ -24,12 +24,15 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._nodes.node import is_node
-from lora_jax.algebra._combine import differ, weight_of
+from lora_jax.algebra._combine import checked, differ, weight_of
 from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import matrices
 
 # Bits of a magnitude that one pass over the leaves decides: fp32 takes two passes.
 DIGIT = 16
+
+# Elements that int32 counts, whatever their digits: all may be zeros.
+COUNTED = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +93,8 @@ def parts_of(
         ),
         "as from lora.init(key, params, config)",
     )
+    for tree in adapters:
+        checked(tree)
     check_finite(*adapters, weights=weights, base=base)
     starts = {} if base is None else flatten(state_of(base))
     failures: list[str] = []
@@ -112,8 +117,6 @@ def parts_of(
             for tree, w in zip(trees, weights)
         )
     raise_all("these adapters cannot be merged:", failures, "they must be of one base")
-    if not out:
-        raise LoRAError("expected adapters, as from lora.init, found an empty tree")
     return out
 
 
@@ -247,7 +250,7 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
     weights = shapes[0].shape[0] if per_weight else 1
     size, bits = sum(s.size for s in shapes) // weights, jnp.finfo(dtype).bits
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parts))
-    if traced and size >= 2**31:
+    if traced and size > COUNTED:
         raise LoRAError(
             f"under jit, {size:,} elements of a task vector are more than can be counted: merge "
             "outside of jit, or trim each weight by itself, per_weight=True"
@@ -262,8 +265,8 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
     found = xp.zeros((weights,), f"uint{bits}")
     for shift in np.arange(bits - DIGIT, -1, -DIGIT, dtype=np.int32):
         each = (_digits(vector(part).astype(dtype), found, shift) for part in parts)
-        # (weights, 2¹⁶); summed over the leaves, one array at a time.
-        counts: Any = sum(own(xp.asarray(c).astype(int)) for c in each)
+        # (weights, 2¹⁶); summed over the leaves and their parts, one array at a time.
+        counts: Any = sum(own(xp.asarray(c).astype(int).sum(1)) for c in each)
         # Elements with this digit or a larger one. It falls: the last digit with enough is the one.
         above = xp.cumsum(counts[:, ::-1], 1)[:, ::-1]
         digit = xp.sum(above >= need[:, None], 1) - 1
@@ -276,13 +279,15 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
 @anywhere
 @jax.jit
 def _digits(x: jax.Array, found: jax.Array, shift: Any) -> jax.Array:
-    """How many magnitudes of each weight begin with the bits `found` and have each digit next."""
+    """How many magnitudes of each weight begin with the bits `found` and have each digit next:
+    (n, parts, 2¹⁶), of parts of the weight that int32 can count."""
     # Bits have no derivative: the cut is a constant of the merge.
     word = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(x)), found.dtype)
     word = word.reshape(len(x), -1) >> shift.astype(word.dtype)
     digit = (word & (2**DIGIT - 1)).astype(jnp.int32)
     # In the first pass nothing is found yet: both sides are 0.
     match = ((word >> DIGIT) == found[:, None]).astype(jnp.int32)
-    return (
-        jnp.zeros((len(x), 2**DIGIT), jnp.int32).at[jnp.arange(len(x))[:, None], digit].add(match)
-    )
+    rows = jnp.arange(len(x))[:, None]
+    parts = [slice(i, i + COUNTED) for i in range(0, max(1, digit.shape[1]), COUNTED)]
+    none = jnp.zeros((len(x), 2**DIGIT), jnp.int32)
+    return jnp.stack([none.at[rows, digit[:, p]].add(match[:, p]) for p in parts], 1)

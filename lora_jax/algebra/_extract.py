@@ -11,6 +11,7 @@ from lora_jax._config import LoRAConfig
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import unequal
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._targets import Target, Targets
@@ -71,11 +72,11 @@ def extract(
         ],
     )
     if not drop:
-        same = lambda p: not bool(jnp.any(before[p] != after[p]))
+        same = lambda p: not bool(jnp.any(unequal(before[p], after[p])))
         lost = [f"'{p}'" for p in before if p not in chosen and not same(p)]
         for p, (_, index) in targets.rows.items():
             # Tables are (rows, d).
-            changed = np.any(np.asarray(before[p] != after[p]), 1).nonzero()[0]
+            changed = np.any(np.asarray(unequal(before[p], after[p])), 1).nonzero()[0]
             if rows := sorted({*changed.tolist()} - {*index}):
                 more = ", …" if len(rows) > 8 else ""
                 lost.append(f"'{p}': rows {', '.join(map(str, rows[:8]))}{more}")

@@ -156,18 +156,18 @@ def checksums(flat: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _summable(x: Any) -> Any:
-    """x where, and as, it can be summed: not in a device's host memory, not of 64 bits that jit
-    would cut to 32."""
+    """x where, and as, it can be summed: not in a device's host memory, not of 64 bits or
+    more, which jit would cut."""
     if isinstance(x, jax.Array):
         own = next(iter(x.sharding.device_set)).default_memory().kind
         if x.sharding.memory_kind in (own, None):
             return x
         return jax.device_put(x, x.sharding.with_memory_kind(own))
     x = np.asarray(x)
-    if x.dtype.itemsize < 8 or x.dtype.kind == "c":
+    if x.dtype.itemsize < 8:
         return x
-    # Two words for each element, as `_words` has them of an array of 64 bits.
-    return np.ascontiguousarray(x).view(np.uint32).reshape(*x.shape, -1)
+    # The words of each element, in the order in which `_words` has them.
+    return np.ascontiguousarray(x).view(np.uint32).reshape(*x.shape, x.dtype.itemsize // 4)
 
 
 @jax.jit

@@ -77,12 +77,13 @@ def claim(manager: ocp.CheckpointManager, step: int) -> None:
 
 def _by_the_first(do: Callable, manager: ocp.CheckpointManager, step: int) -> None:
     """The first process does it; what goes wrong there is raised by all."""
-    problem = ""
+    problem, cause = "", None
     if jax.process_index() == 0:
         try:
             do(manager, step)
-        except (LoRAError, OSError) as e:
-            problem = str(e)
+        except Exception as e:  # whatever it is: the others wait below
+            expected = isinstance(e, LoRAError | OSError) and str(e)
+            problem, cause = str(e) if expected else repr(e), e
     # A collective: every process comes here, with an error or without.
     if jax.process_count() > 1:
         text = np.zeros(MESSAGE, np.uint8)
@@ -91,7 +92,7 @@ def _by_the_first(do: Callable, manager: ocp.CheckpointManager, step: int) -> No
         text = np.asarray(multihost_utils.broadcast_one_to_all(text))
         problem = bytes(text).rstrip(b"\0").decode(errors="replace")
     if problem:
-        raise LoRAError(problem)
+        raise LoRAError(problem) from cause
 
 
 def _take(manager: ocp.CheckpointManager, step: int) -> None:

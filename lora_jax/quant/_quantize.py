@@ -155,7 +155,8 @@ def dequantize(params: Any) -> Any:
 
 
 def errors(params: Any, other: Any) -> dict[str, float]:
-    """{path: ‖W − W'‖ / ‖W‖} of each leaf that is quantised in either of two trees.
+    """{path: ‖W − W'‖ / ‖W‖} of each leaf that is quantised in either of two trees; 0 of equal
+    ones, also of zeros.
 
     >>> import jax, lora_jax as lora
     >>> params = {"q": jax.random.normal(jax.random.key(0), (256, 256))}
@@ -173,4 +174,6 @@ def errors(params: Any, other: Any) -> dict[str, float]:
 def _error(one: Any, two: Any) -> jax.Array:
     one, two = (x.value() if is_quantized(x) else jnp.asarray(x) for x in (one, two))
     one, two = one.astype(jnp.float32), two.astype(jnp.float32)
-    return jnp.linalg.norm((one - two).ravel()) / jnp.linalg.norm(one.ravel())
+    size, lost = (jnp.linalg.norm(x.ravel()) for x in (one, one - two))
+    # Not 0 / 0; NaN stays NaN.
+    return lost / jnp.where(lost == 0, 1, size)

@@ -403,6 +403,9 @@ def test_a_table_of_another_base(tmp_path):
     with fails("1 rows differ from 'emb.weight' of the base; .*--keep-base"):
         merged(tmp_path / "b", "net_lora", folder)
     assert merged(tmp_path / "b", "net_lora", folder, keep_base=True)
+    short = changed(tmp_path / "c", "net_lora", {}, {key: table[:-1]})
+    with fails(r"is of \(10, 8\), and 'emb.weight' of the base of \(11, 8\); take the base"):
+        merged(tmp_path / "c", "net_lora", short)
 
 
 def test_bases_that_are_not_as_they_should_be(tmp_path):

@@ -133,3 +133,19 @@ def test_trained_rows_come_out_as_they_are():
 def test_random_functions(seed):
     what, said = outcome(seed)
     assert what in ("right", "refused", "invalid"), said
+
+
+def test_a_scale_of_many_steps():
+    """A value that is an operand twice is followed once: 400 times c = c + c is no 2⁴⁰⁰ steps, and
+    no recursion of that depth."""
+
+    def fn(p, x):
+        c = p["c"]
+        for _ in range(400):
+            c = c + c
+        return x @ (p["w"] * c)
+
+    config = lora.LoRAConfig(rank=2, targets="w")
+    adapters = lora.init(KEYS[0], {"w": PARAMS["w"]}, config)
+    bound = lora.bind({"w": PARAMS["w"], "c": COLUMN}, adapters)
+    assert lora.coverage(fn, bound, X).low_rank == ("w",)

@@ -34,6 +34,16 @@ def test_errors_on_a_normal_distribution(name):
     assert jnp.max(jnp.abs(w - read) / constants[:, None]) <= worst * (1 + 1e-5)
 
 
+def test_errors_of_a_leaf_of_zeros():
+    params = {"w": jnp.zeros((8, 64))}
+    q = lora.quant.quantize(params, "w")
+    assert lora.quant.errors(params, q) == {"w": 0.0}
+    assert lora.quant.errors(params, lora.quant.quantize({"w": jnp.ones((8, 64))}, "w")) == {
+        "w": np.inf
+    }
+    assert np.isnan(lora.quant.errors({"w": params["w"] * jnp.nan}, q)["w"])
+
+
 def test_the_largest_error_of_nf4_is_attained():
     """Half way between the two levels that are furthest apart, the last but one and the last."""
     gaps = np.diff(NF4)

@@ -281,3 +281,38 @@ def test_a_table_by_rows(format, double, monkeypatch):
     got, want = (value_and_grad(run)(adapters) for run in (
         lambda ad: f(lora.bind(q, ad), x), lambda ad: fn(lora.merge(plain, ad), x)))  # fmt: skip
     assert_close(got, want, factor=512)
+
+
+@pytest.mark.parametrize(
+    "format, fill",
+    [("nf4", None), ("nf4", 7.0), ("int8_block", 0.0), ("mxfp4", 0.0), ("int8", 0.0)],
+)
+def test_rows_out_of_bounds_are_what_the_look_up_fills_in(format, fill):
+    """In a table in codes as in a plain one, of one axis of indices or of two."""
+    q = {"w": quantized(normal(9, 4, 3, 64), format)}
+    plain, i = lora.quant.dequantize(q), jnp.array([[1, 4], [-9, 3]])
+    for fn in (
+        lambda p: p["w"].at[i].get(mode="fill", fill_value=fill),
+        lambda p: p["w"].at[i, i].get(mode="fill", fill_value=fill),
+        lambda p: p["w"].at[i].get(mode="clip"),
+    ):
+        got, want = lora.adapt(fn)(lora.bind(q, None)), fn(plain)
+        # Rows that are read alone may be rounded otherwise than those of a whole table.
+        np.testing.assert_allclose(got, want, rtol=4 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda w: w.swapaxes(0, 1).astype(jnp.bfloat16).swapaxes(0, 1),
+        lambda w: w.transpose(2, 0, 1).transpose(1, 0, 2),
+    ],
+    ids=["there and back", "a detour"],
+)
+def test_a_stack_that_was_moved_and_came_back(move):
+    """A scan slices codes where all moves together leave the stack in front."""
+    q = {"w": quantized(normal(10, 3, 64, 64), stack=1)}
+    fn = lambda p, x: lax.scan(lambda x, w: (x @ w.astype(x.dtype), None), x, move(p["w"]))[0]
+    ours = lambda x: lora.adapt(fn)(lora.bind(q, None), x)
+    assert_close(ours(X), fn(lora.quant.dequantize(q), X), factor=64)
+    assert "u8[64,32]" in str(jax.make_jaxpr(ours)(X))

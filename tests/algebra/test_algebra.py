@@ -212,6 +212,15 @@ def test_extract_also_what_is_trained_in_full():
         lora.algebra.extract(PARAMS, tuned, lora.select(PARAMS, CONFIG))
 
 
+def test_extract_of_a_leaf_that_is_nan_before_and_after():
+    """What did not change is not lost, whatever it is."""
+    nan = {"w": jnp.eye(4), "u": jnp.array([1.0, jnp.nan])}
+    targets = lora.select(nan, lora.LoRAConfig(rank=1, targets="w"))
+    assert lora.algebra.extract(nan, nan, targets)[1] == {"w": 1.0}
+    with fails("(?s)these changed, and are no targets:.*'u'"):
+        lora.algebra.extract(nan, nan | {"u": jnp.array([jnp.nan, jnp.nan])}, targets)
+
+
 @pytest.mark.long
 def test_compare():
     """Norms, cosines and angles against dense matrices."""

@@ -486,6 +486,10 @@ HUGE = {
     (lambda: lora.algebra.ties([], rank=2), "expected one weight for each of 0 adapters, found 0"),
     (lambda: lora.algebra.ties([make(1)], [1.0, 2.0], rank=2), "expected one weight for each of 1 adapters, found 2"),
     (lambda: lora.algebra.ties([{}], rank=2), "found an empty tree"),
+    (lambda: lora.algebra.ties([{}, make(1)], rank=2), "found an empty tree"),
+    (lambda: lora.algebra.prune([make(1), {}], density=0.5, rank=2), "found an empty tree"),
+    (lambda: lora.algebra.dare(KEY, [make(1), {}], rank=2), "found an empty tree"),
+    (lambda: lora.algebra.knots([{}, make(1)]), "found an empty tree"),
     (lambda: lora.algebra.ties(make(1), rank=2), r"expected several adapters, found one tree: lora.algebra.ties\(\[first"),
     (lambda: lora.algebra.ties([make(1), PARAMS], rank=2), "(?s)'conv' is a ArrayImpl; expected a LoRA, Full or Rows.*'table'"),
     (lambda: lora.algebra.knots([other()]), "'deep/heads' is a Other; expected a LoRA, Full or Rows"),
@@ -501,3 +505,19 @@ HUGE = {
 def test_errors(call, match):
     with fails(match):
         call()
+
+
+def test_more_elements_than_int32_counts(monkeypatch):
+    """A leaf is counted in parts, each of which fits, whatever its elements: all may be zeros."""
+    found = jax.eval_shape(
+        lambda x: _elementwise._digits(x, jnp.zeros(1, "uint32"), np.int32(16)),
+        jax.ShapeDtypeStruct((1, 2**17, 2**15), jnp.float32),
+    )
+    assert found.shape == (1, 3, 2**16)
+    x = jax.random.normal(KEY, (2, 7, 13))
+    one = {"w": lora.Full(x)}
+    want = lora.algebra.prune([one], density=0.3, base={"w": jnp.zeros(x.shape)})[0]["w"].value
+    monkeypatch.setattr(_elementwise, "COUNTED", 50)
+    jax.clear_caches()
+    got = lora.algebra.prune([one], density=0.3, base={"w": jnp.zeros(x.shape)})[0]["w"].value
+    assert jnp.array_equal(got, want) and int((got != 0).sum()) == round(0.3 * x.size)

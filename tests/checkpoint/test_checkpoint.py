@@ -418,11 +418,15 @@ def test_wide_arrays_of_the_host():
     for x, y in (
         (np.array([0.1]), np.array([0.1 + 1e-12])),
         (np.array([1]), np.array([1 + 2**33])),
+        (np.array([1.0 + 0.1j]), np.array([1.0 + (0.1 + 1e-12) * 1j])),
+        (np.array([0.1 + 1.0j]), np.array([0.1 + 1e-12 + 1.0j])),
+        (np.array([0.1 + 1.0j], np.complex64), np.array([0.2 + 1.0j], np.complex64)),
     ):
         assert checksums({"x": x}) != checksums({"x": y})
         with jax.enable_x64(True):
             assert checksums({"x": x}) == checksums({"x": jnp.asarray(x)})
         assert checksums({"x": x}) == checksums({"x": x.copy()})
+    assert checksums({"x": np.zeros((0, 3))}) == {"x": "0" * 16}
 
 
 def test_a_state_of_shapes_goes_beside_the_adapters(tmp_path):

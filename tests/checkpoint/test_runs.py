@@ -12,6 +12,7 @@ import pytest
 from common import fails
 
 import lora_jax as lora
+from lora_jax.checkpoint import _run
 from lora_jax.checkpoint._run import LOCK, RUN
 
 PARAMS = {"q": jnp.ones((8, 8))}
@@ -44,6 +45,29 @@ def test_two_managers(tmp_path):
         with fails("has saved step 3 to .* since; nothing was saved"):
             save(one, 4)
     assert same(tmp_path, 2, ADAPTERS) and same(tmp_path, 3, OTHERS)
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (KeyError("run"), r"KeyError\('run'\)"),
+        (OSError(), r"OSError\(\)"),
+        (OSError("full"), "full"),
+    ],
+)
+def test_whatever_goes_wrong_first_all_processes_are_told(monkeypatch, error, message):
+    """The others wait in the broadcast: the first process comes there with any error."""
+    told = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    tell = lambda x: told.append(x) or x
+    monkeypatch.setattr(_run.multihost_utils, "broadcast_one_to_all", tell)
+
+    def fail(manager, step):
+        raise error
+
+    with fails(f"^{message}$") as found:
+        _run._by_the_first(fail, None, 1)
+    assert len(told) == 1 and found.value.__cause__ is error
 
 
 def test_one_after_the_other(tmp_path):
