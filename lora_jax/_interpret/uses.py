@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,20 @@ from lora_jax._nodes.weight import AdaptedWeight, Coded, Probe, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
 from lora_jax._products.frozen import Frozen, product
 
+TWO = "two adapted weights meet, and one of them has to be an array"
+
 
 def _adds(fn: Function) -> Function:
     """The rule `fn` where an update can be added to the result: else the weight is merged."""
 
-    def whole(ctx: Context, eqn: Equation, args: Sequence) -> Sequence | None:
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> Sequence | str:
         if _can_add(eqn):
             return fn(ctx, eqn, args)
         types = " and ".join(str(v.aval.dtype) for v in eqn.invars[:2])
         name = f"{eqn.primitive.name} of {types} to {eqn.outvars[0].aval.dtype}"
-        return ctx.bind(eqn, [ctx.materialise(v, eqn, name) if is_weight(v) else v for v in args])
+        why = "no number of its type can be added to the result"
+        read = lambda v: ctx.materialise(v, eqn, name, why) if is_weight(v) else v
+        return ctx.bind(eqn, list(map(read, args)))
 
     return whole
 
@@ -41,27 +46,31 @@ def _can_add(eqn: Equation) -> bool:
 def _product_rule(fn: Callable) -> Function:
     """The rule of dot_general: fn(ctx, eqn, side, w, x), where the weight w is operand `side`."""
 
-    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list:
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
         left, right = args
         # Two weights cannot both stay in factors: the left one becomes an array, by choice.
         # Where one is a vector, it is the vector; where one is rows that were looked up, the rows.
         rows = is_weight(left) and is_weight(right) and right.indexed and not left.indexed
         if rows or not is_weight(right) or (is_weight(left) and right.ndim < 2 <= left.ndim):
-            right = ctx.materialise(right, eqn) if is_weight(right) else right
-            return fn(ctx, eqn, 0, left, right)
-        return fn(ctx, eqn, 1, right, ctx.materialise(left, eqn) if is_weight(left) else left)
+            return fn(ctx, eqn, 0, left, _other(ctx, eqn, right))
+        return fn(ctx, eqn, 1, right, _other(ctx, eqn, left))
 
     return whole
 
 
-def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array) -> list | None:
+def _other(ctx: Context, eqn: Equation, x: Any) -> jax.Array:
+    """The operand beside a weight, an array: also where it is a weight."""
+    return ctx.materialise(x, eqn, why=TWO) if is_weight(x) else x
+
+
+def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array) -> list | str:
     """Together with the products of the same input that come later in the program."""
     xl = _own_labels(x)
     uses = [(eqn, side, w)]
     if w.gain is not None and _gains_input(eqn, side, w):
         wl = _labels(eqn, side, xl, w.ndim)
         if not {wl[d] for d in w.gain.dims if d != RANK} <= {*xl}:
-            return None
+            return "DoRA's units lie along axes that are summed and axes that are not"
         x = cast(x, meeting(x.dtype, w.dtype, eqn.outvars[0].aval.dtype))
         x = w.gained(x, xl, wl)  # x·(g ∘ W) = (g ∘ x)·W, along the axes that are summed
         uses[0] = eqn, side, dataclasses.replace(w, gain=None)
@@ -107,7 +116,7 @@ def _probed_dot(ctx: Context, eqn: Equation, side: int, w: Probe, x: jax.Array) 
         inner = {wl[d] for d in w.a.dims if d in met}
         hl = [d for d in dict.fromkeys([*xl, *al]) if d not in inner]  # of x·a
         down = lambda x, a: contract(x, xl, a, al, hl, precision=lax.Precision.HIGHEST)
-        x = observed(w.a, met, x, down)
+        x = observed(w, met, x, down)
     return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
 
 
@@ -174,10 +183,10 @@ def _conv_axes(eqn: Equation) -> tuple[int, list[int]]:
 def _rows_first(ctx: Context, eqn: Equation, args: Sequence) -> Sequence:
     """Of two weights the left one, rows that were looked up or the like, becomes an array."""
     x, w = args
-    return (ctx.materialise(x, eqn), w) if is_weight(x) and is_weight(w) else args
+    return (ctx.materialise(x, eqn, why=TWO), w) if is_weight(x) and is_weight(w) else args
 
 
-def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """The convolution by A with `rank` output features, then B at each position.
 
     In a grouped convolution A is shared by the groups: it runs once in each of them.
@@ -185,17 +194,20 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     x, w = _rows_first(ctx, eqn, args)
     p = eqn.params
     dn, groups = p["dimension_numbers"], p["feature_group_count"]
-    if is_weight(x) or p["batch_group_count"] != 1:
-        return None
+    if (why := _odd_conv(eqn, x)) is not None:
+        return why
     out_dim, inner = _conv_axes(eqn)
     first, second = (w.b, w.a) if w.a.has(out_dim) else (w.a, w.b)
     # A must run along the window and the input features alone, B along the output features.
     if any(
         first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
     ) or not second.has(out_dim):
-        return None
+        return (
+            "one factor must have all axes of the window and the input features, the other that "
+            "of the output features: make the adapters with lora.survey of this function"
+        )
     if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
-        return None
+        return "DoRA's units are not the output features"
     ctx.used(w, eqn, (inner, (out_dim,), ()))
     y = ctx.bind(eqn, [x, w.base])[0]
 
@@ -228,15 +240,24 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     return [w.gained(plus(y, delta.reshape(y.shape)), along)]
 
 
-def _probed_conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _odd_conv(eqn: Equation, x: Any) -> str | None:
+    """Why no weight is followed into a convolution, if so."""
+    if is_weight(x):
+        return "it is what the kernel runs over"
+    if eqn.params["batch_group_count"] != 1:
+        return "the batch is split into groups: it is the derivative of a grouped convolution"
+    return None
+
+
+def _probed_conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     x, w = _rows_first(ctx, eqn, args)
-    if is_weight(x) or eqn.params["batch_group_count"] != 1:
-        return None
+    if (why := _odd_conv(eqn, x)) is not None:
+        return why
     out_dim, inner = _conv_axes(eqn)
     ctx.used(w, eqn, (inner, (out_dim,), ()))
     if w.a is not None:
         down = lambda x, a: _conv_down(eqn, w.ndim, x, Factor(a, w.a.dims))
-        x = observed(w.a, inner, x, down)
+        x = observed(w, inner, x, down)
     return ctx.bind(eqn, [x, w.base])
 
 
@@ -295,17 +316,21 @@ def _ragged_axes(eqn: Equation, args: Sequence) -> tuple[int, int, int, bool] | 
     return group, inner, outer, xc == (1,)
 
 
-def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+RAGGED = "only (tokens, in) by (experts, in, out), with ragged tokens, is known"
+EXPERTS = "each expert must have its own A along its inputs, and its own B along its outputs"
+
+
+def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """Experts: (tokens, in) by (experts, in, out), with A and B of each expert in turn."""
     axes = _ragged_axes(eqn, args)
     if axes is None:
-        return None
+        return RAGGED
     (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
     first, second = (w.a, w.b) if w.a.has(inner) else (w.b, w.a)
     if set(first.dims) != {group, inner, RANK} or set(second.dims) != {group, outer, RANK}:
-        return None
+        return EXPERTS
     if w.gain is not None and {*w.gain.dims} != {group, outer, RANK}:
-        return None
+        return "DoRA's units are not the outputs of each expert"
     ctx.used(w, eqn, ((inner,), (outer,), (group,)))
     y = ctx.bind(eqn, [x, w.base, group_sizes])[0]
     x = cast(x, meeting(x.dtype, w.dtype, y.dtype))
@@ -325,10 +350,10 @@ def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     return [cast(full + full * gains, y.dtype)]
 
 
-def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     axes = _ragged_axes(eqn, args)
     if axes is None:
-        return None
+        return RAGGED
     (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
     ctx.used(w, eqn, ((inner,), (outer,), (group,)))
 
@@ -338,7 +363,7 @@ def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | No
         return lax.ragged_dot(x if tokens_first else x.T, a, group_sizes, precision=highest)
 
     if w.a is not None:
-        x = observed(w.a, (inner,), x, down, group_sizes)
+        x = observed(w, (inner,), x, down, group_sizes)
     return ctx.bind(eqn, [x, w.base, group_sizes])
 
 

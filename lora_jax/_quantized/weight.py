@@ -157,7 +157,8 @@ class Quantized:
     def sliceable(self) -> bool:
         """Whether the parts of axis 0 are those of each array."""
         order = self.order
-        whole = self.codes.ndim > 1 and (self.stack > 0 or self.second is None)
+        each = self.stack > 0 or (self.second is None and len(self.constants) == len(self.codes))
+        whole = self.codes.ndim > 1 and each
         return whole and order is not None and order[0] == 0
 
     @property
@@ -231,8 +232,10 @@ class Quantized:
         """What a gather along other axes than the last picks; None if it is another one."""
         p = eqn.params
         dn, last = p["dimension_numbers"], self.ndim - 1
+        fills = p["mode"] == lax.GatherScatterMode.FILL_OR_DROP  # with NaN, by the constants
         whole = (
             not self.moves
+            and not (fills and p["fill_value"] is not None)
             and STORED[self.format].block is not None
             and last not in (*dn.start_index_map, *dn.collapsed_slice_dims)
             and p["slice_sizes"][last] == self.shape[last]

@@ -281,3 +281,22 @@ def test_a_table_by_rows(format, double, monkeypatch):
     got, want = (value_and_grad(run)(adapters) for run in (
         lambda ad: f(lora.bind(q, ad), x), lambda ad: fn(lora.merge(plain, ad), x)))  # fmt: skip
     assert_close(got, want, factor=512)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "mxfp4"])
+@pytest.mark.parametrize("fill", [0, None])
+def test_rows_out_of_bounds_are_filled(format, fill):
+    q = quantized(normal(0, 8, 64), format)
+    fn = lambda p, ids: p["w"].at[ids].get(mode="fill", fill_value=fill)
+    ids = jnp.array([1, 9, -9, -1])
+    got = lora.adapt(fn)(lora.bind({"w": q}, None), ids)
+    np.testing.assert_array_equal(got, fn({"w": q.value()}, ids))
+
+
+def test_a_scan_along_an_axis_that_shares_its_constants():
+    """It is an in axis: the constants have it with size 1, and are no stack."""
+    q = quantized(normal(0, 3, 6, 5), "int8", in_axes=(0,))
+    fn = lambda p, x: jax.lax.scan(lambda c, w: (c, x @ w), 0, p["w"])[1]
+    x = normal(1, 4, 6)
+    got = lora.adapt(fn)(lora.bind({"w": q}, None), x)
+    assert_close(got, fn({"w": q.value()}, x))

@@ -84,13 +84,13 @@ def killed(folder: Path, args: Sequence[str], number: int, wait: float | None) -
     Then it runs once more, and must leave `out` whole and nothing beside it.
     """
     before = {p.name for p in folder.iterdir()}
-    process, end = started(folder, args), time.monotonic() + (60 if wait is None else wait)
+    process, end = started(folder, args), time.monotonic() + (300 if wait is None else wait)
     while process.poll() is None and time.monotonic() < end:
         if wait is None and list(folder.glob(".out.*")):
             break
         time.sleep(0.002)
     process.send_signal(number)
-    process.communicate(timeout=120)
+    process.communicate(timeout=900)
     new = {p.name for p in folder.iterdir()} - before
     if "out" in new:
         whole(folder, args[0])
@@ -98,7 +98,7 @@ def killed(folder: Path, args: Sequence[str], number: int, wait: float | None) -
     partial = new - {"out"}
     assert number == signal.SIGKILL or not partial, partial
     again = started(folder, args)
-    _, error = again.communicate(timeout=120)
+    _, error = again.communicate(timeout=900)
     assert again.returncode == 0, error
     whole(folder, args[0])
     remove(folder / "out")
