@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def init(
-    key: chex.PRNGKey, params: Any, config: LoRAConfig | Targets, survey: Survey | None = None
+    key: chex.PRNGKey,
+    params: Any,
+    config: LoRAConfig | Targets = None,  # type: ignore[assignment]
+    survey: Survey | None = None,
 ) -> dict:
     """The adapters of a parameter tree, such that the adapted function equals the plain one.
 
@@ -55,8 +58,10 @@ def init(
     ((64, 4), (4, 32))
     """
     if isinstance(params, Targets | LoRAConfig):
-        wrong = "the key is missing" if isinstance(config, Survey) else "params come before config"
-        raise LoRAError(f"{wrong}: lora.init(jax.random.key(0), params, config, survey)")
+        shifted = config is None or isinstance(config, Survey)
+        wrong = "the key is missing" if shifted else "params come before config"
+        given = "" if config is None else ", survey"
+        raise LoRAError(f"{wrong}: lora.init(jax.random.key(0), params, config{given})")
     if not isinstance(config, Targets | LoRAConfig):
         config_ = "config" if isinstance(survey, LoRAConfig) else "lora.LoRAConfig(rank=8)"
         survey_ = ", survey" if isinstance(config, Survey) else ""
