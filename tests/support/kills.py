@@ -111,18 +111,22 @@ def main(n: int) -> None:
     folder = Path(tempfile.mkdtemp())
     random.seed(0)
     found: collections.Counter = collections.Counter()
-    try:
+    try:  # interrupted, it says what was counted until then
         commands = sorted(inputs(folder).items())
         for i in range(n):
             number = signal.SIGTERM if i % 2 else signal.SIGKILL
             wait = None if i % 4 < 2 else random.uniform(0.5, 6)
             name, args = commands[i % len(commands)]
             found[name, number.name, killed(folder, args, number, wait)] += 1
+    except KeyboardInterrupt:
+        pass
     finally:
         shutil.rmtree(folder)
     for key, count in sorted(found.items()):
         print(*key, count)
-    print(f"{n} kills: each time `out` was whole or absent, and the next run left nothing else")
+    print(
+        f"{found.total()} kills: each time `out` was whole or absent, and the next run left nothing else"
+    )
 
 
 if __name__ == "__main__":

@@ -324,7 +324,10 @@ def outcome(seed: int, plan: str | None = None) -> tuple[str, str]:
 def main(count: int, first: int = 0) -> None:
     counts, why = collections.Counter(), collections.Counter()
     for seed in range(first, first + count):
-        what, said = outcome(seed)
+        try:
+            what, said = outcome(seed)
+        except KeyboardInterrupt:  # counts until then
+            break
         counts[what] += 1
         if what in ("wrong", "raised") or count == 1:
             print(seed, what, said, flush=True)
