@@ -221,7 +221,11 @@ def _side_by_side(
     join = _total if stacked else _ranks_side_by_side
     a, b = map(join, parts[:2])
     gain = _total(parts[2]) if gains else None
-    whole = dict(base=base, a=a, b=b, gain=gain, rows=None, scale=1.0)
+    # Tables one below the other, some rows of each in the place of its own.
+    rows = [w.rows for w, (_, b_) in zip(weights, pairs) if w.rows and {*w.rows.dims} == {*b_.dims}]
+    below = not stacked and len(rows) == len(weights)
+    own = _ranks_side_by_side(rows) if below else None
+    whole = dict(base=base, a=a, b=b, gain=gain, rows=own, scale=1.0)
     return [dataclasses.replace(first, **whole, **labels)]
 
 

@@ -204,13 +204,14 @@ def scaled_along(
     w: Followed, base: Any, c: jax.Array, dims: Collection[int], op: Callable
 ) -> Followed | str:
     """The weight times `c`, which varies along `dims` alone; op(factor, c) does it to a factor."""
+    dims = {*dims, *(d for d, n in enumerate(jnp.shape(c)) if n == 0)}  # without a first element
     if jnp.ndim(c) and w.ndim:  # what c is along each other axis is in its first element
         at = [slice(None) if d in dims else slice(1) for d in range(c.ndim)]
         c = lax.squeeze(c[tuple(at)], [d for d in range(c.ndim) if d not in dims])
     if not dims:
         return w.scaled(base, lambda f: op(f, c))
     if not isinstance(w, AdaptedWeight):
-        own = {d for d, n in enumerate(w.shape) if n > 1 and w.axes[d]}
+        own = {d for d, n in enumerate(w.shape) if n != 1 and w.axes[d]}
         return w.with_base(base) if {*dims} < own else f"it is scaled {BOTH}"
     both = {*w.a.dims, *w.b.dims}
     new = [d for d in dims if d not in both]
@@ -278,7 +279,9 @@ def _pad(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | s
         ends = [config.get(d, (0, 0, 0)) for d in f.dims]
         return Factor(lax.pad(f.value, jnp.zeros((), f.value.dtype), ends), f.dims)
 
-    return dataclasses.replace(w.moved(base(), move, w.axes), rows=None)
+    out = w.moved(base(), move, w.axes)
+    # Beside a row there is what it is padded with, and not the row's.
+    return out if all(map(w.a.has, padded)) else dataclasses.replace(out, rows=None)
 
 
 def _in_a_factor(w: AdaptedWeight, dims: Collection[int]) -> AdaptedWeight:

@@ -217,7 +217,7 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     h = _conv_down(eqn, w.ndim, x, first)
     # h: (..., batch·groups, ..., rank, ...); B: (rank, out) -> (rank, groups, out / groups)
     batch, feature = dn.out_spec[:2]
-    h = h.reshape(*h.shape[:batch], -1, groups, *h.shape[batch + 1 :])
+    h = h.reshape(*h.shape[:batch], y.shape[batch], groups, *h.shape[batch + 1 :])
     out: list = [("x", d) for d in range(y.ndim)]
     hl = list(out)
     hl[feature] = "rank"
@@ -225,7 +225,7 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     out[feature : feature + 1] = ["group", "out"]
     second = second.relabel({out_dim: out_dim})  # without axes of size 1 that the window may have
     b = cast(second.order((RANK, out_dim)).value, x.dtype)
-    b = b.reshape(b.shape[0], groups, -1)
+    b = b.reshape(b.shape[0], groups, b.shape[1] // groups)
     delta = contract(
         h,
         hl,
@@ -284,9 +284,10 @@ def _groups_to_batch(x: jax.Array, batch: int, feature: int, groups: int) -> jax
     """(N, ..., groups·c) as (N·groups, ..., c): one ordinary convolution for all groups."""
     if groups == 1:
         return x
-    x = x.reshape(*x.shape[:feature], groups, -1, *x.shape[feature + 1 :])
+    n, each = x.shape[batch], x.shape[feature] // groups
+    x = x.reshape(*x.shape[:feature], groups, each, *x.shape[feature + 1 :])
     x = jnp.moveaxis(x, feature, batch + 1)
-    return x.reshape(*x.shape[:batch], -1, *x.shape[batch + 2 :])
+    return x.reshape(*x.shape[:batch], n * groups, *x.shape[batch + 2 :])
 
 
 def _insert(f: Factor, dims: Sequence[int]) -> Factor:
