@@ -144,7 +144,7 @@ def of_orbax(path: Path) -> Generator[None, None, None]:
         raise
     except Exception as e:  # of their own kinds, and many
         text = str(e).strip().partition("\n")[0]
-        raise LoRAError(f"{path}: {type(e).__name__}: {quoted(text, 600)}") from e
+        raise LoRAError(f"{path}: {type(e).__name__}: {quoted(text, 1500)}") from e
 
 
 def inspect(

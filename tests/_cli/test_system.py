@@ -65,6 +65,17 @@ def test_a_disk_that_is_full(tmp_path, command):
     assert {p.name for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
+def test_a_disk_that_fills_up_meanwhile(tmp_path, monkeypatch):
+    """After room was found: also then no thread of orbax's has the last word."""
+    patch = "import lora_jax._cli.convert as c; c._room = lambda *_: None\n"
+    monkeypatch.setattr(kills, "LIMITED", patch + kills.LIMITED)
+    process = kills.started(tmp_path, kills.inputs(tmp_path)["convert"], most=100_000)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1 and error.startswith("error: out"), error
+    assert "File too large" in error and "Traceback" not in error
+
+
 def test_what_a_dead_process_left_is_removed(tmp_path):
     """Of the same output and host, and of no process that lives."""
     base = hf_folder(tmp_path / "base", g.base("mha"))
