@@ -15,7 +15,7 @@ from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import check_placed, near
-from lora_jax._nodes.adapters import Full, LoRA, Rows
+from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
 from lora_jax._quantized.weight import value
 from lora_jax._select import select
 from lora_jax._survey import Survey
@@ -80,7 +80,7 @@ def init(
     for path in targets.full:
         flat[path] = Full(jnp.asarray(near(value(leaves[path]))).astype(config.dtype))
     for path, (shape, index) in targets.rows.items():
-        rows = jnp.asarray(near(value(leaves[path])))[jnp.asarray(index)]
+        rows = rows_of(jnp.asarray(near(value(leaves[path]))), jnp.asarray(index))
         flat[path] = Rows(rows.astype(config.dtype), index, shape[0])
     raise_all(
         "the init function returned arrays of another shape:",

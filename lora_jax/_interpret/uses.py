@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, addable, cast, contract, holding, meeting, plus, times
 from lora_jax._core.geometry import RANK, Factor
 from lora_jax._interpret.observe import observed
@@ -214,7 +216,8 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     dtype = meeting(x.dtype, w.dtype, y.dtype)
     x = dropout(cast(x, dtype), w, ctx.use())
     first = Factor(times(cast(first.value, x.dtype), w.scale), first.dims)
-    h = _conv_down(eqn, w.ndim, x, first)
+    where = compat.explicit_sharding(y)
+    h = _conv_down(eqn, w.ndim, x, first, where)
     # h: (..., batch·groups, ..., rank, ...); B: (rank, out) -> (rank, groups, out / groups)
     batch, feature = dn.out_spec[:2]
     h = h.reshape(*h.shape[:batch], y.shape[batch], groups, *h.shape[batch + 1 :])
@@ -232,6 +235,7 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
         b,
         ("rank", "group", "out"),
         out,
+        where and where.update(spec=_in_groups(where.spec, feature, groups)),
         precision=p["precision"],
         preferred_element_type=holding(y.dtype),
     )
@@ -261,8 +265,19 @@ def _probed_conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     return ctx.bind(eqn, [x, w.base])
 
 
-def _conv_down(eqn: Equation, ndim: int, x: jax.Array, first: Factor) -> jax.Array:
-    """The convolution by a factor without an axis of the output features: its rank is theirs."""
+def _in_groups(spec: PartitionSpec, feature: int, groups: int) -> PartitionSpec:
+    """The spec of an array the features of which are split into (groups, features of one)."""
+    two = (spec[feature], None) if groups > 1 else (None, spec[feature])
+    return PartitionSpec(*spec[:feature], *two, *spec[feature + 1 :])
+
+
+def _conv_down(
+    eqn: Equation, ndim: int, x: jax.Array, first: Factor, where: NamedSharding | None = None
+) -> jax.Array:
+    """The convolution by a factor without an axis of the output features: its rank is theirs.
+
+    `where`: the sharding of the model's own result, where it is part of types.
+    """
     p = eqn.params
     dn = p["dimension_numbers"]
     out_dim, inner = _conv_axes(eqn)
@@ -277,7 +292,12 @@ def _conv_down(eqn: Equation, ndim: int, x: jax.Array, first: Factor) -> jax.Arr
         p["rhs_dilation"],
         dn,
         precision=p["precision"],
+        out_sharding=where and where.update(spec=_but(where.spec, dn.out_spec[1])),
     )
+
+
+def _but(spec: PartitionSpec, d: int) -> PartitionSpec:
+    return PartitionSpec(*(None if i == d else s for i, s in enumerate(spec)))
 
 
 def _groups_to_batch(x: jax.Array, batch: int, feature: int, groups: int) -> jax.Array:
