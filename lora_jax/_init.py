@@ -15,7 +15,7 @@ from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import check_placed, near
-from lora_jax._nodes.adapters import Full, LoRA, Rows
+from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
 from lora_jax._quantized.weight import value
 from lora_jax._select import select
 from lora_jax._survey import Survey
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def init(
-    key: chex.PRNGKey, params: Any, config: LoRAConfig | Targets, survey: Survey | None = None
+    key: chex.PRNGKey,
+    params: Any,
+    config: LoRAConfig | Targets = None,  # type: ignore[assignment]
+    survey: Survey | None = None,
 ) -> dict:
     """The adapters of a parameter tree, such that the adapted function equals the plain one.
 
@@ -55,8 +58,10 @@ def init(
     ((64, 4), (4, 32))
     """
     if isinstance(params, Targets | LoRAConfig):
-        wrong = "the key is missing" if isinstance(config, Survey) else "params come before config"
-        raise LoRAError(f"{wrong}: lora.init(jax.random.key(0), params, config, survey)")
+        shifted = config is None or isinstance(config, Survey)
+        wrong = "the key is missing" if shifted else "params come before config"
+        given = "" if config is None else ", survey"
+        raise LoRAError(f"{wrong}: lora.init(jax.random.key(0), params, config{given})")
     if not isinstance(config, Targets | LoRAConfig):
         config_ = "config" if isinstance(survey, LoRAConfig) else "lora.LoRAConfig(rank=8)"
         survey_ = ", survey" if isinstance(config, Survey) else ""
@@ -76,7 +81,7 @@ def init(
     for path in targets.full:
         flat[path] = Full(jnp.asarray(near(value(leaves[path]))).astype(config.dtype))
     for path, (shape, index) in targets.rows.items():
-        rows = jnp.asarray(near(value(leaves[path])))[jnp.asarray(index)]
+        rows = rows_of(jnp.asarray(near(value(leaves[path]))), jnp.asarray(index))
         flat[path] = Rows(rows.astype(config.dtype), index, shape[0])
     raise_all(
         "the init function returned arrays of another shape:",

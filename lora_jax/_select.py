@@ -120,6 +120,8 @@ class _Selection:
                 # What the kernel passes before its product; nothing if it enters that as it is.
                 by = ", ".join(f"`{u.primitive}`" for u in leaf.uses if not leaf.products)
                 reasons[path] = "excluded" + (f"; it is contracted after {by}" if by else "")
+            elif leaf.products and 0 in leaf.shape:
+                reasons[path] = "without elements"
             elif leaf.head:
                 reasons[path] = "the output head"
             elif leaf.kind == "embedding":
@@ -152,7 +154,9 @@ class _Selection:
         linear = [
             p
             for p, leaf in known.items()
-            if p not in heads and (leaf.kind in ("linear", "conv") or _derived(leaf))
+            if p not in heads
+            and 0 not in leaf.shape
+            and (leaf.kind in ("linear", "conv") or _derived(leaf))
         ]
         if not linear:
             only = f"but the output head {', '.join(heads)}; name it in targets" if heads else ""
@@ -218,6 +222,9 @@ class _Selection:
         _, inner, outer = geometry.sizes(shape)
         rank, alpha, dropout = rule.rank, rule.alpha, rule.dropout
         assert rank is not None and alpha is not None and dropout is not None  # by `rule`
+        if 0 in shape:
+            self.failures.append(f"'{path}' {shape} has no elements: exclude=['{path}']")
+            return None
         # Beyond it the rank of A·B does not grow, and A and B have more numbers than W.
         if rank > min(inner, outer):
             self.failures.append(

@@ -88,7 +88,7 @@ class Survey:
             raise LoRAError(
                 f"the survey has {len(found) or 'no'} leaves '{path}' "
                 f"(nearest: {', '.join(found or nearest(path, self.leaves))}); survey the function "
-                "of the same parameters: lora.survey(model.apply, {'params': params}, x)"
+                "of the same parameters, or of a tree that holds them: lora.survey(fn, params, x)"
             )
         return self.leaves[found[0]]
 

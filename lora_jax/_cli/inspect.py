@@ -147,7 +147,7 @@ def of_orbax(path: Path) -> Generator[None, None, None]:
     # Orbax and its libraries raise many kinds of errors.
     except Exception as e:
         text = str(e).strip().partition("\n")[0]
-        raise LoRAError(f"{path}: {type(e).__name__}: {quoted(text, 600)}") from e
+        raise LoRAError(f"{path}: {type(e).__name__}: {quoted(text, 1500)}") from e
 
 
 def inspect(

@@ -6,11 +6,13 @@ import logging
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 
 def main() -> None:
     """`lora-jax`: runs the command that the arguments name, and exits with its status."""
+    sys.unraisablehook = _of_the_main_thread
     try:
         import typer  # noqa: F401
     except ModuleNotFoundError:
@@ -30,6 +32,13 @@ def main() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
     app(prog_name="lora-jax")
+
+
+def _of_the_main_thread(error: sys.UnraisableHookArgs) -> None:
+    """Prints what could be raised nowhere. So do threads of orbax's libraries, over a full disk,
+    when the main one has raised it already."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(error)
 
 
 def _stopped(number: int, frame: FrameType | None) -> None:

@@ -42,12 +42,13 @@ def _same(jaxpr: Any, args: Sequence, outs: Sequence) -> list:
     return [o if i is None or not is_weight(args[i]) else args[i] for i, o in zip(came, outs)]
 
 
-def arrays(ctx: Context, eqn: Equation, outs: Sequence, why: str) -> list:
+def arrays(ctx: Context, eqn: Equation, outs: Sequence, name: str) -> list:
     """Outputs of a body where only arrays may leave it."""
-    return [ctx.materialise(o, eqn, why) if is_weight(o) else o for o in outs]
+    why = f"it leaves the body of the {eqn.primitive.name} as an array: multiply by it inside"
+    return [ctx.materialise(o, eqn, name, why) if is_weight(o) else o for o in outs]
 
 
-def _jit(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _jit(ctx: Context, eqn: Equation, args: Sequence) -> list:
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
     # Which operands no data enters is known out here alone.
@@ -90,7 +91,7 @@ def _like(arg: Followed, base: Any, of: Callable[[Factor], Any]) -> Any:
     return arg.moved(base, lambda f: Factor(of(f), f.dims), arg.axes)
 
 
-def _remat(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _remat(ctx: Context, eqn: Equation, args: Sequence) -> list:
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
     fixed = tuple(map(ctx.constant, eqn.invars))
@@ -102,15 +103,15 @@ def _remat(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     return _same(jaxpr, args, body(*map(ctx.fresh, args)))
 
 
-def _call(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _call(ctx: Context, eqn: Equation, args: Sequence) -> list:
     jaxpr, consts = compat.opened(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
     return ctx.run(jaxpr, consts, args, fixed=tuple(map(ctx.constant, eqn.invars)))
 
 
-def _cond(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _cond(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     index, *operands = args
     if is_weight(index):
-        return None
+        return "it is what chooses"
     # Weights are constants of the branches: `lax.switch` passes arrays on, no labels.
     passed = [None if is_weight(o) else o for o in operands]
 
@@ -134,7 +135,7 @@ def _cuttable(arg: Any, spec: PartitionSpec, mesh: Any) -> Any:
     return arg.array() if isinstance(arg, Coded) else arg.with_base(value(arg.base))
 
 
-def _shard_map(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _shard_map(ctx: Context, eqn: Equation, args: Sequence) -> list:
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
     # What the spec of a weight says of an axis holds for the factors that have that axis.

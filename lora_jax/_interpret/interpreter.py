@@ -15,7 +15,7 @@ from lora_jax._core import compat
 from lora_jax._interpret import bodies, joins, lookups, loops, moves, uses
 from lora_jax._interpret.coverage import LOW_RANK, MATERIALISED, Use
 from lora_jax._interpret.repeats import Body, Repeats
-from lora_jax._interpret.rule import Equation
+from lora_jax._interpret.rule import Equation, no_rule
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, has_seed, is_weight, origins
 from lora_jax._quantized.sending import sent
 from lora_jax._quantized.weight import is_quantized, value
@@ -306,11 +306,10 @@ class Interpreter:
         fn = rule.of(weights) if rule else None
         if rule is None or fn is None or fn is not rule.coded:  # codes are read first
             values = [v.array() if isinstance(v, Coded) else v for v in values]
-        outs = fn(self, eqn, values) if fn else None
-        if outs is None or isinstance(outs, str):
-            why = outs or ""
+        outs = fn(self, eqn, values) if fn else no_rule(eqn.primitive.name)
+        if isinstance(outs, str):
             # No rule, or one that cannot: the sum itself, as a visible use.
-            plain = [self.materialise(v, eqn, why=why) if is_weight(v) else v for v in values]
+            plain = [self.materialise(v, eqn, why=outs) if is_weight(v) else v for v in values]
             outs = self.bind(eqn, plain)
         # What moves codes may have to read them: an array then, and no weight any more.
         read = lambda v: isinstance(v, Coded) and not is_quantized(v.base)
@@ -411,7 +410,7 @@ class Interpreter:
         comes back as it was."""
         if moved and not isinstance(w, Coded):
             how = LOW_RANK if w.indexed else MATERIALISED
-            use = Use("output", how, "the outputs")
+            use = Use("output", how, "the outputs", why="it is returned as an array")
             self.events |= {(leaf, None, how): use for leaf in origins(w)}
         return w.array()
 

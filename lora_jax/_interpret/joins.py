@@ -17,7 +17,7 @@ from jax import lax
 
 from lora_jax._core.einsum import cast, times
 from lora_jax._core.geometry import RANK, Factor
-from lora_jax._interpret.moves import GAIN, scaled_along, spread_to
+from lora_jax._interpret.moves import GAIN, REPEATED, scaled_along, spread_to
 from lora_jax._interpret.rule import Context, Equation, Rule, read_first
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight, origins
 
@@ -125,23 +125,23 @@ def _ranks_side_by_side(factors: Sequence[Factor]) -> Factor:
     return Factor(lax.concatenate(values, dims.index(RANK)), dims)
 
 
-def _add(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+def _add(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """A sum or a difference: the update of what is subtracted changes its sign."""
     at = [i for i, w in enumerate(args) if is_weight(w)]
     parts: list[Any] = [spread_to(args[i], eqn.outvars[0].aval.shape) for i in at]
     if any(w is None for w in parts):
-        return None
+        return REPEATED
     if eqn.primitive.name == "sub":
         # Operand 1 is what is subtracted.
         parts = [w.scaled(w.base, lambda a: -a) if i else w for i, w in zip(at, parts)]
     return _sum(ctx, eqn, args, at, parts)
 
 
-def _select(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+def _select(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """A choice along axes of one factor: of each weight the update counts where it is chosen."""
     which, *cases = args
     if is_weight(which):
-        return None
+        return "it is what chooses"
     if all(map(is_weight, cases)) and _one_and_the_same(cases):
         base = ctx.bind(eqn, [which, *(w.base for w in cases)])[0]
         return [cases[0].with_base(base)]
@@ -171,13 +171,13 @@ def _one_and_the_same(cases: Sequence[Followed]) -> bool:
     ) and all(getattr(w, "scale", None) == getattr(first, "scale", None) for w in cases)
 
 
-def _concatenate(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+def _concatenate(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """Side by side: [A₁ A₂ …] times a B that is zero outside each one's part; where both factors
     of all run along the axis, as in a stack, each is concatenated along it and no rank grows."""
     return _side_by_side(ctx, eqn, args, eqn.params["dimension"], list(args))
 
 
-def _stack(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+def _stack(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     dim = eqn.params["axis"]
     shape = list(eqn.outvars[0].aval.shape)
     shape[dim] = 1
@@ -196,7 +196,7 @@ def _stack(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
 
 def _side_by_side(
     ctx: Context, eqn: Equation, args: Sequence, dim: int, placed: list
-) -> list | str | None:
+) -> list | str:
     """placed: the arguments as they lie in the result, with axis `dim`."""
     weights = [w for w in placed if is_weight(w)]
     first = weights[0]
@@ -248,7 +248,11 @@ def _side_by_side(
     gain = _total(parts[2]) if gains else None
     # Where no seed has the axis, the joined branch has the first one's mask.
     seed = _total(parts[3]) if seeds else first.seed
-    whole = dict(base=base, a=a, b=b, gain=gain, seed=seed, rows=None, scale=1.0)
+    # Tables one below the other, some rows of each in the place of its own.
+    rows = [w.rows for w, (_, b_) in zip(weights, pairs) if w.rows and {*w.rows.dims} == {*b_.dims}]
+    below = not stacked and len(rows) == len(weights)
+    own = _ranks_side_by_side(rows) if below else None
+    whole = dict(base=base, a=a, b=b, gain=gain, seed=seed, rows=own, scale=1.0)
     return [dataclasses.replace(first, **whole, **labels)]
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core.geometry import RANK, Factor
-from lora_jax._interpret.rule import Context, Equation, Function, Rule, read_first
+from lora_jax._interpret.rule import INDEX, Context, Equation, Function, Rule, read_first
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight
 
 
@@ -24,11 +24,13 @@ def _gather_rule(fn: Callable) -> Function:
     picked, indexed, rest), of the weight before and after, the axes that were indexed, and those
     that were not."""
 
-    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
         (w, indices), p = args, eqn.params
         dn = p["dimension_numbers"]
-        if not is_weight(w) or is_weight(indices) or dn.operand_batching_dims:
-            return None
+        if is_weight(indices):
+            return INDEX
+        if dn.operand_batching_dims:
+            return "each of a stack of weights has its own indices: use jax.lax.map for jax.vmap"
         sizes, start_map = p["slice_sizes"], dn.start_index_map
         # An axis of which all is taken is none that is indexed.
         indexed = tuple(d for d in start_map if sizes[d] < w.shape[d])
@@ -106,10 +108,10 @@ def _undecided(w: Followed, picked: Followed, indexed: tuple) -> Followed:
     return dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken}))
 
 
-def _coded_gather(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _coded_gather(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     w, indices = args
-    if not is_weight(w) or is_weight(indices):
-        return None
+    if is_weight(indices):
+        return INDEX
     return ctx.bind(eqn, [w.base, indices])
 
 
@@ -151,11 +153,11 @@ def _gather_factor(
     return Factor(value, (*batch, *(d if d == RANK else label[d] for d in kept)))
 
 
-def _dynamic_slice(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _dynamic_slice(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """`table[i]`, one row, or the weights of one layer."""
     w, *starts = args
-    if not is_weight(w) or any(map(is_weight, starts)):
-        return None
+    if any(map(is_weight, starts)):
+        return INDEX
     sizes = eqn.params["slice_sizes"]
     base = ctx.bind(eqn, [w.base, *starts])[0]
 

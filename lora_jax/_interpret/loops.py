@@ -78,7 +78,9 @@ def _carry(
     def operand(i: int, a: Any) -> Operand:
         if is_weight(a) and came[i] == first + i:  # it comes out as it went in, each time
             return Operand(a, Part.SAME)
-        a = ctx.materialise(a, eqn, f"{eqn.primitive.name} carry") if is_weight(a) else a
+        if is_weight(a):
+            why = "a step changes it: multiply by the weight that came in, and carry what is made"
+            a = ctx.materialise(a, eqn, f"{eqn.primitive.name} carry", why)
         return Operand(a, Part.CARRIED)
 
     return [operand(i, a) for i, a in enumerate(args)]
@@ -94,7 +96,7 @@ def _start(operands: Sequence) -> list:
     return [o.value for o in operands if o.part is Part.CARRIED]
 
 
-def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list:
     """Stacked weights are sliced with their factors; a weight carried unchanged is a constant."""
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
@@ -144,7 +146,7 @@ def _at_step(w: Any, step: Any) -> Any:
     return w.folded(step) if has_seed(w) else w
 
 
-def _while(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _while(ctx: Context, eqn: Equation, args: Sequence) -> list:
     p = eqn.params
     cond, cond_consts = compat.opened(p["cond_jaxpr"])
     body, body_consts = compat.opened(p["body_jaxpr"])

@@ -19,52 +19,60 @@ from jax.sharding import NamedSharding
 from lora_jax._core import compat
 from lora_jax._core.einsum import times
 from lora_jax._core.geometry import RANK, Factor, blocks_of, spec_along
-from lora_jax._interpret.rule import Context, Equation, Function, Rule, every, read_first
+from lora_jax._interpret.rule import (
+    TOGETHER,
+    Context,
+    Equation,
+    Function,
+    Rule,
+    every,
+    read_first,
+)
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight, origins
 
 Base: TypeAlias = Callable[[], Any]  # makes what the primitive makes of the base
 
 
 def _alone(
-    fn: Callable[[Equation, Followed, Base, Sequence], Followed | str | None],
+    fn: Callable[[Equation, Followed, Base, Sequence], Followed | str],
 ) -> Function:
     """The rule of a primitive whose first operand alone is a weight: fn(eqn, w, base, rest)."""
 
-    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
         w, *rest = args
         if not is_weight(w) or any(map(is_weight, rest)):
-            return None
+            return TOGETHER
         out = fn(eqn, w, lambda: ctx.bind(eqn, [w.base, *rest])[0], rest)
-        return out if out is None or isinstance(out, str) else [out]
+        return out if isinstance(out, str) else [out]
 
     return whole
 
 
-def _transpose(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+def _transpose(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     # Labels change, and the factors' arrays stay as they are.
     return w.relabelled(base(), {old: new for new, old in enumerate(eqn.params["permutation"])})
 
 
-def _squeeze(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+def _squeeze(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     gone = eqn.params["dimensions"]  # of size 1: what is left of an index or a slice
     kept = [d for d in range(w.ndim) if d not in gone]
     stacked = {axis for d in gone for axis in w.axes[d]}
     return w.relabelled(base(), {old: new for new, old in enumerate(kept)}, stacked)
 
 
-def _broadcast_in_dim(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+def _broadcast_in_dim(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     shape, to = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     # An axis of size 1 that is repeated is none of the factors' any more: they are constant there.
     return w.relabelled(base(), {d: to[d] for d in range(w.ndim) if w.shape[d] == shape[to[d]]})
 
 
-def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str | None:
-    if eqn.params["dimensions"] is not None:  # it transposes as well
-        return None
+def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
+    if eqn.params["dimensions"] is not None:
+        return "it transposes as well"
     new_shape = eqn.params["new_sizes"]
     blocks = blocks_of(w.shape, new_shape)
     if blocks is None:
-        return None
+        return f"from {w.shape} to {new_shape} no axes are joined or split whole"
     w = _with_repeats(w, blocks)
     if not all(_reshapeable(f, w.shape, old) for f in w.parts.values() for old, _ in blocks):
         return "it joins an axis of one factor with an axis that it lacks and the other has"
@@ -121,7 +129,7 @@ def _reshape_factor(
     return Factor(lax.reshape(f.value, [*sizes, rank]), (*dims, RANK))
 
 
-def _slice(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+def _slice(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     p = eqn.params
     strides = p["strides"] or (1,) * w.ndim
 
@@ -136,7 +144,7 @@ def _slice(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed |
     return w.moved(base(), move, w.axes)
 
 
-def _rev(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+def _rev(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     flipped = eqn.params["dimensions"]
 
     def move(f: Factor) -> Factor:
@@ -145,21 +153,22 @@ def _rev(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | N
     return w.moved(base(), move, w.axes)
 
 
-def _convert(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+def _convert(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
     # The factors keep their own precision; the contraction casts them to its operand's. A cast to
     # integers rounds the sum W + A·B, and so needs it.
-    return w.with_base(base()) if jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact) else None
+    dtype = eqn.params["new_dtype"]
+    return w.with_base(base()) if jnp.issubdtype(dtype, jnp.inexact) else f"it becomes {dtype}"
 
 
-def _identity(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+def _identity(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     return w.with_base(base())
 
 
-def _neg(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+def _neg(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     return w.scaled(base(), lambda a: -a)
 
 
-def _mul(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+def _mul(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """By a scalar, or along axes of one factor: exact on that factor as well."""
     by = 0 if is_weight(args[1]) else 1
     if is_weight(args[by]):  # of two weights the one that is a vector along the other
@@ -172,7 +181,7 @@ def _mul(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
     return _times(ctx, eqn, args[1 - by], args, by, op)
 
 
-def _div(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
+def _div(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     if is_weight(args[1]):
         return "it divides"
     w, _ = args
@@ -181,12 +190,12 @@ def _div(ctx: Context, eqn: Equation, args: Sequence) -> list | str | None:
 
 def _times(
     ctx: Context, eqn: Equation, w: Followed, args: Sequence, by: int, op: Callable
-) -> list | str | None:
+) -> list | str:
     if jnp.issubdtype(eqn.invars[by].aval.dtype, jnp.complexfloating):
         return "it is scaled by complex numbers"
     moved = spread_to(w, eqn.outvars[0].aval.shape)
     if moved is None:
-        return None
+        return REPEATED
     if isinstance(w, Probe) and ctx.leaves_of(eqn.invars[by]) & {*origins(w)}:
         return "it is scaled by what is made of it"  # no linear map
     c = ctx.materialise(args[by], eqn) if is_weight(args[by]) else args[by]
@@ -196,6 +205,7 @@ def _times(
     return out if isinstance(out, str) else [out]
 
 
+REPEATED = "it is repeated along a new axis there"
 GAIN = "DoRA's gain is of the sum W + A·B, and not of what is joined with it"
 BOTH = "along the axes of both factors"
 
@@ -204,6 +214,7 @@ def scaled_along(
     w: Followed, base: Any, c: jax.Array, dims: Collection[int], op: Callable
 ) -> Followed | str:
     """The weight times `c`, which varies along `dims` alone; op(factor, c) does it to a factor."""
+    dims = {*dims, *(d for d, n in enumerate(jnp.shape(c)) if n == 0)}  # without a first element
     if jnp.ndim(c) and w.ndim:  # what c is along each other axis is in its first element
         at = [slice(None) if d in dims else slice(1) for d in range(c.ndim)]
         c = lax.squeeze(c[tuple(at)], [d for d in range(c.ndim) if d not in dims])
@@ -211,7 +222,7 @@ def scaled_along(
         return w.scaled(base, lambda f: op(f, c))
     if not isinstance(w, AdaptedWeight):
         # A probe: a scale along all axes of the leaf at once would be in neither factor.
-        own = {d for d, n in enumerate(w.shape) if n > 1 and w.axes[d]}
+        own = {d for d, n in enumerate(w.shape) if n != 1 and w.axes[d]}
         return w.with_base(base) if {*dims} < own else f"it is scaled {BOTH}"
     both = {*w.a.dims, *w.b.dims}
     new = [d for d in dims if d not in both]
@@ -250,7 +261,7 @@ def spread_to(w: Followed, shape: Sequence[int]) -> Followed | None:
     return w.relabelled(jax.ShapeDtypeStruct(shape, w.dtype), label)
 
 
-def _split(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _split(ctx: Context, eqn: Equation, args: Sequence) -> list:
     (w,), dim = args, eqn.params["axis"]
     bases, outs, start = ctx.bind(eqn, [w.base]), [], 0
     for base, size in zip(bases, eqn.params["sizes"]):
@@ -282,8 +293,9 @@ def _pad(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | s
         ends = [config.get(d, (0, 0, 0)) for d in f.dims]
         return Factor(lax.pad(f.value, jnp.zeros((), f.value.dtype), ends), f.dims)
 
-    # A row that replaces the base's would put zeros where the base is padded with another value.
-    return dataclasses.replace(w.moved(base(), move, w.axes), rows=None)
+    out = w.moved(base(), move, w.axes)
+    # Beside a row there is what it is padded with, and not the row's.
+    return out if all(map(w.a.has, padded)) else dataclasses.replace(out, rows=None)
 
 
 def _in_a_factor(w: AdaptedWeight, dims: Collection[int]) -> AdaptedWeight:
@@ -301,11 +313,11 @@ def _tile(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     return w.moved(base(), move, w.axes)
 
 
-def _reduce_sum(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str | None:
+def _reduce_sum(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
     """A sum along axes of one factor is that of the factor."""
     gone = eqn.params["axes"]
     if not isinstance(w, AdaptedWeight) or w.indexed:
-        return None
+        return "it is summed"
     if w.gain is not None:
         return GAIN
     if any(w.a.has(d) and w.b.has(d) for d in gone):
@@ -331,13 +343,13 @@ def _reduce_sum(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Follo
     return dataclasses.replace(out, a=a, seed=seed)
 
 
-def _barrier(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _barrier(ctx: Context, eqn: Equation, args: Sequence) -> list:
     # Over base and factors, so that what is made of either waits as the program says.
     leaves, treedef = jax.tree.flatten(args)
     return jax.tree.unflatten(treedef, lax.optimization_barrier(leaves))
 
 
-def _sharding_constraint(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _sharding_constraint(ctx: Context, eqn: Equation, args: Sequence) -> list:
     (w,), sharding = args, eqn.params["sharding"]
     base = ctx.bind(eqn, [w.base])[0]
     if not isinstance(sharding, NamedSharding):
@@ -346,7 +358,7 @@ def _sharding_constraint(ctx: Context, eqn: Equation, args: Sequence) -> list | 
     return [_along(w, base, sharding, lax.with_sharding_constraint)]
 
 
-def _reshard(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _reshard(ctx: Context, eqn: Equation, args: Sequence) -> list:
     (w,) = args
     base = ctx.bind(eqn, [w.base])[0]
     return [_along(w, base, eqn.params["dst_sharding"], jax.sharding.reshard)]
@@ -362,12 +374,12 @@ def _along(w: Followed, base: Any, sharding: NamedSharding, place: Callable) -> 
     return w.moved(base, move, w.axes)
 
 
-def _all_gather(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+def _all_gather(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
     p = eqn.params
     dim = p["all_gather_dimension"]
     # Untiled it adds an axis for the devices, and groups gather parts.
     if not p["tiled"] or p["axis_index_groups"] is not None:
-        return None
+        return "it is gathered by groups, or along a new axis"
 
     def move(f: Factor) -> Factor:
         if not f.has(dim):  # each device has all of it
@@ -379,7 +391,7 @@ def _all_gather(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Follo
     return w.moved(base(), move, w.axes)
 
 
-def _pvary(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | None:
+def _pvary(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     axes = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
     return w.moved(base(), lambda f: Factor(compat.vary(f.value, axes), f.dims), w.axes)
 

@@ -18,25 +18,34 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._core.einsum import cast
-from lora_jax._core.geometry import RANK, Factor
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.geometry import RANK
+from lora_jax._nodes.weight import Probe
 
 
 def observed(
-    factor: Factor, inner: Collection[int], x: jax.Array, product: Callable, *rest: jax.Array
+    w: Probe, inner: Collection[int], x: jax.Array, product: Callable, *rest: jax.Array
 ) -> jax.Array:
     """x, such that the gradient of a is C·a whatever the cotangent.
 
     Args:
-      factor: a, of a probe.
+      w: the probe, with its factor a.
       inner: the axes of the weight that the product sums over.
       product: (x, a, *rest) -> x·a, linear in a.
       rest: integers that the product needs.
     """
+    factor = w.a
+    assert factor is not None
     a = factor.value
     size = math.prod(factor.size(d) for d in inner if factor.has(d))
     # Part of a leaf, or used the other way round: x is not what the leaf's in axes meet.
-    if size != factor.size(RANK) or not jnp.issubdtype(x.dtype, jnp.floating):
+    if size != factor.size(RANK):
         return x
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise LoRAError(
+            f"'{w.origin}' is multiplied by {x.dtype}: a second moment is of floating-point inputs "
+            "alone. Leave it out, exclude=['" + f"{w.origin}'], or cast its input in the model"
+        )
 
     @jax.custom_vjp
     def tap(x: jax.Array, a: jax.Array, rest: Sequence) -> jax.Array:

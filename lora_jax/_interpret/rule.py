@@ -15,10 +15,19 @@ from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe
 Context: TypeAlias = Any  # the `Interpreter`
 Equation: TypeAlias = Any  # of a jaxpr
 
-# (ctx, eqn, operands) -> outputs. One operand or more is a weight.
-# None: it cannot stay in factors here, and the interpreter materialises it, visibly. So does a
-# string, which says why.
-Function: TypeAlias = Callable[[Context, Equation, Sequence], Sequence | str | None]
+# (ctx, eqn, operands) -> outputs. One operand or more is a weight. A string: it cannot stay in
+# factors here, which is why; the interpreter materialises it, visibly.
+Function: TypeAlias = Callable[[Context, Equation, Sequence], Sequence | str]
+
+TOGETHER = "another weight enters it as well"
+INDEX = "it is used as an index"
+
+
+def no_rule(name: str) -> str:
+    """Why a primitive without a rule needs the sum W + A·B itself."""
+    if name.startswith("scatter") or name == "dynamic_update_slice":
+        return "it is written into: set the values in the parameters, before `bind`"
+    return "no linear map that keeps an update in low rank"
 
 
 @dataclasses.dataclass(frozen=True)

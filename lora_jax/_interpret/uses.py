@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, addable, cast, contract, holding, meeting, plus, times
 from lora_jax._core.geometry import RANK, Factor
 from lora_jax._interpret.observe import observed
@@ -23,16 +26,20 @@ from lora_jax._nodes.weight import AdaptedWeight, Coded, Probe, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
 from lora_jax._products.frozen import Frozen, product
 
+TWO = "two adapted weights meet, and one of them has to be an array"
+
 
 def _adds(fn: Function) -> Function:
     """The rule `fn` where an update can be added to the result: else the weight is merged."""
 
-    def whole(ctx: Context, eqn: Equation, args: Sequence) -> Sequence | None:
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> Sequence | str:
         if _can_add(eqn):
             return fn(ctx, eqn, args)
         types = " and ".join(str(v.aval.dtype) for v in eqn.invars[:2])
         name = f"{eqn.primitive.name} of {types} to {eqn.outvars[0].aval.dtype}"
-        return ctx.bind(eqn, [ctx.materialise(v, eqn, name) if is_weight(v) else v for v in args])
+        why = "no number of its type can be added to the result"
+        read = lambda v: ctx.materialise(v, eqn, name, why) if is_weight(v) else v
+        return ctx.bind(eqn, list(map(read, args)))
 
     return whole
 
@@ -44,20 +51,24 @@ def _can_add(eqn: Equation) -> bool:
 def _product_rule(fn: Callable) -> Function:
     """The rule of dot_general: fn(ctx, eqn, side, w, x), where the weight w is operand `side`."""
 
-    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list:
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
         left, right = args
         # Two weights cannot both stay in factors: the left one becomes an array, by choice.
         # Where one is a vector, it is the vector; where one is rows that were looked up, the rows.
         rows = is_weight(left) and is_weight(right) and right.indexed and not left.indexed
         if rows or not is_weight(right) or (is_weight(left) and right.ndim < 2 <= left.ndim):
-            right = ctx.materialise(right, eqn) if is_weight(right) else right
-            return fn(ctx, eqn, 0, left, right)
-        return fn(ctx, eqn, 1, right, ctx.materialise(left, eqn) if is_weight(left) else left)
+            return fn(ctx, eqn, 0, left, _other(ctx, eqn, right))
+        return fn(ctx, eqn, 1, right, _other(ctx, eqn, left))
 
     return whole
 
 
-def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array) -> list | None:
+def _other(ctx: Context, eqn: Equation, x: Any) -> jax.Array:
+    """The operand beside a weight, an array: also where it is a weight."""
+    return ctx.materialise(x, eqn, why=TWO) if is_weight(x) else x
+
+
+def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array) -> list | str:
     """Together with the products of the same input that come later in the program."""
     xl = _own_labels(x)
     uses = [(eqn, side, w)]
@@ -65,7 +76,7 @@ def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array)
         wl = _labels(eqn, side, xl, w.ndim)
         # It runs along another axis of the weight as well, which x does not have.
         if not {wl[d] for d in w.gain.dims if d != RANK} <= {*xl}:
-            return None
+            return "DoRA's units lie along axes that are summed and axes that are not"
         x = cast(x, meeting(x.dtype, w.dtype, eqn.outvars[0].aval.dtype))
         x = w.gained(x, xl, wl)  # x·(g ∘ W) = (g ∘ x)·W, along the axes that are summed
         uses[0] = eqn, side, dataclasses.replace(w, gain=None)
@@ -114,7 +125,7 @@ def _probed_dot(ctx: Context, eqn: Equation, side: int, w: Probe, x: jax.Array) 
         # Those of x·a.
         hl = [d for d in dict.fromkeys([*xl, *al]) if d not in inner]
         down = lambda x, a: contract(x, xl, a, al, hl, precision=lax.Precision.HIGHEST)
-        x = observed(w.a, met, x, down)
+        x = observed(w, met, x, down)
     return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
 
 
@@ -181,10 +192,10 @@ def _conv_axes(eqn: Equation) -> tuple[int, list[int]]:
 def _rows_first(ctx: Context, eqn: Equation, args: Sequence) -> Sequence:
     """Where both are weights, the left one (looked-up rows, say) becomes an array."""
     x, w = args
-    return (ctx.materialise(x, eqn), w) if is_weight(x) and is_weight(w) else args
+    return (ctx.materialise(x, eqn, why=TWO), w) if is_weight(x) and is_weight(w) else args
 
 
-def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """The convolution by A with `rank` output features, then B at each position.
 
     In a grouped convolution A is shared by the groups: it runs once in each of them.
@@ -192,8 +203,8 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     x, w = _rows_first(ctx, eqn, args)
     p = eqn.params
     dn, groups = p["dimension_numbers"], p["feature_group_count"]
-    if is_weight(x) or p["batch_group_count"] != 1:
-        return None
+    if (why := _odd_conv(eqn, x)) is not None:
+        return why
     out_dim, inner = _conv_axes(eqn)
     # For a kernel that is used transposed, A and B change places.
     first, second = (w.b, w.a) if w.a.has(out_dim) else (w.a, w.b)
@@ -201,10 +212,13 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     if any(
         first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
     ) or not second.has(out_dim):
-        return None
+        return (
+            "one factor must have all axes of the window and the input features, the other that "
+            "of the output features: make the adapters with lora.survey of this function"
+        )
     # A gain along what is summed cannot be applied to the sum.
     if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
-        return None
+        return "DoRA's units are not the output features"
     ctx.used(w, eqn, (inner, (out_dim,), ()))
     y = ctx.bind(eqn, [x, w.base])[0]
 
@@ -212,10 +226,11 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     # Below, x is the branch's alone: the base has seen it whole.
     x = dropout(cast(x, dtype), w, ctx.use())
     first = Factor(times(cast(first.value, x.dtype), w.scale), first.dims)
-    h = _conv_down(eqn, w.ndim, x, first)
+    where = compat.explicit_sharding(y)
+    h = _conv_down(eqn, w.ndim, x, first, where)
     # h: (..., batch·groups, ..., rank, ...); B: (rank, out) -> (rank, groups, out / groups)
     batch, feature = dn.out_spec[:2]
-    h = h.reshape(*h.shape[:batch], -1, groups, *h.shape[batch + 1 :])
+    h = h.reshape(*h.shape[:batch], y.shape[batch], groups, *h.shape[batch + 1 :])
     out: list = [("x", d) for d in range(y.ndim)]
     hl = list(out)
     hl[feature] = "rank"
@@ -223,13 +238,14 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     out[feature : feature + 1] = ["group", "out"]
     second = second.relabel({out_dim: out_dim})  # without axes of size 1 that the window may have
     b = cast(second.order((RANK, out_dim)).value, x.dtype)
-    b = b.reshape(b.shape[0], groups, -1)
+    b = b.reshape(b.shape[0], groups, b.shape[1] // groups)
     delta = contract(
         h,
         hl,
         b,
         ("rank", "group", "out"),
         out,
+        where and where.update(spec=_in_groups(where.spec, feature, groups)),
         precision=p["precision"],
         preferred_element_type=holding(y.dtype),
     )
@@ -238,20 +254,40 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     return [w.gained(plus(y, delta.reshape(y.shape)), along)]
 
 
-def _probed_conv(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _odd_conv(eqn: Equation, x: Any) -> str | None:
+    """Why no weight is followed into a convolution, if so."""
+    if is_weight(x):
+        return "it is what the kernel runs over"
+    if eqn.params["batch_group_count"] != 1:
+        return "the batch is split into groups: it is the derivative of a grouped convolution"
+    return None
+
+
+def _probed_conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     x, w = _rows_first(ctx, eqn, args)
-    if is_weight(x) or eqn.params["batch_group_count"] != 1:
-        return None
+    if (why := _odd_conv(eqn, x)) is not None:
+        return why
     out_dim, inner = _conv_axes(eqn)
     ctx.used(w, eqn, (inner, (out_dim,), ()))
     if w.a is not None:
         down = lambda x, a: _conv_down(eqn, w.ndim, x, Factor(a, w.a.dims))
-        x = observed(w.a, inner, x, down)
+        x = observed(w, inner, x, down)
     return ctx.bind(eqn, [x, w.base])
 
 
-def _conv_down(eqn: Equation, ndim: int, x: jax.Array, first: Factor) -> jax.Array:
-    """The convolution by a factor without an axis of the output features: its rank is theirs."""
+def _in_groups(spec: PartitionSpec, feature: int, groups: int) -> PartitionSpec:
+    """The spec of an array the features of which are split into (groups, features of one)."""
+    two = (spec[feature], None) if groups > 1 else (None, spec[feature])
+    return PartitionSpec(*spec[:feature], *two, *spec[feature + 1 :])
+
+
+def _conv_down(
+    eqn: Equation, ndim: int, x: jax.Array, first: Factor, where: NamedSharding | None = None
+) -> jax.Array:
+    """The convolution by a factor without an axis of the output features: its rank is theirs.
+
+    `where`: the sharding of the model's own result, where it is part of types.
+    """
     p = eqn.params
     dn = p["dimension_numbers"]
     out_dim, inner = _conv_axes(eqn)
@@ -267,17 +303,23 @@ def _conv_down(eqn: Equation, ndim: int, x: jax.Array, first: Factor) -> jax.Arr
         p["rhs_dilation"],
         dn,
         precision=p["precision"],
+        out_sharding=where and where.update(spec=_but(where.spec, dn.out_spec[1])),
     )
+
+
+def _but(spec: PartitionSpec, d: int) -> PartitionSpec:
+    return PartitionSpec(*(None if i == d else s for i, s in enumerate(spec)))
 
 
 def _groups_to_batch(x: jax.Array, batch: int, feature: int, groups: int) -> jax.Array:
     """(N, ..., groups·c) as (N·groups, ..., c): one ordinary convolution for all groups."""
     if groups == 1:
         return x
+    n, each = x.shape[batch], x.shape[feature] // groups
     # (N, ..., groups, c), (N, groups, ..., c), (N·groups, ..., c)
-    x = x.reshape(*x.shape[:feature], groups, -1, *x.shape[feature + 1 :])
+    x = x.reshape(*x.shape[:feature], groups, each, *x.shape[feature + 1 :])
     x = jnp.moveaxis(x, feature, batch + 1)
-    return x.reshape(*x.shape[:batch], -1, *x.shape[batch + 2 :])
+    return x.reshape(*x.shape[:batch], n * groups, *x.shape[batch + 2 :])
 
 
 def _insert(f: Factor, dims: Sequence[int]) -> Factor:
@@ -309,18 +351,22 @@ def _ragged_axes(eqn: Equation, args: Sequence) -> tuple[int, int, int, bool] | 
     return group, inner, outer, xc == (1,)
 
 
-def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+RAGGED = "only (tokens, in) by (experts, in, out), with ragged tokens, is known"
+EXPERTS = "each expert must have its own A along its inputs, and its own B along its outputs"
+
+
+def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """Experts: (tokens, in) by (experts, in, out), with A and B of each expert in turn."""
     axes = _ragged_axes(eqn, args)
     if axes is None:
-        return None
+        return RAGGED
     (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
     # Each factor has to run along the experts and one more axis.
     first, second = (w.a, w.b) if w.a.has(inner) else (w.b, w.a)
     if set(first.dims) != {group, inner, RANK} or set(second.dims) != {group, outer, RANK}:
-        return None
+        return EXPERTS
     if w.gain is not None and {*w.gain.dims} != {group, outer, RANK}:
-        return None
+        return "DoRA's units are not the outputs of each expert"
     ctx.used(w, eqn, ((inner,), (outer,), (group,)))
     y = ctx.bind(eqn, [x, w.base, group_sizes])[0]
     x = cast(x, meeting(x.dtype, w.dtype, y.dtype))
@@ -340,10 +386,10 @@ def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
     return [cast(full + full * gains, y.dtype)]
 
 
-def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | None:
+def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     axes = _ragged_axes(eqn, args)
     if axes is None:
-        return None
+        return RAGGED
     (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
     ctx.used(w, eqn, ((inner,), (outer,), (group,)))
 
@@ -353,7 +399,7 @@ def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | No
         return lax.ragged_dot(x if tokens_first else x.T, a, group_sizes, precision=highest)
 
     if w.a is not None:
-        x = observed(w.a, (inner,), x, down, group_sizes)
+        x = observed(w, (inner,), x, down, group_sizes)
     return ctx.bind(eqn, [x, w.base, group_sizes])
 
 

@@ -303,7 +303,7 @@ class Rows(Node):
         index = jnp.asarray(self.index)
         one_hot = jnp.zeros((self.length, len(self.index)), self.value.dtype)
         one_hot = one_hot.at[index, jnp.arange(len(self.index))].set(1)
-        rows = base.at_rows(index) if is_quantized(base) else base[index]
+        rows = base.at_rows(index) if is_quantized(base) else rows_of(base, index)
         # W + one_hot·(value − W[index]): these rows are `value`, all others W.
         change = self.value - jax.lax.stop_gradient(rows).astype(self.value.dtype)
         return AdaptedWeight(
@@ -317,18 +317,29 @@ class Rows(Node):
 
     def merged(self, base: Any, sign: float = 1.0) -> jax.Array:
         del sign
+        base, index = value(base), jnp.asarray(self.index)
+        new, where = self.value.astype(base.dtype), compat.explicit_sharding(base)
         # Set and not added, as a sum with W would round.
-        return value(base).at[jnp.asarray(self.index)].set(self.value.astype(base.dtype))
+        return base.at[index].set(new, out_sharding=where)
 
     def labels(self) -> Rows:
         return dataclasses.replace(self, value="rows")
 
     def empty(self, nodes: Sequence[Any], rank: int | None, base: Any) -> Rows:
         del nodes, rank
-        rows = jnp.asarray(near(value(base)))[jnp.asarray(self.index)]
+        rows = rows_of(jnp.asarray(near(value(base))), jnp.asarray(self.index))
         return dataclasses.replace(self, value=rows.astype(self.value.dtype))
 
     def fitted(self, like: Rows) -> Rows:
         if self.index != like.index:
             raise LoRAError(f"expected the rows {like.index}, found {self.index}")
         return dataclasses.replace(self, value=self.value.astype(like.value.dtype))
+
+
+def rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows, split as the table's columns are where that is part of types."""
+    where = compat.explicit_sharding(table)
+    if where is None:
+        return table[index]
+    own = where.update(spec=spec_along((RANK, *range(1, table.ndim)), where.spec))
+    return table.at[index].get(out_sharding=own)

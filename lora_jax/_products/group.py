@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -75,9 +76,10 @@ class Member:
         params = dict(precision=precision, preferred_element_type=preferred)
         return contract(x, xl, y, yl, have, sharding=self.sharding(have), **params), have
 
-    def sum(self, terms: Sequence[Term]) -> jax.Array:
-        """The result: the sum of its terms, in its dtype; 8-bit floats are rounded once."""
-        size = {d: n for y, have in terms for d, n in zip(have, y.shape) if n != 1}
+    def sum(self, terms: Sequence[Term], size: Mapping = MappingProxyType({})) -> jax.Array:
+        """The result: the sum of its terms, in its dtype; 8-bit floats are rounded once. `size` is
+        of labels that no term may have."""
+        size = dict(size) | {d: n for y, have in terms for d, n in zip(have, y.shape) if n != 1}
         shape, dtype = [size.get(d, 1) for d in self.out], holding(self.dtype)
         whole = (cast(along(y, have, self.out, shape), dtype) for y, have in terms)
         return cast(functools.reduce(lax.add, whole), self.dtype)
@@ -109,6 +111,10 @@ class Group:
         if self.bases is not None:
             w = jax.tree.unflatten(self.bases, w)
         return x, a, b, w or [None] * n
+
+    def sizes(self, w: Sequence) -> list[dict]:
+        """For each member the size of each axis of W, where it is there."""
+        return [dict(zip(m.wl, getattr(w_, "shape", ()))) for m, w_ in zip(self.members, w)]
 
     def side_by_side(self, values: Sequence[jax.Array], labels: Labels) -> list[jax.Array]:
         """Arrays joined along the rank where the plan shares the product, else as they are."""

@@ -125,7 +125,8 @@ def _tangent(
         terms.append(up(group, [functools.reduce(lax.add, t) for t in zip(*th)], b))
     if tb is not None:
         terms.append(up(group, h, tb))
-    return [m.sum(t) for m, t in zip(group.members, zip(*terms))]
+    # Where A or B alone change, no term may run along an axis that W was broadcast along.
+    return [m.sum(t, n) for m, t, n in zip(group.members, zip(*terms), group.sizes(w))]
 
 
 def _tangent_transpose(cts: Sequence, *args: Any, group: Group, active: Active) -> list:

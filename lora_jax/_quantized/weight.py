@@ -162,7 +162,8 @@ class Quantized:
         """Whether the parts of axis 0 are those of each array."""
         order = self.order
         # Constants that are quantised twice keep the weight's axis 0 only if it is a stack's.
-        whole = self.codes.ndim > 1 and (self.stack > 0 or self.second is None)
+        each = self.stack > 0 or (self.second is None and len(self.constants) == len(self.codes))
+        whole = self.codes.ndim > 1 and each
         return whole and order is not None and order[0] == 0
 
     @property

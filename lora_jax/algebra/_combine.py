@@ -23,7 +23,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.mesh import placed
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows, rows_of
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._finite import check_finite
@@ -259,7 +259,7 @@ def _moved(parts: list[tuple[Any, Any]], base: Any) -> Any:
     index = None
     if isinstance(first, Rows):
         index = tuple(sorted({i for n, _ in parts for i in n.index}))
-        base = base[jnp.asarray(index)]
+        base = rows_of(base, jnp.asarray(index))
     # In the adapters' dtype first, as they started from it: what was not trained has not moved.
     total = start = widened(base.astype(dtype))
     for node, w in parts:

@@ -13,7 +13,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import unequal
 from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import Full, LoRA, Rows
+from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
 from lora_jax._targets import Target, Targets
 from lora_jax.algebra._finite import is_finite
 from lora_jax.algebra._svd import from_svd, rank_for, share_kept
@@ -92,7 +92,7 @@ def extract(
     for path in targets.full:
         flat[path] = Full(jnp.asarray(after[path]).astype(targets.config.dtype))
     for path, (shape, index) in targets.rows.items():
-        rows = jnp.asarray(after[path])[jnp.asarray(index)]
+        rows = rows_of(jnp.asarray(after[path]), jnp.asarray(index))
         flat[path] = Rows(rows.astype(targets.config.dtype), index, shape[0])
     return nest(flat), kept
 

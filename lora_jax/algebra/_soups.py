@@ -22,7 +22,7 @@ from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import as_key
 from lora_jax._core.mesh import anywhere, placed
 from lora_jax._core.paths import nest
-from lora_jax._nodes.adapters import Full, LoRA, Rows
+from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
 from lora_jax.algebra._combine import typed_alike
 from lora_jax.algebra._elementwise import Method, Part, Parts, cuts, merged, parts_of
 from lora_jax.algebra._svd import (
@@ -326,7 +326,7 @@ def _moved(parts: Parts, delta: jax.Array) -> Full | Rows:
     node, base = have[0].node, jnp.asarray(have[0].base)
     if isinstance(node, Rows):
         index = tuple(sorted({i for p in have for i in p.node.index}))
-        start = base[jnp.asarray(index)].astype(node.value.dtype)
+        start = rows_of(base, jnp.asarray(index)).astype(node.value.dtype)
         value = start.astype(delta.dtype) + delta.reshape(start.shape)
         return Rows(value.astype(start.dtype), index, node.length)
     dtype = node.value.dtype if isinstance(node, Full) else delta.dtype

@@ -20,6 +20,7 @@ from lora_jax._core.numbers import integer
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import checked
+from lora_jax.algebra._finite import check_finite
 
 if TYPE_CHECKING:
     import chex
@@ -47,7 +48,7 @@ def stack(
 
     Raises:
       LoRAError: no adapters, more than the capacity, a rank above `rank`, adapters that do not fit
-        each other, a leaf of another kind without `base`; all of them at once.
+        each other, a leaf of another kind without `base`; all of them at once. NaN or infinity.
 
     One adapter for each example of a batch, the products with the base being done once for all:
 
@@ -71,6 +72,7 @@ def stack(
             f"expected 1 to {capacity} adapters, found {len(trees)}: "
             "lora.algebra.stack([first, second], capacity=64)"
         )
+    check_finite(*adapters)
     leaves = {} if base is None else flatten(state_of(base))
     failures: list[str] = []
     out = {}
@@ -142,11 +144,14 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
     Args:
       stacked: as from `stack`; not changed. Under `jax.jit` it may be donated.
       index: an integer from 0 on; also a traced one, which is not checked: one that has no slot
-        changes none. The shapes stay, so nothing is compiled anew.
+        changes none. The shapes stay, so nothing is compiled anew. (A jitted function that takes
+        `adapters` as an argument is traced for each scale, which is static: outside of jit, or of
+        `stack([adapters])`, whose scale is 1, that is not so.)
       adapters: adapters whose leaves and ranks the stack has room for; None empties the slot.
 
     Raises:
-      LoRAError: a leaf that the stack does not have, of another kind, shape or a larger rank.
+      LoRAError: a leaf that the stack does not have, of another kind, shape or a larger rank; NaN
+        or infinity.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
@@ -156,6 +161,7 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
     """
     slots = flatten(stacked, is_leaf=is_node)
     new = {} if adapters is None else flatten(checked(adapters), is_leaf=is_node)
+    check_finite(new)
     failures = [f"'{p}' is no leaf of the stack" for p in new if p not in slots]
     # What a slot looks like: the same kinds, ranks and dtypes.
     empty = choose(stacked, -1)

@@ -49,7 +49,8 @@ def second_moments(
       function with a `jax.custom_vjp` of its own: `eva` and `corda` refuse that.
 
     Raises:
-      LoRAError: look-up tables, the inputs of which are no vectors; leaves that do not exist.
+      LoRAError: look-up tables, the inputs of which are no vectors; leaves that do not exist;
+        inputs of integers or complex numbers.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((2, 3))}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule, matches
 from lora_jax._core.einsum import product, widened
-from lora_jax._core.errors import raise_all
+from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
@@ -74,6 +74,7 @@ def propose(
     moments: Mapping[str, Any] | None = None,
     gradients: Any = None,
     keep: float = 0.5,
+    active_experts: int | None = None,
 ) -> Proposal:
     """A configuration to begin with, and why: the defaults of "LoRA Without Regret" (Schulman et
     al., Thinking Machines Lab 2025), and, given a batch's moments or gradients, fewer targets.
@@ -88,6 +89,8 @@ def propose(
     * With `gradients` the types with the largest ‖G‖² for each parameter of an adapter: how much
       a first step of gradient descent lowers the loss, for what it costs.
 
+    Routers are left out: what is named so, and has an output for each of a stack of experts.
+
     A type is a path with its numbers left out: `layers/*/up/kernel`. These are starting points:
     neither way of choosing beats all linear layers of the same size in general.
 
@@ -99,13 +102,16 @@ def propose(
       moments: C of each linear leaf, from `second_moments` with the targets of "all-linear".
       gradients: of each, as in `lora_ga`.
       keep: the share of the types that is adapted, at least one.
+      active_experts: how many experts serve a token; each gets the rank over this number, so that a
+        token meets as much as in other layers (Schulman et al.).
 
     Returns:
       A `Proposal`.
 
     Raises:
       LoRAError: as `select` of "all-linear"; both moments and gradients; ones that are missing; a
-        keep outside (0, 1], fewer than one token.
+        keep outside (0, 1], fewer than one token or active expert, or active experts of a model
+        without routers.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"up": jnp.ones((64, 256)), "down": jnp.ones((256, 64)), "head": jnp.ones((64, 2))}
@@ -119,9 +125,11 @@ def propose(
     - batches: keep them small, of a few dozen examples; LoRA loses more to large ones than full \
 fine-tuning
     """
-    _check(tokens, full_learning_rate, moments, gradients, keep)
+    _check(tokens, full_learning_rate, moments, gradients, keep, active_experts)
     # At rank 1, so that `t.parameters` is what each unit of rank costs.
     everything = select(params, LoRAConfig(rank=1, alpha=32.0, targets=ALL_LINEAR), survey).lora
+    routers, experts = _experts(everything, active_experts)
+    everything = {p: t for p, t in everything.items() if p not in routers}
     scores: dict[str, float] = {}
     if moments is None and gradients is None:
         targets, chosen = ALL_LINEAR, dict(everything)
@@ -142,11 +150,14 @@ fine-tuning
         targets = tuple(_pattern(kind, everything, paths) for kind in kept)
         what = "least normalised feature norm" if plop else "largest gradient for its size"
         why = f"targets: the {len(kept)} of {len(scores)} module types with the {what}"
-    rank, reason = _rank(chosen, tokens)
-    rules = _smaller(chosen, rank)
-    config = LoRAConfig(rank=rank, alpha=32.0, targets=targets, rules=rules)
+    share = {p: active_experts or 1 for p in experts}
+    rank, reason = _rank(chosen, tokens, share)
+    rules = _smaller(chosen, rank, share)
+    exclude = tuple(routers) if targets == ALL_LINEAR else ()
+    config = LoRAConfig(rank=rank, alpha=32.0, targets=targets, rules=rules, exclude=exclude)
     reasons = [
         why,
+        *_of_routers(routers, rank, active_experts),
         reason,
         "alpha 32, scale alpha / rank: the best learning rate depends little on the rank",
         _rate(full_learning_rate),
@@ -166,8 +177,44 @@ def module_type(path: str) -> str:
     return re.sub(r"\d+", "*", path)
 
 
-def _check(tokens: Any, rate: Any, moments: Any, gradients: Any, keep: Any):
+_ROUTER = re.compile(r"(?:^|[/_.])(?:router|gate|gating)(?:[/_.\d]|$)")
+
+
+def _experts(
+    targets: Mapping[str, Target], active: int | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The routers, and the leaves that stack as many weights as a router has outputs."""
+    stacks = {p: {t.shape[d] for d in t.geometry.batch_axes} for p, t in targets.items()}
+    outs = {p: t.geometry.sizes(t.shape)[2] for p, t in targets.items() if _ROUTER.search(p)}
+    routers = tuple(p for p, n in outs.items() if any(n in sizes for sizes in stacks.values()))
+    experts = tuple(
+        p for p, sizes in stacks.items()
+        if p not in routers and any(outs[router] in sizes for router in routers)
+    )  # fmt: skip
+    if active is not None and not experts:
+        raise LoRAError(
+            f"active_experts={active}, but there is no router beside a stack of as many experts as "
+            "it has outputs: lora.methods.propose(params, survey)"
+        )
+    return routers, experts
+
+
+def _of_routers(routers: Sequence[str], rank: int, active: int | None) -> list[str]:
+    if not routers:
+        return []
+    each = (
+        "pass active_experts= to share the rank among those that serve a token"
+        if active is None
+        else f"{active} serve a token, each at rank {max(1, rank // active)}"
+    )
+    kinds = ", ".join(dict.fromkeys(map(module_type, routers)))
+    return [f"routers left out: {kinds}; where tokens go stays as it is", f"experts: {each}"]
+
+
+def _check(tokens: Any, rate: Any, moments: Any, gradients: Any, keep: Any, active: Any):
     failures = []
+    if active is not None and not active >= 1:
+        failures.append(f"active_experts={active}: expected at least 1")
     if tokens is not None and not tokens >= 1:
         failures.append(f"tokens={tokens}: expected at least 1")
     if rate is not None and not rate > 0:
@@ -226,14 +273,19 @@ def _pattern(kind: str, targets: Iterable[str], paths: Sequence[str]):
     return re.compile("|".join(re.escape(p) for p in sorted(members)))
 
 
-def _rank(targets: Mapping[str, Target], tokens: int | None) -> tuple[int, str]:
-    """The smallest power of two at which the adapters hold the data, and why."""
+def _rank(
+    targets: Mapping[str, Target], tokens: int | None, share: Mapping[str, int]
+) -> tuple[int, str]:
+    """The smallest power of two at which the adapters hold the data, and why.
+
+    `share`: by what the rank of a leaf is divided.
+    """
     # The largest rank that any leaf can use; smaller leaves get rules of their own, see `_smaller`.
     top = max(min(t.geometry.sizes(t.shape)[1:]) for t in targets.values())
     if tokens is None:
         rank = min(USUAL_RANK, top)
         return rank, f"rank {rank}: the usual one; pass tokens= to fit it to the data"
-    of_rank_1 = sum(t.parameters for t in targets.values())
+    of_rank_1 = sum(t.parameters // share.get(p, 1) for p, t in targets.items())
     bits = tokens * BITS_PER_TOKEN
     # rank · of_rank_1 · 2 bits ≥ the bits of the data.
     rank = 2 ** max(0, math.ceil(math.log2(bits / (of_rank_1 * BITS_PER_PARAMETER))))
@@ -245,9 +297,13 @@ def _rank(targets: Mapping[str, Target], tokens: int | None) -> tuple[int, str]:
     return rank, f"rank {rank}: {said}, rank {rank} about {holds:,.0f}"
 
 
-def _smaller(targets: Mapping[str, Target], rank: int) -> tuple[Rule, ...]:
-    """Rules for leaves that are too small for the rank; each has the scale of the others."""
-    most = {p: min(t.geometry.sizes(t.shape)[1:]) for p, t in targets.items()}
+def _smaller(
+    targets: Mapping[str, Target], rank: int, share: Mapping[str, int]
+) -> tuple[Rule, ...]:
+    """Rules for leaves that are too small for the rank, or share it among experts; each has the
+    scale of the others."""
+    own = {p: max(1, rank // share.get(p, 1)) for p in targets}
+    most = {p: min(own[p], *t.geometry.sizes(t.shape)[1:]) for p, t in targets.items()}
     return tuple(Rule(p, rank=n, alpha=32.0 * n / rank) for p, n in most.items() if n < rank)
 
 

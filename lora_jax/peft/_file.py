@@ -14,7 +14,9 @@ import math
 import os
 import re
 import shutil
+import socket
 import stat
+import zlib
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -258,10 +260,11 @@ def writing(path: str | os.PathLike) -> Generator[None, None, None]:
 def partial(path: Path) -> Path:
     """Where this process writes what becomes `path` once it is complete.
 
-    What processes that are dead by now left for the same path is removed: after `kill -9` it would
-    stay for ever, as large as a model.
+    What processes of this host that are dead by now left for the same path is removed: after
+    `kill -9` it would stay for ever, as large as a model. Of another host's nothing is known.
     """
-    start, end = f".{path.name}.", ".partial"
+    host = zlib.crc32(socket.gethostname().encode())
+    start, end = f".{path.name}.{host:08x}-", ".partial"
     for name in os.listdir(path.parent):
         pid = name.removeprefix(start).removesuffix(end)
         if name == f"{start}{pid}{end}" and pid.isdecimal() and not _alive(int(pid)):

@@ -18,6 +18,7 @@ from test_peft import changed, delta, pair, stored, written
 
 from lora_jax._cli.flags import in_flags
 from lora_jax._cli.torch_adapter import narrow, norm, open_torch
+from lora_jax.peft._file import partial
 
 
 def assert_good(args, kind, details):
@@ -64,15 +65,28 @@ def test_a_disk_that_is_full(tmp_path, command):
     assert {p.name for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
+def test_a_disk_that_fills_up_meanwhile(tmp_path, monkeypatch):
+    """After room was found: also then no thread of orbax's has the last word."""
+    patch = "import lora_jax._cli.convert as c; c._room = lambda *_: None\n"
+    monkeypatch.setattr(kills, "LIMITED", patch + kills.LIMITED)
+    process = kills.started(tmp_path, kills.inputs(tmp_path)["convert"], most=100_000)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1 and error.startswith("error: out"), error
+    assert "File too large" in error and "Traceback" not in error
+
+
 def test_what_a_dead_process_left_is_removed(tmp_path):
-    """Files of the same output, and of no process that lives."""
+    """Files of the same output and host, and of no process that lives."""
     base = hf_folder(tmp_path / "base", g.base("mha"))
     dead, other = 2**22 + 5, tmp_path / ".other.4194309.partial"  # above what a system numbers
-    left = [tmp_path / f".out.{dead}.partial", tmp_path / f".out.{dead + 1}.partial"]
+    here = partial(tmp_path / "out").name.rpartition("-")[0]
+    left = [tmp_path / f"{here}-{dead}.partial", tmp_path / f"{here}-{dead + 1}.partial"]
     left[0].mkdir()
     (left[0] / "model.safetensors").write_text("half")
     left[1].write_text("half")
-    mine = [other, tmp_path / f".out.{os.getppid()}.partial", tmp_path / ".out.x.partial"]
+    mine = [other, tmp_path / f"{here}-{os.getppid()}.partial", tmp_path / f"{here}-x.partial"]
+    mine.append(tmp_path / f".out.00000000-{dead}.partial")  # another host's
     for path in mine:
         path.write_text("mine")
     run("merge", base, g.folder("mha"), tmp_path / "out", "--conv1d", "none")

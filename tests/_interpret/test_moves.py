@@ -127,6 +127,30 @@ def test_trained_rows_come_out_as_they_are():
     np.testing.assert_array_equal(grads["e"].value, jnp.array([[0.0] * 4, [2.0] * 4]))
 
 
+TABLES = {
+    "one below the other": lambda p: jnp.concatenate([p["e"], p["e2"]]),
+    "padded": lambda p: jnp.pad(p["e"], ((0, 4), (0, 0))),
+    "with others below": lambda p: jnp.concatenate([p["e"], jnp.ones((4, 4))]),
+    "beside others": lambda p: jnp.pad(p["e"], ((0, 4), (0, 3)), constant_values=1e3),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_trained_rows_of_joined_tables(name):
+    rows = 1e-3 * jax.random.normal(KEYS[0], (3, 4))
+    params = {"e": jnp.full((8, 4), 1e3), "e2": jnp.full((4, 4), 1e3)}
+    ad = {"e": lora.Rows(rows[:2], (2, 5), 8), "e2": lora.Rows(rows[2:], (1,), 4)}
+    ad = ad if "one" in name else {"e": ad["e"]}
+    fn = lambda p, ids: TABLES[name](p)[ids]
+    ids = jnp.arange(12)
+    got = lora.adapt(fn)(lora.bind(params, ad), ids)
+    want = fn(lora.merge(params, ad), ids)
+    if name == "beside others":  # W + (v − W) there
+        np.testing.assert_allclose(got, want, atol=1e-3)
+    else:
+        np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.long
 @examples(12)
 @given(st.integers(0, 2**31))
@@ -149,3 +173,47 @@ def test_a_scale_of_many_steps():
     adapters = lora.init(KEYS[0], {"w": PARAMS["w"]}, config)
     bound = lora.bind({"w": PARAMS["w"], "c": COLUMN}, adapters)
     assert lora.coverage(fn, bound, X).low_rank == ("w",)
+
+
+def conv(p, x):
+    numbers = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(x, p, (1,), "SAME", dimension_numbers=numbers)
+
+
+WITHOUT_ELEMENTS = {
+    "outputs": lambda p, x: x @ p["w"][:, :0],
+    "inputs": lambda p, x: x[:, :0] @ p["w"][:0],
+    "tokens": lambda p, x: x[:0] @ p["w"],
+    "a part": lambda p, x: [x @ w for w in jnp.split(p["w"], [0, 2], 1)],
+    "joined": lambda p, x: x @ jnp.concatenate([p["w"][:, :0], p["w"]], 1),
+    "padded": lambda p, x: x @ jnp.pad(p["w"][:, :0], ((0, 0), (1, 2))),
+    "scaled": lambda p, x: x @ (p["w"][:, :0] * jnp.ones(0)),
+    "a batch": lambda p, x: jnp.einsum("ti,gio->gto", x, jnp.broadcast_to(p["w"], (0, 6, 5))),
+    "a kernel": lambda p, x: conv(p["w"][None, :, :0], x[None]),
+    "no window": lambda p, x: conv(p["w"][None], x[None, :0]),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_ELEMENTS)
+def test_without_elements(name):
+    fn, params = WITHOUT_ELEMENTS[name], {"w": PARAMS["w"]}
+    a, b = jnp.ones((6, 2)), jnp.ones((2, 5))
+    adapters = {"w": lora.LoRA(a, b, 0.5, lora.Geometry((0,), (1,)))}
+    value = lambda f, of: (
+        lambda ad: sum(jax.tree.leaves(jax.tree.map(jnp.sum, f(of(params, ad), X))))
+    )
+    want = jax.grad(value(fn, lora.merge))(adapters)["w"]
+    got = jax.grad(value(lora.adapt(fn), lora.bind))(adapters)["w"]
+    np.testing.assert_allclose(got.a, want.a, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got.b, want.b, rtol=1e-4, atol=1e-4)
+    assert lora.survey(fn, params, X)["w"].kind in ("linear", "conv")
+
+
+def test_a_leaf_without_elements_is_left_out():
+    params = {"none": jnp.zeros((0, 5)), "w": PARAMS["w"], "head": jnp.ones((5, 2))}
+    fn = lambda p, x: (x @ p["w"] + x[:, :0] @ p["none"]) @ p["head"]
+    survey = lora.survey(fn, params, X)
+    targets = lora.select(params, lora.LoRAConfig(rank=2), survey)
+    assert [*targets] == ["w"] and targets.left["none"] == "without elements"
+    with fails(r"'none' \(0, 5\) has no elements: exclude=\['none'\]"):
+        lora.select(params, lora.LoRAConfig(rank=2, targets=["none", "w"]), survey)

@@ -38,6 +38,16 @@ def test_contracted(name, plan):
     compare(CONTRACTED[name], (6, 5), MATRIX, X, plan)
 
 
+def test_an_output_that_no_factor_runs_along():
+    """The derivative has the axis as well, where the adapters alone change."""
+    fn = lambda p, x: jnp.einsum("bd,gdf->gbf", x[:, 0], jnp.broadcast_to(p["w"], (3, 6, 5)))
+    ad = {"w": lora.LoRA(jnp.ones((6, 2)), jnp.ones((2, 5)), 0.5, MATRIX)}
+    params = {"w": jnp.ones((6, 5))}
+    value = lambda f, of: lambda ad: jnp.sum(jnp.sin(f(of(params, ad), X)).ravel())
+    want = jax.jit(jax.grad(value(fn, lora.merge)))(ad)
+    assert_close(jax.jit(jax.grad(value(lora.adapt(fn), lora.bind)))(ad), want, factor=256)
+
+
 def picked(w, at, mode="fill", fill_value=0):
     return w.at[jnp.array(at)].get(mode=mode, fill_value=fill_value)
 

@@ -316,3 +316,12 @@ def test_a_stack_that_was_moved_and_came_back(move):
     ours = lambda x: lora.adapt(fn)(lora.bind(q, None), x)
     assert_close(ours(X), fn(lora.quant.dequantize(q), X), factor=64)
     assert "u8[64,32]" in str(jax.make_jaxpr(ours)(X))
+
+
+def test_a_scan_along_an_axis_that_shares_its_constants():
+    """It is an in axis: the constants have it with size 1, and are no stack."""
+    q = quantized(normal(0, 3, 6, 5), "int8", in_axes=(0,))
+    fn = lambda p, x: jax.lax.scan(lambda c, w: (c, x @ w), 0, p["w"])[1]
+    x = normal(1, 4, 6)
+    got = lora.adapt(fn)(lora.bind({"w": q}, None), x)
+    assert_close(got, fn({"w": q.value()}, x))

@@ -112,6 +112,18 @@ def test_a_weight_or_a_base_that_is_not_finite():
             algebra.extract(one, two, lora.select({"w": PARAMS["w"]}, config))
 
 
+def test_a_stack():
+    for k in (0, 1):
+        bad = spoilt(TWO, np.nan, k, "e", "a", 3)
+        with fails(rf"NaN or infinity:\n  - 'e' of adapters\[{k}\]"):
+            algebra.stack(bad)
+    stacked = algebra.stack(TWO)
+    with fails("NaN or infinity:\n  - 'e'"):
+        algebra.put(stacked, 0, bad[1])
+    spoiled = jax.jit(lambda x: algebra.choose(algebra.put(stacked, 0, x), 0))(bad[1])
+    assert not jnp.isfinite(spoiled["e"].a).all() and jnp.isfinite(spoiled["w"].a).all()
+
+
 def test_no_comparison_under_jit():
     with fails("found traced ones: call lora.algebra.compare outside of jit"):
         jax.jit(lambda x: algebra.compare(x, TWO[1]).leaves["w"].norms)(TWO[0])

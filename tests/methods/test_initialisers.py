@@ -375,6 +375,17 @@ def test_second_moments_of_bf16_are_added_up_in_fp32_also_batched():
     near(found[:, 0], rows.swapaxes(1, 2) @ rows)
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "int32"])
+def test_second_moments_of_no_floating_point(dtype):
+    params = {"w": jnp.ones((4, 3))}
+    targets = lora.select(params, lora.LoRAConfig(rank=1, targets="w"))
+    fn = lambda p, x: jax.lax.dot_general(x, p["w"].astype(dtype), (((1,), (0,)), ((), ())))
+    if dtype == "int32":  # which meets a weight as it is
+        fn = lambda p, x: jax.lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())))
+    with fails(rf"'w' is multiplied by {dtype}.*exclude=\['w'\]"):
+        lora.methods.second_moments(fn, params, targets, jnp.ones((2, 4), dtype))
+
+
 @pytest.mark.long
 def test_second_moments_scanned_and_spread():
     """A scanned model has those of the loop; a batch on eight devices has those of one."""

@@ -73,6 +73,32 @@ def test_small_leaves_have_rules_and_the_same_scale():
     assert targets["narrow"].scale == targets["wide"].scale == 1.0
 
 
+def test_routers_are_left_out_and_experts_share_the_rank():
+    params = {
+        "up": normal(0, 32, 64), "router": normal(1, 64, 4), "experts": normal(2, 4, 64, 48),
+        "head": normal(3, 48, 4), "gate_proj": normal(4, 64, 64),
+    }  # fmt: skip
+
+    def net(p, x):
+        x = jnp.tanh(x @ p["up"])
+        x = x * jax.nn.silu(x @ p["gate_proj"])
+        sent = jax.nn.softmax(x @ p["router"]).T[..., None] * x  # (experts, tokens, features)
+        return jnp.einsum("etd,edf->etf", sent, p["experts"]).sum(0) @ p["head"]
+
+    survey = lora.survey(net, params, jnp.ones((5, 32)))
+    found = lora.methods.propose(params, survey, active_experts=2)
+    targets = lora.select(params, found.config, survey)
+    assert {p: t.rank for p, t in targets.lora.items()} == {
+        "up": 32, "gate_proj": 32, "experts": 16
+    }  # fmt: skip
+    assert {t.scale for t in targets.lora.values()} == {1.0}
+    assert "routers left out: router" in str(found)
+    assert "2 serve a token, each at rank 16" in str(found)
+    assert "router" not in lora.select(params, lora.methods.propose(params, survey).config, survey)
+    with fails("no router beside a stack"):
+        lora.methods.propose(PARAMS, SURVEY, active_experts=2)
+
+
 @pytest.mark.long
 def test_feature_norms():
     """The score is that of the definition, with random weights drawn; the lowest is chosen."""
@@ -143,6 +169,7 @@ def test_a_type_means_its_own_leaves():
     [
         (dict(tokens=0), "tokens=0: expected at least 1"),
         (dict(full_learning_rate=0.0), "full_learning_rate=0.0: expected it above 0"),
+        (dict(active_experts=0), "active_experts=0: expected at least 1"),
         (dict(keep=0.0), r"keep=0.0: expected a share in \(0, 1\]"),
         (dict(moments={}, gradients={}), "two ways to choose"),
         (dict(moments={}), "'layers_0/up/kernel' has none"),

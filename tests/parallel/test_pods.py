@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from common import GEOMETRIES, assert_close, examples, fails, noisy
 from hypothesis import given
@@ -188,3 +189,46 @@ def test_a_base_on_the_host(base):
     assert kinds(rest) == {"pinned_host"} and kinds(pissa) == {"device"}
     lora.merge(params, adapters, donate=True)
     assert all(x.is_deleted() for x in params.values())
+
+
+def looked_up(p, x, ids):
+    return p["table"].at[ids].get(out_sharding=P("d", None, None))
+
+
+def convolved(p, x, ids):
+    numbers = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(
+        x, p["kernel"], (1,), "SAME", dimension_numbers=numbers, out_sharding=P("d", None, None)
+    )
+
+
+LEAVES = {  # of shardings in types: (function, shape, how it is adapted)
+    "table": (looked_up, (16, 8), dict(targets=(), rows={"table": [2, 5]})),
+    "kernel": (convolved, (3, 8, 16), dict(
+        targets="kernel", rules=[lora.Rule("kernel", in_axes=(0, 1), out_axes=(2,))])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("along", [-2, -1])
+@pytest.mark.parametrize("name", LEAVES)
+def test_explicit_tables_and_kernels(name, along):
+    """Look-ups by rows and convolutions, with the leaf along any axis: init, merge, a gradient."""
+    fn, shape, config = LEAVES[name]
+    spec = [None] * len(shape)
+    spec[along] = "d"
+    at = lambda x, *spec: jax.device_put(x, NamedSharding(MESH["explicit"], P(*spec)))
+    plain = {name: jax.random.normal(KEY, shape)}
+    params = {name: at(plain[name], *spec)}
+    x = at(jax.random.normal(KEY, (8, 12, 8)), "d")
+    ids = at(jnp.arange(24).reshape(8, 3) % 16, "d")
+    with jax.sharding.set_mesh(MESH["explicit"]):
+        adapters = noisy(lora.init(KEY, params, lora.LoRAConfig(rank=2, **config)))
+        adapters = jax.device_put(adapters, lora.parallel.shardings(params, adapters))
+        run = lora.adapt(fn)
+        ours = lambda ad, p: jnp.sum(jnp.sin(run(lora.bind(p, ad), x, ids)))
+        dense = lambda ad, p: jnp.sum(jnp.sin(fn(lora.merge(p, ad), x, ids)))
+        got, want = (jax.jit(jax.grad(f))(adapters, params) for f in (ours, dense))
+        assert_close(got, want, factor=256)
+        merged = lora.merge(params, adapters)[name]
+    assert merged.sharding.is_equivalent_to(params[name].sharding, len(shape))
+    assert_close(np.asarray(merged), np.asarray(lora.merge(plain, jax.device_get(adapters))[name]))

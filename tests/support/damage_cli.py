@@ -250,7 +250,8 @@ def main(n: int) -> None:
         if not kind.startswith("exit"):
             bad.setdefault((kind, details[:80]), [*args, details])
 
-    many(n, count)
+    with contextlib.suppress(KeyboardInterrupt):  # counts until then
+        many(n, count)
     print(f"{sum(kinds.values()):,} runs: {dict(kinds)}")
     for command, of in sorted(commands.items()):
         print(f"  {command:8} {dict(of)}")

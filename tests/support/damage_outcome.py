@@ -194,7 +194,7 @@ def main(n):
             bad.setdefault((out.kind, out.what[:60]), (name, damages, out.what))
 
     many(50, lambda *_: None)  # compiles, fills caches
-    with address_space(256 << 20):
+    with address_space(256 << 20), contextlib.suppress(KeyboardInterrupt):  # counts until then
         many(n, count)
     print(f"{sum(kinds.values()):,} folders: {dict(kinds)}")
     print(f"longest {slowest.seconds:.3f} s; largest peak {largest.peak / 2**20:.1f} MiB,", end=" ")

@@ -84,13 +84,13 @@ def killed(folder: Path, args: Sequence[str], number: int, wait: float | None) -
     Then it runs once more, and must leave `out` whole and nothing beside it.
     """
     before = {p.name for p in folder.iterdir()}
-    process, end = started(folder, args), time.monotonic() + (60 if wait is None else wait)
+    process, end = started(folder, args), time.monotonic() + (300 if wait is None else wait)
     while process.poll() is None and time.monotonic() < end:
         if wait is None and list(folder.glob(".out.*")):
             break
         time.sleep(0.002)
     process.send_signal(number)
-    process.communicate(timeout=120)
+    process.communicate(timeout=900)
     new = {p.name for p in folder.iterdir()} - before
     if "out" in new:
         whole(folder, args[0])
@@ -98,7 +98,7 @@ def killed(folder: Path, args: Sequence[str], number: int, wait: float | None) -
     partial = new - {"out"}
     assert number == signal.SIGKILL or not partial, partial
     again = started(folder, args)
-    _, error = again.communicate(timeout=120)
+    _, error = again.communicate(timeout=900)
     assert again.returncode == 0, error
     whole(folder, args[0])
     remove(folder / "out")
@@ -111,18 +111,22 @@ def main(n: int) -> None:
     folder = Path(tempfile.mkdtemp())
     random.seed(0)
     found: collections.Counter = collections.Counter()
-    try:
+    try:  # interrupted, it says what was counted until then
         commands = sorted(inputs(folder).items())
         for i in range(n):
             number = signal.SIGTERM if i % 2 else signal.SIGKILL
             wait = None if i % 4 < 2 else random.uniform(0.5, 6)
             name, args = commands[i % len(commands)]
             found[name, number.name, killed(folder, args, number, wait)] += 1
+    except KeyboardInterrupt:
+        pass
     finally:
         shutil.rmtree(folder)
     for key, count in sorted(found.items()):
         print(*key, count)
-    print(f"{n} kills: each time `out` was whole or absent, and the next run left nothing else")
+    print(
+        f"{found.total()} kills: each time `out` was whole or absent, and the next run left nothing else"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Random functions that mix moves and uses of one to three weights, against the merged weights.
+"""Random functions that mix moves and uses of one to three weights, against the merged weights:
+of all plans, with LoRA or DoRA, dropout, and bases in few bits, in 16 and 32 bits.
 
 `python tests/support/random_functions.py 1000` counts the outcomes: each function is right, value
 and gradient, or refused by a LoRAError that names a leaf and a reason. Anything else is a fault,
@@ -8,9 +9,12 @@ and is shown with its seed: `python tests/support/random_functions.py 1 17` runs
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -20,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
+from lora_jax._quantized.weight import Quantized, quantized
 
 DTYPES = [jnp.float32, jnp.float32, jnp.bfloat16, jnp.float16]
-ROUNDS = {jnp.float32: 3e-5, jnp.bfloat16: 6e-2, jnp.float16: 1e-2}  # of the largest element
 
 
 class Program:
@@ -31,7 +35,7 @@ class Program:
     def __init__(self, seed: int):
         self.seed = seed
         self.rng = np.random.default_rng(seed)
-        self.dtype = DTYPES[self.rng.integers(len(DTYPES))]
+        self.dtype = self.to = DTYPES[self.rng.integers(len(DTYPES))]
         self.steps: list[str] = []
 
     def run(self, params: dict, x: jax.Array) -> list:
@@ -46,7 +50,7 @@ class Program:
         self.steps.append(name)
 
     def constant(self, rng, shape) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), self.dtype)
+        return jnp.asarray(rng.normal(size=shape).astype(self.dtype).astype(self.to))
 
     def moved(self, rng, pool: list, x: jax.Array) -> jax.Array:
         """A new array, of one or two of those that are there."""
@@ -134,7 +138,7 @@ class Program:
             case "cond":
                 return jax.lax.cond(x[0, 0] > 0, lambda w: w * 2, lambda w: w, w)
             case "cast":
-                return w.astype(jnp.float32).astype(self.dtype)
+                return w.astype(jnp.float32).astype(self.to)
             case "hadamard":
                 return w * self.constant(rng, w.shape)
             case "tanh":
@@ -194,83 +198,136 @@ MOVES = [
 USES = ["dot", "dot left", "dot of two", "batched", "vmap", "scan", "rows", "remat", "conv"]
 
 
-def weights(rng, dtype) -> tuple[dict, dict]:
-    """One to three leaves of like shapes, with adapters along axes of all kinds."""
-    params, adapters = {}, {}
+def weights(rng, dtype) -> tuple[dict, dict, set[str]]:
+    """One to three leaves of like shapes, with adapters along axes of all kinds: some with a
+    magnitude, some with dropout, some over a quantised base; and what was drawn of these."""
+    params, adapters, said = {}, {}, set()
     shape = tuple(int(n) for n in rng.integers(2, 7, size=rng.integers(2, 4)))
+    dora, drops, few_bits = rng.random(3) < (0.25, 0.25, 0.15)
     for name in "uvw"[: rng.integers(1, 4)]:
         own = shape if rng.random() < 0.7 else tuple(rng.permutation(shape).tolist())
         kinds = rng.permutation(list("iob" if rng.random() < 0.4 else "ioo")[: len(own)])
         axes = {k: tuple(i for i, c in enumerate(kinds) if c == k) for k in "iob"}
         geometry = lora.Geometry(axes["i"], axes["o"], axes["b"])
-        a, b = (rng.normal(size=s) for s in geometry.factor_shapes(own, 2))
-        params[name] = jnp.asarray(rng.normal(size=own), dtype)
-        a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-        adapters[name] = lora.LoRA(a, b, 0.7, geometry)
-    return params, adapters
+        w, a, b = (rng.normal(size=s) for s in (own, *geometry.factor_shapes(own, 2)))
+        params[name] = w.astype(dtype)
+        if few_bits:
+            said.add(FORMATS[int(rng.integers(len(FORMATS)))])
+            params[name] = coded(params[name], max(said & {*FORMATS}), axes["i"] or (-2,))
+        if adapters and rng.random() < 0.15:
+            continue
+        rate = KEPT if drops and rng.random() < 0.7 else 0.0
+        node = lora.LoRA(a.astype("f"), b.astype("f"), 0.7, geometry, rate)
+        if dora and axes["i"]:
+            units = [own[d] for d in (*axes["b"], *axes["o"])]
+            node = node.with_magnitude((np.abs(rng.normal(size=units)) + 0.5).astype("f"))
+            said.add("DoRA")
+        adapters[name] = node
+        said |= {"dropout"} if rate else set()
+    return params, adapters, said
+
+
+FORMATS = ["nf4", "int4", "int8", "fp8"]
+KEPT = 1e-7  # as a rate of dropout: all is done that dropout does, and nothing dropped
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def coded(w: jax.Array, format: str, inner: tuple[int, ...]) -> Quantized:
+    return quantized(w, format, in_axes=inner)
 
 
 def total(ys: list) -> jax.Array:
-    return sum(jnp.sum(jnp.sin(y.astype(jnp.float32)) * 0.1) for y in ys)
+    """One number that depends on all of them, on none so steeply that rounding would matter."""
+    flat = [y.astype(jnp.float32).ravel() for y in ys]
+    weighed = [jnp.sin(0.02 * y) * np.cos(np.arange(y.size, dtype="f")) for y in flat]
+    return 50 * sum(map(jnp.sum, weighed))
 
 
-def close(got, want, rounds) -> bool:
+def distance(got, want) -> float:
+    """The largest error in any array, relative to its largest element, or to 1."""
+    found = [0.0]
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
-        top = max(np.nanmax(np.abs(w), initial=0.0), 1.0)
-        if g.shape != w.shape or not np.allclose(g / top, w / top, atol=rounds, equal_nan=True):
-            return False
-    return True
+        alike = (g == w) | (np.isnan(g) & np.isnan(w)) if g.shape == w.shape else False
+        finite = np.abs(w[np.isfinite(w)]).max(initial=1.0)
+        with np.errstate(invalid="ignore"):
+            far = np.nan_to_num(np.abs(np.where(alike, 0, g - w)) / finite, nan=np.inf)
+        found.append(float(far.max(initial=0.0)))
+    return max(found)
 
 
-def outcome(seed: int, plan: str = "auto") -> tuple[str, str]:
-    """("right", "refused", "wrong" or "raised", and what to say of it) of the function of `seed`."""
+def evaluated(fn: Callable, *args: Any) -> Any:
+    """fn(*args), with constants for its arguments: XLA folds them, and compiles next to nothing."""
+    jaxpr, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    flat = jax.tree.leaves(args)
+    run = jax.jit(lambda: jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *flat))
+    return jax.tree.unflatten(jax.tree.structure(shape), run())
+
+
+def outcome(seed: int, plan: str | None = None) -> tuple[str, str]:
+    """("right", "refused", "wrong", "raised" or "invalid", and what to say of it) of the function
+    of `seed`; its plan is drawn as well, if none is given."""
     program = Program(seed)
-    params, adapters = weights(program.rng, program.dtype)
-    x = jnp.asarray(program.rng.normal(size=(4, 6)), program.dtype)
+    params, adapters, said = weights(program.rng, program.dtype)
+    x = program.rng.normal(size=(4, 6)).astype(program.dtype)
+    plans = ["auto", "factored", "auto" if "dropout" in said else "merged"]
+    plan = plan or plans[int(program.rng.integers(3))]
+    plain = lora.quant.dequantize(params)
+
+    def ours(ad, params):
+        bound = lora.bind(params, ad, dropout_key=jax.random.key(1))
+        ys = lora.adapt(program.run, plan=plan)(bound, x)
+        return total(ys), ys
+
+    def dense(ad, plain, dtype=program.dtype):
+        own = Program(seed)
+        own.to = dtype
+        ys = own.run(
+            lora.merge(jax.tree.map(lambda w: w.astype(dtype), plain), ad), x.astype(dtype)
+        )
+        return total(ys), ys
+
     # With weights in 16 bits, what is rounded where is another matter: dense in fp32 is the truth.
-    wide = lambda tree: jax.tree.map(lambda v: v.astype(jnp.float32), tree)
-
-    def dense(ad):
-        ys = program.run(lora.merge(params, ad), x)
-        return total(ys), ys
-
-    def exact(ad):
-        whole = Program(seed)
-        whole.dtype = jnp.float32
-        ys = whole.run(lora.merge(wide(params), ad), wide(x))
-        return total(ys), ys
-
-    def ours(ad):
-        ys = lora.adapt(program.run, plan=plan)(lora.bind(params, ad), x)
-        return total(ys), ys
-
+    exact = functools.partial(dense, dtype=jnp.float32)
+    derived = lambda fn: jax.value_and_grad(fn, has_aux=True)
+    told = lambda: f"{plan}, {', '.join(sorted(said)) or 'LoRA'}: {'; '.join(program.steps)}"
     try:
-        (_, want), want_grads = jax.jit(jax.value_and_grad(dense, has_aux=True))(adapters)
-    except (TypeError, ValueError) as e:
-        return "invalid", f"{e}"
-    steps = "; ".join(program.steps)
-    try:
-        run = jax.value_and_grad(ours, has_aux=True)
-        (_, got), grads = jax.jit(run)(adapters)
+        jax.make_jaxpr(derived(ours))(adapters, params)
     except lora.LoRAError as e:
+        clear = all(line.count(": ") for line in str(e).split("\n") if "materialised by" in line)
         named = any(f"'{name}'" in str(e) for name in params)
-        return ("refused" if named else "raised"), f"{steps}: {e}"
+        return ("refused" if named and clear else "raised"), f"{told()}: {e}"
     except Exception:
-        return "raised", f"{steps}: {traceback.format_exc()[-1500:]}"
-    rounds = ROUNDS[program.dtype]
-    if program.dtype == jnp.float32:
-        right = close(got, want, rounds) and close(grads, want_grads, 10 * rounds)
-    else:
-        truth = jax.jit(exact)(adapters)[1]
-        right = close(got, truth, rounds)
-    return ("right" if right else "wrong"), steps
+        error = traceback.format_exc()[-1500:]
+        try:
+            jax.make_jaxpr(dense)(adapters, plain)
+        except (TypeError, ValueError):
+            return "invalid", error
+        return "raised", f"{told()}: {error}"
+    every = lambda ad, params, plain: (
+        derived(ours)(ad, params), derived(dense)(ad, plain), derived(exact)(ad, plain)
+    )  # fmt: skip
+    try:
+        (got, grads), (near, near_grads), (truth, true_grads) = evaluated(
+            every, adapters, params, plain
+        )
+    except Exception:
+        return "raised", f"{told()}: {traceback.format_exc()[-1500:]}"
+    # As near to the truth as the same function of merged weights, in its own type.
+    eps = float(jnp.finfo(program.dtype).eps)
+    off = [(distance(got[1], truth[1]), distance(near[1], truth[1]), 32 * eps)]
+    off += [(distance(grads, true_grads), distance(near_grads, true_grads), 256 * eps)]
+    right = all(own <= 4 * theirs + most for own, theirs, most in off)
+    return ("right" if right else "wrong"), told() + ("" if right else f": {off}")
 
 
 def main(count: int, first: int = 0) -> None:
     counts, why = collections.Counter(), collections.Counter()
     for seed in range(first, first + count):
-        what, said = outcome(seed)
+        try:
+            what, said = outcome(seed)
+        except KeyboardInterrupt:  # counts until then
+            break
         counts[what] += 1
         if what in ("wrong", "raised") or count == 1:
             print(seed, what, said, flush=True)
@@ -278,7 +335,7 @@ def main(count: int, first: int = 0) -> None:
             for line in said.split("\n"):
                 if "materialised by" in line:
                     primitive = line.split("materialised by `")[1].split("`")[0]
-                    _, _, reason = line.partition("): ")
+                    reason = line.split(" at ", 1)[1].partition(": ")[2]
                     why[primitive, reason] += 1
                 elif "never used" in line:
                     why["unused", ""] += 1
