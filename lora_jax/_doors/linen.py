@@ -33,11 +33,8 @@ def attached_class(cls: type, options: Options) -> type:
         for name, method in members(cls, nn.Module)
         if not isinstance(method, property) and name != "setup"
     }
-    body |= {"apply": _apply, "__hash__": cls.__hash__, "__eq__": cls.__eq__}
+    body |= {"apply": _apply(options), "__hash__": cls.__hash__, "__eq__": cls.__eq__}
     body["__reduce_ex__"] = functools.partialmethod(_reduced)
-    for part in (False, True):
-        call = Adapted(_plain_apply, *options, part=part, allow=ALLOW)
-        body["_lora_part" if part else "_lora_whole"] = call
     return subclass(cls, options, body)
 
 
@@ -53,20 +50,24 @@ def _plain_apply(module: Any, variables: Any, args: tuple, kwargs: dict[str, Any
     return plain_class(module).apply(module, variables, *args, **kwargs)
 
 
-@nn.nowrap
-@functools.wraps(nn.Module.apply, updated=())
-def _apply(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
-    if not _holds_weights(variables):
-        return _plain_apply(self, variables, args, kwargs)
-    call = self._lora_whole if kwargs.get("method") in (None, "__call__") else self._lora_part
-    try:
-        hash(self)
-    except TypeError:  # a field that is not hashable: it is no constant, and each call is traced
-        fn = functools.partial(_plain_apply, self)
-        return Adapted(fn, call.strict, call.plan, part=call.part, allow=ALLOW)(
-            (variables, args, kwargs), {}
-        )
-    return call((self, variables, args, kwargs), {})
+def _apply(options: Options) -> Any:
+    whole, part = (Adapted(_plain_apply, *options, part=p, allow=ALLOW) for p in (False, True))
+
+    @nn.nowrap
+    @functools.wraps(nn.Module.apply, updated=())
+    def apply(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _holds_weights(variables):
+            return _plain_apply(self, variables, args, kwargs)
+        call = whole if kwargs.get("method") in (None, "__call__") else part
+        try:
+            hash(self)
+        except TypeError:  # no constant of the trace: each call is traced anew
+            fn = functools.partial(_plain_apply, self)
+            call = Adapted(fn, *options, part=call.part, allow=ALLOW)
+            return call((variables, args, kwargs), {})
+        return call((self, variables, args, kwargs), {})
+
+    return apply
 
 
 def _method(name: str, method: Any) -> Any:
