@@ -91,9 +91,7 @@ def attach(
 def _linen(model: nn.Module, adapters: Any, rngs: Any, options: Options) -> Any:
     apply = "lora.attach(module).apply({'params': lora.bind(params, adapters"
     if adapters is not None:
-        raise LoRAError(
-            f"a Linen module holds no parameters, and so no adapters: {apply})}}, x)"
-        )
+        raise LoRAError(f"a Linen module holds no parameters, and so no adapters: {apply})}}, x)")
     if rngs is not None:
         raise LoRAError(f"a Linen module holds no random numbers: {apply}, dropout_key=key)}}, x)")
     if model.scope is not None:

@@ -50,6 +50,9 @@ def _plain_apply(module: Any, variables: Any, args: tuple, kwargs: dict[str, Any
     return plain_class(module).apply(module, variables, *args, **kwargs)
 
 
+_plain_apply.__name__ = "apply"  # as an error calls it
+
+
 def _apply(options: Options) -> Any:
     whole, part = (Adapted(_plain_apply, *options, part=p, allow=ALLOW) for p in (False, True))
 
@@ -62,7 +65,7 @@ def _apply(options: Options) -> Any:
         try:
             hash(self)
         except TypeError:  # no constant of the trace: each call is traced anew
-            fn = functools.partial(_plain_apply, self)
+            fn = functools.wraps(_plain_apply)(functools.partial(_plain_apply, self))
             call = Adapted(fn, *options, part=call.part, allow=ALLOW)
             return call((variables, args, kwargs), {})
         return call((self, variables, args, kwargs), {})
@@ -92,9 +95,7 @@ def _bound(module: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         key = rng.as_jax_rng()
         rngs[stream] = jax.random.fold_in(key, calls) if calls else key
         scope.rng_counters[stream] = calls + 1
-    out = unbound.apply(
-        variables, *args, rngs=rngs, mutable=scope.mutable, method=name, **kwargs
-    )
+    out = unbound.apply(variables, *args, rngs=rngs, mutable=scope.mutable, method=name, **kwargs)
     if scope.mutable is False:
         return out
     out, changed = out

@@ -123,12 +123,11 @@ def detached(module: Any) -> tuple[Any, dict[str, Node]]:
     for x in modules(plain):
         if options_of(x) is None:
             continue
-        own = owned(x)
-        for slot in vars(x).get(SLOTS, ()):
-            values = jax.tree.map(lambda name: getattr(x, name).get_raw_value(), slot.node)
-            found.append((own.get(slot.leaf), slot.inner, values))
+        own, slots = owned(x), vars(x).get(SLOTS, ())
+        for slot in slots:
+            value_of = {name: getattr(x, name).get_raw_value() for name in slot.names}
+            found.append((own.get(slot.leaf), slot.inner, jax.tree.map(value_of.get, slot.node)))
         object.__setattr__(x, "__class__", plain_class(x))
-        slots = vars(x).get(SLOTS, ())
         for name in [*(n for s in slots for n in s.names), SLOTS, MASKS]:
             if name in vars(x):
                 delattr(x, name)
