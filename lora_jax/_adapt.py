@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from lora_jax._core import compat, nnx
@@ -73,13 +74,14 @@ def adapt(
     """
     if nnx.is_module(fn):
         raise LoRAError(
-            f"lora.adapt takes a function, and this is a {type(fn).__name__}, an NNX module: "
+            f"lora.adapt takes a function, found a {type(fn).__name__}, an NNX module: "
             "lora.attach(model, adapters), or lora.adapt(lambda model, x: model(x)) of "
             "lora.bind(model, adapters)"
         )
-    if not callable(fn) or hasattr(fn, "apply"):
+    if isinstance(fn, nn.Module) or not callable(fn):
+        call = "model.apply" if hasattr(fn, "apply") else "fn"
         raise LoRAError(
-            f"lora.adapt takes a function, and found a {type(fn).__name__}: lora.adapt(model.apply)"
+            f"lora.adapt takes a function, found a {type(fn).__name__}: lora.adapt({call})"
         )
     call = Adapted(fn, strict, plan, static_argnums, static_argnames)
 

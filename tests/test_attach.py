@@ -321,7 +321,7 @@ def test_errors_of_nnx():
         lora.attach(forward, adapters)
     with fails(r"found a dict; of parameters it is lora.bind\(params, adapters\)"):
         lora.attach({"w": jnp.ones(3)}, adapters)
-    with fails(r"this is a Tied, an NNX module: lora.attach\(model, adapters\)"):
+    with fails(r"found a Tied, an NNX module: lora.attach\(model, adapters\)"):
         lora.adapt(model)
     with fails("found a Tied: model, adapters"):
         lora.detach(model)
@@ -463,6 +463,8 @@ def test_errors_of_linen():
         lora.attach(lora.attach(model))
     with fails(r"found a MLP: lora.adapt\(model.apply\)"):
         lora.adapt(model)
+    with fails(r"found a dict: lora.adapt\(fn\)"):
+        lora.adapt(merged)
 
 
 def test_train_state(tmp_path):
