@@ -42,8 +42,8 @@ def init(
 
     Returns:
       A nested dict that has, at the path of each trained leaf, a `LoRA` with arrays a
-      (*batch, *in, rank) and b (*batch, rank, *out), a `Full` or a `Rows`. It holds arrays only: optax
-      trains it. `nnx.Optimizer` looks for Variables and would find none; it takes
+      (*batch, *in, rank) and b (*batch, rank, *out), a `Full` or a `Rows`. It holds arrays only,
+      for optax. `nnx.Optimizer` looks for Variables and would find none: it takes
       `lora.attach(model, adapters)`.
 
     Raises:
