@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from lora_jax._adapt import adapt, coverage
+from lora_jax._attach import attach, detach
 from lora_jax._bind import bind
 from lora_jax._config import LoRAConfig, Rule
 from lora_jax._core.errors import LoRAError
@@ -48,6 +49,8 @@ __all__ = [
     "adapt",
     "coverage",
     "Coverage",
+    "attach",
+    "detach",
     # deploying
     "merge",
     "unmerge",

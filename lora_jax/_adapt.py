@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from lora_jax._core import compat, nnx
@@ -71,7 +72,18 @@ def adapt(
     Array([[4., 4., 4.],
            [4., 4., 4.]], dtype=float32)
     """
-    call = _Adapted(fn, strict, plan, static_argnums, static_argnames)
+    if nnx.is_module(fn):
+        raise LoRAError(
+            f"lora.adapt takes a function, found a {type(fn).__name__}, an NNX module: "
+            "lora.attach(model, adapters), or lora.adapt(lambda model, x: model(x)) of "
+            "lora.bind(model, adapters)"
+        )
+    if isinstance(fn, nn.Module) or not callable(fn):
+        call = "model.apply" if hasattr(fn, "apply") else "fn"
+        raise LoRAError(
+            f"lora.adapt takes a function, found a {type(fn).__name__}: lora.adapt({call})"
+        )
+    call = Adapted(fn, strict, plan, static_argnums, static_argnames)
 
     @functools.wraps(fn, updated=())
     def adapted(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +92,14 @@ def adapt(
     return adapted
 
 
-class _Adapted(Traceable):
+class Adapted(Traceable):
+    """What `adapt` returns, of a tuple of arguments and a dict; see there.
+
+    Attributes:
+      part: the function may leave adapted leaves unused.
+      allow: the call that is not strict, for a message.
+    """
+
     def __init__(
         self,
         fn: Callable,
@@ -88,8 +107,12 @@ class _Adapted(Traceable):
         plan: str,
         static_argnums: int | Sequence[int] = (),
         static_argnames: str | Sequence[str] = (),
+        *,
+        part: bool = False,
+        allow: str = "lora.adapt(fn, strict=False)",
     ):
         super().__init__(fn, static_argnums, static_argnames)
+        self.part, self.allow = part, allow
         if plan not in PLANS:
             raise LoRAError(f"plan={plan!r} is not one of {', '.join(PLANS)}")
         self.strict, self.plan = strict, plan
@@ -175,10 +198,11 @@ def _told_apart(arrays: Iterable) -> Iterator:
         yield x
 
 
-def _transformed(adapted: _Adapted, constants: Constants, *arrays: Any) -> Any:
+def _transformed(adapted: Adapted, constants: Constants, *arrays: Any) -> Any:
     out, coverage = adapted.interpret(constants, arrays)
     if adapted.strict:
-        coverage.check(getattr(adapted.fn, "__name__", repr(adapted.fn)))
+        name = getattr(adapted.fn, "__name__", repr(adapted.fn))
+        coverage.check(name, adapted.allow, adapted.part)
     return out
 
 
@@ -207,7 +231,7 @@ def coverage(
     >>> lora.coverage(fn, lora.bind(params, adapters), jnp.ones((2, 4))).low_rank
     ('w',)
     """
-    call = _Adapted(fn, False, plan, static_argnums, static_argnames)
+    call = Adapted(fn, False, plan, static_argnums, static_argnames)
     constants, arrays = call.split(args, kwargs)
     found = []
     # A coverage is no array: it leaves the trace by this list.

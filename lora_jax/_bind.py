@@ -77,6 +77,11 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
 def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
     """{path: node} of adapters that were checked against the parameters."""
     call = f"lora.{verb}(params, adapters), with adapters = lora.init(key, params, config)"
+    if "_lora_options" in vars(type(params)):
+        raise LoRAError(
+            "this module holds its adapters, lora.attach made it: "
+            f"model, adapters = lora.detach(adapted), then lora.{verb}(model, adapters)"
+        )
     leaves = flatten(state_of(params), is_leaf=is_weight)
     bound = [p for p, x in leaves.items() if is_weight(x)]
     if bound:

@@ -45,7 +45,9 @@ def init(
 
     Returns:
       A nested dict that has, at the path of each trained leaf, a `LoRA` with arrays a
-      (*batch, *in, rank) and b (*batch, rank, *out), a `Full` or a `Rows`. It holds arrays only.
+      (*batch, *in, rank) and b (*batch, rank, *out), a `Full` or a `Rows`. It holds arrays only,
+      for optax. `nnx.Optimizer` looks for Variables and would find none: it takes
+      `lora.attach(model, adapters)`.
 
     Raises:
       LoRAError: as `select`; or the arguments are not a key, parameters and a configuration; an

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.errors import TraceContextError
+from jax.tree_util import DictKey
 
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.paths import path_of, whole
@@ -84,9 +85,19 @@ def map_shared(fn: Callable[[Any], Any], tree: Any, replaced: Container[str]) ->
         return new if changed else old
 
     state = jax.tree_util.tree_map_with_path(either, state, fn(state), is_leaf=_is_variable)
-    module = nnx.merge(graph, state)  # of these very variables
+    # Of these very variables.
+    return _standing_for(nnx.merge(graph, state), tree)
+
+
+def shared_copy(module: Any) -> Any:
+    """New objects with the module's variables; what a call changes of them is changed in both."""
+    return _standing_for(nnx.merge(*nnx.split(module)), module)
+
+
+def _standing_for(module: Any, original: Any) -> Any:
+    """`module`, which has the structure of `original`."""
     # Both walks are of one graph, in one order.
-    for new, old in zip(_members(module), _members(tree)):
+    for new, old in zip(_members(module), _members(original)):
         if new is not old and not _is_variable(new):
             _ORIGINALS[id(new)] = weakref.ref(old)
             # A later object may get the same id: the entry goes when this object does.
@@ -112,6 +123,45 @@ def _objects(args: Any) -> list:
 def _members(root: Any) -> list:
     """The objects below and variables, each once, in an order that `nnx.merge` keeps."""
     return [x for _, x in nnx.iter_graph(root) if _is_object(x)]
+
+
+# ---------------------------------------------------------------- what a module is made of
+def modules(root: Any) -> list:
+    """The modules below, each once; lists and dicts of modules are no modules."""
+    return [x for x in _members(root) if is_module(x) and not _is_container(x)]
+
+
+def _is_container(x: Any) -> bool:
+    return isinstance(x, nnx.List | nnx.Dict)
+
+
+def owned(module: Any) -> dict[str, Any]:
+    """{path below the module: a variable or an array that belongs to no module below it}."""
+    return {path_of(keys): x for keys, x in _owned(module, ())}
+
+
+def _owned(x: Any, keys: tuple) -> Iterator[tuple[tuple, Any]]:
+    for name, value in vars(x).items():
+        if str(name).startswith("_pytree__"):
+            continue
+        for inner, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=whole(_is_object)):
+            path = (*keys, DictKey(name), *inner)
+            if _is_variable(leaf) or not _is_object(leaf):
+                yield path, leaf
+            elif _is_container(leaf) or not is_module(leaf):
+                yield from _owned(leaf, path)
+
+
+def holds_arrays(value: Any) -> bool:
+    """Whether there are arrays that belong to no object."""
+    leaves = jax.tree.leaves(value, is_leaf=whole(_is_object))
+    return any(_is_data(x) and not _is_object(x) for x in leaves)
+
+
+def places(module: Any) -> dict[int, str]:
+    """{id of a variable or array: its path in `state_of(module)`}."""
+    leaves = jax.tree_util.tree_leaves_with_path(state_of(module), is_leaf=whole(_is_variable))
+    return {id(x): path_of(keys) for keys, x in leaves}
 
 
 # ---------------------------------------------------------------- into a trace
@@ -289,10 +339,10 @@ def update(args: Any, new: Changes) -> None:
         for (i, name), value in zip(new.attributes, _values(members, new)):
             # NNX takes an attribute as data, and not as a constant, where this mark says so.
             data = any(map(_is_data, _flat(value)[0]))
-            for x in _both(members[i]):
+            for x in _all(members[i]):
                 _set(x, name, nnx.data(value) if data else value)
         for i, name in new.removed:
-            for x in _both(members[i]):
+            for x in _all(members[i]):
                 if name in vars(x):
                     delattr(x, name) if isinstance(name, str) else vars(x).pop(name)
     except TraceContextError as e:
@@ -308,9 +358,13 @@ def _set(x: Any, name: str | int, value: Any) -> None:
     setattr(x, name, value) if isinstance(name, str) else x._setattr(name, value)
 
 
-def _both(member: Any) -> list:
-    """An object, and the one that it stands for."""
-    return [x for x in (member, _original(member)) if x is not None]
+def _all(member: Any) -> list:
+    """An object, the one that it stands for, and so on."""
+    found = []
+    while member is not None:
+        found.append(member)
+        member = _original(member)
+    return found
 
 
 def _values(members: list, new: Changes) -> list:

@@ -99,21 +99,30 @@ class Coverage:
     def unused(self) -> tuple[str, ...]:
         return self._paths("unused")
 
-    def check(self, name: str) -> None:
-        """Raises a LoRAError that lists every leaf that is not wholly low-rank."""
+    def check(
+        self, name: str, allow: str = "lora.adapt(fn, strict=False)", part: bool = False
+    ) -> None:
+        """Raises a LoRAError that lists every leaf that is not wholly low-rank.
+
+        Args:
+          name: of the function.
+          allow: the call that allows it, for the message.
+          part: the function may leave leaves unused.
+        """
+        unused = () if part else self.unused
         failures = [
             f"'{path}' {self.shapes[path]} is materialised by `{u.primitive}` at {u.source}"
             + (f": {u.why}" if u.why else "")
             for path in self.materialised
             for u in self.uses[path]
             if u.how == MATERIALISED
-        ] + [f"'{path}' {self.shapes[path]} is never used" for path in self.unused]
+        ] + [f"'{path}' {self.shapes[path]} is never used" for path in unused]
         raise_all(
-            f"in `{name}`, {len(self.materialised) + len(self.unused)} of {len(self.shapes)} "
+            f"in `{name}`, {len(self.materialised) + len(unused)} of {len(self.shapes)} "
             "adapted leaves are not applied in low rank:",
             failures,
-            "leave them out, `LoRAConfig(..., exclude=[...])`, or allow it, "
-            "`lora.adapt(fn, strict=False)`; `lora.coverage(fn, *args)` shows every use.",
+            f"leave them out, `LoRAConfig(..., exclude=[...])`, or allow it, `{allow}`; "
+            "`lora.coverage(fn, *args)` shows every use.",
         )
 
     def __str__(self):
