@@ -32,6 +32,7 @@ __all__ = [
     "one_device",
     "opened",
     "out_avals",
+    "platform",
     "primitive",
     "same_vma",
     "scopes",
@@ -168,6 +169,14 @@ def one_device(x: Any) -> bool:
         size == 1 or kind == jax.sharding.AxisType.Manual
         for size, kind in zip(mesh.axis_sizes, mesh.axis_types)
     )
+
+
+def platform(x: Any) -> str:
+    """What x is computed on, "cpu", "gpu" or "tpu": by the mesh in its type, else JAX's default."""
+    device = getattr(jax.typeof(x).sharding.mesh, "abstract_device", None)
+    if device is None:
+        return jax.default_backend()
+    return "tpu" if device.device_kind.startswith("TPU") else "gpu"
 
 
 def lowered_for(lowered: Any) -> tuple[jax.Device, ...]:

@@ -1,4 +1,4 @@
-"""The weights that multiply one input, and the products that the factored plan makes of them.
+"""The weights that multiply one input, and the products that are made of them and their factors.
 
 Shapes: x (T, in), A (in, r), x·A (T, r), B (r, out), W (in, out), y (T, out). Every axis has a
 label, and an axis of a weight or factor that meets one of x has that one's. So dense layers, heads,

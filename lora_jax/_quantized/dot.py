@@ -55,6 +55,13 @@ def dot(
     )
 
 
+def read_whole(x: jax.Array, w: Any) -> bool:
+    """Whether `dot` reads the weight as one array: neither by rows nor, on TPUs, in halves."""
+    if not is_quantized(w):
+        return True
+    return _parts(w, x) == 1 and not (compat.platform(x) == "tpu" and _in_halves(w))
+
+
 def _in_halves(q: Quantized) -> bool:
     explicit = compat.explicit_sharding(q.codes) is not None
     return STORED[q.format].bits == 4 and q.pad == 0 and q.order is not None and not explicit
