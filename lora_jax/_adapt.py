@@ -47,13 +47,16 @@ def adapt(
       strict: raise if an adapted leaf is used anywhere but in low rank, or not at all. If False,
         such weights are materialised, W + scale·A·B, which is exact but forms a gradient of the
         size of W; `lora.coverage` lists them.
-      plan: how a matrix product is made. "factored": x·W + scale·(x·A)·B. "merged":
-        x·(W + scale·A·B) in the forward pass and for the gradient of x; the merged weight is
-        accumulated in fp32, rounded once to W's dtype, lives for one product and has no gradient.
-        "auto" chooses by FLOPs and bytes, for each pass of each product, and merges only where
-        nothing is rounded away: in fp32 or wider and, off the CPU, at the highest precision; and
-        on one device (or under shard_map), where shapes are known. Convolutions, ragged products
-        and dropout are factored. `lora.coverage` shows the plan of each leaf.
+      plan: how a matrix product is made. "factored": x·W + scale·(x·A)·B. "beside":
+        [x, scale·x·A]·[W; B], one product, whose result is written once, and the like for the
+        gradient of x; it copies x and W. "merged": x·(W + scale·A·B) in the forward pass and for
+        the gradient of x; the merged weight is accumulated in fp32, rounded once to W's dtype,
+        lives for one product and has no gradient. "auto" chooses by FLOPs and bytes, for each pass
+        of each product. It merges only where nothing is rounded away: in fp32 or wider and, off
+        the CPU, at the highest precision; it puts beside on GPUs; either on one device alone (or
+        under shard_map), where shapes are known. Convolutions, ragged products and dropout are
+        factored, and so is what "beside" is not for: sharding in types, operands of different
+        types. `lora.coverage` shows the plan of each leaf.
       static_argnums, static_argnames: as in `jax.jit`, for arguments that hold arrays or objects
         and are still constants.
 

@@ -85,7 +85,8 @@ def _with_ranks(labels: Labels) -> Labels:
 
 
 def _placed(x: jax.Array, have: Labels, out: Labels, shape: Sequence[int]) -> jax.Array:
-    """x with axes in the order of `out`, and constant along those it lacks, of the sizes in `shape`."""
+    """x with its axes in the order of `out`, constant along those that it lacks: their sizes are in
+    `shape`."""
     have, size = tuple(have), dict(zip(have, x.shape))
     order = [have.index(d) for d in out if d in have]
     x = x if order == sorted(order) else lax.transpose(x, order)

@@ -185,6 +185,7 @@ def _plan(
     )
     joinable = apart and all(
         {*al, *bl} <= {*p.wl, RANK}
+        and {*p.wl} & {*xl} == {*first.wl} & {*xl}
         and p.meeting(x) == p.dtype == p.w.dtype == x.dtype
         and compat.explicit_sharding(x) is None
         and read_whole(x, p.w.base)
@@ -201,8 +202,7 @@ def _plan(
         ranks,
         x.dtype.itemsize,
         mergeable=apart and local and all(_keeps_all_bits(p, x) for p in products),
-        joinable=joinable and local,
-        platform=compat.platform(x),
+        joinable=joinable and local and compat.platform(x) == "gpu",
         # what is read from codes is written for the product anyway
         copied=sum(k for k, p in zip(outs, products) if not is_quantized(p.w.base)),
     )

@@ -2,7 +2,7 @@
 
 A group is one input x with T rows and d columns, and the weights W_i (d, k_i) that multiply it,
 each with an update of rank r_i. There are three ways to y_i = x·W_i + s·(x·A_i)·B_i, and the same
-three for the gradient of x, decided one by one. Beside the base products, and with b bytes a number:
+three for the gradient of x, decided one by one. More than the base products, at b bytes a number:
 
              FLOPs                 bytes moved
   hidden     2·T·d·Σr              b·T·d                x·A, all the A_i side by side
@@ -10,7 +10,8 @@ three for the gradient of x, decided one by one. Beside the base products, and w
   down       2·T·d·Σr              2·b·T·d              the same for the gradient of x, through Aᵀ
   merge      2·d·Σr·k              4·b·d·Σk             A·B written and read, W read, W' written
   join       2·T·Σr·k              2·b·d·(T + Σk)       [x, x·A] and [W; B] written, each once
-  join back  2·T·d·Σr              2·b·(T + d)·Σk       [g, s·g·Bᵀ] and [W, A] written, each once
+  join back  2·T·d·Σr              2·b·(T + d)·Σk       [g, s·g·Bᵀ] and [W, A] written, each once,
+                                   − 2·b·n·T·d          n terms of dx neither written nor read
 
 The gradients of A and B are xᵀ·(g·Bᵀ) and (x·A)ᵀ·g whatever the plan; no product of the size of W
 is among them. So in training, where x·A is needed for the gradient of B anyway, the forward pass
@@ -19,13 +20,14 @@ T > d and T > c·k, with c between 1 (FLOPs alone, high rank) and 2 (bytes alone
 Without a gradient it is `merge` < `hidden` + `up`. Under remat the forward pass is made
 twice, and so are both sides of the comparison.
 
-"Beside" is one product, [x, x·A]·[W; B], whose result is written once; and one for the gradient of
-x, of all the weights: [g_1, …, s·g_1·B_1ᵀ, …]·[W_1, …, A_1, …]ᵀ. The update is added in the product's
-accumulator, so no bit of W is lost in low precision. A TPU's compiler reads what is put side by
-side within the product: it is never written, and "beside" is the cheaper one at any size. On a GPU
-it is written, so that `join` is compared with `up`, and `join back` with the n + 1 terms that are
-otherwise written and read, less the one that is written anyway: 2·b·(n + 1)·T·d. A CPU's products
-are a library's, and gain nothing (`benchmarks/run.py`): there it is made on request alone.
+"Beside" is one product, [x, x·A]·[W; B], whose result is written once, and one for the gradient
+of x, of all the weights: [g_1, …, s·g_1·B_1ᵀ, …]·[W_1, …, A_1, …]ᵀ. The update is added in the
+product's accumulator, so no bit of W is lost in low precision, and a policy of `jax.checkpoint`
+that saves products saves one array. On a GPU what is put side by side is written, as in the table;
+`join` takes the place of `up`, and `join back` that of `down`. A weight in codes is written for its
+product anyway: that is no copy. A TPU's compiler reads what is put side by side within the product,
+but not what it slices as well, as in a scan over layers; a CPU's product is a library's, of whole
+arrays. On these two "auto" leaves it.
 
 FLOPs are made comparable with bytes by a machine balance of 16 FLOPs a byte: fp32 on a CPU core
 (100 GFLOP/s, 6 GB/s a core when all are busy) and on an H100 outside of its tensor cores (67
@@ -94,26 +96,20 @@ class Costs:
         ranks: Sequence[int],
         itemsize: int,
         copied: int | None = None,
-        copies: bool = True,
     ) -> Costs:
-        """`copied`: Σk of the weights that `join` copies, by default all; `copies`: whether what is
-        put side by side is written at all."""
+        """`copied`: Σk of the weights that are copied to be joined, by default all."""
         rank, out = sum(ranks), sum(outs)
         copied = out if copied is None else copied
         rank_out = sum(r * k for r, k in zip(ranks, outs))
         byte = BALANCE * itemsize
-        # n terms and the update's, written and read, and their sum, written: joined, that alone
-        terms = byte * 2 * rows * inner * (len(outs) + 1)
         return cls(
             hidden=2 * rows * inner * rank + byte * rows * inner,
             up=2 * rows * rank_out + byte * 4 * rows * out,
             down=2 * rows * inner * rank + byte * 2 * rows * inner,
             merge=2 * inner * rank_out + byte * 4 * inner * out,
-            join=2 * rows * rank_out + byte * 2 * inner * (rows + copied) * copies,
+            join=2 * rows * rank_out + byte * 2 * inner * (rows + copied),
             join_back=2 * rows * inner * rank
-            + byte * 2 * (rows * out + inner * copied) * copies
-            + byte * 2 * rows * inner
-            - terms,
+            + byte * 2 * (rows * out + inner * copied - rows * inner * len(outs)),
         )
 
 
@@ -126,7 +122,6 @@ def planned(
     itemsize: int,
     mergeable: bool,
     joinable: bool = False,
-    platform: str = "cpu",
     copied: int | None = None,
 ) -> Plan:
     """The plan of one group.
@@ -139,8 +134,7 @@ def planned(
     shared = less(2 * sum(ranks), (len(ranks) - 1) * rows)
     if mode != "auto":
         return Plan(mode, mode, mode, shared)
-    c = Costs.of(rows, inner, outs, ranks, itemsize, copied, platform != "tpu")
-    joinable = joinable and platform != "cpu"
+    c = Costs.of(rows, inner, outs, ranks, itemsize, copied)
 
     def cheapest(factored: float, joined: float, extra: float = 0) -> str:
         way = "factored"
