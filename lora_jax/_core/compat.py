@@ -156,8 +156,8 @@ def out_avals(fn: Callable, avals: tuple) -> list:
 
 
 def explicit_sharding(x: Any) -> Any:
-    """The sharding that is part of x's type, or None if the compiler decides."""
-    sharding = jax.typeof(x).sharding
+    """The sharding that is part of x's type, or of the type x, or None if the compiler decides."""
+    sharding = (x if isinstance(x, core.AbstractValue) else jax.typeof(x)).sharding
     explicit = jax.sharding.AxisType.Explicit
     return sharding if explicit in sharding.mesh.axis_types else None
 
@@ -203,7 +203,9 @@ def primitive(
     transpose: Callable | None = None,
     batch: Callable | None = None,
     derived: Callable | None = None,
-    cpu: Callable | None = None,
+    typed: Callable | None = None,
+    once: bool = False,
+    **platforms: Callable,
 ) -> Primitive:
     """A primitive with several results that lowers to the plain function `impl(*args, **params)`.
 
@@ -214,8 +216,10 @@ def primitive(
       transpose(cotangents, *args, **params) -> the cotangents of the arguments
       batch(size, args, batched, **params) -> (results, which of them are batched)
 
-    Without a rule, and by `jet`, `derived`, by default `impl`, is differentiated or batched. `cpu`
-    is lowered in the place of `impl` on CPUs.
+    Without a rule, and by `jet`, `derived`, by default `impl`, is differentiated or batched.
+    `platforms` are lowered in the place of `impl` on "cpu", "tpu", "cuda" or "rocm": only the one
+    that is asked for is traced. `typed` gives results of the same types as `impl`, by a shorter
+    trace. `once`: what is lowered is a function of its own, one for all equations that are alike.
     """
     p = Primitive(name)
     p.multiple_results = True
@@ -227,7 +231,7 @@ def primitive(
 
     @functools.lru_cache(maxsize=1024)
     def avals(*args: Any, **params: Any) -> list:
-        return out_avals(functools.partial(impl, **params), args)
+        return out_avals(functools.partial(typed or impl, **params), args)
 
     def jvp_rule(primals: Sequence, tangents: Sequence, **params: Any) -> tuple[list, list]:
         if jvp is None:
@@ -262,9 +266,9 @@ def primitive(
 
     p.def_impl(lambda *args, **params: jitted(**params)(*args))
     p.def_abstract_eval(avals)
-    mlir.register_lowering(p, mlir.lower_fun(impl, multiple_results=True))
-    if cpu is not None:
-        mlir.register_lowering(p, mlir.lower_fun(cpu, multiple_results=True), platform="cpu")
+    for platform, fn in {None: impl, **platforms}.items():
+        fn = _of_one_trace(fn) if once else fn
+        mlir.register_lowering(p, mlir.lower_fun(fn, multiple_results=True), platform=platform)
     ad.primitive_jvps[p] = jvp_rule
     if transpose is not None:
         ad.primitive_transposes[p] = transpose_rule
@@ -273,6 +277,16 @@ def primitive(
         functools.partial(derived, **params), tuple(primals), tuple(series)
     )
     return p
+
+
+def _of_one_trace(fn: Callable) -> Callable:
+    """fn(*args, **params) by way of a jitted function, one for all equal parameters."""
+
+    @functools.lru_cache(maxsize=1024)
+    def jitted(**params: Any) -> Callable:
+        return jax.jit(functools.wraps(fn)(functools.partial(fn, **params)))
+
+    return lambda *args, **params: jitted(**params)(*args)
 
 
 def _nonzero(tangent: Any) -> Any:

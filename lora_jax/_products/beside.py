@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 
+from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, along, cast
 from lora_jax._core.geometry import RANK
 from lora_jax._products.group import Group, gradient
-from lora_jax._quantized.weight import value
+from lora_jax._quantized.weight import is_quantized, value
 
 JOINED = "joined"  # the label of axes that are made one, along which arrays are put side by side
 
@@ -33,7 +35,7 @@ def forward(
     ranks = [v.shape[group.hl.index(RANK)] for v in h]
     ys = []
     for i, (m, b_, w_) in enumerate(zip(group.members, b, w)):
-        w_, wl = _as_one(value(w_), m.wl, inner)  # (in, out)
+        w_, wl = _as_one(_read(w_), m.wl, inner)  # (in, out)
         at = wl.index(JOINED)
         b_ = _placed(cast(b_, x.dtype), m.bl, _with_ranks(wl), w_.shape)
         zeros = [(0, 0, 0)] * w_.ndim
@@ -59,7 +61,7 @@ def backward(
         free = tuple(d for d in m.out if d not in group.xl)
         g_, own = _as_one(g_, m.out, free)  # (T, out)
         gs.append(_placed(g_, own, gl, ()))
-        w_, own = _as_one(value(w_), m.wl, free)  # (in, out)
+        w_, own = _as_one(_read(w_), m.wl, free)  # (in, out)
         wl = wl or own
         ws.append(_placed(w_, own, wl, ()))
     al = _with_ranks(wl)
@@ -67,6 +69,13 @@ def backward(
     left = lax.concatenate([*gs, *dh], len(gl) - 1)
     right = lax.concatenate([*ws, *a], wl.index(JOINED))
     return gradient(left, gl, right, wl, group.xl, x, group.members[0].precision)
+
+
+def _read(w: Any) -> jax.Array:
+    return _value(w) if is_quantized(w) else w
+
+
+_value = jax.jit(value, inline=compat.INLINED)  # weights that are alike share a trace
 
 
 def _as_one(x: jax.Array, xl: Labels, axes: Labels) -> tuple[jax.Array, Labels]:

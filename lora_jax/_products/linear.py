@@ -40,7 +40,7 @@ from lora_jax._products.group import (
 )
 from lora_jax._products.merged import through_merged
 from lora_jax._products.plan import Plan
-from lora_jax._quantized.dot import dot
+from lora_jax._quantized.dot import Whole, dot
 from lora_jax._quantized.weight import is_quantized, value
 
 
@@ -209,9 +209,13 @@ def _gradients(
 
 def _toward_x(x: jax.Array, xl: Labels, m: Member, g: jax.Array, w: Any) -> jax.Array:
     """A term of the cotangent of x, by W or by the merged weight."""
-    whole = lambda g, w: gradient(g, m.out, w, m.wl, xl, x, m.precision)
+    whole = Whole(_whole_toward_x, (m, tuple(xl), jax.typeof(x)))
     how = dict(precision=m.precision, preferred_element_type=x.dtype)
-    return dot(whole, g, m.out, w, m.wl, xl, g, **how)
+    return dot(whole, g, m.out, w, m.wl, xl, **how)
+
+
+def _whole_toward_x(g: jax.Array, w: jax.Array, m: Member, xl: Labels, x: Any) -> jax.Array:
+    return gradient(g, m.out, w, m.wl, xl, x, m.precision)
 
 
 def _adapted_batch(
