@@ -5,7 +5,7 @@ utilisation, memory and compile time of each arm, on whatever accelerator is the
 the columns that need no device: memory and bytes, by the real compiler.
 
     python benchmarks/gpu.py                                    # all arms that are installed
-    python benchmarks/gpu.py --remat products --tokens 4 4096
+    python benchmarks/gpu.py --save products --tokens 4 4096
     python benchmarks/gpu.py --ahead h100:1x1x1 --arms hand beside
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --model tiny     # does it run?
 
@@ -87,6 +87,12 @@ REMAT = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+# What `lora.adapt` is given: see there.
+SAVE = {
+    "none": None,
+    "products": "products",
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -96,6 +102,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
     parser.add_argument("--tokens", type=int, nargs=2, metavar=("BATCH", "LENGTH"))
     parser.add_argument("--remat", choices=REMAT, default="none")
+    parser.add_argument("--save", choices=SAVE, default="none", help="of our arms")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--ahead", metavar="TOPOLOGY", help="compile for h100:1x1x1 or v5e:1x1")
@@ -246,7 +253,7 @@ def arm(name: str, o: argparse.Namespace, shape: Shape, how, params, ids) -> Arm
             return params
         return lora.quant.quantize(params, paths, survey=survey, double=name == "nf4d")
 
-    fn = lora.adapt(model, plan=name if name in PLANS else "auto")
+    fn = lora.adapt(model, plan=name if name in PLANS else "auto", save=SAVE[o.save])
     loss = lambda trained, base, ids: loss_of(fn(lora.bind(base, trained), ids), ids)
     return Arm(loss, trained, base, optax.adam(1e-4))
 
@@ -374,7 +381,7 @@ def main(argv=None) -> dict[str, dict]:
     tokens = tuple(o.tokens or tokens)
     where = o.ahead or jax.devices()[0].device_kind
     print(f"{where}; jax {jax.__version__}; {o.model}, {shape.layers} layers, tokens {tokens}, "
-          f"remat {o.remat}, rank {o.rank}", flush=True)  # fmt: skip
+          f"remat {o.remat}, save {o.save}, rank {o.rank}", flush=True)  # fmt: skip
     rows = {}
     for name in o.arms:
         rows[name] = measured(name, o, shape, tokens)

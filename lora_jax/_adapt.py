@@ -14,6 +14,7 @@ from lora_jax._core import compat, nnx
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._interpret.coverage import Coverage
 from lora_jax._interpret.interpreter import Interpreter
+from lora_jax._interpret.saving import has_own, policy
 from lora_jax._interpret.trace import Constants, Traceable
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, is_weight
 from lora_jax._products.plan import PLANS
@@ -24,6 +25,7 @@ def adapt(
     *,
     strict: bool = True,
     plan: str = "auto",
+    save: str | Callable | None = None,
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
 ) -> Callable:
@@ -57,12 +59,17 @@ def adapt(
         under shard_map), where shapes are known. Convolutions, ragged products and dropout are
         factored, and so is what "beside" is not for: sharding in types, operands of different
         types. `lora.coverage` shows the plan of each leaf.
+      save: what the gradient keeps of the forward pass. None: whatever it needs. "products":
+        results of products, of convolutions and of kernels that are not JAX's own; what is made of
+        these element by element is made again, and so is (x·A)·B. Or a policy of
+        `jax.checkpoint_policies`. It is applied to each step of a `scan` over layers, or, where
+        there is none, to `fn` as a whole. What has `jax.checkpoint` in it is left as it is.
       static_argnums, static_argnames: as in `jax.jit`, for arguments that hold arrays or objects
         and are still constants.
 
     Raises:
-      LoRAError: an unknown plan; or "merged" with dropout, which is on the input of the branch.
-        When called, if strict: lists every leaf that was materialised (with the primitive
+      LoRAError: an unknown plan or `save`; or "merged" with dropout, which is on the input of the
+        branch. When called, if strict: lists every leaf that was materialised (with the primitive
         and its source line) or unused. When called, if Variables of NNX are changed that are not
         arguments, or were made outside of the `jax` transform around the call.
 
@@ -74,7 +81,7 @@ def adapt(
     Array([[4., 4., 4.],
            [4., 4., 4.]], dtype=float32)
     """
-    call = _Adapted(fn, strict, plan, static_argnums, static_argnames)
+    call = _Adapted(fn, strict, plan, static_argnums, static_argnames, save)
 
     @functools.wraps(fn, updated=())
     def adapted(*args: Any, **kwargs: Any) -> Any:
@@ -91,11 +98,16 @@ class _Adapted(Traceable):
         plan: str,
         static_argnums: int | Sequence[int] = (),
         static_argnames: str | Sequence[str] = (),
+        save: str | Callable | None = None,
     ):
         super().__init__(fn, static_argnums, static_argnames)
         if plan not in PLANS:
             raise LoRAError(f"plan={plan!r} is not one of {', '.join(PLANS)}")
-        self.strict, self.plan = strict, plan
+        if not (save is None or save == "products" or callable(save)):
+            raise LoRAError(
+                f'save={save!r} is neither None, "products" nor a policy of jax.checkpoint_policies'
+            )
+        self.strict, self.plan, self.policy = strict, plan, policy(save)
         self._transform = functools.partial(_transformed, self)
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -120,8 +132,9 @@ class _Adapted(Traceable):
         nnx.update((args, kwargs), changed)
         return out
 
-    def interpret(self, constants: Constants, arrays: Sequence) -> tuple[Any, Coverage]:
-        """The outputs with adapted weights, and what became of each leaf."""
+    def interpret(self, constants: Constants, arrays: Sequence) -> tuple[Any, Coverage, bool]:
+        """The outputs with adapted weights, what became of each leaf, and whether what is kept is
+        decided within: by the policy in the steps of a loop, or by `fn` itself."""
         jaxpr, shapes = self.jaxpr(constants, arrays)
         frozen = [_frozen(x) if is_weight(x) else x for x in _told_apart(arrays)]
         adapted = [x for x in frozen if isinstance(x, AdaptedWeight)]
@@ -131,7 +144,7 @@ class _Adapted(Traceable):
             [f"'{x.origin}' has dropout {x.dropout}" for x in dropping],
             'lora.bind(params, adapters) without a dropout_key, or lora.adapt(fn, plan="auto")',
         )
-        interpreter = Interpreter(self.plan)
+        interpreter = Interpreter(self.plan, self.policy)
         fixed = self.parameters(constants, arrays)
         outs = interpreter.run(*compat.live(jaxpr), frozen, fixed=fixed)
         untouched = {id(x) for x in frozen}
@@ -141,7 +154,8 @@ class _Adapted(Traceable):
         ]
         leaves = {x.origin: x.shape for x in frozen if is_weight(x) and not isinstance(x, Coded)}
         coverage = Coverage.of(leaves, interpreter.events)
-        return jax.tree.unflatten(jax.tree.structure(shapes), outs), coverage
+        out = jax.tree.unflatten(jax.tree.structure(shapes), outs)
+        return out, coverage, interpreter.saves or has_own(compat.opened(jaxpr)[0])
 
 
 def _frozen(w: Followed) -> Followed:
@@ -167,7 +181,16 @@ def _told_apart(arrays: Iterable) -> Iterator:
 
 
 def _transformed(adapted: _Adapted, constants: Constants, *arrays: Any) -> Any:
-    out, coverage = adapted.interpret(constants, arrays)
+    interpret = functools.partial(adapted.interpret, constants)
+    if adapted.policy is None:
+        out, coverage, _ = interpret(arrays)
+    else:
+        found: list = []
+        jax.eval_shape(lambda xs: found.append(interpret(xs)[1:]), arrays)
+        coverage, saves = found[0]
+        fn = lambda *xs: interpret(xs)[0]
+        # within the loop over layers, or, where there is none, around all of it
+        out = (fn if saves else jax.checkpoint(fn, policy=adapted.policy))(*arrays)
     if adapted.strict:
         coverage.check(getattr(adapted.fn, "__name__", repr(adapted.fn)))
     return out

@@ -19,6 +19,8 @@ __all__ = [
     "CALLS",
     "INLINED",
     "Literal",
+    "Primitive",
+    "REMAT",
     "abstract",
     "eqn_context",
     "explicit_sharding",
@@ -46,6 +48,9 @@ __all__ = [
 
 # Primitives that call one body once, on all of their operands.
 CALLS = ("jit", "pjit", "remat2", "remat", "checkpoint", "closed_call", "core_call")
+
+
+REMAT = ("remat2", "remat", "checkpoint")
 
 
 # The option of jax.jit by which a function leaves no call behind where it is traced: since 0.12
