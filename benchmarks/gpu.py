@@ -18,7 +18,6 @@ SGD. `peft`, `liger`, `peft_nf4` and `liger_nf4` are the same step by torch, see
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import gc
 import importlib.util
@@ -388,8 +387,6 @@ def main(argv=None) -> dict[str, dict]:
         if o.json:
             print(json.dumps({"arm": name} | rows[name]), flush=True)
         gc.collect()
-        with contextlib.suppress(AttributeError):
-            jax.clear_caches()
     columns = [c for c in COLUMNS if any(c in r for r in rows.values())]
     print(
         table(("arm", *columns), [(n, *(cell(r.get(c)) for c in columns)) for n, r in rows.items()])

@@ -162,7 +162,7 @@ def out_avals(fn: Callable, avals: tuple) -> list:
 
 def explicit_sharding(x: Any) -> Any:
     """The sharding that is part of x's type, or of the type x, or None if the compiler decides."""
-    sharding = (x if isinstance(x, core.AbstractValue) else jax.typeof(x)).sharding
+    sharding = (x if isinstance(x, core.ShapedArray) else jax.typeof(x)).sharding
     explicit = jax.sharding.AxisType.Explicit
     return sharding if explicit in sharding.mesh.axis_types else None
 
