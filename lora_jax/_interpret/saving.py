@@ -24,8 +24,8 @@ _DEAR = {
     lax.ppermute_p,
 }
 _CHEAP = {p for p in vars(lax).values() if isinstance(p, compat.Primitive)} - _DEAR
-# Random bits, names, and what is of a weight's size.
-_OF_ALL = ("random_", "threefry", "rng_", "name", "ordered", "level")
+# Random bits, names, what is of a weight's size, DoRA's gain.
+_OF_ALL = ("random_", "threefry", "rng_", "name", "ordered", "level", "gained")
 
 
 def products(primitive: Any, *avals: Any, **params: Any) -> bool:
