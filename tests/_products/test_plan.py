@@ -421,6 +421,21 @@ def test_what_beside_is_not_for_is_factored():
     np.testing.assert_array_equal(f(bound, x), lora.adapt(fn, plan="factored")(bound, x))
 
 
+def test_beside_a_quantised_weight():
+    """Its numbers are read into the array that the factors stand in."""
+    params = {n: jax.random.normal(jax.random.key(i), (64, 64)) for i, n in enumerate("qkv")}
+    x = jax.random.normal(jax.random.key(9), (5, 64))
+    _, ad = adapted(three, params, x, targets=list("qkv"))
+    base = lora.quant.quantize(params, list("qkv"))
+
+    def run(plan, base):
+        f = lora.adapt(three, plan=plan)
+        loss = lambda ad, x: jnp.sum(f(lora.bind(base, ad), x) ** 2)
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(ad, x)
+
+    assert_close(run("beside", base), run("factored", lora.quant.dequantize(base)), factor=256)
+
+
 def test_unknown_plan():
     with pytest.raises(
         lora.LoRAError, match="plan='fused' is not one of auto, factored, merged, beside"
