@@ -15,6 +15,7 @@ from lora_jax._core import compat, nnx
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._interpret.coverage import Coverage
 from lora_jax._interpret.interpreter import Interpreter
+from lora_jax._interpret.saving import has_own, policy
 from lora_jax._interpret.trace import Constants, Traceable
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, is_weight
 from lora_jax._products.plan import PLANS
@@ -25,6 +26,7 @@ def adapt(
     *,
     strict: bool = True,
     plan: str = "auto",
+    save: str | Callable | None = None,
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
 ) -> Callable:
@@ -48,19 +50,27 @@ def adapt(
       strict: raise if an adapted leaf is used anywhere but in low rank, or not at all. If False,
         such weights are materialised, W + scale·A·B, which is exact but forms a gradient of the
         size of W; `lora.coverage` lists them.
-      plan: how a matrix product is made. "factored": x·W + scale·(x·A)·B. "merged":
-        x·(W + scale·A·B) in the forward pass and for the gradient of x; the merged weight is
-        accumulated in fp32, rounded once to W's dtype, lives for one product and has no gradient.
-        "auto" chooses by FLOPs and bytes, for each pass of each product, and merges only where
-        nothing is rounded away: in fp32 or wider and, off the CPU, at the highest precision; and
-        on one device (or under shard_map), where shapes are known. Convolutions, ragged products
-        and dropout are factored. `lora.coverage` shows the plan of each leaf.
+      plan: how a matrix product is made. "factored": x·W + scale·(x·A)·B. "beside":
+        [x, scale·x·A]·[W; B], one product, whose result is written once, and the like for the
+        gradient of x; it copies x and W. "merged": x·(W + scale·A·B) in the forward pass and for
+        the gradient of x; the merged weight is accumulated in fp32, rounded once to W's dtype,
+        lives for one product and has no gradient. "auto" chooses by FLOPs and bytes, for each pass
+        of each product. It merges only where nothing is rounded away: in fp32 or wider and, off
+        the CPU, at the highest precision; it puts beside on GPUs; either on one device alone (or
+        under shard_map), where shapes are known. Convolutions, ragged products and dropout are
+        factored, and so is what "beside" is not for: sharding in types, operands of different
+        types. `lora.coverage` shows the plan of each leaf.
+      save: what the gradient keeps of the forward pass. None: whatever it needs. "products":
+        results of products, of convolutions and of kernels that are not JAX's own; what is made of
+        these element by element is made again, and so is (x·A)·B. Or a policy of
+        `jax.checkpoint_policies`. It is applied to each step of a `scan` over layers, or, where
+        there is none, to `fn` as a whole. What has `jax.checkpoint` in it is left as it is.
       static_argnums, static_argnames: as in `jax.jit`, for arguments that hold arrays or objects
         and are still constants.
 
     Raises:
-      LoRAError: an unknown plan; or "merged" with dropout, which is on the input of the branch.
-        When called, if strict: lists every leaf that was materialised (with the primitive
+      LoRAError: an unknown plan or `save`; or "merged" with dropout, which is on the input of the
+        branch. When called, if strict: lists every leaf that was materialised (with the primitive
         and its source line) or unused. When called, if Variables of NNX are changed that are not
         arguments, or were made outside of the `jax` transform around the call.
 
@@ -83,7 +93,7 @@ def adapt(
         raise LoRAError(
             f"lora.adapt takes a function, found a {type(fn).__name__}: lora.adapt({call})"
         )
-    call = Adapted(fn, strict, plan, static_argnums, static_argnames)
+    call = Adapted(fn, strict, plan, static_argnums, static_argnames, save)
 
     @functools.wraps(fn, updated=())
     def adapted(*args: Any, **kwargs: Any) -> Any:
@@ -107,6 +117,7 @@ class Adapted(Traceable):
         plan: str,
         static_argnums: int | Sequence[int] = (),
         static_argnames: str | Sequence[str] = (),
+        save: str | Callable | None = None,
         *,
         part: bool = False,
         allow: str = "lora.adapt(fn, strict=False)",
@@ -115,7 +126,11 @@ class Adapted(Traceable):
         self.part, self.allow = part, allow
         if plan not in PLANS:
             raise LoRAError(f"plan={plan!r} is not one of {', '.join(PLANS)}")
-        self.strict, self.plan = strict, plan
+        if not (save is None or save == "products" or callable(save)):
+            raise LoRAError(
+                f'save={save!r} is neither None, "products" nor a policy of jax.checkpoint_policies'
+            )
+        self.strict, self.plan, self.policy = strict, plan, policy(save)
         # One object for the lifetime of the transform: the cache of make_jaxpr is keyed by it.
         self._transform = functools.partial(_transformed, self)
 
@@ -146,8 +161,9 @@ class Adapted(Traceable):
         nnx.update((args, kwargs), changed)
         return out
 
-    def interpret(self, constants: Constants, arrays: Sequence) -> tuple[Any, Coverage]:
-        """The outputs with adapted weights, and what became of each leaf."""
+    def interpret(self, constants: Constants, arrays: Sequence) -> tuple[Any, Coverage, bool]:
+        """The outputs with adapted weights, what became of each leaf, and whether what is kept is
+        decided within: by the policy in the steps of a loop, or by `fn` itself."""
         jaxpr, shapes = self.jaxpr(constants, arrays)
         # A base whose gradient is stopped has no tangent, so no gradient of its size is formed.
         frozen = [_frozen(x) if is_weight(x) else x for x in _told_apart(arrays)]
@@ -159,7 +175,7 @@ class Adapted(Traceable):
             [f"'{x.origin}' has dropout {x.dropout}" for x in dropping],
             'lora.bind(params, adapters) without a dropout_key, or lora.adapt(fn, plan="auto")',
         )
-        interpreter = Interpreter(self.plan)
+        interpreter = Interpreter(self.plan, self.policy)
         fixed = self.parameters(constants, arrays)
         # Without dead equations: a use that no output depends on is no use.
         outs = interpreter.run(*compat.live(jaxpr), frozen, fixed=fixed)
@@ -172,7 +188,8 @@ class Adapted(Traceable):
         # Codes without an adapter may be unused, and are no part of the coverage.
         leaves = {x.origin: x.shape for x in frozen if is_weight(x) and not isinstance(x, Coded)}
         coverage = Coverage.of(leaves, interpreter.events)
-        return jax.tree.unflatten(jax.tree.structure(shapes), outs), coverage
+        out = jax.tree.unflatten(jax.tree.structure(shapes), outs)
+        return out, coverage, interpreter.saves or has_own(compat.opened(jaxpr)[0])
 
 
 def _frozen(w: Followed) -> Followed:
@@ -199,7 +216,16 @@ def _told_apart(arrays: Iterable) -> Iterator:
 
 
 def _transformed(adapted: Adapted, constants: Constants, *arrays: Any) -> Any:
-    out, coverage = adapted.interpret(constants, arrays)
+    interpret = functools.partial(adapted.interpret, constants)
+    if adapted.policy is None:
+        out, coverage, _ = interpret(arrays)
+    else:
+        found: list = []
+        jax.eval_shape(lambda xs: found.append(interpret(xs)[1:]), arrays)
+        coverage, saves = found[0]
+        fn = lambda *xs: interpret(xs)[0]
+        # Within the loop over layers, or, where there is none, around all of it.
+        out = (fn if saves else jax.checkpoint(fn, policy=adapted.policy))(*arrays)
     if adapted.strict:
         name = getattr(adapted.fn, "__name__", repr(adapted.fn))
         coverage.check(name, adapted.allow, adapted.part)

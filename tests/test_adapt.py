@@ -192,7 +192,8 @@ PLANNED = {
     "name, plan",
     [(name, "auto") for name in sorted(USES)]
     + [
-        pytest.param(name, "merged", marks=() if name in PLANNED else pytest.mark.slow)
+        pytest.param(name, plan, marks=() if name in PLANNED else pytest.mark.slow)
+        for plan in ("merged", "beside")
         for name in sorted(USES)
     ],
 )
@@ -238,7 +239,7 @@ def gated(p, x):
 GATED = {"u": normal(21, 6, 8), "v": normal(20, 8, 4), "w": normal(22, 6, 8)}
 
 
-@pytest.fixture(params=["factored", "merged"])
+@pytest.fixture(params=["factored", "merged", "beside"])
 def both(request):
     """(adapters, the adapted function of adapters, the dense one), for transformations."""
     f, adapters = adapted(gated, GATED, X, targets=["u", "v", "w"], plan=request.param)

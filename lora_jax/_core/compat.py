@@ -19,6 +19,8 @@ __all__ = [
     "CALLS",
     "INLINED",
     "Literal",
+    "Primitive",
+    "REMAT",
     "abstract",
     "eqn_context",
     "explicit_sharding",
@@ -32,6 +34,7 @@ __all__ = [
     "one_device",
     "opened",
     "out_avals",
+    "platform",
     "primitive",
     "same_vma",
     "scopes",
@@ -45,6 +48,9 @@ __all__ = [
 
 # Primitives that call one body once, on all of their operands.
 CALLS = ("jit", "pjit", "remat2", "remat", "checkpoint", "closed_call", "core_call")
+
+
+REMAT = ("remat2", "remat", "checkpoint")
 
 
 # The option of jax.jit by which a function leaves no call behind where it is traced: since 0.12
@@ -163,8 +169,8 @@ def out_avals(fn: Callable, avals: tuple) -> list:
 
 
 def explicit_sharding(x: Any) -> Any:
-    """The sharding that is part of x's type, or None if the compiler decides."""
-    sharding = jax.typeof(x).sharding
+    """The sharding that is part of x's type, or of the type x, or None if the compiler decides."""
+    sharding = (x if isinstance(x, core.ShapedArray) else jax.typeof(x)).sharding
     explicit = jax.sharding.AxisType.Explicit
     return sharding if explicit in sharding.mesh.axis_types else None
 
@@ -177,6 +183,14 @@ def one_device(x: Any) -> bool:
         size == 1 or kind == jax.sharding.AxisType.Manual
         for size, kind in zip(mesh.axis_sizes, mesh.axis_types)
     )
+
+
+def platform(x: Any) -> str:
+    """What x is computed on, "cpu", "gpu" or "tpu": by the mesh in its type, else JAX's default."""
+    device = getattr(jax.typeof(x).sharding.mesh, "abstract_device", None)
+    if device is None:
+        return jax.default_backend()
+    return "tpu" if device.device_kind.startswith("TPU") else "gpu"
 
 
 def lowered_for(lowered: Any) -> tuple[jax.Device, ...]:
@@ -204,7 +218,9 @@ def primitive(
     transpose: Callable | None = None,
     batch: Callable | None = None,
     derived: Callable | None = None,
-    cpu: Callable | None = None,
+    typed: Callable | None = None,
+    once: bool = False,
+    **platforms: Callable,
 ) -> Primitive:
     """A primitive with several results that lowers to the plain function `impl(*args, **params)`.
 
@@ -215,8 +231,10 @@ def primitive(
       transpose(cotangents, *args, **params) -> the cotangents of the arguments
       batch(size, args, batched, **params) -> (results, which of them are batched)
 
-    Without a rule, and by `jet`, `derived`, by default `impl`, is differentiated or batched. `cpu`
-    is lowered in the place of `impl` on CPUs.
+    Without a rule, and by `jet`, `derived`, by default `impl`, is differentiated or batched.
+    `platforms` are lowered in the place of `impl` on "cpu", "tpu", "cuda" or "rocm": only the one
+    that is asked for is traced. `typed` gives results of the same types as `impl`, by a shorter
+    trace. `once`: what is lowered is a function of its own, one for all equations that are alike.
     """
     p = Primitive(name)
     p.multiple_results = True
@@ -230,7 +248,7 @@ def primitive(
     # Each equation asks for its types, and this traces `impl`: kept by types and parameters.
     @functools.lru_cache(maxsize=1024)
     def avals(*args: Any, **params: Any) -> list:
-        return out_avals(functools.partial(impl, **params), args)
+        return out_avals(functools.partial(typed or impl, **params), args)
 
     def jvp_rule(primals: Sequence, tangents: Sequence, **params: Any) -> tuple[list, list]:
         if jvp is None:
@@ -268,9 +286,9 @@ def primitive(
     p.def_impl(lambda *args, **params: jitted(**params)(*args))
     p.def_abstract_eval(avals)
     # Lowered inline: what is compiled is `impl` itself, and no call.
-    mlir.register_lowering(p, mlir.lower_fun(impl, multiple_results=True))
-    if cpu is not None:
-        mlir.register_lowering(p, mlir.lower_fun(cpu, multiple_results=True), platform="cpu")
+    for platform, fn in {None: impl, **platforms}.items():
+        fn = _of_one_trace(fn) if once else fn
+        mlir.register_lowering(p, mlir.lower_fun(fn, multiple_results=True), platform=platform)
     ad.primitive_jvps[p] = jvp_rule
     if transpose is not None:
         ad.primitive_transposes[p] = transpose_rule
@@ -279,6 +297,16 @@ def primitive(
         functools.partial(derived, **params), tuple(primals), tuple(series)
     )
     return p
+
+
+def _of_one_trace(fn: Callable) -> Callable:
+    """fn(*args, **params) by way of a jitted function, one for all equal parameters."""
+
+    @functools.lru_cache(maxsize=1024)
+    def jitted(**params: Any) -> Callable:
+        return jax.jit(functools.wraps(fn)(functools.partial(fn, **params)))
+
+    return lambda *args, **params: jitted(**params)(*args)
 
 
 def _nonzero(tangent: Any) -> Any:

@@ -142,8 +142,10 @@ class _Body:
 class Interpreter:
     """One evaluation. `events` maps (leaf, equation, how) to a `Use`."""
 
-    def __init__(self, plan: str = "auto"):
+    def __init__(self, plan: str = "auto", policy: Callable | None = None):
         self.plan = plan
+        self.policy = policy  # of jax.checkpoint, for the bodies of scans that weights enter
+        self.saves = False  # whether there was such a body
         self.events: dict[tuple, Use] = {}
         self._body = _Body([], {}, 0)
         self._jits: dict = {}  # see `once`

@@ -15,6 +15,7 @@ from lora_jax._core import compat
 from lora_jax._core.geometry import RANK, Factor
 from lora_jax._interpret.bodies import arrays, forwarded
 from lora_jax._interpret.rule import Context, Equation, Rule, every
+from lora_jax._interpret.saving import has_own
 from lora_jax._nodes.weight import Coded, Followed, has_seed, is_weight
 from lora_jax._quantized.weight import is_quantized
 
@@ -126,6 +127,9 @@ def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list:
         ys = [y for y, o in zip(outs[n_carry:], left) if o is None]
         return arrays(ctx, eqn, carry_out, "scan output"), arrays(ctx, eqn, ys, "scan output")
 
+    if ctx.policy is not None and any(map(is_weight, args)) and not has_own(jaxpr):
+        # for each step: around the loop, all that is made again would be there at once
+        body, ctx.saves = jax.checkpoint(body, prevent_cse=False, policy=ctx.policy), True
     steps = jnp.arange(p["length"]) if dropping else None
     # Given only where it is set: not part of the documented interface.
     options = {"_split_transpose": p["_split_transpose"]} if p.get("_split_transpose") else {}

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from lora_jax._core.einsum import cast, contract, holding, plus, times, wide
+from lora_jax._core.einsum import cast, contract, gained, holding, plus, times, wide
 from lora_jax._core.errors import LoRAError, refuse_use
 from lora_jax._core.geometry import RANK, SEED_IMPL, Factor, static
 from lora_jax._quantized.weight import value
@@ -263,12 +263,9 @@ class AdaptedWeight(Followed):
         at = {of[d]: d for d in self.gain.dims if d != RANK}
         order = [at[label] for label in labels if label in at]
         gain = self.gain.order((*order, RANK))
-        full = cast(y, holding(y.dtype))
         # (*order, 1), without the rank, and broadcast along the rest of y
-        value = jax.lax.squeeze(cast(gain.value, full.dtype), (len(order),))
-        dims = [i for i, label in enumerate(labels) if label in at]
-        value = jax.lax.broadcast_in_dim(value, y.shape, dims)
-        return cast(jax.lax.add(full, jax.lax.mul(full, value)), y.dtype)
+        value = jax.lax.squeeze(gain.value, (len(order),))
+        return gained(y, value, [i for i, label in enumerate(labels) if label in at])
 
     def _more(self) -> str:
         return f", rank={self.a.size(RANK)}, scale={self.scale}"

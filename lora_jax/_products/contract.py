@@ -22,6 +22,8 @@ from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._products.group import Group, Member
 from lora_jax._products.linear import adapted
 from lora_jax._products.plan import Plan, planned
+from lora_jax._quantized.dot import read_whole
+from lora_jax._quantized.weight import is_quantized
 
 Labelled = tuple[jax.Array, tuple[Hashable, ...]]  # an array, and the labels of its axes
 
@@ -177,17 +179,33 @@ def _plan(
     rows = math.prod(size[d] for d in xl if d not in first.wl)
     outs = [math.prod(n for d, n in zip(p.wl, p.w.shape) if d not in xl) for p in products]
     ranks = [p.w.a.size(RANK) for p in products]
-    mergeable = whole and all(
-        inner <= {*al} <= {*xl, RANK}
-        and not inner & {*bl}
-        and _keeps_all_bits(p, x)
-        and all(map(compat.one_device, jax.tree.leaves(p.w.base)))
+    # A along all that is summed, B along nothing of it: the merged weight is of the weight's shape.
+    apart = whole and all(
+        inner <= {*al} <= {*xl, RANK} and not inner & {*bl} for (_, al), (_, bl) in parts
+    )
+    joinable = apart and all(
+        {*al, *bl} <= {*p.wl, RANK}
+        and {*p.wl} & {*xl} == {*first.wl} & {*xl}
+        and p.meeting(x) == p.dtype == p.w.dtype == x.dtype
+        and compat.explicit_sharding(x) is None
+        and read_whole(x, p.w.base)
         for p, ((_, al), (_, bl)) in zip(products, parts)
     )
-    mergeable = mergeable and compat.one_device(x)
-    inner_size = math.prod(size[d] for d in inner)
-    mode = mode if whole else "factored"
-    return planned(mode, rows, inner_size, outs, ranks, x.dtype.itemsize, mergeable)
+    local = all(map(compat.one_device, jax.tree.leaves((x, [p.w.base for p in products]))))
+    if not whole or (mode == "beside" and not joinable):
+        mode = "factored"
+    return planned(
+        mode,
+        rows,
+        math.prod(size[d] for d in inner),
+        outs,
+        ranks,
+        x.dtype.itemsize,
+        mergeable=apart and local and all(_keeps_all_bits(p, x) for p in products),
+        joinable=joinable and local and compat.platform(x) == "gpu",
+        # what is read from codes is written for the product anyway
+        copied=sum(k for k, p in zip(outs, products) if not is_quantized(p.w.base)),
+    )
 
 
 def _keeps_all_bits(p: Product, x: jax.Array) -> bool:
@@ -197,7 +215,7 @@ def _keeps_all_bits(p: Product, x: jax.Array) -> bool:
     highest = jax.lax.Precision.HIGHEST
     precision = p.params["precision"]
     full = precision == highest or precision == (highest, highest)
-    return wide and (full or jax.default_backend() == "cpu")
+    return wide and (full or compat.platform(x) == "cpu")
 
 
 def dropout(x: jax.Array, w: AdaptedWeight, use: int) -> jax.Array:

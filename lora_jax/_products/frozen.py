@@ -16,7 +16,7 @@ from jax import lax
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, cast, contract
-from lora_jax._quantized.dot import dot
+from lora_jax._quantized.dot import Whole, dot
 from lora_jax._quantized.weight import Quantized
 
 
@@ -47,13 +47,19 @@ def product(x: jax.Array, w: Quantized, how: Frozen) -> jax.Array:
 
 
 def _product(x: jax.Array, *arrays: jax.Array, how: Frozen) -> list[jax.Array]:
-    def whole(x: jax.Array, w: jax.Array) -> jax.Array:
-        if how.numbers is None:
-            return contract(x, how.xl, w, how.wl, how.out, **how.params)
-        operands = (w, x) if how.weight_first else (x, w)
-        return lax.dot_general(*operands, how.numbers, **how.params)
+    w, whole = how.weight(arrays), Whole(_as_written, (how,))
+    return [dot(whole, x, how.xl, w, how.wl, how.out, **how.params)]
 
-    return [dot(whole, x, how.xl, how.weight(arrays), how.wl, how.out, x, **how.params)]
+
+def _as_written(x: jax.Array, w: jax.Array, how: Frozen) -> jax.Array:
+    if how.numbers is None:
+        return contract(x, how.xl, w, how.wl, how.out, **how.params)
+    operands = (w, x) if how.weight_first else (x, w)
+    return lax.dot_general(*operands, how.numbers, **how.params)
+
+
+def _toward_x(g: jax.Array, w: jax.Array, how: Frozen) -> jax.Array:
+    return contract(g, how.out, w, how.wl, how.xl, precision=how.precision)
 
 
 def _jvp(primals: Sequence, tangents: Sequence, *, how: Frozen) -> tuple[list, list]:
@@ -65,10 +71,9 @@ def _jvp(primals: Sequence, tangents: Sequence, *, how: Frozen) -> tuple[list, l
 def _transpose(cts: Sequence, x: Any, *arrays: jax.Array, how: Frozen) -> list:
     (g,) = cts
     w = how.weight(arrays)
-    labels = how.wl, how.xl
     # dx (T, in) = g (T, out) · Wᵀ
-    whole = lambda g, w: contract(g, how.out, w, *labels, precision=how.precision)
-    dx = dot(whole, cast(g, w.dtype), how.out, w, *labels, g, precision=how.precision)
+    g, whole = cast(g, w.dtype), Whole(_toward_x, (how,))
+    dx = dot(whole, g, how.out, w, how.wl, how.xl, precision=how.precision)
     return [cast(dx, x.dtype)] + [None] * len(arrays)
 
 

@@ -1,4 +1,4 @@
-"""The weights that multiply one input, and the products that the factored plan makes of them.
+"""The weights that multiply one input, and the products that are made of them and their factors.
 
 Shapes: x (T, in), A (in, r), x·A (T, r), B (r, out), W (in, out), y (T, out). Every axis has a
 label, and an axis of a weight or factor that meets one of x has that one's. So dense layers, heads,
@@ -23,7 +23,7 @@ from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, along, cast, contract, holding, times
 from lora_jax._core.geometry import RANK
 from lora_jax._products.plan import Plan
-from lora_jax._quantized.dot import dot
+from lora_jax._quantized.dot import Whole, dot
 
 Term = tuple[jax.Array, Labels]  # of a sum, constant along the labels of the sum that it lacks
 
@@ -59,13 +59,8 @@ class Member:
         """x·W, to the bit what the model computes."""
         have = tuple(d for d in self.out if d in xl or d in self.wl)
 
-        def whole(x: jax.Array, w: jax.Array) -> jax.Array:
-            if self.numbers is None:
-                return self.contract(x, xl, w, self.wl, self.precision)[0]
-            operands = (w, x) if self.weight_first else (x, w)
-            return lax.dot_general(*operands, self.numbers, **self.params)
-
-        return dot(whole, x, xl, w, self.wl, have, x, **self.params), have
+        whole = Whole(_as_written, (self, tuple(xl)))
+        return dot(whole, x, xl, w, self.wl, have, **self.params), have
 
     def contract(self, x: jax.Array, xl: Labels, y: jax.Array, yl: Labels, precision: Any) -> Term:
         """x·y, summed over what the member's result does not have."""
@@ -83,6 +78,13 @@ class Member:
         shape, dtype = [size.get(d, 1) for d in self.out], holding(self.dtype)
         whole = (cast(along(y, have, self.out, shape), dtype) for y, have in terms)
         return cast(functools.reduce(lax.add, whole), self.dtype)
+
+
+def _as_written(x: jax.Array, w: jax.Array, m: Member, xl: Labels) -> jax.Array:
+    if m.numbers is None:
+        return m.contract(x, xl, w, m.wl, m.precision)[0]
+    operands = (w, x) if m.weight_first else (x, w)
+    return lax.dot_general(*operands, m.numbers, **m.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,7 @@ def gradient(
     y: jax.Array,
     yl: Labels,
     out: Labels,
-    like: jax.Array,
+    like: Any,
     precision: Any,
 ) -> jax.Array:
     """x·y of labels `out`, in the dtype and, where shardings are in types, sharding of `like`;

@@ -28,10 +28,19 @@ from jax import lax
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, cast, times
-from lora_jax._products.group import Group, Member, base, factored, gradient, hidden, up
+from lora_jax._products import beside
+from lora_jax._products.group import (
+    Group,
+    Member,
+    base,
+    factored,
+    gradient,
+    hidden,
+    up,
+)
 from lora_jax._products.merged import through_merged
 from lora_jax._products.plan import Plan
-from lora_jax._quantized.dot import dot
+from lora_jax._quantized.dot import Whole, dot
 from lora_jax._quantized.weight import is_quantized, value
 
 
@@ -57,9 +66,14 @@ def _of_group(group: Group):
 
 def _adapted(*args: jax.Array, group: Group) -> list[jax.Array]:
     x, a, b, w = group.split(args)
-    if group.plan.infer:
+    if group.plan.infer == "merged":
         return _by_merged(group, x, a, b, w)
-    return factored(group, x, hidden(group, x, a), b, w)
+    return _by_way(group, group.plan.infer, x, hidden(group, x, a), b, w)
+
+
+def _by_way(group: Group, way: str, x: jax.Array, h: Sequence, b: Sequence, w: Sequence) -> list:
+    """The outputs from x and x·A."""
+    return (beside.forward if way == "beside" and w[0] is not None else factored)(group, x, h, b, w)
 
 
 def _by_merged(
@@ -74,11 +88,11 @@ def _adapted_jvp(primals: Sequence, tangents: Sequence, *, group: Group) -> tupl
     x, a, b, w = group.split(primals)
     tx, ta, tb, tw = group.split(tangents)
     h = hidden(group, x, a)
-    if group.plan.forward:
-        plan = dataclasses.replace(group.plan, infer=True)
+    if group.plan.forward == "merged":
+        plan = dataclasses.replace(group.plan, infer="merged")
         ys = adapted_p.bind(*primals, group=dataclasses.replace(group, plan=plan))
-    else:
-        ys = factored(group, x, h, b, w)
+    else:  # as plain equations, that a policy of jax.checkpoint sees its products
+        ys = _by_way(group, group.plan.forward, x, h, b, w)
     pairs = (([x], [tx]), (a, ta), (b, tb))
     active = tuple(any(t is not None for t in ts) for _, ts in pairs)
     if not any(active):
@@ -111,7 +125,7 @@ def _tangent(
     """tx·W + (tx·A + x·tA)·B + (x·A)·tB of each member; `merge`: tx by the merged weight."""
     (tx, ta, tb), h, x, a, b, w = _parts(group, active, args)
     based = w[0] is not None
-    merge = based and (group.plan.backward if merge is None else merge)
+    merge = based and (group.plan.backward == "merged" if merge is None else merge)
     terms, th = [], []  # of y, of x·A
     if tx is not None and merge:
         ys = _by_merged(group, tx, a, b, w)
@@ -155,7 +169,8 @@ def _gradients(
     """Cotangents of x, of each A and of each B, None where they are not active."""
     to_x, to_a, to_b = active
     members, hl, xl, al = group.members, group.hl, group.xl, group.al
-    merge = group.plan.backward and w[0] is not None
+    based = w[0] is not None
+    merge, join = (based and group.plan.backward == way for way in ("merged", "beside"))
     dx = da = db = None
     dh: list[jax.Array] = []
     dtype, x = x.dtype, cast(x, group.dtype)
@@ -176,13 +191,15 @@ def _gradients(
         # xᵀ·(g·Bᵀ): (in, T) · (T, r)
         da = [gradient(x, xl, d, hl, al, a[0], group.precision) for d in dh]
         da = [cast(d, v.dtype) for d, v in zip(group.apart(da, al, group.ranks(a)), a)]
-    if to_x:
+    if to_x and join:
+        dx = cast(beside.backward(group, x, g, dh, a, w), dtype)
+    elif to_x:
         # g·Wᵀ + (g·Bᵀ)·Aᵀ, or g·(W + s·A·B)ᵀ: (T, in)
         toward_x = functools.partial(_toward_x, x, xl)
         terms = []
         if merge:
             terms = through_merged(group, g, a, b, w, toward_x)
-        elif w[0] is not None:
+        elif based:
             terms = list(map(toward_x, members, g, w))
         if not merge:
             a = group.side_by_side([cast(v, x.dtype) for v in a], al)
@@ -193,9 +210,13 @@ def _gradients(
 
 def _toward_x(x: jax.Array, xl: Labels, m: Member, g: jax.Array, w: Any) -> jax.Array:
     """A term of the cotangent of x, by W or by the merged weight."""
-    whole = lambda g, w: gradient(g, m.out, w, m.wl, xl, x, m.precision)
+    whole = Whole(_whole_toward_x, (m, tuple(xl), jax.typeof(x)))
     how = dict(precision=m.precision, preferred_element_type=x.dtype)
-    return dot(whole, g, m.out, w, m.wl, xl, g, **how)
+    return dot(whole, g, m.out, w, m.wl, xl, **how)
+
+
+def _whole_toward_x(g: jax.Array, w: jax.Array, m: Member, xl: Labels, x: Any) -> jax.Array:
+    return gradient(g, m.out, w, m.wl, xl, x, m.precision)
 
 
 def _adapted_batch(
@@ -251,7 +272,7 @@ def _read(w: Any, batched: Any) -> tuple[jax.Array, bool]:
 
 
 def _by_factors(*args: jax.Array, group: Group) -> list[jax.Array]:
-    plan = dataclasses.replace(group.plan, infer=False)
+    plan = dataclasses.replace(group.plan, infer="factored")
     return _adapted(*args, group=dataclasses.replace(group, plan=plan))
 
 

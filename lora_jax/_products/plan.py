@@ -1,14 +1,17 @@
 """The plan: which products a low-rank update is made of, decided from shapes when traced.
 
 A group is one input x with T rows and d columns, and the weights W_i (d, k_i) that multiply it,
-each with an update of rank r_i. There are two ways to y_i = x·W_i + s·(x·A_i)·B_i, and the same two
-for the gradient of x, decided one by one. Beside the base products, and with b bytes a number:
+each with an update of rank r_i. There are three ways to y_i = x·W_i + s·(x·A_i)·B_i, and the same
+three for the gradient of x, decided one by one. More than the base products, at b bytes a number:
 
              FLOPs                 bytes moved
   hidden     2·T·d·Σr              b·T·d                x·A, all the A_i side by side
   up         2·T·Σr·k              4·b·T·Σk             (x·A)·B written, read with x·W, sum written
   down       2·T·d·Σr              2·b·T·d              the same for the gradient of x, through Aᵀ
   merge      2·d·Σr·k              4·b·d·Σk             A·B written and read, W read, W' written
+  join       2·T·Σr·k              2·b·d·(T + Σk)       [x, x·A] and [W; B] written, each once
+  join back  2·T·d·Σr              2·b·(T + d)·Σk       [g, s·g·Bᵀ] and [W, A] written, each once,
+                                   − 2·b·n·T·d          n terms of dx neither written nor read
 
 The gradients of A and B are xᵀ·(g·Bᵀ) and (x·A)ᵀ·g whatever the plan; no product of the size of W
 is among them. So in training, where x·A is needed for the gradient of B anyway, the forward pass
@@ -17,9 +20,19 @@ T > d and T > c·k, with c between 1 (FLOPs alone, high rank) and 2 (bytes alone
 Without a gradient it is `merge` < `hidden` + `up`. Under remat the forward pass is made
 twice, and so are both sides of the comparison.
 
+"Beside" is one product, [x, x·A]·[W; B], whose result is written once, and one for the gradient
+of x, of all the weights: [g_1, …, s·g_1·B_1ᵀ, …]·[W_1, …, A_1, …]ᵀ. The update is added in the
+product's accumulator, so no bit of W is lost in low precision, and a policy of `jax.checkpoint`
+that saves products saves one array. On a GPU what is put side by side is written, as in the table;
+`join` takes the place of `up`, and `join back` that of `down`. A weight in codes is written for its
+product anyway: that is no copy. A TPU's compiler reads what is put side by side within the product,
+but not what it slices as well, as in a scan over layers; a CPU's product is a library's, of whole
+arrays. On these two "auto" leaves it.
+
 FLOPs are made comparable with bytes by a machine balance of 16 FLOPs a byte: fp32 on a CPU core
 (100 GFLOP/s, 6 GB/s a core when all are busy) and on an H100 outside of its tensor cores (67
-TFLOP/s, 3.35 TB/s). The choice depends on it little, as merging changes FLOPs and bytes alike.
+TFLOP/s, 3.35 TB/s). The choice depends on it little, as merging changes FLOPs and bytes alike, and
+"beside" has the FLOPs of the factors.
 """
 
 from __future__ import annotations
@@ -32,30 +45,35 @@ from lora_jax._core.compat import less
 BALANCE = 16  # FLOPs a byte; whole, as sizes of symbolic shapes take no fractions
 
 
-PLANS = ("auto", "factored", "merged")
+WAYS = ("factored", "merged", "beside")
+PLANS = ("auto", *WAYS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Whether the merged weight is used, and whether the products with A are made as one.
+    """The way of each pass, one of WAYS, and whether the products with A are made as one.
 
     Attributes:
-      infer: in a forward pass that is not differentiated.
-      forward: in one that is.
-      backward: for the gradient of the input.
+      infer: of a forward pass that is not differentiated.
+      forward: of one that is.
+      backward: of the gradient of the input.
       shared: one product with all the A side by side.
     """
 
-    infer: bool = False
-    forward: bool = False
-    backward: bool = False
+    infer: str = "factored"
+    forward: str = "factored"
+    backward: str = "factored"
     shared: bool = False
 
     def __str__(self) -> str:
-        where = [f.name for f in dataclasses.fields(self)[:3] if getattr(self, f.name)]
-        how = "factored" if not where else "merged" if len(where) == 3 else None
-        how = how or f"merged ({', '.join(where)})"
-        return how + (", shared" if self.shared else "")
+        passes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:3]}
+        found = [way for way in WAYS if way in passes.values()]
+        if len(found) == 1:
+            how = found
+        else:  # what is not said is factored
+            of = lambda way: ", ".join(name for name, w in passes.items() if w == way)
+            how = [f"{way} ({of(way)})" for way in found if way != "factored"]
+        return ", ".join(how + ["shared"] * self.shared)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +84,22 @@ class Costs:
     up: float
     down: float
     merge: float
+    join: float
+    join_back: float
 
     @classmethod
     def of(
-        cls, rows: int, inner: int, outs: Sequence[int], ranks: Sequence[int], itemsize: int
+        cls,
+        rows: int,
+        inner: int,
+        outs: Sequence[int],
+        ranks: Sequence[int],
+        itemsize: int,
+        copied: int | None = None,
     ) -> Costs:
+        """`copied`: Σk of the weights that are copied to be joined, by default all."""
         rank, out = sum(ranks), sum(outs)
+        copied = out if copied is None else copied
         rank_out = sum(r * k for r, k in zip(ranks, outs))
         byte = BALANCE * itemsize
         return cls(
@@ -79,6 +107,9 @@ class Costs:
             up=2 * rows * rank_out + byte * 4 * rows * out,
             down=2 * rows * inner * rank + byte * 2 * rows * inner,
             merge=2 * inner * rank_out + byte * 4 * inner * out,
+            join=2 * rows * rank_out + byte * 2 * inner * (rows + copied),
+            join_back=2 * rows * inner * rank
+            + byte * 2 * (rows * out + inner * copied - rows * inner * len(outs)),
         )
 
 
@@ -90,19 +121,30 @@ def planned(
     ranks: Sequence[int],
     itemsize: int,
     mergeable: bool,
+    joinable: bool = False,
+    copied: int | None = None,
 ) -> Plan:
     """The plan of one group.
 
-    `mergeable` says whether "auto" may merge: whether the product keeps every bit of the weight,
-    and T is the number of rows on the device. Where the shapes are symbolic and a comparison is
-    open, nothing is merged or shared.
+    `mergeable` and `joinable` say whether "auto" may do so: whether the merged weight would keep
+    every bit, and, for both, T is the number of rows on the device. Where the shapes are symbolic
+    and a comparison is open, nothing is merged, joined or shared. `copied` as in `Costs.of`.
     """
     # One product reads x once, not once for each weight; the A are copied side by side for it.
     shared = less(2 * sum(ranks), (len(ranks) - 1) * rows)
-    if mode == "merged":
-        return Plan(True, True, True, shared)
-    if mode == "factored" or not mergeable:
-        return Plan(shared=shared)
-    c = Costs.of(rows, inner, outs, ranks, itemsize)
-    infer, forward, backward = (less(c.merge, x) for x in (c.hidden + c.up, c.up, c.down))
-    return Plan(infer, forward, backward, shared)
+    if mode != "auto":
+        return Plan(mode, mode, mode, shared)
+    c = Costs.of(rows, inner, outs, ranks, itemsize, copied)
+
+    def cheapest(factored: float, joined: float, extra: float = 0) -> str:
+        way = "factored"
+        if joinable and less(joined, factored):
+            way, factored = "beside", joined
+        return "merged" if mergeable and less(c.merge, factored + extra) else way
+
+    return Plan(
+        cheapest(c.up, c.join, c.hidden),
+        cheapest(c.up, c.join),
+        cheapest(c.down, c.join_back),
+        shared,
+    )

@@ -11,7 +11,7 @@ Shapes: x (T, in), W (in, out) in codes, y (T, out); each axis has a label.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -29,18 +29,37 @@ LARGE, PART, MOST = 2**24, 2**22, 512
 TALL = 4
 
 
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """x·w as one product, `fn(x, w, *given)`: a function that equals one of equal parts."""
+
+    fn: Callable[..., jax.Array]
+    given: tuple
+
+    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return self.fn(x, w, *self.given)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """All that is static of a product with a quantised weight."""
+
+    whole: Whole
+    xl: Labels
+    wl: Labels
+    out: Labels
+    params: tuple  # of dot_general, pairs of a name and a value
+    base: Any  # the structure of the weight's arrays
+
+    def weight(self, arrays: Sequence[jax.Array]) -> Quantized:
+        return jax.tree.unflatten(self.base, arrays)
+
+
 def dot(
-    whole: Callable[[jax.Array, jax.Array], jax.Array],
-    x: jax.Array,
-    xl: Labels,
-    w: Any,
-    wl: Labels,
-    out: Labels,
-    after: jax.Array | None,
-    **params: Any,
+    whole: Whole, x: jax.Array, xl: Labels, w: Any, wl: Labels, out: Labels, **params: Any
 ) -> jax.Array:
     """The product of x and a weight that may be quantised: `whole(x, array)`, or the same sum in
-    halves or by rows. `after` as in `value`."""
+    halves or by rows. The weight is read when x is there, and for this product alone."""
     if not is_quantized(w):
         return whole(x, w)
     parts = _parts(w, x)
@@ -48,14 +67,37 @@ def dot(
     if parts > 1 and (_label(w, wl, 0) in xl) != (_label(w, wl, 0) in out):
         return by_rows(x, xl, w, wl, out, parts, **params)
     if not _in_halves(w):
-        return whole(x, value(w, after))
-    # Decided when it is lowered, so that one jaxpr serves every platform.
-    return lax.platform_dependent(
-        x,
-        w,
-        tpu=lambda x, w: halves(x, xl, w, wl, out, after, **params),
-        default=lambda x, w: whole(x, value(w, after)),
-    )
+        return whole(x, value(w, x))
+    arrays, structure = jax.tree.flatten(w)
+    how = Reading(whole, tuple(xl), tuple(wl), tuple(out), tuple(params.items()), structure)
+    return coded_dot_p.bind(*compat.same_vma(x, *arrays), how=how)[0]
+
+
+def _read_as_one(x: jax.Array, *arrays: jax.Array, how: Reading) -> list[jax.Array]:
+    return [how.whole(x, value(how.weight(arrays), x))]
+
+
+def _read_in_halves(x: jax.Array, *arrays: jax.Array, how: Reading) -> list[jax.Array]:
+    w = how.weight(arrays)
+    return [halves(x, how.xl, w, how.wl, how.out, x, **dict(how.params))]
+
+
+def _typed(x: jax.Array, *arrays: jax.Array, how: Reading) -> list[jax.Array]:
+    w = how.weight(arrays)
+    zeros = jnp.zeros(w.shape, w.dtype)
+    return [how.whole(*compat.same_vma(x, zeros, *arrays)[:2])]
+
+
+coded_dot_p = compat.primitive(
+    "coded_dot", _read_as_one, typed=_typed, once=True, tpu=_read_in_halves
+)
+
+
+def read_whole(x: jax.Array, w: Any) -> bool:
+    """Whether `dot` reads the weight as one array: neither by rows nor, on TPUs, in halves."""
+    if not is_quantized(w):
+        return True
+    return _parts(w, x) == 1 and not (compat.platform(x) == "tpu" and _in_halves(w))
 
 
 def _in_halves(q: Quantized) -> bool:

@@ -7,7 +7,6 @@ bits lie two in a byte, the first one in the upper half, as in bitsandbytes.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -138,12 +137,10 @@ def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> j
 
 
 def level(levels: Sequence[float], codes: jax.Array) -> jax.Array:
-    """The levels of codes of four bits, in fp32: by a look-up on GPUs, by halving elsewhere. Each
-    is the form whose intermediate values the compiler of that platform does not write out."""
+    """The levels of codes of four bits, in fp32: looked up on GPUs, where the compiler writes out
+    what halving has on the way, by halving elsewhere, where it writes out what a look-up has."""
     # A value for each of 16 codes: int4 and E2M1 have 15 levels, and never use the last.
-    levels = (*levels, *(0.0,) * (16 - len(levels)))
-    look_up, halving = (functools.partial(f, levels) for f in (looked_up, _by_halving))
-    return lax.platform_dependent(codes, cuda=look_up, rocm=look_up, default=halving)
+    return level_p.bind(codes, levels=(*levels, *(0.0,) * (16 - len(levels))))[0]
 
 
 def looked_up(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.Array:
@@ -162,6 +159,15 @@ def _by_halving(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.A
         values = [jnp.where(odd, *pair) for pair in zip(values[1::2], values[::2])]
         bit += 1
     return values[0]
+
+
+_look_up: Callable = lambda codes, levels: [looked_up(levels, codes)]
+level_p = compat.primitive(
+    "level",
+    lambda codes, levels: [_by_halving(levels, codes)],
+    cuda=_look_up,
+    rocm=_look_up,
+)
 
 
 def _scales(fmt: Format, constants: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -12,6 +12,7 @@ import optax
 import pytest
 from by_hand import steps
 from common import adapted, assert_close, assert_equals_dense, noisy
+from jax._src.ad_checkpoint import saved_residuals
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lora
@@ -20,7 +21,7 @@ from lora_jax.parallel._hlo import collectives
 
 P = PartitionSpec
 GRID = list(itertools.product((1, 16, 128, 1024, 8192), (256, 1024, 4096), (1, 8, 64, 256)))
-PLANS = ("auto", "factored", "merged")
+PLANS = ("auto", "factored", "merged", "beside")
 
 
 def dot_flops(f, *args) -> int:
@@ -63,20 +64,31 @@ def single(rows, width, rank, plan, by_hand=False):
     return forward, train, (ad, x, params)
 
 
+ALLOWED = {
+    (True, True): PLANS,
+    (True, False): ("auto", "factored", "merged"),
+    (False, True): ("auto", "factored", "beside"),
+}
+
+
+@pytest.mark.parametrize("mergeable, joinable", ALLOWED)
 @pytest.mark.parametrize("rows,width,rank", GRID)
-def test_auto_is_the_best_plan_of_the_model(rows, width, rank):
+def test_auto_is_the_best_plan_of_the_model(rows, width, rank, mergeable, joinable):
     """In FLOPs and bytes at the machine's balance, base products included."""
     args = rows, width, [width], [rank], 4
     c = Costs.of(*args)
 
     def cost(plan, training):
         if not training:
-            return base + (c.merge if plan.infer else c.hidden + c.up)
-        forward = c.hidden + (c.merge if plan.forward else c.up)
-        return 2 * base + forward + (c.merge if plan.backward else c.down)
+            update = dict(factored=c.hidden + c.up, merged=c.merge, beside=c.hidden + c.join)
+            return base + update[plan.infer]
+        forward = dict(factored=c.up, merged=c.merge, beside=c.join)[plan.forward]
+        backward = dict(factored=c.down, merged=c.merge, beside=c.join_back)[plan.backward]
+        return 2 * base + c.hidden + forward + backward
 
     base = 2 * rows * width**2
-    auto, *fixed = (planned(mode, *args, mergeable=True) for mode in PLANS)
+    able = dict(mergeable=mergeable, joinable=joinable)
+    auto, *fixed = (planned(mode, *args, **able) for mode in ALLOWED[mergeable, joinable])
     for training in (False, True):
         assert cost(auto, training) <= min(cost(plan, training) for plan in fixed)
 
@@ -97,6 +109,7 @@ def test_counted_flops_are_those_of_the_cost_model(rows, width, rank):
     for plan, want in {
         "factored": (base + 2 * low, 2 * base + 6 * low),
         "merged": (base + merge, 2 * base + 4 * low + 2 * merge),
+        "beside": (base + 2 * low, 2 * base + 6 * low),
     }.items():
         forward, train, args = single(rows, width, rank, plan)
         assert (dot_flops(forward, *args), dot_flops(train, *args)) == want
@@ -341,11 +354,92 @@ def test_the_plan_shows():
     assert re.search(r"leaf +shape +status +plan +uses\n", table)
     assert re.search(r"low-rank +merged, shared +dot_general", table)
     assert str(Plan()) == "factored"
-    assert str(Plan(infer=True, shared=True)) == "merged (infer), shared"
+    assert str(Plan(infer="merged", shared=True)) == "merged (infer), shared"
+    assert str(Plan("merged", "beside", "beside")) == "merged (infer), beside (forward, backward)"
+    assert str(Plan(*["beside"] * 3)) == "beside"
+
+
+def test_auto_puts_beside_on_a_gpu_where_that_moves_fewer_bytes(monkeypatch):
+    """By the platform of the mesh in the types, or by JAX's default; never on CPUs or TPUs."""
+    size = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    shapes = dict(q=(4096, 4096), gate=(4096, 14336), down=(14336, 4096))
+    params = {n: size(*s) for n, s in shapes.items()}
+    ad = jax.eval_shape(
+        lambda p: lora.init(jax.random.key(0), p, lora.LoRAConfig(rank=16, targets=[*shapes])),
+        params,
+    )
+
+    def plans(rows):
+        def use(p, x, v):
+            return x @ p["q"], (x + 1) @ p["gate"], v @ p["down"]
+
+        args = lora.bind(params, ad), size(rows, 4096), size(rows, 14336)
+        return {n: us[0].plan for n, us in lora.coverage(use, *args).uses.items()}
+
+    assert set(plans(8192).values()) == {"factored"}
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert set(plans(8192).values()) == {"factored"}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert plans(8192) == {
+        "q": "beside",
+        "gate": "beside (infer, forward)",
+        "down": "beside (backward)",
+    }
+    assert set(plans(256).values()) == {"factored"}  # few rows: to copy W costs more
+
+
+def test_beside_writes_and_saves_one_array():
+    """Of each use one product of the output's size, which is what a policy saves."""
+    params, x = {n: jnp.ones((64, 48)) for n in "qkv"}, jnp.ones((256, 64))
+    fn = lambda p, x: three(p, x) @ jnp.ones((48, 8))
+    policy = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+
+    def saved(plan):
+        f, ad = adapted(fn, params, x, targets=list("qkv"), plan=plan)
+        loss = jax.checkpoint(lambda ad: jnp.sum(f(lora.bind(params, ad), x)), policy=policy)
+        found = collections.Counter()
+        for aval, why in saved_residuals(loss, ad):
+            found[aval.shape] += "argument" not in why and "constant" not in why
+        return found[256, 48], found[256, 64]
+
+    assert (saved("beside"), saved("factored")) == ((3, 0), (6, 0))
+    f, ad = adapted(fn, params, x, targets=list("qkv"), plan="beside")
+    loss = lambda ad, x: jnp.sum(f(lora.bind(params, ad), x))
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(ad, x))
+    assert len(re.findall(r":f32\[256,48\] = dot_general", jaxpr)) == 3 + 1  # of the last layer
+    assert len(re.findall(r":f32\[256,64\] = dot_general", jaxpr)) == 1  # the gradient of x
+
+
+def test_what_beside_is_not_for_is_factored():
+    """Here a result of another type than the operands'."""
+    params, x = {"w": jnp.ones((6, 4), jnp.bfloat16)}, jnp.ones((3, 6), jnp.bfloat16)
+    fn = lambda p, x: jax.lax.dot(x, p["w"], preferred_element_type=jnp.float32)
+    f, ad = adapted(fn, params, x, targets="w", plan="beside")
+    bound = lora.bind(params, ad)
+    found = [lora.coverage(g, bound, x, plan="beside").uses["w"][0].plan for g in (fn, linear)]
+    assert found == ["factored", "beside"]
+    np.testing.assert_array_equal(f(bound, x), lora.adapt(fn, plan="factored")(bound, x))
+
+
+def test_beside_a_quantised_weight():
+    """Its numbers are read into the array that the factors stand in."""
+    params = {n: jax.random.normal(jax.random.key(i), (64, 64)) for i, n in enumerate("qkv")}
+    x = jax.random.normal(jax.random.key(9), (5, 64))
+    _, ad = adapted(three, params, x, targets=list("qkv"))
+    base = lora.quant.quantize(params, list("qkv"))
+
+    def run(plan, base):
+        f = lora.adapt(three, plan=plan)
+        loss = lambda ad, x: jnp.sum(f(lora.bind(base, ad), x) ** 2)
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(ad, x)
+
+    assert_close(run("beside", base), run("factored", lora.quant.dequantize(base)), factor=256)
 
 
 def test_unknown_plan():
-    with pytest.raises(lora.LoRAError, match="plan='fused' is not one of auto, factored, merged"):
+    with pytest.raises(
+        lora.LoRAError, match="plan='fused' is not one of auto, factored, merged, beside"
+    ):
         lora.adapt(linear, plan="fused")
 
 

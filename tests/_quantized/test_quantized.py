@@ -15,6 +15,7 @@ from test_adapt import USES, W, X
 from zoo import IDS, Transformer
 
 import lora_jax as lora
+from lora_jax._quantized import formats, weight
 from lora_jax._quantized.formats import FORMATS, NF4, decode, dynamic_map, encode, pack, unpack
 from lora_jax._quantized.weight import quantized
 
@@ -415,3 +416,21 @@ def test_a_quantised_weight_is_no_array(use):
         r"(?s)Quantized\(\(6, 6\).*lora.bind\(params, adapters\).*lora.quant.dequantize\(params\)"
     ):
         use(quantized(W, "nf4"))
+
+
+def test_each_weight_is_read_once_where_a_step_is_lowered(monkeypatch):
+    """Of one platform alone, and once for all layers of one shape: forward, and for the gradient."""
+    read, halved = [], []
+    original = formats.read
+    monkeypatch.setattr(weight, "read", lambda *a: read.append(1) or original(*a))
+    monkeypatch.setattr(weight.Quantized, "each_half", lambda *a: halved.append(1))
+    names = [f"w{i}" for i in range(5)]
+    params = {n: jax.random.normal(jax.random.key(0), (192, 192)) for n in names}
+    fn = lambda p, x: functools.reduce(lambda x, n: jnp.tanh(x @ p[n]), names, x)
+    x = jnp.ones((7, 192))
+    f, ad = adapted(fn, params, x, targets=names, plan="factored")
+    base = lora.quant.quantize(params, names)
+    step = jax.jit(jax.grad(lambda ad, base: jnp.sum(f(lora.bind(base, ad), x))))
+    text = step.lower(ad, base).as_text()
+    assert (len(read), len(halved)) == (2, 0)
+    assert "stablehlo.case" not in text

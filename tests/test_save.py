@@ -1,0 +1,106 @@
+"""What the gradient keeps of the forward pass: `lora.adapt(fn, save=)`."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import pytest
+from common import adapted, assert_close
+from jax._src.ad_checkpoint import saved_residuals
+
+import lora_jax as lora
+
+ROWS, WIDTH, HIDDEN, LAYERS = 8, 320, 384, 3  # products sum over more than 256 numbers
+
+
+def layer(x, w):
+    y = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
+    return x + (jax.nn.silu(y @ w["gate"]) * (y @ w["up"])) @ w["down"]
+
+
+def scanned(p, x):
+    return jax.lax.scan(lambda x, w: (layer(x, w), None), x, p)[0]
+
+
+def unrolled(p, x):
+    for i in range(LAYERS):
+        x = layer(x, jax.tree.map(lambda v, i=i: v[i], p))
+    return x
+
+
+def params():
+    shapes = dict(gate=(WIDTH, HIDDEN), up=(WIDTH, HIDDEN), down=(HIDDEN, WIDTH))
+    return {
+        n: jax.random.normal(jax.random.key(i), (LAYERS, *s)) / s[0] ** 0.5
+        for i, (n, s) in enumerate(shapes.items())
+    }
+
+
+X = jax.random.normal(jax.random.key(9), (ROWS, WIDTH))
+
+
+def kept(fn, plan="factored", **options):
+    """{shape: number} of the residuals that are no arguments, rows in them."""
+    p = params()
+    _, ad = adapted(fn, p, X, targets=list(p))
+    f = lora.adapt(fn, plan=plan, **options)
+    found = collections.Counter()
+    for aval, why in saved_residuals(lambda ad, x: jnp.sum(f(lora.bind(p, ad), x) ** 2), ad, X):
+        found[aval.shape] += ROWS in aval.shape and "argument" not in why
+    return +found
+
+
+@pytest.mark.parametrize("plan", ["factored", "beside"])
+def test_products_are_kept_once_and_nothing_else(plan):
+    """Of each layer its input, its two products of the hidden size, and the x·A."""
+    assert kept(scanned, plan, save="products") == {
+        (LAYERS, ROWS, WIDTH): 1,
+        (LAYERS, ROWS, HIDDEN): 2,
+        (LAYERS, ROWS, 2): 3,
+        (ROWS, WIDTH): 1,  # the output, of which the loss is a square
+    }
+    assert kept(scanned, plan)[LAYERS, ROWS, HIDDEN] > 4  # silu's parts, and what enters `down`
+
+
+def test_without_a_loop_the_function_is_the_body():
+    found = kept(unrolled, save="products")
+    assert found[ROWS, HIDDEN] == 2 * LAYERS
+    assert found[ROWS, HIDDEN] < kept(unrolled)[ROWS, HIDDEN]
+
+
+@pytest.mark.parametrize("fn", [scanned, unrolled])
+@pytest.mark.parametrize("save", ["products", jax.checkpoint_policies.nothing_saveable])
+def test_gradients_are_the_same(fn, save):
+    p = params()
+    f, ad = adapted(fn, p, X, targets=list(p))
+    g = lora.adapt(fn, save=save)
+    loss = lambda f: lambda ad, x: jnp.sum(f(lora.bind(p, ad), x) ** 2)
+    got, want = (jax.jit(jax.value_and_grad(loss(h), (0, 1)))(ad, X) for h in (g, f))
+    assert_close(got, want)
+
+
+def test_a_policy_of_the_model_is_kept():
+    """The body's own checkpoint decides of what it holds."""
+    fn = lambda p, x: jax.lax.scan(lambda x, w: (jax.checkpoint(layer)(x, w), None), x, p)[0]
+    assert (LAYERS, ROWS, HIDDEN) not in kept(fn, save="products")
+
+
+def test_dora_keeps_what_lora_keeps():
+    """Not the output after the gain beside the one before it."""
+    p = params()
+    _, ad = adapted(scanned, p, X, targets=list(p))
+    temp = lambda ad, save: (
+        jax.jit(jax.grad(lambda ad: jnp.sum(lora.adapt(scanned, save=save)(lora.bind(p, ad), X))))
+        .lower(ad)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
+    dora = lora.methods.dora(p, ad)
+    more = {save: temp(dora, save) - temp(ad, save) for save in (None, "products")}
+    assert more["products"] < more[None]
+
+
+def test_unknown_save():
+    with pytest.raises(lora.LoRAError, match="save='all' is neither None, \"products\" nor a pol"):
+        lora.adapt(scanned, save="all")
