@@ -205,6 +205,7 @@ def peft_config(
     if kind not in ("LORA", "ADALORA", *OTHERS):
         known = ", ".join(("LORA", "ADALORA", *OTHERS))
         check.failures.append(f"peft_type={quoted(kind)}, expected one of {known}; {MERGE}")
+        raise_all(f"{where}: not a configuration that can be loaded:", check.failures)
     adalora = kind == "ADALORA"
     check.supported(ignore)
     r = check.rank("init_r" if adalora and raw.get("init_r") is not None else "r", kind == "OFT")

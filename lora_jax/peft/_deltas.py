@@ -19,6 +19,12 @@ from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._file import AdapterFile
 from lora_jax.peft._parts import Delta, Update
 
+MERGE_OR_LOAD = (
+    "its updates are brought to a LoRA by lora.peft.load(..., rank=) and written as one by "
+    "lora.peft.save; or merge it in PEFT (merge_and_unload)"
+)
+
+
 Shapes = Mapping[str, tuple[int, ...]]
 Arrays = Mapping[str, np.ndarray]
 
@@ -117,15 +123,20 @@ def low_rank(
         u, s, v = np.linalg.svd(update, full_matrices=False)
     except np.linalg.LinAlgError as e:
         raise Misfit(f"its singular values cannot be computed: {e}") from None
-    share = np.cumsum(s**2) / (np.sum(s**2) or 1.0)
+    squares = (s / (s[0] or 1.0)) ** 2
+    share = np.cumsum(squares) / (np.sum(squares) or 1.0)
     if energy is not None:  # 1 is what float64 holds of it
         enough = share >= min(energy * share[-1], 1 - 1e-14)
         rank = int(np.argmax(enough)) + 1 if share[-1] else 1
     keep = min(rank or 1, len(s))
     root = np.sqrt(s[:keep])
     kept = float(share[keep - 1]) if share[-1] else 1.0
-    a, b = root[:, None] * v[:keep], u[:, :keep] * root
-    return a.astype(np.float32), b.astype(np.float32), round(kept, 9)
+    with np.errstate(over="ignore"):
+        a = (root[:, None] * v[:keep]).astype(np.float32)
+        b = (u[:, :keep] * root).astype(np.float32)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise Misfit("its update is not finite in float32")
+    return a, b, round(kept, 9)
 
 
 # The sizes of each type

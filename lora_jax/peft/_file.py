@@ -411,6 +411,7 @@ def _stored(name: str, entry: Any, base: int, size: int, failures: list[str]) ->
         return wrong("expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     types = PLACES if name.endswith("_indices") else DTYPES
+    types = DTYPES | PLACES if name.endswith(".alpha") else types
     if not isinstance(dtype, str) or dtype not in types:
         what = repr(dtype[:20]) if isinstance(dtype, str) else type(dtype).__name__
         return wrong(f"type {what}, expected one of {', '.join(types)}")

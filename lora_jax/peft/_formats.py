@@ -187,6 +187,7 @@ class _Single:
         self.file, self.metadata = file, metadata
         self.failures: list[str] = []
         self.modules: dict[tuple[str, str], dict[str, str]] = {}  # (part, module): {end: key}
+        self.first: dict[str, int] = {}  # part: rank of its first module
         self.configs: dict[str, Callable[[str, int], float] | None] = {}
 
     def read(self, part: str | None) -> AdapterFile:
@@ -242,6 +243,7 @@ class _Single:
             first, _, rest = module.partition(".")
             own, module = (first, rest) if first in PARTS else ("", module)
             module += ".to_out.0" if found.groupdict().get("out") else ""
+            module = re.sub(r"\.self_attn\.to_(q|k|v|out)(\.0)?$", r".self_attn.\1_proj", module)
             module = module.replace(".processor.", ".")
         ends = self.modules.setdefault((own, module), {})
         if end in ends:
@@ -249,7 +251,8 @@ class _Single:
         ends[end] = name
 
     def _alpha(self, part: str, module: str, rank: int, key: str | None) -> float:
-        """That of a tensor, of diffusers' metadata, or the rank."""
+        """That of a tensor, of diffusers' metadata, or the rank, as the tools take it: kohya that of
+        each module, diffusers that of the first."""
         if key is not None:
             if self.file.shape(key) not in ((), (1,)):
                 self.failures.append(f"'{key}' {self.file.shape(key)}: expected one number")
@@ -258,7 +261,9 @@ class _Single:
         if part not in self.configs:
             self.configs[part] = self._config(part)
         scale = self.configs[part]
-        return rank if scale is None else as_alpha(rank, scale(module, rank))
+        if scale is not None:
+            return as_alpha(rank, scale(module, rank))
+        return rank if self.file.format == "kohya" else self.first.setdefault(part, rank)
 
     def _config(self, part: str) -> Callable[[str, int], float] | None:
         """The scales that diffusers' metadata give; it has the settings of PEFT's LoraConfig."""
