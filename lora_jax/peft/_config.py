@@ -74,6 +74,13 @@ OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
+# Settings of LoRA that change the function, and that PEFT would pass over in one of `OTHERS`.
+LORA_ALONE = """
+    use_dora use_rslora lora_bias lora_dropout target_parameters trainable_token_indices
+    ensure_weight_tying
+""".split()
+
+
 # Settings of any type that `lora.peft.save` writes again, as they say whose adapter it is.
 ABOUT = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
@@ -234,6 +241,8 @@ def peft_config(
     if config.dora and (adalora or raw.get("lora_bias") is True):
         with_what = "AdaLoRA" if adalora else "lora_bias"
         check.failures.append(f"use_dora with {with_what}, which PEFT does not have")
+    foreign = [k for k in LORA_ALONE if kind in OTHERS and _switches(raw.get(k))]
+    check.failures += [f"{k} is set, which is no setting of {kind}" for k in foreign]
     if not 0 <= config.dropout < 1:
         check.failures.append(f"lora_dropout={config.dropout}, expected a rate in [0, 1)")
     raise_all(f"{where}: not a configuration that can be loaded:", check.failures)

@@ -3,17 +3,25 @@
 import json
 import re
 import shutil
+import tempfile
+import warnings
+from pathlib import Path
 
+import damage
+import damage_outcome
+import damage_work
 import golden_models as g
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import fails
+from common import examples, fails
+from hypothesis import given
 from test_peft_kinds import tree_of
 
 import lora_jax as lora
 from lora_jax._core.paths import flatten, nest
+from lora_jax.peft._file import TENSORS
 
 FOLDER = g.GOLDEN.parent / "formats"
 DELTAS = sorted(
@@ -239,9 +247,9 @@ def test_an_alora_is_active_from_its_invocation_on(tmp_path):
         kernel = p["model"]["layers"]["0"]["self_attn"][name]["kernel"]
         update = merged["model"]["layers"]["0"]["self_attn"][name]["kernel"] - kernel
         p["model"]["layers"]["0"]["self_attn"][name] = {"kernel": Masked(kernel, update, mask)}
-    y = g.llama(p, ids)
+    y = jax.jit(lambda ids: g.llama(p, ids))(ids)
     np.testing.assert_allclose(y, io["y"], atol=4e-6 * np.abs(io["y"]).max())
-    assert np.abs(g.llama(merged, ids) - io["y"]).max() > 1e-3
+    assert np.abs(jax.jit(g.llama)(merged, ids) - io["y"]).max() > 1e-3
     lora.peft.save(tmp_path, found.adapters, found.mapping)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["alora_invocation_tokens"] == [3, 5]
 
@@ -344,6 +352,47 @@ def test_bytes_that_are_cut_off(tmp_path, name):
         path.write_bytes(data[:size])
         with fails(str(path)):
             opened(name, folder=folder / FILES.get(name, "."), **rank)
+
+
+NAMES_ON_DISK = {"mlx": "adapters.safetensors", "diffusers": "pytorch_lora_weights.safetensors"}
+KNOWN: dict = {}
+
+
+def tried(name, w):
+    """Loads a damaged adapter: a LoRAError that names its folder, or finite adapters."""
+    golden = FOLDER / name
+    if name not in KNOWN:
+        params = tree(name, g.tensors(golden / "base.safetensors"))
+        KNOWN[name] = params, lora.survey(uses, params, jnp.zeros((2,)))
+    folder = Path(tempfile.mkdtemp())
+    try:
+        damage_work.write(w, folder)
+        on_disk = NAMES_ON_DISK.get(name.partition("_")[0], FILES.get(name, TENSORS))
+        if (folder / TENSORS).is_symlink() or (folder / TENSORS).exists():
+            (folder / TENSORS).rename(folder / on_disk)
+        with warnings.catch_warnings(), damage_outcome.limited(5):
+            warnings.simplefilter("ignore", UserWarning)
+            rank = {"rank": 2} if name in DELTAS else {}
+            path = folder / FILES.get(name, ".")
+            found = lora.peft.load(path, *KNOWN[name], **rank)
+    except lora.LoRAError as e:
+        return damage_outcome.problem_of(str(e), folder)
+    finally:
+        shutil.rmtree(folder)
+    finite = all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found.adapters))
+    return None if finite else "not finite"
+
+
+@pytest.mark.parametrize("name", [*DELTAS, *EXACT])
+def test_damaged_at_random(name):
+    @examples(8)
+    @given(damage.cases(f"../formats/{name}"))
+    def run(case):
+        _, damages, w = case
+        problem = tried(name, w)
+        assert problem is None, f"{damages}: {problem}"
+
+    run()
 
 
 def test_metadata_of_diffusers_that_is_damaged(tmp_path):
