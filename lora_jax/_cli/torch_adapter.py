@@ -20,8 +20,8 @@ from lora_jax._nodes.adapters import DoRA, LoRA
 from lora_jax.peft._blocks import Block, LeafInfo
 from lora_jax.peft._build import Build
 from lora_jax.peft._config import PeftConfig, peft_config
-from lora_jax.peft._experts import ways
 from lora_jax.peft._deltas import MERGE_OR_LOAD
+from lora_jax.peft._experts import ways
 from lora_jax.peft._file import CONFIG, AdapterFile
 from lora_jax.peft._formats import open_any
 from lora_jax.peft._mapping import Entry

@@ -42,8 +42,8 @@ REFUSED = {
 }
 
 
-# PEFT's other types that add an update to a weight: {type: (settings of training alone, {setting that
-# the update depends on: PEFT's default})}.
+# PEFT's other types that add an update to a weight: {type: (settings of training alone, {setting
+# that the update depends on: PEFT's default})}.
 OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "LOHA": ("rank_dropout module_dropout use_effective_conv2d init_weights", {"alpha": 8.0}),
     "LOKR": (

@@ -105,8 +105,8 @@ def matrix(
     place = Place(what.module, found.n_out, found.n_in, config, rank, weight)
     with np.errstate(over="ignore", invalid="ignore"):  # is looked for below
         out = FORMS[what.kind].update(arrays, place)
-    if not np.isfinite(out).all():
-        raise Misfit("its update is not finite")
+    if not (np.abs(out) <= np.finfo(np.float32).max).all():
+        raise Misfit("its update is not finite in float32")
     return out
 
 
@@ -120,7 +120,7 @@ def low_rank(
     ((1, 3), (2, 1), 0.9)
     """
     try:
-        u, s, v = np.linalg.svd(update, full_matrices=False)
+        u, s, v = _svd(update)
     except np.linalg.LinAlgError as e:
         raise Misfit(f"its singular values cannot be computed: {e}") from None
     squares = (s / (s[0] or 1.0)) ** 2
@@ -137,6 +137,26 @@ def low_rank(
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise Misfit("its update is not finite in float32")
     return a, b, round(kept, 9)
+
+
+def _svd(update: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """LAPACK's; of a large matrix of low rank, as most types make, in the space of its columns.
+
+    A few random combinations of the columns span it, or what they leave is not nothing (Halko,
+    Martinsson and Tropp, arXiv:0909.4061, section 4.1).
+    """
+    norm = np.linalg.norm(update)
+    for width in (64, 256):
+        if width > min(update.shape) // 4:
+            break
+        random = np.random.default_rng(0).standard_normal((update.shape[1], width))
+        q, _ = np.linalg.qr(update @ random)
+        small = q.T @ update
+        if np.linalg.norm(update - q @ small) <= 1e-13 * norm:
+            u, s, v = np.linalg.svd(small, full_matrices=False)
+            return q @ u, s, v
+    u, s, v = np.linalg.svd(update, full_matrices=False)
+    return u, s, v
 
 
 # The sizes of each type
@@ -350,8 +370,8 @@ def _fourier(t: Arrays, at: Place) -> np.ndarray:
 
 
 def _randperm(n: int, first: int, seed: int) -> np.ndarray:
-    """The first places of torch.randperm(n) on a CPU: Fisher and Yates' shuffle, with the remainders
-    of 32 random bits of MT19937."""
+    """The first places of torch.randperm(n) on a CPU: Fisher and Yates' shuffle, with remainders of
+    32 random bits of MT19937."""
     source = np.random.RandomState(seed)
     draws = np.frombuffer(source.bytes(4 * min(first, n - 1)), "<u4")
     moved: dict[int, int] = {}

@@ -261,7 +261,9 @@ class Finder:
         exact, ends = [], []
         self.near, self.far = [], []
         module, _, last = name.rpartition(".")
-        parts = re.split(r"[._]" if self.flat else r"\.", module if last in ("weight", "bias") else name)
+        parts = re.split(
+            r"[._]" if self.flat else r"\.", module if last in ("weight", "bias") else name
+        )
         parts = parts if parts != [""] else []
         places = [i for i, part in enumerate(parts) if part.isdigit()]
         for i in (None, *places):

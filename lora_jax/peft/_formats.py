@@ -92,18 +92,19 @@ def open_any(
     if format is not None and format not in FORMATS:
         raise LoRAError(f"format={format!r}: expected one of {', '.join(FORMATS)}, or None")
     path = as_path(folder)
-    single = path if path.is_file() else path / DIFFUSERS
+    alone = _is(path)
+    single = path if alone else path / DIFFUSERS
     names = {TENSORS: "peft", MLX: "mlx", DIFFUSERS: "single"}
-    found = "single" if path.is_file() else next((f for n, f in names.items() if _is(path / n)), None)
+    found = "single" if alone else next((f for n, f in names.items() if _is(path / n)), None)
     wanted = "single" if format in ("diffusers", "kohya") else format or found or "peft"
     if wanted != "single" and part is not None:
         raise LoRAError(f"{path}: part={part!r}, but an adapter of {wanted} is of one model")
     if wanted == "peft":
         return open_adapter(folder, max_bytes, rename)
     if wanted == "mlx":
-        config = read_config(path / CONFIG)
         if not _is(path / MLX):
             raise LoRAError(f"{path}: no {MLX}, which mlx-lm writes")
+        config = read_config(path / CONFIG)
         tensors, _ = read_tensors(path / MLX, max_bytes, rename)
         return _mlx(AdapterFile(path, config, tensors, path / MLX, "mlx"))
     if not _is(single):
@@ -227,12 +228,11 @@ class _Single:
         return AdapterFile(file.folder, settings, tensors, file.path, file.format, chosen)
 
     def _sort(self, name: str) -> None:
-        for pattern, end in ENDS:
-            if found := pattern.fullmatch(name):
-                break
-        else:
+        known = ((pattern.fullmatch(name), end) for pattern, end in ENDS)
+        found, end = next((k for k in known if k[0]), (None, ""))
+        if found is None:
             self.failures.append(
-                f"'{name}': not a tensor of a LoRA (lora_A and lora_B, lora_down and lora_up, alpha)"
+                f"'{name}': not a tensor of a LoRA (lora_A, lora_B, lora_down, lora_up, alpha)"
             )
             return
         module = found["module"]
@@ -243,7 +243,7 @@ class _Single:
             first, _, rest = module.partition(".")
             own, module = (first, rest) if first in PARTS else ("", module)
             module += ".to_out.0" if found.groupdict().get("out") else ""
-            module = re.sub(r"\.self_attn\.to_(q|k|v|out)(\.0)?$", r".self_attn.\1_proj", module)
+            module = re.sub(r"\.self_attn\.to_(\w+?)(\.0)?$", r".self_attn.\1_proj", module)
             module = module.replace(".processor.", ".")
         ends = self.modules.setdefault((own, module), {})
         if end in ends:
@@ -251,8 +251,8 @@ class _Single:
         ends[end] = name
 
     def _alpha(self, part: str, module: str, rank: int, key: str | None) -> float:
-        """That of a tensor, of diffusers' metadata, or the rank, as the tools take it: kohya that of
-        each module, diffusers that of the first."""
+        """That of a tensor, of diffusers' metadata, or the rank, as the tools take it: kohya of each
+        module, diffusers of the first."""
         if key is not None:
             if self.file.shape(key) not in ((), (1,)):
                 self.failures.append(f"'{key}' {self.file.shape(key)}: expected one number")

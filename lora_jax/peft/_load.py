@@ -103,7 +103,7 @@ def load(
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> PeftAdapter:
-    """Reads an adapter that PEFT, mlx-lm, diffusers or kohya saved, for the parameters of a JAX model.
+    """Reads an adapter of PEFT, mlx-lm, diffusers or kohya, for the parameters of a JAX model.
 
     Every tensor of the file is used, or the call fails. The folder may come from a stranger: it is
     checked before anything is allocated, and nothing in it is run.

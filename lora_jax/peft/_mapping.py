@@ -68,9 +68,7 @@ class TorchMapping:
     untouched: Mapping[str, np.ndarray] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
     )
-    settings: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict, repr=False, compare=False
-    )
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self):
         return len(self.entries)

@@ -133,8 +133,8 @@ class NewRows:
 class Parsed:
     """All that a file holds.
 
-    `copies` are pairs of keys that must hold the same, maybe transposed (with bias="all", it stores a saved
-    module's bias twice, with ensure_weight_tying the factors of embedding and head).
+    `copies` are pairs of keys that must hold the same, maybe transposed (with bias="all", it stores
+    a saved module's bias twice, with ensure_weight_tying the factors of embedding and head).
     """
 
     updates: tuple[Update, ...]

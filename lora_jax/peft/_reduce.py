@@ -93,7 +93,9 @@ def _bias(
     made: dict[str, Made],
 ) -> list[tuple[Entry, Any]]:
     """IA3 scales outputs, so the bias, too, where there is one."""
-    beside = [[f"{b.leaf.path.rpartition('/')[0]}/{n}".lstrip("/") for n in BIASES] for b in entry.blocks]
+    beside = [
+        [f"{b.leaf.path.rpartition('/')[0]}/{n}".lstrip("/") for n in BIASES] for b in entry.blocks
+    ]
     if not any(path in finder.leaves for paths in beside for path in paths):
         return []
     (key,) = what.keys.values()

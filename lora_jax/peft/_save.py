@@ -194,7 +194,9 @@ def save(
     out.run(uniform_rank)
     raise_all("these adapters cannot be written for PEFT:", out.failures)
     base, task = (known.pop(n, None) for n in ("base_model_name_or_path", "task_type"))
-    if base_model_name not in (None, base) and known.get("revision") == mapping.settings.get("revision"):
+    if base_model_name not in (None, base) and known.get("revision") == mapping.settings.get(
+        "revision"
+    ):
         known.pop("revision", None)  # the revision of another base
     settings = out.config(base_model_name or base, task_type or task)
     raise_all("these adapters cannot be written for PEFT:", out.failures)

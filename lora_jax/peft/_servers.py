@@ -1,10 +1,11 @@
 """What servers can load of PEFT's files, as their loaders check it or take it for granted.
 
-* vLLM: `vllm/lora/peft_helper.py` (`validate_legal`: rank, DoRA, bias, modules_to_save; it reads r and
-  lora_alpha, and no patterns), `vllm/lora/utils.py` (`parse_fine_tuned_lora_name`: the names of tensors),
-  `vllm/config/lora.py` (`MaxLoRARanks`), and its page "LoRA Adapters".
-* sglang-jax: `python/sgl_jax/srt/lora/` (`lora_config.py`: target_modules is a list without embed_tokens
-  and lm_head; `lora.py`: the scale is lora_alpha / r; `lora_memory_pool.py`: the shapes of modules).
+* vLLM: `vllm/lora/peft_helper.py` (`validate_legal`: rank, DoRA, bias, modules_to_save; it reads r
+  and lora_alpha, and no patterns), `vllm/lora/utils.py` (`parse_fine_tuned_lora_name`: the names of
+  tensors), `vllm/config/lora.py` (`MaxLoRARanks`), and its page "LoRA Adapters".
+* sglang-jax: `python/sgl_jax/srt/lora/` (`lora_config.py`: target_modules is a list without
+  embed_tokens and lm_head; `lora.py`: the scale is lora_alpha / r; `lora_memory_pool.py`: the
+  shapes of modules).
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ def _common(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> I
     """What neither of them has."""
     if settings["rank_pattern"] or settings["alpha_pattern"]:
         yield (
-            "ranks or alphas differ between modules, and it reads one of each: pad the ranks and fold "
-            "the alphas into B: lora.peft.save(..., uniform_rank=True)"
+            "ranks or alphas differ between modules, and it reads one of each: pad the ranks and "
+            "fold the alphas into B: lora.peft.save(..., uniform_rank=True)"
         )
     if settings["use_dora"]:
         yield "DoRA: it reads no magnitudes; merge it: lora.merge(params, adapters)"
     if settings["bias"] != "none":
         yield (
-            f"bias={settings['bias']!r}: it takes no biases; merge the adapter, lora.merge, or leave "
-            "the biases out and train without them"
+            f"bias={settings['bias']!r}: it takes no biases; merge the adapter, lora.merge, or "
+            "train without them"
         )
     if settings["modules_to_save"]:
         yield (
@@ -87,8 +88,8 @@ def _sglang(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> l
     tables = sorted({m for m in modules if m.rpartition(".")[2] in ("embed_tokens", "lm_head")})
     if tables:
         found.append(
-            f"{', '.join(tables[:SHOWN])}: it adapts neither embedding nor head; merge them, or train "
-            "without them"
+            f"{', '.join(tables[:SHOWN])}: it adapts neither embedding nor head; merge them, or "
+            "train without them"
         )
     others = sorted({m for m in modules if m.rpartition(".")[2] not in SGLANG} - {*tables})
     if others:
@@ -96,6 +97,8 @@ def _sglang(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> l
     return found
 
 
-TARGETS: Mapping[
-    str, Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], list[str]]
-] = {"peft": lambda settings, tensors: [], "vllm": _vllm, "sglang-jax": _sglang}
+TARGETS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], list[str]]] = {
+    "peft": lambda settings, tensors: [],
+    "vllm": _vllm,
+    "sglang-jax": _sglang,
+}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import examples, fails
+from common import examples, fails, needs_peft
 from hypothesis import given
 from test_peft_kinds import tree_of
 
@@ -29,7 +29,9 @@ DELTAS = sorted(
     for d in FOLDER.iterdir()
     if (d / "adapter_model.safetensors").exists() and d.name != "alora"
 )
-EXACT = sorted(p.parent.name for p in FOLDER.glob("*/merged.safetensors") if p.parent.name not in DELTAS)
+EXACT = sorted(
+    p.parent.name for p in FOLDER.glob("*/merged.safetensors") if p.parent.name not in DELTAS
+)
 FILES = {"kohya": "some_style.safetensors"}
 
 
@@ -57,7 +59,9 @@ def uses(params, x):
         elif w.ndim == 4:
             y = jnp.ones((1, 5, 5, w.shape[2]))
             dims = ("NHWC", "HWIO", "NHWC")
-            out += jnp.sum(jax.lax.conv_general_dilated(y, w, (1, 1), "SAME", dimension_numbers=dims))
+            out += jnp.sum(
+                jax.lax.conv_general_dilated(y, w, (1, 1), "SAME", dimension_numbers=dims)
+            )
         else:
             out += jnp.sum(w)
     return out
@@ -77,7 +81,9 @@ def assert_merged(params, found, want):
     """To the rounding of fp32, in which the tool computed."""
     got = lora.merge(params, found.adapters)
     for path, w in flatten(want).items():
-        np.testing.assert_allclose(flatten(got)[path], w, atol=1e-6 * max(1, np.abs(w).max()), rtol=0)
+        np.testing.assert_allclose(
+            flatten(got)[path], w, atol=1e-6 * max(1, np.abs(w).max()), rtol=0
+        )
     assert any(not np.array_equal(w, flatten(params)[p]) for p, w in flatten(want).items())
 
 
@@ -99,8 +105,29 @@ def test_other_tools_files_are_what_they_merge(name, tmp_path):
     assert found.format == name.partition("_")[0] and found.format in str(found)
     assert_merged(params, found, want)
     lora.peft.save(tmp_path, found.adapters, found.mapping)
-    again = lora.peft.load(tmp_path, params, lora.survey(uses, params, jnp.zeros((2,))), mapping=found.mapping)
+    again = lora.peft.load(
+        tmp_path, params, lora.survey(uses, params, jnp.zeros((2,))), mapping=found.mapping
+    )
     assert_merged(params, again, want)
+
+
+@needs_peft
+@pytest.mark.parametrize("name", DELTAS)
+def test_peft_merges_the_lora_that_is_written(name, tmp_path):
+    import torch_models
+    from make_formats import KINDS
+    from peft import PeftModel
+
+    _, found, _ = opened(name, energy=1.0)
+    lora.peft.save(tmp_path, found.adapters, found.mapping)
+    model = torch_models.KINDS[KINDS[name][0]]()
+    base = g.tensors(FOLDER / name / "base.safetensors")
+    model.load_state_dict({k: torch_models.as_torch(v) for k, v in base.items()})
+    got = PeftModel.from_pretrained(model, tmp_path).merge_and_unload().state_dict()
+    for key, want in g.tensors(FOLDER / name / "merged.safetensors").items():
+        np.testing.assert_allclose(
+            got[key], want, atol=2e-6 * max(1, np.abs(want).max()), err_msg=key
+        )
 
 
 @pytest.mark.parametrize("rank", [1, 3, 99])
@@ -113,6 +140,22 @@ def test_the_largest_singular_values_are_kept(rank):
     np.testing.assert_allclose(np.sum(rest**2), np.sum(s[rank:] ** 2), rtol=1e-6, atol=1e-11)
     assert found.kept["lin.weight"] == pytest.approx(np.sum(s[:rank] ** 2) / np.sum(s**2), abs=1e-6)
     assert found.adapters["lin"]["kernel"].rank == min(rank, len(s))
+
+
+@pytest.mark.parametrize("rank", [0, 20, 300])
+def test_singular_values_of_large_updates(rank):
+    """In the space of their columns where they are few, or of all."""
+    from lora_jax.peft._deltas import low_rank
+
+    rng = np.random.default_rng(0)
+    update = rng.normal(size=(400, rank)) @ rng.normal(size=(rank, 300))
+    s = np.linalg.svd(update, compute_uv=False)
+    for keep in (1, 7, 20):
+        a, b, kept = low_rank(update, keep, None)
+        rest = np.linalg.norm(update - b.astype(float) @ a) ** 2
+        np.testing.assert_allclose(rest, np.sum(s[keep:] ** 2), atol=1e-12 * np.sum(s**2) + 1e-30)
+        assert kept == pytest.approx(np.sum(s[:keep] ** 2) / np.sum(s**2) if rank else 1, abs=1e-8)
+    assert len(low_rank(update, None, 1.0)[0]) == max(rank, 1)
 
 
 def test_energy_gives_the_smallest_rank():
@@ -138,7 +181,9 @@ def test_rank_or_energy_is_asked_for():
 def test_values_of_the_base_are_asked_for(name):
     """Where parameters are abstract: given apart, the result is the same."""
     params, found, _ = opened(name, energy=1.0)
-    abstract = lambda n, w: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree(n, w))
+    abstract = lambda n, w: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree(n, w)
+    )
     with fails(r"pass values: lora.peft.load\(..., base=params\)"):
         opened(name, abstract, energy=1.0)
     again = opened(name, abstract, energy=1.0, base=params)[1]
@@ -164,17 +209,22 @@ def flax(name, weights):
 @pytest.mark.parametrize("name", ["diffusers", "diffusers_plain", "kohya"])
 def test_one_model_of_several(name):
     """By its name, whether the parameters have it or not; else the names are an error."""
+
     def unet(name, weights):
         return flax(name, weights)["unet"]
 
     for make in (flax, unet):
         params, found, want = opened(name, make, part="unet")
         keep = lambda p, m=make: p["unet"] if m is flax else p
-        assert_merged(keep(params), lora.peft.PeftAdapter(keep(found.adapters), {}, found.mapping), keep(want))
+        assert_merged(
+            keep(params), lora.peft.PeftAdapter(keep(found.adapters), {}, found.mapping), keep(want)
+        )
     assert "conv1" in str(found.mapping) and "unet" not in str(found.mapping)
     with fails("no leaf of that name"):
         opened(name, unet)
-    with fails("part='prior', but it has 'text_encoder', 'unet'" if name != "kohya" else "part='prior'"):
+    with fails(
+        "part='prior', but it has 'text_encoder', 'unet'" if name != "kohya" else "part='prior'"
+    ):
         opened(name, flax, part="prior")
 
 
@@ -197,7 +247,9 @@ def test_old_names_of_diffusers(tmp_path):
     found = lora.peft.load(tmp_path / "a.safetensors", params, format="diffusers")
     merged = flatten(lora.merge(params, found.adapters))
     for old, new in names.items():
-        want = (state[f"{old}.up.weight"] @ state[f"{old}.down.weight"]).T * (2.5 if old == "unet.mid.proj.lora" else 1)
+        want = (state[f"{old}.up.weight"] @ state[f"{old}.down.weight"]).T * (
+            2.5 if old == "unet.mid.proj.lora" else 1
+        )
         np.testing.assert_allclose(merged[new.replace(".", "/") + "/kernel"], want, atol=1e-6)
 
 
@@ -251,7 +303,9 @@ def test_an_alora_is_active_from_its_invocation_on(tmp_path):
     np.testing.assert_allclose(y, io["y"], atol=4e-6 * np.abs(io["y"]).max())
     assert np.abs(jax.jit(g.llama)(merged, ids) - io["y"]).max() > 1e-3
     lora.peft.save(tmp_path, found.adapters, found.mapping)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["alora_invocation_tokens"] == [3, 5]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())[
+        "alora_invocation_tokens"
+    ] == [3, 5]
 
 
 # Damage
@@ -334,7 +388,9 @@ DAMAGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, config, change, match", DAMAGES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    "name, config, change, match", DAMAGES, ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_damaged_files(tmp_path, name, config, change, match):
     folder = damaged(tmp_path, name, config, change)
     rank = {} if name not in DELTAS else {"rank": 2}

@@ -58,7 +58,9 @@ def test_a_repository_is_its_snapshot(cache):
 
 @pytest.mark.filterwarnings("default")
 def test_what_the_hub_does_not_have(cache):
-    with fails("someone/other: no such folder here, and the hub does not give it: LocalEntryNotFound"):
+    with fails(
+        "someone/other: no such folder here, and the hub does not give it: LocalEntryNotFound"
+    ):
         load("someone/other")
     with fails("revision 'v9': LocalEntryNotFound"):
         load("someone/adapter", revision="v9")

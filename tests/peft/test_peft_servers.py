@@ -13,7 +13,13 @@ from lora_jax._core.paths import nest
 
 MATRIX, STACK = lora.Geometry((0,), (1,)), lora.Geometry((1,), (2,), (0,))
 CONV = lora.Geometry((0, 1, 2), (3,))
-NAMES = {"q_proj": (6, 6), "up_proj": (5, 6), "embed_tokens": (9, 6), "lm_head": (9, 6), "norm": (6,)}
+NAMES = {
+    "q_proj": (6, 6),
+    "up_proj": (5, 6),
+    "embed_tokens": (9, 6),
+    "lm_head": (9, 6),
+    "norm": (6,),
+}
 
 
 def node(shape=(6, 6), rank=2, scale=1.0, geometry=MATRIX, cls=lora.LoRA):
@@ -62,9 +68,19 @@ EACH = [
 ]  # fmt: skip
 OF_ONE = [
     ("vllm", {"q_proj": node(rank=513)}, {}, r"rank 513: .*lora.algebra.resize\(adapters, 512\)"),
-    ("sglang-jax", {"q_proj": node(), "embed_tokens": node((9, 6))}, {}, "neither embedding nor head"),
+    (
+        "sglang-jax",
+        {"q_proj": node(), "embed_tokens": node((9, 6))},
+        {},
+        "neither embedding nor head",
+    ),
     ("sglang-jax", {"q_proj": node(), "lm_head": node((6, 9))}, {}, "neither embedding nor head"),
-    ("sglang-jax", {"norm": lora.Full(np.ones(6, "f4"))}, {}, "target_modules: no module is adapted"),
+    (
+        "sglang-jax",
+        {"norm": lora.Full(np.ones(6, "f4"))},
+        {},
+        "target_modules: no module is adapted",
+    ),
 ]
 CASES = [(t, *c) for t in ("vllm", "sglang-jax") for c in EACH] + OF_ONE
 
@@ -81,7 +97,9 @@ def test_what_a_server_cannot_load_is_not_written(tmp_path, target, nodes, kwarg
 @pytest.mark.parametrize("target", ["vllm", "sglang-jax"])
 def test_what_it_says_to_do_helps(tmp_path, target):
     adapters, mapping = model(q_proj=node(scale=0.5), up_proj=node((6, 5), 3))
-    lora.peft.save(tmp_path, adapters, mapping, target=target, uniform_rank=8, task_type="CAUSAL_LM")
+    lora.peft.save(
+        tmp_path, adapters, mapping, target=target, uniform_rank=8, task_type="CAUSAL_LM"
+    )
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (8, {}, {})
     assert sorted(config["target_modules"]) == ["model.layers.0.q_proj", "model.layers.0.up_proj"]
@@ -118,7 +136,14 @@ def test_whose_adapter_it_is_stays(tmp_path):
     """task_type, base, revision and unknown settings, through load and save; what is given wins."""
     adapters, mapping = model(q_proj=node())
     about = {"revision": "abc", "auto_mapping": {"base_model_class": "X"}, "later_setting": None}
-    lora.peft.save(tmp_path / "a", adapters, mapping, task_type="CAUSAL_LM", base_model_name="some/base", config=about)
+    lora.peft.save(
+        tmp_path / "a",
+        adapters,
+        mapping,
+        task_type="CAUSAL_LM",
+        base_model_name="some/base",
+        config=about,
+    )
     params = {"layers": {"0": {"q_proj": {"kernel": jnp.zeros((6, 6))}}}}
     with pytest.warns(UserWarning, match="'later_setting'"):
         found = lora.peft.load(tmp_path / "a", params)
@@ -126,6 +151,14 @@ def test_whose_adapter_it_is_stays(tmp_path):
     want = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "some/base", **about}
     lora.peft.save(tmp_path / "b", found.adapters, found.mapping)
     assert {k: read("b")[k] for k in want} == want
-    lora.peft.save(tmp_path / "c", found.adapters, found.mapping, base_model_name="other/base", task_type="SEQ_CLS")
-    assert read("c")["base_model_name_or_path"] == "other/base" and read("c")["task_type"] == "SEQ_CLS"
+    lora.peft.save(
+        tmp_path / "c",
+        found.adapters,
+        found.mapping,
+        base_model_name="other/base",
+        task_type="SEQ_CLS",
+    )
+    assert (
+        read("c")["base_model_name_or_path"] == "other/base" and read("c")["task_type"] == "SEQ_CLS"
+    )
     assert "revision" not in read("c") and read("c")["later_setting"] is None

@@ -199,7 +199,11 @@ def targets(w, draw):
 @damage(0)
 def other_kind(w, draw):
     changes = [{"peft_type": "ADALORA"}, {"peft_type": "ADALORA", "init_r": 12}, {"use_dora": True}]
-    changes += [{"peft_type": draw(st.sampled_from(["BOFT", *OTHERS]))}, {"trainable_token_indices": {"emb": [3, 1]}}, {"r": 1}]
+    changes += [
+        {"peft_type": draw(st.sampled_from(["BOFT", *OTHERS]))},
+        {"trainable_token_indices": {"emb": [3, 1]}},
+        {"r": 1},
+    ]
     w.config |= some(draw, changes)
 
 

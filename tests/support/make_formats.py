@@ -122,7 +122,10 @@ def write_mlx(name):
     model.freeze()
     p = {"rank": 2, "scale": 3.0, "dropout": 0.0, "keys": keys}
     linear_to_lora_layers(model, 1, p, use_dora=name == "mlx_dora")
-    new = [(k, v + 0.3 * mx.random.normal(v.shape)) for k, v in tree_flatten(model.trainable_parameters())]
+    new = [
+        (k, v + 0.3 * mx.random.normal(v.shape))
+        for k, v in tree_flatten(model.trainable_parameters())
+    ]
     model.update(tree_unflatten(new))
     folder = FOLDER / name
     folder.mkdir()
@@ -155,7 +158,9 @@ def write_diffusers(name):
                                         num_attention_heads=2, max_position_embeddings=8))  # fmt: skip
     models = {"unet": unet, "text_encoder": text}
     base = {f"{p}.{k}": v.clone() for p, m in models.items() for k, v in m.state_dict().items()}
-    patterns = {"rank_pattern": {"conv1": 3}, "alpha_pattern": {"to_k": 5}} if name != "kohya" else {}
+    patterns = (
+        {"rank_pattern": {"conv1": 3}, "alpha_pattern": {"to_k": 5}} if name != "kohya" else {}
+    )
     targets = r"down_blocks.0.(attentions.0.transformer_blocks.0.attn1.to_(q|k|out.0)|resnets.0.conv1|attentions.0.proj_in)"
     unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=targets, **patterns))
     text.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "out_proj"]))
@@ -180,7 +185,9 @@ def write_diffusers(name):
         (m.delete_adapters if m is unet else m.delete_adapter)("default")
     read = lambda: StableDiffusionPipeline.lora_state_dict(file, return_lora_metadata=True)
     state, alphas, metadata = read()
-    StableDiffusionPipeline.load_lora_into_unet(state, alphas, unet, adapter_name="x", metadata=metadata)
+    StableDiffusionPipeline.load_lora_into_unet(
+        state, alphas, unet, adapter_name="x", metadata=metadata
+    )
     state, alphas, metadata = read()
     StableDiffusionPipeline.load_lora_into_text_encoder(
         state, alphas, text, prefix="text_encoder", adapter_name="x", metadata=metadata)  # fmt: skip
