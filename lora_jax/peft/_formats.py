@@ -251,7 +251,7 @@ class _Single:
         ends[end] = name
 
     def _alpha(self, part: str, module: str, rank: int, key: str | None) -> float:
-        """That of a tensor, of diffusers' metadata, or the rank, as the tools take it: kohya of each
+        """A tensor's, that of diffusers' metadata, or the rank, as the tools take it: kohya of each
         module, diffusers of the first."""
         if key is not None:
             if self.file.shape(key) not in ((), (1,)):
