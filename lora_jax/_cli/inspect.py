@@ -233,7 +233,7 @@ def _stored(
         "shape": list(shape),
         "dtype": "/".join(dict.fromkeys(str(t.dtype) for t in tensors)),
         "parameters": sum(math.prod(t.shape) for t in tensors),
-        "bytes": sum(t.stop - t.start for t in tensors),
+        "bytes": sum(t.nbytes for t in tensors),
     }
 
 

@@ -73,6 +73,10 @@ class Stored:
     stop: int
     axes: tuple[int, ...] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
     def turned(self, *axes: int) -> Stored:
         """The tensor with its axes in another order."""
         shape = tuple(self.shape[d] for d in axes)
@@ -92,6 +96,10 @@ class Made:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.value.nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +192,7 @@ def read_tensors(
     except OSError as e:
         raise LoRAError(f"{path}: cannot be read: {e}") from e
     tensors = renamed(stored, rename or {}, path)
-    total = sum(t.stop - t.start for t in tensors.values())
+    total = sum(t.nbytes for t in tensors.values())
     if max_bytes is not None and total > max_bytes:
         raise LoRAError(
             f"{path}: {total:,} bytes of tensors, more than an adapter of these "

@@ -106,7 +106,7 @@ def open_any(
             raise LoRAError(f"{path}: no {MLX}, which mlx-lm writes")
         config = read_config(path / CONFIG)
         tensors, _ = read_tensors(path / MLX, max_bytes, rename)
-        return _mlx(AdapterFile(path, config, tensors, path / MLX, "mlx"))
+        return _mlx(path, config, tensors)
     if not _is(single):
         raise LoRAError(f"{path}: expected a safetensors file, or a folder with {DIFFUSERS}")
     tensors, metadata = read_tensors(single, max_bytes, rename)
@@ -126,17 +126,15 @@ def _is(path: Path) -> bool:
         raise LoRAError(f"{path}: cannot be read: {e}") from e
 
 
-def _mlx(file: AdapterFile) -> AdapterFile:
+def _mlx(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> AdapterFile:
     """mlx-lm: y = W·x + scale · ((x·lora_a)·lora_b); the same scale for every module."""
-    where, failures = file.folder / CONFIG, []
-    kind = file.config.get("fine_tune_type", "lora")
+    where, failures = folder / CONFIG, []
+    kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora", "full"):
         raise LoRAError(f"{where}: fine_tune_type={quoted(str(kind), 40)}, expected lora or dora")
-    p = file.config.get("lora_parameters")
-    p = p if isinstance(p, dict) else {}
-    rank, scale, dropout = p.get("rank"), p.get("scale"), p.get("dropout") or 0.0
-    if kind == "full":
-        rank, scale = 1, 1.0
+    given: Any = config.get("lora_parameters") if kind != "full" else {"rank": 1, "scale": 1.0}
+    p: dict[str, Any] = given if isinstance(given, dict) else {}
+    rank, scale, dropout = p.get("rank", 0), p.get("scale", "none"), p.get("dropout") or 0.0
     if type(rank) is not int or not 1 <= rank < 1 << 24:
         failures.append(f"lora_parameters: rank: expected an integer >= 1, found {rank!r:.40}")
     if type(scale) not in (int, float) or not abs(scale) < 1e12:
@@ -148,10 +146,10 @@ def _mlx(file: AdapterFile) -> AdapterFile:
         )
     raise_all(f"{where}: not a configuration of mlx-lm that can be loaded:", failures)
     tensors: dict[str, Stored] = {}
-    for name, t in file.tensors.items():
+    for name, t in stored.items():
         new, turned = _of_mlx(name, t)
         tensors[PREFIX + new] = turned
-    model = file.config.get("model")
+    model = config.get("model")
     settings = {
         "peft_type": "LORA",
         "r": rank,
@@ -162,7 +160,7 @@ def _mlx(file: AdapterFile) -> AdapterFile:
         "base_model_name_or_path": model if isinstance(model, str) else None,
         "ensure_weight_tying": True,  # a table that is the head too is adapted as both
     }
-    return AdapterFile(file.folder, settings, tensors, file.path, "mlx")
+    return AdapterFile(folder, settings, tensors, folder / MLX, "mlx")
 
 
 def _of_mlx(name: str, t: Stored) -> tuple[str, Stored]:

@@ -253,6 +253,20 @@ def test_old_names_of_diffusers(tmp_path):
         np.testing.assert_allclose(merged[new.replace(".", "/") + "/kernel"], want, atol=1e-6)
 
 
+def test_a_full_fine_tuning_of_mlx(tmp_path):
+    """Its weights are those that mlx-lm saves: leaves in full."""
+    from safetensors.numpy import save_file
+
+    base = {"layers.1.up.weight": np.zeros((3, 4), "f4"), "norm.weight": np.ones(3, "f4")}
+    new = {k: v + np.arange(v.size, dtype="f4").reshape(v.shape) for k, v in base.items()}
+    save_file(new, tmp_path / "adapters.safetensors")
+    settings = {"fine_tune_type": "full", "lora_parameters": {"rank": 8, "alpha": 1, "scale": 20.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    params = tree("mlx", base)
+    merged = lora.merge(params, lora.peft.load(tmp_path, params).adapters)
+    jax.tree.map(np.testing.assert_array_equal, merged, tree("mlx", new))
+
+
 def test_a_format_that_is_not_the_files():
     with fails("format='safetensors': expected one of peft, mlx, diffusers, kohya"):
         opened("kohya", format="safetensors")
