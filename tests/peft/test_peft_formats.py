@@ -165,6 +165,37 @@ def test_energy_gives_the_smallest_rank():
         assert share >= 0.8 and opened("fourierft", rank=rank - 1)[1].kept[name] < 0.8
 
 
+def test_stacked_and_fused_leaves_are_as_separate_ones(tmp_path):
+    """Layers in one leaf, q and k in one kernel of it; the type reads its part of the base."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    modules = [f"layers.{i}.{n}" for i in range(2) for n in ("q", "k")]
+    shapes = {"A": (2, 6), "B": (4, 2)}
+    tensors = {f"base_model.model.{m}.hira_{s}": rng.normal(size=n).astype("f4")
+               for m in modules for s, n in shapes.items()}  # fmt: skip
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "HIRA", "r": 2}))
+    w = rng.normal(size=(2, 6, 8)).astype("f4")  # (layers, in, q and k)
+    apart = {f"layers/{i}/{n}/kernel": jnp.asarray(w[i, :, 4 * j : 4 * j + 4])
+             for i in range(2) for j, n in enumerate("qk")}  # fmt: skip
+    want = lora.merge(nest(apart), lora.peft.load(tmp_path, nest(apart), energy=1.0).adapters)
+    fused = {"layers": {"qk": jnp.asarray(w)}}
+    survey = lora.survey(
+        lambda p, x: jax.lax.scan(lambda x, w: (x, x @ w), x, p["layers"]["qk"]), fused, jnp.ones((3, 6)))  # fmt: skip
+    table = {
+        r"layers\.(\d)\.q": "layers/qk[{1}, :, 0:4]",
+        r"layers\.(\d)\.k": "layers/qk[{1}, :, 4:8]",
+    }
+    found = lora.peft.load(tmp_path, fused, survey, mapping=table, energy=1.0)
+    got = np.asarray(lora.merge(fused, found.adapters)["layers"]["qk"])
+    assert set(found.kept) == {f"{m}.weight" for m in modules}
+    for m in modules:
+        i, j = int(m.split(".")[1]), "qk".index(m[-1])
+        x = flatten(want)[f"{m.replace('.', '/')}/kernel"]
+        np.testing.assert_allclose(got[i, :, 4 * j : 4 * j + 4], x, atol=1e-5)
+
+
 def test_rank_or_energy_is_asked_for():
     for kwargs in ({}, {"rank": 2, "energy": 0.9}):
         with fails(r"LOHA adapter .* say of which rank, or which share"):
