@@ -27,7 +27,7 @@ import tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-for line in [*project["dependencies"], *extras["cli"], *extras["examples"], *extras["plot"]]:
+for line in [*project["dependencies"], *extras["cli"], *extras["examples"], *extras["hub"], *extras["plot"]]:
     print(line.replace(">=", "=="))
 PYTHON
 }

@@ -23,6 +23,10 @@ def test_a_quantised_base():
     assert_page("docs/quantized.md")
 
 
+def test_adapters_from_everywhere():
+    assert_page("docs/adapters.md")
+
+
 @pytest.mark.slow
 def test_methods():
     """Each snippet asserts that its loss falls."""

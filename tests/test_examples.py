@@ -2,10 +2,13 @@
 
 import ast
 import hashlib
+import http.server
+import json
 import operator
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import fetch
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reviews
+import serve_swap
 import sweep
 from common import assert_close
 from models import bert
@@ -216,3 +220,65 @@ def test_script_runs(script, tmp_path):
     done = subprocess.run([sys.executable, script, *(["--out", str(tmp_path)] if "--out" in script.read_text() else [])],
                           capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+class Stub(http.server.BaseHTTPRequestHandler):
+    """Answers as vLLM does: an adapter is loaded once, from a folder with PEFT's files, and has a name."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        loaded, name = self.server.loaded, body["lora_name"]
+        status = 404
+        if self.path == "/v1/load_lora_adapter":
+            files = {p.name for p in Path(body["lora_path"]).iterdir()}
+            good = {"adapter_config.json", "adapter_model.safetensors"} <= files
+            status = 200 if good and name not in loaded and not self.server.full else 400
+            if status == 200:
+                loaded[name] = body["lora_path"]
+        elif self.path == "/v1/unload_lora_adapter" and loaded.pop(name, None):
+            status = 200
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(b"there is no room" if status == 400 else b"done")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    server.loaded, server.full = {}, False
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("promotes")
+def test_a_server_swaps_versions(server, tmp_path, capsys, monkeypatch):
+    """One version is served at any time after the first; what the server has is what was trained."""
+    task = serve_swap.tasks.tiny(16, 0, tmp_path)
+    adapters, first, last = serve_swap.train(task, 2, 0)
+    monkeypatch.setattr(serve_swap, "train", lambda task, steps, seed: (adapters, first, last))
+    monkeypatch.setattr(serve_swap.tasks, "tiny", lambda *args: task)
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    run = [f"--server={url}", f"--folder={tmp_path}", "--name=tuned", "--steps=2"]
+    serve_swap.main(run)
+    assert "tuned-v1 is loaded\n" in capsys.readouterr().out and list(server.loaded) == ["tuned-v1"]
+    server.full = True
+    with pytest.raises(RuntimeError, match=r"load_lora_adapter .* 400: there is no room"):
+        serve_swap.main(run)
+    assert list(server.loaded) == ["tuned-v1"] and [p.name for p in tmp_path.iterdir()] == [
+        "tuned-v1"
+    ]
+    server.full = False
+    serve_swap.main(run)
+    assert "tuned-v2 is loaded; tuned-v1 is unloaded" in capsys.readouterr().out
+    mapping = serve_swap.mapping_of(task.params)
+    survey = lora.survey(task.model.apply, {"params": task.params}, np.zeros((1, 8), np.int32))
+    found = lora.peft.load(server.loaded["tuned-v2"], task.params, survey, mapping=mapping)
+    want, got = (lora.merge(task.params, x) for x in (adapters, found.adapters))
+    assert_close(got, want)

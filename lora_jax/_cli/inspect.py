@@ -23,6 +23,7 @@ from lora_jax._nodes.node import is_node
 from lora_jax.checkpoint._checkpoint import Restored, restore
 from lora_jax.checkpoint._describe import config_to_json
 from lora_jax.peft._file import CONFIG, TENSORS, opened
+from lora_jax.peft._formats import DIFFUSERS
 from lora_jax.peft._parse import split
 from lora_jax.peft._parts import NewRows, Update
 
@@ -92,13 +93,14 @@ def _shown(cell: Any) -> Any:
 
 
 def kind_of(path: str | os.PathLike) -> Literal["peft", "orbax", "base"]:
-    """Whether a path is a PEFT folder, a checkpoint directory of ours (or a step in it), or a base
-    model in safetensors."""
+    """Whether a path is an adapter's folder (of PEFT, mlx-lm or diffusers), a checkpoint directory
+    of ours (or a step in it), or a base model in safetensors."""
     path = Path(path)
     if path.is_file() and path.name not in (CONFIG, TENSORS):
         return "base"
     # A pickle counts too, so that it is refused as one, by name.
-    if any((path / name).exists() for name in (CONFIG, TENSORS, "adapter_model.bin")):
+    names = (CONFIG, TENSORS, DIFFUSERS, "adapter_model.bin")
+    if any((path / name).exists() for name in names):
         return "peft"
     # Before the base: a folder may hold both, checkpoints beside a model.
     steps = [path] if _is_step(path) else path.glob("*")
@@ -231,7 +233,7 @@ def _stored(
         "shape": list(shape),
         "dtype": "/".join(dict.fromkeys(str(t.dtype) for t in tensors)),
         "parameters": sum(math.prod(t.shape) for t in tensors),
-        "bytes": sum(t.stop - t.start for t in tensors),
+        "bytes": sum(t.nbytes for t in tensors),
     }
 
 

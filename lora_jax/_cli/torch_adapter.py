@@ -14,14 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._core.errors import raise_all
+from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._nodes.adapters import DoRA, LoRA
 from lora_jax.peft._blocks import Block, LeafInfo
 from lora_jax.peft._build import Build
 from lora_jax.peft._config import PeftConfig, peft_config
+from lora_jax.peft._deltas import MERGE_OR_LOAD
 from lora_jax.peft._experts import ways
-from lora_jax.peft._file import CONFIG, AdapterFile, open_adapter
+from lora_jax.peft._file import CONFIG, AdapterFile
+from lora_jax.peft._formats import open_any
 from lora_jax.peft._mapping import Entry
 from lora_jax.peft._parse import parse
 from lora_jax.peft._parts import Experts, NewRows, Parsed, Update, Value
@@ -113,13 +115,17 @@ def open_torch(
     Raises:
       LoRAError: as `lora.peft.load`, for what is wrong with the folder itself.
     """
-    file = open_adapter(folder, rename=rename)
+    file = open_any(folder, rename=rename)
     config = peft_config(file.config, file.folder / CONFIG, tuple(ignore), len(file.tensors))
     parsed = parse(file, config)
+    if parsed.deltas:
+        raise LoRAError(f"{folder}: peft_type={config.kind!r}: {MERGE_OR_LOAD}")
     parts: dict[str, tuple[Entry, Any]] = {}
     for u in parsed.updates:
         # Each parameter is a leaf of its own name.
-        parts[u.name] = entry(u.name, u.name, *torch_shape(file, u), u.kind), u
+        stack = (u.batch, u.n_out, u.n_in), EXPERTS_OUT_IN  # mlx-lm's
+        shape = stack if u.kind == "experts" else torch_shape(file, u)
+        parts[u.name] = entry(u.name, u.name, *shape, u.kind), u
     unclear: list[str] = []
     for group in parsed.experts:
         for name, u in zip(expert_names(group), _experts(group, unclear)):

@@ -35,10 +35,54 @@ REFUSED = {
     "kasa_config": f"KaSA changes the base weights; {MERGE}",
     "monteclora_config": "MonteCLoRA samples its factors: no one update is the adapter's",
     "arrow_config": "Arrow routes between adapters by the input: no one update is the adapter's",
-    "alora_invocation_tokens": "aLoRA is active behind certain tokens only: no one update is the "
-    "adapter's",
+    "alora_invocation_tokens": "aLoRA is active behind these tokens only, which no one update is: "
+    "run the base up to them, and the adapter on what follows, with the base's cache; for that: "
+    "lora.peft.load(..., ignore=['alora_invocation_tokens']), whose result keeps them",
     "layer_replication": f"the layers of the base are replicated; {MERGE}",
 }
+
+
+# PEFT's other types that add an update to a weight: {type: (settings of training alone, {setting
+# that the update depends on: PEFT's default})}.
+OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "LOHA": ("rank_dropout module_dropout use_effective_conv2d init_weights", {"alpha": 8.0}),
+    "LOKR": (
+        "rank_dropout rank_dropout_scale module_dropout use_effective_conv2d init_weights "
+        "decompose_both decompose_factor",
+        {"alpha": 8.0},
+    ),
+    "MISS": ("miss_dropout", {"mini_r": 1, "init_weights": True}),
+    "HIRA": ("hira_dropout init_weights", {}),
+    "VERA": ("projection_prng_key save_projection vera_dropout d_initial init_weights", {}),
+    "GRALORA": ("gralora_dropout gralora_k hybrid_r init_weights", {"alpha": 64.0}),
+    "FOURIERFT": (
+        "n_frequency n_frequency_pattern init_weights",
+        {"scaling": 150.0, "random_loc_seed": 777},
+    ),
+    "SHIRA": ("mask_type random_seed init_weights", {}),
+    "IA3": ("init_ia3_weights", {"feedforward_modules": ()}),
+    "OFT": (
+        "oft_block_size module_dropout init_weights",
+        {
+            "coft": False,
+            "eps": 6e-5,
+            "block_share": False,
+            "use_cayley_neumann": True,
+            "num_cayley_neumann_terms": 5,
+        },
+    ),
+}
+
+
+# Settings of LoRA that change the function, and that PEFT would pass over in one of `OTHERS`.
+LORA_ALONE = """
+    use_dora use_rslora lora_bias lora_dropout target_parameters trainable_token_indices
+    ensure_weight_tying
+""".split()
+
+
+# Settings of any type that `lora.peft.save` writes again, as they say whose adapter it is.
+ABOUT = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
 
 NOTHING = ("none", "None", "null", "auto", "default", "off")  # what settings say for it
@@ -58,9 +102,9 @@ PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """The settings of an adapter that change the function."""
+    """The settings of an adapter that change the function; `own` are those of its type alone."""
 
-    adalora: bool
+    kind: str  # PEFT's peft_type
     r: int
     alpha: float
     rank_stabilized: bool
@@ -79,6 +123,12 @@ class PeftConfig:
     bias: str
     in_full: frozenset[str]  # modules_to_save
     any_rank: bool  # the tensors' ranks count, whatever `r` says
+    own: Mapping[str, Any]
+    feedforward: SafePattern | None  # IA3's feedforward_modules, where it is an expression
+
+    @property
+    def adalora(self) -> bool:
+        return self.kind == "ADALORA"
 
     def alpha_of(self, name: str) -> float:
         """By PEFT's rule: the first pattern, in the file's order, that ends the name.
@@ -115,6 +165,12 @@ class PeftConfig:
         if self.adalora:  # its rank number stays that of the beginning, whatever was pruned
             return (alpha if alpha > 0 else float(self.r)) / (self.r + 1e-5)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def scales_inputs(self, module: str) -> bool:
+        """Whether IA3 scales this module's inputs, and not its outputs; by PEFT's rule."""
+        if self.feedforward is not None:
+            return self.feedforward.fullmatch(module)
+        return module.endswith(tuple(self.own["feedforward_modules"]))
 
     def targeted(self, module: str) -> bool:
         """Whether PEFT would look for this module's tensors at all."""
@@ -153,15 +209,18 @@ def peft_config(
         raise LoRAError(f"{where}: {len(raw):,} settings, expected at most {MAX_SETTINGS:,}")
     check = _Checks(raw, Budget(where, names))
     kind = check.value("peft_type", str, "LORA")
-    if kind not in ("LORA", "ADALORA"):
-        check.failures.append(f"peft_type={quoted(kind)}, expected 'LORA' or 'ADALORA'")
+    if kind not in ("LORA", "ADALORA", *OTHERS):
+        known = ", ".join(("LORA", "ADALORA", *OTHERS))
+        check.failures.append(f"peft_type={quoted(kind)}, expected one of {known}; {MERGE}")
+        raise_all(f"{where}: not a configuration that can be loaded:", check.failures)
     adalora = kind == "ADALORA"
     check.supported(ignore)
-    r = check.rank("init_r" if adalora and raw.get("init_r") is not None else "r")
+    r = check.rank("init_r" if adalora and raw.get("init_r") is not None else "r", kind == "OFT")
+    own, feedforward = check.own(kind)
     config = PeftConfig(
-        adalora,
+        kind,
         r,
-        check.number("lora_alpha", 8),
+        own["alpha"] if "alpha" in own else check.number("lora_alpha", 8),
         check.value("use_rslora", bool, False),
         check.value("use_dora", bool, False),
         check.patterns("rank_pattern", (lambda v: isinstance(v, list)) if adalora else _is_rank),
@@ -176,10 +235,14 @@ def peft_config(
         check.value("bias", str, "none"),
         frozenset(check.strings("modules_to_save")),
         "r" in ignore,
+        own,
+        feedforward,
     )
     if config.dora and (adalora or raw.get("lora_bias") is True):
         with_what = "AdaLoRA" if adalora else "lora_bias"
         check.failures.append(f"use_dora with {with_what}, which PEFT does not have")
+    foreign = [k for k in LORA_ALONE if kind in OTHERS and _switches(raw.get(k))]
+    check.failures += [f"{k} is set, which is no setting of {kind}" for k in foreign]
     if not 0 <= config.dropout < 1:
         check.failures.append(f"lora_dropout={config.dropout}, expected a rate in [0, 1)")
     raise_all(f"{where}: not a configuration that can be loaded:", check.failures)
@@ -188,7 +251,15 @@ def peft_config(
 
 def unknown(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that PEFT 0.17 to 0.21 does not have."""
-    return {k: v for k, v in raw.items() if k not in HARMLESS and k not in REFUSED}
+    training, own = OTHERS.get(str(raw.get("peft_type")), ("", {}))
+    known = {*HARMLESS, *REFUSED, *training.split(), *own}
+    return {k: v for k, v in raw.items() if k not in known}
+
+
+def kept(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What `lora.peft.save` writes again: whose adapter it is, and what is not known here."""
+    about = {k: raw[k] for k in (*ABOUT, "alora_invocation_tokens") if raw.get(k) is not None}
+    return about | unknown(raw)
 
 
 def _switches(value: Any) -> bool:
@@ -261,9 +332,9 @@ class _Checks:
             return default
         return found if _is_number(found) else self.wrong(name, "a number", default)
 
-    def rank(self, name: str) -> int:
+    def rank(self, name: str, unused: bool = False) -> int:
         found = self.raw.get(name)
-        if found is None:
+        if found is None or unused:
             return 8
         return found if _is_rank(found) else self.wrong(name, "an integer >= 1", 8)
 
@@ -274,6 +345,34 @@ class _Checks:
         if isinstance(found, list) and all(isinstance(x, str) for x in found):
             return tuple(found)
         return self.wrong(name, "a list of strings", ())
+
+    def own(self, kind: str) -> tuple[Mapping[str, Any], SafePattern | None]:
+        """The settings of one of `OTHERS`, and feedforward_modules where it is an expression."""
+        found: dict[str, Any] = {}
+        for name, default in OTHERS.get(kind, ("", {}))[1].items():
+            if name == "feedforward_modules":
+                text = isinstance(self.raw.get(name), str)
+                found[name] = () if text else self.strings(name)
+            elif name == "init_weights":
+                found[name] = self.raw.get(name, default)
+                if found[name] not in (True, False, "bat", "mini"):
+                    self.wrong(name, "True, False, 'bat' or 'mini'", default)
+            elif type(default) is int:
+                found[name] = self.raw.get(name, default)
+                if type(found[name]) is not int or not 0 <= found[name] < 1 << 32:
+                    found[name] = self.wrong(name, "an integer >= 0", default)
+            else:
+                number = isinstance(default, float)
+                found[name] = (
+                    self.number(name, default) if number else self.value(name, bool, default)
+                )
+        text = self.raw.get("feedforward_modules")
+        if kind == "IA3" and isinstance(text, str):
+            try:
+                return found, SafePattern(text, "feedforward_modules", self.budget)
+            except LoRAError as e:
+                self.failures.append(str(e))
+        return found, None
 
     def targets(self) -> tuple[str | tuple[str, ...] | None, SafePattern | None, frozenset[str]]:
         """(the setting, its expression, its names)."""

@@ -247,8 +247,8 @@ class Export:
         rank, scale = (
             collections.Counter(names.values()).most_common(1)[0][0] if names else (8, 1.0)
         )
-        alpha = _alpha(rank, scale)
-        alphas = {n: _alpha(*v) for n, v in names.items()}
+        alpha = as_alpha(rank, scale)
+        alphas = {n: as_alpha(*v) for n, v in names.items()}
         return {
             "peft_type": "LORA",
             "peft_version": VERSION,
@@ -340,7 +340,7 @@ class Export:
                     )
 
 
-def _alpha(rank: int, scale: float) -> int | float:
+def as_alpha(rank: int, scale: float) -> int | float:
     """The alpha with alpha / rank == scale, to the last bit where there is one."""
     alpha = scale * rank
     near = [float(round(alpha)), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf)]

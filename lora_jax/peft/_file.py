@@ -33,6 +33,9 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 
 
+PLACES = {"I32": np.dtype("int32"), "I64": np.dtype("int64")}  # of tensors that hold positions
+
+
 MAX_CONFIG = 4 << 20  # bytes
 
 
@@ -64,12 +67,41 @@ TO_SAFETENSORS = (
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies in the file."""
+    """Where one tensor lies in the file; `axes` turn it from the order in which it is stored."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
     stop: int
+    axes: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def turned(self, *axes: int) -> Stored:
+        """The tensor with its axes in another order."""
+        shape = tuple(self.shape[d] for d in axes)
+        return dataclasses.replace(self, shape=shape, axes=axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A tensor that is in no file, but was computed from what is."""
+
+    value: np.ndarray
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.value.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.value.nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +109,20 @@ class AdapterFile:
     """An adapter folder whose headers were checked, and of which no tensor was read yet.
 
     Attributes:
-      folder: as given.
-      config: adapter_config.json as a dict; its values are not checked yet.
-      tensors: {name: `Stored`}.
+      folder: as given; a file where it has no folder of its own.
+      config: PEFT's settings, as adapter_config.json has them; their values are not checked yet.
+      tensors: {PEFT's name: `Stored` or `Made`}.
+      path: the file in which they are.
+      format: "peft", "mlx", "diffusers" or "kohya".
+      part: the model that they are of, where the file has several, such as "unet".
     """
 
     folder: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, Stored | Made]
+    path: Path
+    format: str = "peft"
+    part: str | None = None
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
@@ -92,18 +130,25 @@ class AdapterFile:
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the type in which it is stored; finite, or a `LoRAError`."""
         at = self.tensors[name]
-        with opened(self.folder / TENSORS) as file:
+        if isinstance(at, Made):
+            return at.value
+        with opened(self.path) as file:
             file.seek(at.start)
             data = file.read(at.stop - at.start)
         if len(data) != at.stop - at.start:
-            raise LoRAError(f"{self.folder / TENSORS}: '{name}' is cut off; copy the file again")
-        value = np.frombuffer(data, at.dtype).reshape(at.shape)
+            raise LoRAError(f"{self.path}: '{name}' is cut off; copy the file again")
+        value = np.frombuffer(data, at.dtype)
         if not np.isfinite(value.astype(np.float32)).all():
             raise LoRAError(
-                f"{self.folder / TENSORS}: '{name}' {at.shape} holds NaN or infinity; the training "
+                f"{self.path}: '{name}' {at.shape} holds NaN or infinity; the training "
                 "that wrote it diverged, take an earlier checkpoint"
             )
-        return value
+        if at.axes is None:
+            return value.reshape(at.shape)
+        stored = [0] * len(at.axes)
+        for n, d in zip(at.shape, at.axes):
+            stored[d] = n
+        return value.reshape(stored).transpose(at.axes)
 
 
 def open_adapter(
@@ -123,21 +168,39 @@ def open_adapter(
       LoRAError: a file is missing, is a pickle or no regular file, is cut off or too large, has
         doubled, deep or malformed JSON, or lies about its tensors.
     """
-    if not isinstance(folder, str | os.PathLike):
-        raise LoRAError(f"expected the path of a folder, found {type(folder).__name__}")
-    folder = Path(folder)
+    folder = as_path(folder)
     try:
-        config = _config(folder / CONFIG)
-        tensors = renamed(_tensors(folder), rename or {}, folder / TENSORS)
+        config = read_config(folder / CONFIG)
+        if not (folder / TENSORS).exists():
+            raise LoRAError(f"{folder}: no {TENSORS}, {_instead(folder)}")
     except OSError as e:
         raise LoRAError(f"{folder}: cannot be read: {e}") from e
-    total = sum(t.stop - t.start for t in tensors.values())
+    tensors, _ = read_tensors(folder / TENSORS, max_bytes, rename)
+    return AdapterFile(folder, config, tensors, folder / TENSORS)
+
+
+def as_path(folder: Any) -> Path:
+    if not isinstance(folder, str | os.PathLike):
+        raise LoRAError(f"expected the path of a folder, found {type(folder).__name__}")
+    return Path(folder)
+
+
+def read_tensors(
+    path: Path, max_bytes: int | None = None, rename: Mapping[str, str] | None = None
+) -> tuple[Mapping[str, Stored], Mapping[str, Any]]:
+    """({name: where it lies}, the file's metadata), checked as in `open_adapter`."""
+    try:
+        stored, metadata = _tensors(path)
+    except OSError as e:
+        raise LoRAError(f"{path}: cannot be read: {e}") from e
+    tensors = renamed(stored, rename or {}, path)
+    total = sum(t.nbytes for t in tensors.values())
     if max_bytes is not None and total > max_bytes:
         raise LoRAError(
-            f"{folder / TENSORS}: {total:,} bytes of tensors, more than an adapter of these "
+            f"{path}: {total:,} bytes of tensors, more than an adapter of these "
             f"parameters can need ({max_bytes:,}); lora.peft.load(..., max_bytes={total})"
         )
-    return AdapterFile(folder, config, tensors)
+    return tensors, metadata
 
 
 def read_adapter(
@@ -290,7 +353,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _config(path: Path) -> dict:
+def read_config(path: Path) -> dict:
+    """adapter_config.json, of a size that a configuration has."""
     folder = path.parent
     if not path.is_file():
         found = f"no {CONFIG} there" if folder.is_dir() else "there is no such folder"
@@ -308,10 +372,7 @@ def _config(path: Path) -> dict:
     return parse_json(data, path)
 
 
-def _tensors(folder: Path) -> dict[str, Stored]:
-    path = folder / TENSORS
-    if not path.exists():
-        raise LoRAError(f"{folder}: no {TENSORS}, {_instead(folder)}")
+def _tensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -321,7 +382,7 @@ def _tensors(folder: Path) -> dict[str, Stored]:
                 "the safetensors format; copy the file again"
             )
         header = parse_json(file.read(length), f"{path}, its header")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     failures: list[str] = []
     stored = {
         name: found
@@ -335,7 +396,7 @@ def _tensors(folder: Path) -> dict[str, Stored]:
         raise LoRAError(f"{path}: holds no tensor")
     with checked(path):
         pass
-    return stored
+    return stored, metadata if isinstance(metadata, dict) else {}
 
 
 def _instead(folder: Path) -> str:
@@ -344,12 +405,10 @@ def _instead(folder: Path) -> str:
     pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth"))]
     if pickles:
         return f"only {pickles[0]}: {TO_SAFETENSORS}"
-    if mlx := {"adapters.safetensors", "adapters.npz"}.intersection(names):
-        return (
-            f"but {min(mlx)}: an adapter of mlx-lm, whose lora_a is (in, rank), lora_b "
-            "(rank, out), and whose scale stands alone: give these arrays to lora.LoRA(a, b, "
-            "scale, geometry), or fuse it there (mlx_lm.fuse)"
-        )
+    if "adapters.safetensors" in names:
+        return "but adapters.safetensors, an adapter of mlx-lm: lora.peft.load(..., format='mlx')"
+    if "adapters.npz" in names:
+        return "but adapters.npz, of an old mlx-lm: save it there as safetensors (mx.load, mx.save)"
     return "the adapter is incomplete"
 
 
@@ -362,17 +421,19 @@ def _stored(name: str, entry: Any, base: int, size: int, failures: list[str]) ->
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return wrong("expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    types = PLACES if name.endswith("_indices") else DTYPES
+    types = DTYPES | PLACES if name.endswith(".alpha") else types
+    if not isinstance(dtype, str) or dtype not in types:
         what = repr(dtype[:20]) if isinstance(dtype, str) else type(dtype).__name__
-        return wrong(f"type {what}, expected one of {', '.join(DTYPES)}")
+        return wrong(f"type {what}, expected one of {', '.join(types)}")
     if not _sizes(shape) or len(shape) > MAX_AXES or not _sizes(offsets) or len(offsets) != 2:
         return wrong(f"expected a shape of at most {MAX_AXES} sizes, and two offsets, all integers")
     start, stop = offsets
-    if stop - start != math.prod(shape) * DTYPES[dtype].itemsize or base + stop > size:
+    if stop - start != math.prod(shape) * types[dtype].itemsize or base + stop > size:
         return wrong(
             f"shape {tuple(shape)} of {dtype} at bytes {start:,} to {stop:,} of {size - base:,}"
         )
-    return Stored(DTYPES[dtype], tuple(shape), base + start, base + stop)
+    return Stored(types[dtype], tuple(shape), base + start, base + stop)
 
 
 def _sizes(x: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,13 +77,22 @@ class Finder:
       given: {torch name, or regular expression for it: leaf, or list of leaves}. The name is a
         parameter's, or a module's for its weight; the leaf may use the groups, `{1}` or `{name}`,
         and an index, "layers/q/kernel[{1}]". None: found by names and shapes.
+      flat: the names have "_" in the place of dots, as kohya's.
+      part: the name of the model that they are of, which a leaf may have before it.
     """
 
-    def __init__(self, leaves: dict[str, LeafInfo], given: Mapping[str, Any] | None):
-        self.leaves, self.given = leaves, given
+    def __init__(
+        self,
+        leaves: dict[str, LeafInfo],
+        given: Mapping[str, Any] | None,
+        flat: bool = False,
+        part: str | None = None,
+    ):
+        self.leaves, self.given, self.flat = leaves, given, flat
+        self.wrappers = WRAPPERS.union(() if part is None else {part})
         self.modules, self.parameters = _Names(), _Names()
         for path in leaves:
-            tokens = _tokens(path.split("/"))
+            tokens = self._tokens(path.split("/"))
             self.parameters.add(tokens, path)
             last = path.rpartition("/")[2].lower()
             self.modules.add(tokens[:-1] if last in (*WEIGHTS, *BIASES) else tokens, path)
@@ -96,13 +106,22 @@ class Finder:
 
         def way(blocks: Sequence[Block]) -> Update:
             tied = len(blocks) == 1 and blocks[0].leaf.tied and update.kind == "linear"
-            return update.turned() if tied else update
+            if update.n_in and update.n_out:
+                return update.turned() if tied else update
+            known = all(b.leaf.geometry for b in blocks)
+            n_in, n_out = (blocks[0].n_in, sum(b.n_out for b in blocks)) if known else (0, 0)
+            n_in, n_out = (n_out, n_in) if tied else (n_in, n_out)
+            found = dataclasses.replace(
+                update, n_in=update.n_in or n_in, n_out=update.n_out or n_out
+            )
+            return found.turned() if tied else found
 
         def problem(blocks: Sequence[Block]) -> str | None:
             return _update_problem(way(blocks), blocks)
 
         experts = f", {update.batch} experts" if update.batch > 1 else ""
-        what = f"a low-rank update, in {update.n_in}, out {update.n_out}{experts}"
+        sizes = f"in {update.n_in or '?'}, out {update.n_out or '?'}"
+        what = f"{'an' if update.flat else 'a low-rank'} update, {sizes}{experts}"
         blocks = self._one(update.name, problem, what)
         if blocks is None:
             return None
@@ -110,7 +129,7 @@ class Finder:
         kind, shape = update.kind, None
         if kind == "conv":
             shape = (found.n_out, found.n_in // math.prod(found.window), *found.window)
-        elif found.e and blocks[0].leaf.kind == "conv":  # AdaLoRA's A is flat
+        elif found.flat and blocks[0].leaf.kind == "conv":
             kind, shape = "conv", (found.n_out, *blocks[0].sizes(blocks[0].leaf.in_axes))
         return Entry(update.name, blocks, kind, None, shape, found.swapped), found
 
@@ -242,17 +261,20 @@ class Finder:
         exact, ends = [], []
         self.near, self.far = [], []
         module, _, last = name.rpartition(".")
-        parts = (module if last in ("weight", "bias") else name).split(".")
+        parts = re.split(
+            r"[._]" if self.flat else r"\.", module if last in ("weight", "bias") else name
+        )
         parts = parts if parts != [""] else []
         places = [i for i, part in enumerate(parts) if part.isdigit()]
         for i in (None, *places):
             rest = parts if i is None else parts[:i] + parts[i + 1 :]
-            for first, path in self._named(_tokens(rest), last):
+            for first, path in self._named(self._tokens(rest), last):
                 leaf = self.leaves[path]
                 whole = Block(leaf, (None,) * len(leaf.shape))
                 found = whole if i is None else _at(leaf, int(parts[i]))
                 if found is not None:
-                    kind = exact if not first else ends if is_wrapper(first) else self.far
+                    passed = self.wrappers.issuperset(first)
+                    kind = exact if not first else ends if passed else self.far
                     kind.append((found,))
                 elif i is not None and len(leaf.shape) > 1:
                     self.near.append(_no_stack(leaf, int(parts[i])))
@@ -260,6 +282,9 @@ class Finder:
             leaf = self.leaves[self.tied[0]]
             ends.append((Block(leaf, (None,) * len(leaf.shape)),))
         return [exact, ends]
+
+    def _tokens(self, parts: Sequence[str]) -> tuple[str, ...]:
+        return _tokens(parts, self.flat)
 
     def _named(self, tokens: tuple[str, ...], last: str) -> Iterator[tuple[tuple[str, ...], str]]:
         """(first names that one side lacks, leaf) of those that may be a parameter of this kind."""
@@ -385,7 +410,7 @@ def _update_problem(update: Update, blocks: Sequence[Block]) -> str | None:
             return f"{b.leaf.shape}, {sizes}" + (f", {b.n_batch} stacked" * (b.n_batch > 1))
         if b.leaf.kind != "conv" and math.prod(update.window) > 1:
             return f"{b.leaf.shape}, not used by a convolution"
-        if b.leaf.kind == "conv" and update.kind != "conv" and not update.e and _window(b) > 1:
+        if b.leaf.kind == "conv" and update.kind != "conv" and not update.flat and _window(b) > 1:
             return f"{b.leaf.shape}, a convolution, whose inputs are in an order of their own"
         if b.leaf.dilated and _window(b) > 1:
             return (
@@ -400,10 +425,10 @@ def _window(b: Block) -> int:
     return b.n_in // b.sizes(b.leaf.in_axes[:1])[0]
 
 
-def _tokens(parts: Sequence[str]) -> tuple[str, ...]:
-    """Names in a common spelling: lower case, a number at the end apart."""
+def _tokens(parts: Sequence[str], flat: bool = False) -> tuple[str, ...]:
+    """Names in a common spelling: lower case, a number at the end apart, each word if `flat`."""
     out: list[str] = []
-    for part in parts:
+    for part in parts if not flat else [word for p in parts for word in p.split("_")]:
         found = re.fullmatch(r"(.*?)_?(\d+)", part.lower())
         out += [t for t in found.groups() if t] if found else [part.lower()]
     return tuple(out)

@@ -1,4 +1,4 @@
-"""PEFT in: an adapter folder that PyTorch's PEFT wrote, as an adapter tree."""
+"""In: an adapter that PyTorch's PEFT, mlx-lm, diffusers or kohya wrote, as an adapter tree."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from typing import Any
 from lora_jax._core.errors import raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
+from lora_jax._core.table import table
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._build import Build
-from lora_jax.peft._config import PeftConfig, peft_config, unknown
+from lora_jax.peft._config import PeftConfig, kept, peft_config, unknown
+from lora_jax.peft._deltas import check
 from lora_jax.peft._experts import on_leaves
-from lora_jax.peft._file import open_adapter
+from lora_jax.peft._file import CONFIG
 from lora_jax.peft._find import Finder, finish
+from lora_jax.peft._formats import open_any
+from lora_jax.peft._hub import folder as on_disk
 from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._parse import parse
 from lora_jax.peft._parts import Parsed, Update
+from lora_jax.peft._reduce import reduced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +34,12 @@ class PeftAdapter:
 
     Attributes:
       adapters: the adapter tree, for `bind` and `merge`.
-      config: adapter_config.json.
-      unknown: what it holds that PEFT 0.17 to 0.21 does not know, for `lora.peft.save(config=)`.
+      config: adapter_config.json; of another tool, the PEFT settings that mean the same.
+      unknown: what it holds that PEFT 0.17 to 0.21 does not know; `lora.peft.save` writes it again.
       mapping: which leaf each torch parameter is: print it, and give it to `lora.peft.save`.
+      format: "peft", "mlx", "diffusers" or "kohya".
+      kept: {torch name: share of ‖ΔW‖² that its singular values keep} of types that are no LoRA.
+      invocation_tokens: of an aLoRA, those behind which the adapters are to be used; else None.
 
     >>> import jax.numpy as jnp, lora_jax as lora, tempfile
     >>> params, folder = {"q_proj": {"kernel": jnp.zeros((4, 3))}}, tempfile.mkdtemp()
@@ -46,6 +54,26 @@ class PeftAdapter:
     adapters: dict
     config: Mapping[str, Any]
     mapping: TorchMapping
+    format: str = "peft"
+    kept: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __str__(self):
+        of = self.config.get("base_model_name_or_path")
+        lines = [
+            f"{self.config.get('peft_type', 'LORA')} in the format of {self.format}"
+            f"{f', of {of}' if of else ''}: {len(self.mapping)} torch parameters"
+        ]
+        if self.invocation_tokens is not None:
+            lines.append(f"active behind the tokens {list(self.invocation_tokens)} alone (aLoRA)")
+        if self.kept:
+            rows = [(name, f"{share:.6f}") for name, share in self.kept.items()]
+            lines.append(table(("torch", "share of ‖ΔW‖²"), rows))
+        return "\n".join(lines)
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...] | None:
+        found = self.config.get("alora_invocation_tokens")
+        return tuple(found) if isinstance(found, list) and found else None
 
     @property
     def unknown(self) -> dict[str, Any]:
@@ -67,14 +95,27 @@ def load(
     ignore: Sequence[str] = (),
     rename: Mapping[str, str] | None = None,
     max_bytes: int | None = None,
+    format: str | None = None,
+    part: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    base: Any = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
 ) -> PeftAdapter:
-    """Reads an adapter that PEFT saved, LoRA, DoRA or AdaLoRA, for the parameters of a JAX model.
+    """Reads an adapter of PEFT, mlx-lm, diffusers or kohya, for the parameters of a JAX model.
 
     Every tensor of the file is used, or the call fails. The folder may come from a stranger: it is
     checked before anything is allocated, and nothing in it is run.
 
+    PEFT's other additive types (LoHa, LoKr, MiSS, HiRA, VeRA, GraLoRA, FourierFT, SHiRA, IA3, OFT)
+    are read as the update ΔW that they make, and brought to a LoRA by its singular values: say with
+    `rank` or `energy` how much of it is to be kept; print the result for the share that was.
+
     Args:
-      folder: holds adapter_config.json and adapter_model.safetensors.
+      folder: of PEFT (adapter_config.json, adapter_model.safetensors), of mlx-lm
+        (adapters.safetensors), or of diffusers; the path of one safetensors file of diffusers or
+        kohya; or "user/name", a repository of the Hugging Face hub (pip install 'lora_jax[hub]').
       params: the base parameters. Their values are read only where the file changes a part of a
         leaf, or adds to a bias; else they may be abstract.
       survey: how the function uses each leaf, or the `Targets` made of it. Without one, matrices
@@ -100,13 +141,22 @@ def load(
       rename: {regular expression: text} to be replaced in the names of the tensors, one after the
         other, where they are not PEFT's: {"^": "base_model.model."}, {r"_orig_mod\\.": ""}.
       max_bytes: how large the tensors may be together; default twice the base in fp32.
+      format: "peft", "mlx", "diffusers" or "kohya"; None: by the names of files and tensors.
+      part: "unet", "transformer", "text_encoder", "text_encoder_2" …: the model of which the
+        adapter is to be taken, where a file has several and `params` are one of them.
+      rank: at most, of the LoRA that stands for a type that is none.
+      energy: in its place, the share of ‖ΔW‖² that each keeps, in (0, 1]; 1 is all of it.
+      base: parameters as `params`, whose values are read in place of theirs: for types whose ΔW
+        depends on the weights (HiRA, IA3, OFT), where `params` are abstract or quantised.
+      revision, subfolder: of a repository of the hub; a subfolder also of a path.
 
     Returns:
       A `PeftAdapter`.
 
     Raises:
-      LoRAError: a file that is missing, damaged or a pickle; a setting that is not supported; a
-        tensor that no leaf, or more than one, fits. All that are found at once are listed.
+      LoRAError: a file that is missing, damaged or a pickle; a repository that the hub does not
+        give; a setting that is not supported; a tensor that no leaf, or more than one, fits; a type
+        that needs `rank`, `energy` or values. All that are found at once are listed.
 
     >>> import jax.numpy as jnp, lora_jax as lora, tempfile
     >>> params = {"q_proj": {"kernel": jnp.zeros((4, 3))}}
@@ -125,26 +175,36 @@ def load(
     leaves = leaf_infos(params, survey)
     if max_bytes is None:
         max_bytes = max(8 * sum(math.prod(x.shape) for x in leaves.values()), 64 << 20)
-    file = open_adapter(folder, max_bytes, rename)
-    config = peft_config(
-        file.config, file.folder / "adapter_config.json", tuple(ignore), len(file.tensors)
-    )
+    file = open_any(on_disk(folder, revision, subfolder), max_bytes, rename, format, part)
+    where = file.folder if file.format in ("diffusers", "kohya") else file.folder / CONFIG
+    config = peft_config(file.config, where, tuple(ignore), len(file.tensors))
+    check(rank, energy, file.folder, config.kind)
     parsed = parse(file, config, doubled_out_proj=doubled_out_proj)
-    finder = Finder(leaves, as_table(mapping))
+    finder = Finder(leaves, as_table(mapping), file.format == "kohya", file.part)
     found = _found(parsed, finder, config, conv1d, experts, experts_a)
+    deltas = [(hit, d) for d in parsed.deltas if (hit := finder.update(d.update)) is not None]
     finish(finder, str(file.folder))
-    build = Build(file, config, flatten(state_of(params)), dtype)
+    values = flatten(state_of(params))
+    if base is not None:
+        given = flatten(state_of(base))
+        values = {path: given.get(path, x) for path, x in values.items()}
+    shares: dict[str, float] = {}
+    if deltas:
+        file, more, shares = reduced(file, config, deltas, finder, values, rank, energy)
+        found += more
+    build = Build(file, config, values, dtype)
     for entry, what in found:
         build.add(entry, what)
     nodes = build.nodes()
     build.failures += parsed.unequal(file)
-    for table in parsed.tables:
+    for t in parsed.tables:
         if not keep_base:
-            build.compare(finder.value(table.name, table.shape, ()), table)
+            build.compare(finder.value(t.name, t.shape, ()), t)
     finish(finder, str(file.folder))
     raise_all(f"{file.folder}: cannot be used with these parameters:", build.failures)
     entries = {entry.name: entry for entry, _ in found}
-    return PeftAdapter(nest(nodes), dict(file.config), TorchMapping(entries, build.untouched))
+    leaf_of = TorchMapping(entries, build.untouched, kept(file.config))
+    return PeftAdapter(nest(nodes), dict(file.config), leaf_of, file.format, shares)
 
 
 def _found(

@@ -54,6 +54,8 @@ class TorchMapping:
       entries: {torch name: `Entry`}.
       untouched: {leaf: magnitudes (*batch, *out)} of `DoRA`s of which the file had a part: the rest
         are the base's norms, which `lora.peft.save` leaves out as long as they are as they were.
+      settings: those of the file that `lora.peft.save` writes again: task_type, the base's name and
+        revision, and what is not known here.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {"q_proj": {"kernel": jnp.zeros((4, 3))}}
@@ -66,6 +68,7 @@ class TorchMapping:
     untouched: Mapping[str, np.ndarray] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
     )
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self):
         return len(self.entries)

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 
 from lora_jax._core.errors import raise_all
 from lora_jax.peft._config import PeftConfig
+from lora_jax.peft._deltas import FORMS, Misfit, delta
 from lora_jax.peft._experts import is_inside, read_experts
 from lora_jax.peft._file import AdapterFile
-from lora_jax.peft._parts import NewRows, Parsed, Table, Update, Value, plain_name
+from lora_jax.peft._parts import Delta, NewRows, Parsed, Table, Update, Value, plain_name
 
 PREFIX = "base_model.model."
 
@@ -49,6 +50,9 @@ UNKNOWN = re.compile(r".*\.(lora_\w+|token_adapter)(\.\w+)*")
 
 
 COPY = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")
+
+
+SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
 
 
 SEPARATE = re.compile(r"(.+)\.base_layer\.out_proj")  # torch's MultiheadAttention: its out_proj
@@ -111,6 +115,9 @@ class _Parser:
         self.whole: dict[str, str] = {}  # parameter: key
         self.copies: list[tuple[str, tuple[str, ...]]] = []  # (key, its parts)
         self.tied: list[tuple[str, str, bool]] = []  # see `Parsed.copies`
+        self.form = FORMS.get(config.kind)
+        self.others: dict[str, dict[str, str]] = {}  # of other types, as `adapted`
+        self.shared: dict[str, str] = {}  # what all modules have: {kind: key}
 
     def parsed(self) -> Parsed:
         for key in self.file.tensors:
@@ -129,6 +136,7 @@ class _Parser:
             self._whole(name, key, values, tables)
         for update in updates:
             self._bias(update, values)
+        deltas = tuple(d for m, keys in self.others.items() for d in self._delta(m, keys))
         found = tuple(read_experts(experts, self.file, self.config, self._wrong))
         raise_all(
             f"{self.file.folder}: tensors that cannot be used:",
@@ -142,11 +150,15 @@ class _Parser:
             tuple(rows),
             tuple(tables),
             (*copies, *self.tied),
+            deltas,
         )
 
     def _sort(self, key: str) -> None:
         shape = self.file.shape(key)
         module, kind = split(key)
+        if self.config.kind == "VERA" and key in SHARED:
+            self.shared[SHARED[key]] = key
+            return
         if not key.startswith(PREFIX):
             self.odd.append(key)
             return self._wrong(key, f"expected a name that begins with '{PREFIX}'; PEFT skips it")
@@ -154,6 +166,8 @@ class _Parser:
             self.odd.append(key)
             return self._wrong(key, "has a name of torch.compile in it; PEFT skips it")
         name = key.removeprefix(PREFIX)
+        if self.form is not None and self._other(key, name, kind):
+            return
         if kind is not None:
             parts = self.adapted.setdefault(module, {})
             if kind in parts:
@@ -170,6 +184,27 @@ class _Parser:
             self._wrong(key, "is empty, or there twice")
         else:
             self.whole[name] = key
+
+    def _other(self, key: str, name: str, kind: str | None) -> bool:
+        """Whether it is a tensor of a type that is no LoRA, or none at all there."""
+        assert self.form is not None
+        if kind is not None:
+            self._wrong(key, f"a tensor of a LoRA; PEFT skips it in one of {self.config.kind}")
+            return True
+        found = next((n for n in self.form.names if name.endswith("." + n)), None)
+        if found is not None:
+            self.others.setdefault(name.removesuffix("." + found), {})[found] = key
+        return found is not None
+
+    def _delta(self, module: str, keys: dict[str, str]) -> list[Delta]:
+        key = next(iter(keys.values()))
+        if not self.config.targeted(plain_name(module)):
+            self._wrong(key, f"target_modules does not include '{module}'; PEFT would ignore it")
+        try:
+            return [delta(module, keys | self.shared, self.file, self.config)]
+        except Misfit as e:
+            self._wrong(key, f"'{module}': {e}")
+            return []
 
     def _copied(self) -> tuple[tuple[str, str, bool], ...]:
         """Parameters that stand there under a second name; the frozen original is not needed.
@@ -219,6 +254,8 @@ class _Parser:
             self._wrong(key_a, f"target_modules does not include '{plain}'; PEFT would ignore it")
         if self.config.adalora and 0 in a:
             return []  # pruned to nothing
+        if self.file.format == "mlx" and len(a) == 3:
+            return self._stacked(module, key_a, key_b)
         shapes = {n: self.file.shape(parts[n]) for n in ("e", "magnitude") if n in parts}
         problem = _misfit(a, b, **shapes)
         if problem:
@@ -235,8 +272,22 @@ class _Parser:
         kind = "embedding" if table else ("conv" if len(a) > 2 else "linear")
         n_in, window = math.prod(a[1:]), a[2:]
         sizes = (a[0], n_in, b[0], 1)
-        own = dict(e=parts.get("e"), magnitude=parts.get("magnitude"))
+        own = dict(e=parts.get("e"), magnitude=parts.get("magnitude"), flat="e" in parts)
         return [Update(name, kind, *sizes, scale, key_a, key_b, window=window, **own)]
+
+    def _stacked(self, module: str, key_a: str, key_b: str) -> list[Update]:
+        """mlx-lm's update of a stack of experts: A (experts, rank, in), B (out, rank, experts)."""
+        a, b = self.file.shape(key_a), self.file.shape(key_b)
+        if len(b) != 3 or b[1:] != (a[1], a[0]):
+            self._wrong(key_a, f"lora_a {a} and lora_b {b}: not of as many experts and ranks")
+            return []
+        if self.config.dora:
+            self._wrong(key_a, "a DoRA of experts, which mlx-lm does not have")
+        if problem := self.config.other_rank(module, a[1]):
+            self._wrong(key_a, problem)
+        sizes = (a[1], a[2], b[0], a[0])
+        scale = self.config.scale(module, a[1])
+        return [Update(f"{module}.weight", "experts", *sizes, scale, key_a, key_b)]
 
     def _is_tied(self, key_a: str, key_b: str) -> bool:
         """Whether this is the head beside an adapted embedding, with ensure_weight_tying."""

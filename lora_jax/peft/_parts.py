@@ -18,10 +18,12 @@ class Update:
     Attributes:
       name: the parameter, such as "model.layers.0.self_attn.q_proj.weight".
       kind: "linear", "embedding", "conv" or "experts".
-      rank, n_in, n_out, batch: sizes; batch is the number of experts, else 1.
+      rank, n_in, n_out, batch: sizes; batch is the number of experts, else 1. A size of 0 is not in
+        the file: it is the leaf's.
       scale: the constant before B·A.
       a, b, e: the keys of its tensors; e is AdaLoRA's diagonal.
       magnitude: the key of DoRA's.
+      flat: A is a matrix although the parameter may be a convolution's.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Update:
     window: tuple[int, ...] = ()  # of a convolution
     swapped: bool = False  # A runs along the outputs of the leaf, B along its inputs
     magnitude: str | None = None
+    flat: bool = False
 
     def arrays(self, file: AdapterFile) -> tuple[np.ndarray, np.ndarray]:
         """A (batch, rank, in) and B (batch, out, rank), in the type in which they are stored."""
@@ -53,6 +56,23 @@ class Update:
     def turned(self) -> Update:
         """The update of the transposed weight."""
         return dataclasses.replace(self, n_in=self.n_out, n_out=self.n_in, swapped=not self.swapped)
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """An update ΔW of one torch parameter that the file does not hold as factors.
+
+    Attributes:
+      update: its name and sizes; rank 0.
+      kind: PEFT's type, such as "LOHA".
+      module: its module, as PEFT's settings name it.
+      keys: {name of a tensor, without its module: key}.
+    """
+
+    update: Update
+    kind: str
+    module: str
+    keys: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +133,8 @@ class NewRows:
 class Parsed:
     """All that a file holds.
 
-    `copies` are
-    pairs of keys that must hold the same, maybe transposed (with bias="all", it stores a saved
-    module's bias twice, with ensure_weight_tying the factors of embedding and head).
+    `copies` are pairs of keys that must hold the same, maybe transposed (with bias="all", it stores
+    a saved module's bias twice, with ensure_weight_tying the factors of embedding and head).
     """
 
     updates: tuple[Update, ...]
@@ -124,6 +143,7 @@ class Parsed:
     rows: tuple[NewRows, ...]
     tables: tuple[Table, ...]
     copies: tuple[tuple[str, str, bool], ...] = ()
+    deltas: tuple[Delta, ...] = ()
 
     def unequal(self, file: AdapterFile) -> list[str]:
         """What is wrong with `copies`."""

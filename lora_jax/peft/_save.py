@@ -24,6 +24,7 @@ from lora_jax.peft._file import CONFIG, DTYPES, TENSORS, partial, read_shapes, r
 from lora_jax.peft._find import Finder, finish, is_head
 from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._parse import PREFIX
+from lora_jax.peft._servers import TARGETS
 
 
 def mapping(
@@ -139,8 +140,11 @@ def save(
     dtype: Any = None,
     doubled_out_proj: bool = True,
     config: Mapping[str, Any] | None = None,
+    target: str = "peft",
 ) -> None:
     """Writes adapters as PEFT 0.21 does: adapter_config.json and adapter_model.safetensors.
+
+    What `lora.peft.load` read of whose adapter it is, it writes again: the mapping has it.
 
     Ranks and alphas that differ stand in patterns that name one module each. A leaf of which torch
     has several modules is taken apart, several leaves of one torch module are put together; both
@@ -154,16 +158,17 @@ def save(
         The parameters of one module of experts stand in it in the torch module's own order.
       uniform_rank: one rank and one alpha for all modules, as vLLM reads no patterns: the largest,
         or the given one; smaller ones are padded with zeros. vLLM loads no leaf in full either.
-      base_model_name: base_model_name_or_path of the configuration.
-      task_type: such as "CAUSAL_LM".
+      base_model_name: base_model_name_or_path of the configuration; None: the mapping's.
+      task_type: such as "CAUSAL_LM"; None: the mapping's.
       dtype: of the tensors, float32, bfloat16 or float16; None for the adapters' own.
       doubled_out_proj: halve the update of a MultiheadAttention's out_proj, as PEFT adds it twice.
-      config: further settings of adapter_config.json.
+      config: further settings of adapter_config.json, before those that the mapping has.
+      target: "vllm" or "sglang-jax": what these servers cannot load is an error.
 
     Raises:
       LoRAError: a leaf that the mapping lacks, or of which it has a part only; a torch module that
-        PEFT cannot adapt so; a number that is not finite, also in `dtype`; a full disk. Nothing is
-        written then.
+        PEFT cannot adapt so; what `target` cannot load, each with what to do; a number that is not
+        finite, also in `dtype`; a full disk. Nothing is written then.
 
     >>> import json, pathlib, tempfile, jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": {"kernel": jnp.zeros((4, 3))}}
@@ -180,15 +185,25 @@ def save(
             f"mapping: expected a TorchMapping, found {type(mapping).__name__}: "
             "lora.peft.load(...).mapping, or lora.peft.mapping(names, params, survey)"
         )
+    if target not in TARGETS:
+        raise LoRAError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
     nodes = flatten(adapters, is_leaf=is_node)
     check_factors(nodes)
+    known = dict(mapping.settings) | dict(config or {})
     out = Export(nodes, mapping, doubled_out_proj)
     out.run(uniform_rank)
     raise_all("these adapters cannot be written for PEFT:", out.failures)
-    settings = out.config(base_model_name, task_type)
+    base, task = (known.pop(n, None) for n in ("base_model_name_or_path", "task_type"))
+    if base_model_name not in (None, base) and known.get("revision") == mapping.settings.get(
+        "revision"
+    ):
+        known.pop("revision", None)  # the revision of another base
+    settings = out.config(base_model_name or base, task_type or task)
     raise_all("these adapters cannot be written for PEFT:", out.failures)
     tensors = {PREFIX + k: v for k, v in out.tensors.items()}
-    write_folder(Path(folder), tensors, settings, dtype=dtype, more=config or {})
+    written = {**settings, **known}
+    raise_all(f"{target} cannot load these adapters:", TARGETS[target](written, tensors))
+    write_folder(Path(folder), tensors, settings, dtype=dtype, more=known)
 
 
 def write_folder(

@@ -522,7 +522,7 @@ def test_what_peft_would_ignore_is_an_error(tmp_path):
     [
         ({"init_lora_weights": "pissa"}, "trained against a changed base"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"peft_type": "LOHA"}, "expected 'LORA' or 'ADALORA'"),
+        ({"peft_type": "BOFT"}, "expected one of LORA, ADALORA"),
         ({"scaling_of_2031": 3}, "'scaling_of_2031' is not a setting of PEFT"),
     ],
 )

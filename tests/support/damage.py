@@ -23,6 +23,7 @@ from damage_work import Work
 from hypothesis import strategies as st
 from test_peft import MODELS
 
+from lora_jax.peft._config import OTHERS
 from lora_jax.peft._file import CONFIG, TENSORS
 
 STAGES: list[dict] = [{}, {}, {}, {}]  # tensors and settings, header, bytes, files
@@ -37,6 +38,7 @@ def damage(stage):
 
 
 SETTINGS = sorted({k for n in MODELS for k in Work.golden(n).config} | {"init_r", "unknown"})
+OWN = sorted({k for _, own in OTHERS.values() for k in own} | {"lora_parameters", "fine_tune_type"})
 
 
 def some(draw, items):
@@ -161,6 +163,12 @@ def setting(w, draw):
 
 
 @damage(0)
+def own_setting(w, draw):
+    """One of the other types', or of mlx-lm's."""
+    w.config[draw(st.sampled_from(OWN))] = draw(JSON)
+
+
+@damage(0)
 def lost_setting(w, draw):
     w.config.pop(draw(st.sampled_from(SETTINGS)), None)
 
@@ -191,7 +199,11 @@ def targets(w, draw):
 @damage(0)
 def other_kind(w, draw):
     changes = [{"peft_type": "ADALORA"}, {"peft_type": "ADALORA", "init_r": 12}, {"use_dora": True}]
-    changes += [{"peft_type": "LOHA"}, {"trainable_token_indices": {"emb": [3, 1]}}, {"r": 1}]
+    changes += [
+        {"peft_type": draw(st.sampled_from(["BOFT", *OTHERS]))},
+        {"trainable_token_indices": {"emb": [3, 1]}},
+        {"r": 1},
+    ]
     w.config |= some(draw, changes)
 
 

@@ -24,9 +24,11 @@ class Work:
 
     @classmethod
     def golden(cls, name):
-        config = json.loads((g.folder(name) / CONFIG).read_text())
-        types = {"float32": "F32", "bfloat16": "BF16"}
-        arrays = g.tensors(g.folder(name) / TENSORS).items()
+        """Of tests/data/peft_golden, or "../formats/…" for one of another kind."""
+        path = g.folder(name) / CONFIG
+        config = json.loads(path.read_text()) if path.exists() else {}
+        types = {"float32": "F32", "bfloat16": "BF16", "int32": "I32"}
+        arrays = g.tensors(tensors_of(g.folder(name))).items()
         return cls(
             name, config, [[k, types[str(v.dtype)], list(v.shape), v.tobytes()] for k, v in arrays]
         )
@@ -54,6 +56,13 @@ class Work:
             CONFIG: bytearray(as_json(list(self.config.items())).encode()),
             TENSORS: bytearray(struct.pack("<Q", len(text)) + text + body),
         }
+
+
+def tensors_of(folder):
+    """The adapter's file, whatever the tool calls it."""
+    others = (TENSORS, "base.safetensors", "merged.safetensors", "io.safetensors")
+    found = [p for p in folder.glob("*.safetensors") if p.name not in others]
+    return folder / TENSORS if (folder / TENSORS).exists() else found[0]
 
 
 def as_json(items):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core.paths import nest
-from lora_jax.peft._file import DTYPES, parse_json
+from lora_jax.peft._file import DTYPES, PLACES, parse_json
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "data" / "peft_golden"
 
@@ -19,7 +19,7 @@ def tensors(path):
     start = 8 + int.from_bytes(data[:8], "little")
     header = parse_json(data[8:start], path)
     header.pop("__metadata__", None)
-    types = {**DTYPES, "I64": np.dtype("int64")}
+    types = {**DTYPES, **PLACES}
     return {
         name: np.frombuffer(data[start:], np.uint8)[slice(*t["data_offsets"])]
         .view(types[t["dtype"]])

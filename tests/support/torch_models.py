@@ -187,6 +187,19 @@ class Classifier(nn.Module):
         return self.classifier(torch.relu(self.lin(self.emb(x))))
 
 
+class Mixed(nn.Module):
+    """Convolutions and products, each wider than the ranks of most adapters."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 8, 1)
+        self.lin, self.out = nn.Linear(8, 12), nn.Linear(12, 8, bias=False)
+
+    def forward(self, x):
+        h = torch.relu(self.b(torch.relu(self.a(x))))
+        return self.out(torch.relu(self.lin(h.flatten(2).mean(2))))
+
+
 def small_llama(tied, layers=1):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -221,6 +234,7 @@ KINDS = {
     "gated_flagged": lambda: Gated(is_transposed=True),
     "gated_turned": lambda: Gated(turned=True),
     "classifier": Classifier,
+    "mixed": Mixed,
     "mha": Mha,
     "net": Net,
     "tied": lambda: small_llama(True),

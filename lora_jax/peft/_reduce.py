@@ -1,0 +1,109 @@
+"""From updates ΔW on their leaves to low-rank updates, as `Build` takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax.peft._blocks import from_leaf
+from lora_jax.peft._config import PeftConfig
+from lora_jax.peft._deltas import Misfit, low_rank, matrix, needs_base
+from lora_jax.peft._file import AdapterFile, Made
+from lora_jax.peft._find import Finder
+from lora_jax.peft._mapping import BIASES, Entry
+from lora_jax.peft._parts import Delta, Update, Value
+
+
+def reduced(
+    file: AdapterFile,
+    config: PeftConfig,
+    found: Sequence[tuple[tuple[Entry, Update], Delta]],
+    finder: Finder,
+    values: Mapping[str, Any],
+    rank: int | None,
+    energy: float | None,
+) -> tuple[AdapterFile, list[tuple[Entry, Any]], dict[str, float]]:
+    """Each update as the LoRA of its largest singular values.
+
+    Args:
+      found: what `Finder.update` gave for each update, and the update.
+      values: {leaf: value}, read where the type depends on the weights.
+      rank, energy: of each: at most so many, or as many as keep this share of its squares.
+
+    Returns:
+      (the file with the factors in it, [(entry, what falls on its leaves)], {name: share kept}).
+
+    Raises:
+      LoRAError: an update that does not fit its leaf, or is not finite; a weight that is abstract.
+    """
+    made: dict[str, Made] = {}
+    out: list[tuple[Entry, Any]] = []
+    shares: dict[str, float] = {}
+    failures: list[str] = []
+    for (entry, update), what in found:
+        torch = update.turned() if update.swapped else update
+        try:
+            weight = _weight(entry, update, values) if needs_base(config) else None
+            a, b, shares[entry.name] = low_rank(
+                matrix(what, torch, file, config, weight), rank, energy
+            )
+        except (Misfit, LoRAError) as e:
+            failures.append(f"'{what.module}': {e}")
+            continue
+        keys = f"{what.module}.lora_A", f"{what.module}.lora_B"
+        made |= {keys[0]: Made(a), keys[1]: Made(b)}
+        low = dataclasses.replace(torch, rank=len(a), a=keys[0], b=keys[1])
+        out.append((entry, low.turned() if update.swapped else low))
+        if config.kind == "IA3" and not config.scales_inputs(what.module):
+            out += _bias(what, entry, file, finder, values, made)
+    failures += finder.failures
+    raise_all(f"{file.folder}: cannot be used with these parameters:", failures)
+    return dataclasses.replace(file, tensors={**file.tensors, **made}), out, shares
+
+
+def _weight(entry: Entry, update: Update, values: Mapping[str, Any]) -> np.ndarray:
+    """The base's weight (out, in) in float64, as torch has it."""
+    pieces = [_read(b.leaf.path, values)[b.slices] for b in entry.blocks]
+    shape = (sum(b.n_out for b in entry.blocks), entry.blocks[0].n_in)
+    value = from_leaf(pieces, "out_in", entry.blocks, shape)
+    return value.T if update.swapped else value
+
+
+def _read(path: str, values: Mapping[str, Any]) -> np.ndarray:
+    value = values[path]
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise LoRAError(
+            f"'{path}': the update depends on the weight; pass values: "
+            "lora.peft.load(..., base=params)"
+        )
+    return np.asarray(value).astype(np.float64)
+
+
+def _bias(
+    what: Delta,
+    entry: Entry,
+    file: AdapterFile,
+    finder: Finder,
+    values: Mapping[str, Any],
+    made: dict[str, Made],
+) -> list[tuple[Entry, Any]]:
+    """IA3 scales outputs, so the bias, too, where there is one."""
+    beside = [
+        [f"{b.leaf.path.rpartition('/')[0]}/{n}".lstrip("/") for n in BIASES] for b in entry.blocks
+    ]
+    if not any(path in finder.leaves for paths in beside for path in paths):
+        return []
+    (key,) = what.keys.values()
+    scale = file.read(key).astype(np.float64).reshape(-1)
+    name, shape = f"{what.module}.bias", scale.shape
+    bias = finder.value(name, shape)
+    if bias is None:
+        return []
+    old = np.concatenate([_read(b.leaf.path, values)[b.slices].reshape(-1) for b in bias.blocks])
+    made[name] = Made((old * scale).astype(np.float32))
+    return [(bias, Value(name, shape, name))]
