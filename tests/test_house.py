@@ -23,10 +23,11 @@ LEVELS = [
     {"_bind", "_products", "_targets"},
     {"_interpret", "_merge", "algebra"},
     {"_adapt", "_survey"},
-    {"_select", "peft"},
+    {"_select"},
     {"_init"},
     {"methods", "parallel"},
     {"checkpoint", "optim", "quant"},
+    {"peft"},
     {"_cli"},
     {"__main__"},
 ]
