@@ -27,6 +27,10 @@ def test_adapters_from_everywhere():
     assert_page("docs/adapters.md")
 
 
+def test_a_base_from_hugging_face():
+    assert_page("docs/bases.md")
+
+
 @pytest.mark.slow
 def test_methods():
     """Each snippet asserts that its loss falls."""

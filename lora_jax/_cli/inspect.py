@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import jax
 
-from lora_jax._cli.safetensors import open_base
 from lora_jax._cli.torch_adapter import TorchAdapter, norm, open_torch
 from lora_jax._core.errors import LoRAError, quoted
 from lora_jax._core.paths import flatten
@@ -26,6 +25,7 @@ from lora_jax.peft._file import CONFIG, TENSORS, opened
 from lora_jax.peft._formats import DIFFUSERS
 from lora_jax.peft._parse import split
 from lora_jax.peft._parts import NewRows, Update
+from lora_jax.peft._safetensors import open_base
 
 # Characters of a setting that a table shows.
 SHOWN = 160

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import stat
 import zlib
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -222,12 +223,12 @@ def read_adapter(
 
 
 def renamed(
-    tensors: Mapping[str, Stored], rename: Mapping[str, str], where: object
-) -> Mapping[str, Stored]:
+    tensors: Mapping[str, Any], rename: Mapping[str, str], where: object
+) -> Mapping[str, Any]:
     """The tensors under the names that the caller's expressions make of theirs."""
     if not isinstance(rename, Mapping):
         raise LoRAError(f"rename: expected {{expression: text}}, found {type(rename).__name__}")
-    out: dict[str, Stored] = {}
+    out: dict[str, Any] = {}
     for name, stored in tensors.items():
         new = name
         for old, text in rename.items():
@@ -284,7 +285,7 @@ def read_json(path: Path, most: int = MAX_HEADER) -> dict:
     return parse_json(data, path)
 
 
-def opened(path: str | os.PathLike) -> BinaryIO:
+def opened(path: str | os.PathLike) -> io.BufferedReader:
     """The file, if it is one: not a folder, pipe or device, also behind a link (the hub's cache
     consists of links, so a link as such is fine)."""
     try:
@@ -448,9 +449,3 @@ def _gaps(stored: Mapping[str, Stored], at: int, size: int) -> Iterator[str]:
         at = t.stop
     if at != size:
         yield f"the tensors end at byte {at:,} of {size:,}"
-
-
-def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a safetensors file that the caller trusts, from its header."""
-    with checked(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
