@@ -150,44 +150,44 @@ def _sum_lone(x: jax.Array, xl: Labels, yl: Labels, out: Labels) -> tuple[jax.Ar
     return jnp.sum(x, axis=lone), tuple(d for i, d in enumerate(xl) if i not in lone)
 
 
-def gained(y: jax.Array, gain: jax.Array, dims: Sequence[int]) -> jax.Array:
+def gained(y: jax.Array, gain: jax.Array, axes: Sequence[int]) -> jax.Array:
     """(1 + gain)·y as y + gain·y, in which a small gain is not rounded away.
 
-    The axes of the gain are `dims` of y. The gradient keeps y, and the gain as it is: not one as
+    `axes` of y are those of the gain. The gradient keeps y, and the gain as it is: not one as
     large as y.
     """
-    return _gained_p.bind(*compat.same_vma(y, gain), dims=tuple(dims))[0]
+    return _gained_p.bind(*compat.same_vma(y, gain), axes=tuple(axes))[0]
 
 
-def _along_times(y: jax.Array, gain: jax.Array, dims: tuple[int, ...]) -> jax.Array:
-    return lax.mul(y, lax.broadcast_in_dim(cast(gain, y.dtype), y.shape, dims))
+def _along_times(y: jax.Array, gain: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return lax.mul(y, lax.broadcast_in_dim(cast(gain, y.dtype), y.shape, axes))
 
 
-def _gained(y: jax.Array, gain: jax.Array, *, dims: tuple[int, ...]) -> list[jax.Array]:
+def _gained(y: jax.Array, gain: jax.Array, *, axes: tuple[int, ...]) -> list[jax.Array]:
     full = cast(y, holding(y.dtype))
-    return [cast(lax.add(full, _along_times(full, gain, dims)), y.dtype)]
+    return [cast(lax.add(full, _along_times(full, gain, axes)), y.dtype)]
 
 
 def _gained_jvp(
-    primals: Sequence, tangents: Sequence, *, dims: tuple[int, ...]
+    primals: Sequence, tangents: Sequence, *, axes: tuple[int, ...]
 ) -> tuple[list, list]:
     tangents = compat.instantiated(primals, tangents)
-    return _gained(*primals, dims=dims), _gained_tangent_p.bind(*tangents, *primals, dims=dims)
+    return _gained(*primals, axes=axes), _gained_tangent_p.bind(*tangents, *primals, axes=axes)
 
 
 def _gained_tangent(
-    ty: jax.Array, tg: jax.Array, y: jax.Array, gain: jax.Array, *, dims: tuple[int, ...]
+    ty: jax.Array, tg: jax.Array, y: jax.Array, gain: jax.Array, *, axes: tuple[int, ...]
 ) -> list[jax.Array]:
-    (of_y,), full = _gained(ty, gain, dims=dims), cast(y, holding(y.dtype))
-    return [lax.add(of_y, cast(_along_times(full, tg, dims), y.dtype))]
+    (of_y,), full = _gained(ty, gain, axes=axes), cast(y, holding(y.dtype))
+    return [lax.add(of_y, cast(_along_times(full, tg, axes), y.dtype))]
 
 
-def _gained_transpose(cts: Sequence, *args: jax.Array, dims: tuple[int, ...]) -> list:
+def _gained_transpose(cts: Sequence, *args: jax.Array, axes: tuple[int, ...]) -> list:
     (ct,), (_, tg, y, gain) = cts, args
-    others = tuple(d for d in range(y.ndim) if d not in dims)
+    others = tuple(d for d in range(y.ndim) if d not in axes)
     dtype = wide(holding(y.dtype))
     dgain = jnp.sum(lax.mul(cast(ct, dtype), cast(y, dtype)), others)
-    return [*_gained(ct, gain, dims=dims), cast(dgain, tg.dtype), None, None]
+    return [*_gained(ct, gain, axes=axes), cast(dgain, tg.dtype), None, None]
 
 
 _gained_p = compat.primitive("gained", _gained, jvp=_gained_jvp)
