@@ -150,9 +150,10 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
         if not isinstance(node, LoRA):
             return node
         u, s, v = svd(node)
-        keep = rank_for(s, energy) if rank is None else operator.index(rank)
+        keep = rank if energy is None else rank_for(s, energy)
+        assert keep is not None  # one of the two is given
         # The SVD does not keep a sharding: the factors go to where that of the leaf puts them.
-        return placed(from_svd(node, u, s, v, keep), leaf_sharding(node))
+        return placed(from_svd(node, u, s, v, operator.index(keep)), leaf_sharding(node))
 
     return jax.tree.map(leaf, adapters, is_leaf=is_node)
 
