@@ -49,7 +49,8 @@ def adapt(
       fn: a function of arrays, such as `model.apply`.
       strict: raise if an adapted leaf is used anywhere but in low rank, or not at all. If False,
         such weights are materialised, W + scale·A·B, which is exact but forms a gradient of the
-        size of W; `lora.coverage` lists them.
+        size of W; `lora.coverage` lists them. So is a weight that enters a `jax.custom_jvp` or
+        `jax.custom_vjp`, whose rule is for whole arrays; activations may.
       plan: how a matrix product is made. "factored": x·W + scale·(x·A)·B. "beside":
         [x, scale·x·A]·[W; B], one product, whose result is written once, and the like for the
         gradient of x; it copies x and W. "merged": x·(W + scale·A·B) in the forward pass and for

@@ -250,17 +250,7 @@ class _Selection:
         if found is None and rule.in_axes is None and len(shape) == 2 and known is None:
             found = Geometry((0,), (1,))  # Flax's convention: in × out
         if found is None and (rule.in_axes is None or rule.out_axes is None):
-            self.failures.append(
-                # With a survey: what uses it. Without one: how to say which axes are which.
-                f"'{path}' {shape} is used by no contraction, convolution or look-up "
-                f"({', '.join(dict.fromkeys(u.primitive for u in known.uses)) or 'unused'})"
-                + f", but enters one after that: exclude=['{path}']"
-                * _derived(known)
-                if known
-                else f"'{path}' {shape}: which axes are in and out is ambiguous; pass a survey, "
-                f"lora.init(key, params, config, {self.survey_call}), "
-                f"or say it: rules=[lora.Rule('{path}', in_axes=..., out_axes=...)]"
-            )
+            self.failures.append(self._unknown(path, shape, known))
             return None
         batch = (
             rule.batch_axes if rule.batch_axes is not None else (found.batch_axes if found else ())
@@ -287,6 +277,18 @@ class _Selection:
             )
             return None
         return geometry
+
+    def _unknown(self, path: str, shape: tuple[int, ...], known: Leaf | None) -> str:
+        """Why the axes of a leaf are not known."""
+        if known is None:
+            return (
+                f"'{path}' {shape}: which axes are in and out is ambiguous; pass a survey, "
+                f"lora.init(key, params, config, {self.survey_call}), "
+                f"or say it: rules=[lora.Rule('{path}', in_axes=..., out_axes=...)]"
+            )
+        uses = ", ".join(dict.fromkeys(u.primitive for u in known.uses)) or "unused"
+        after = f", but enters one after that: exclude=['{path}']" if _derived(known) else ""
+        return f"'{path}' {shape} is used by no contraction, convolution or look-up ({uses}){after}"
 
     def _full(self, lora: Iterable[str]) -> list[str]:
         patterns = as_patterns(self.config.full)

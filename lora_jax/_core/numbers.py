@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import numbers
 import operator
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+
+from lora_jax._core.errors import raise_all
 
 
 def integer(x: Any) -> int | None:
@@ -39,3 +45,75 @@ def number(x: Any) -> Any:
     """A number of any library as Python's; anything else as it is."""
     whole = integer(x)
     return float(x) if whole is None and is_real(x) else x if whole is None else whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """What a call asks of a number.
+
+    Attributes:
+      text: in words.
+      holds: of one that is finite.
+      whole: whether it is an integer, of any library.
+      optional: whether None will do.
+
+    >>> COUNT.fits(jnp.int32(4)), COUNT.fits(2.5), SHARE.fits(float("nan")), SHARE.fits(True)
+    (True, False, False, False)
+    """
+
+    text: str
+    holds: Callable[[Any], bool]
+    whole: bool = False
+    optional: bool = False
+
+    @property
+    def or_none(self) -> Number:
+        return dataclasses.replace(self, text=f"{self.text}, or None", optional=True)
+
+    def fits(self, x: Any, traced: bool = False) -> bool:
+        """Whether x is such a number; `traced`: or one that is not known yet, and no integer."""
+        if x is None:
+            return self.optional
+        if isinstance(x, jax.core.Tracer):
+            return traced and not self.whole and x.shape == ()
+        known = integer(x) if self.whole else _real(x)
+        return known is not None and self.holds(known)
+
+
+def _real(x: Any) -> float | None:
+    """A finite number of any library as Python's; None of anything else."""
+    try:
+        if is_real(x):
+            found = float(x)
+        elif jnp.shape(x) == () and jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            found = float(x)
+        else:
+            found = integer(x)
+    except (TypeError, ValueError, OverflowError):
+        # No array; an integer beyond any float.
+        return None
+    return found if found is not None and math.isfinite(found) else None
+
+
+COUNT = Number("an integer >= 1", lambda x: x >= 1, whole=True)
+COUNT_OR_ZERO = Number("an integer >= 0", lambda x: x >= 0, whole=True)
+POSITIVE = Number("a finite number > 0", lambda x: x > 0)
+NOT_NEGATIVE = Number("a finite number >= 0", lambda x: x >= 0)
+FINITE = Number("a finite number", lambda x: True)
+AT_LEAST_ONE = Number("a number >= 1", lambda x: x >= 1)
+SHARE = Number("a share in (0, 1]", lambda x: 0 < x <= 1)
+BELOW_ONE = Number("a number in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def refused(traced: bool = False, **asked: tuple[Any, Number]) -> list[str]:
+    """A line for each argument, name=(value, what is asked of it), that is no such number."""
+    return [
+        f"{name}={x!r}: expected {kind.text}"
+        for name, (x, kind) in asked.items()
+        if not kind.fits(x, traced)
+    ]
+
+
+def check_numbers(call: str, traced: bool = False, **asked: tuple[Any, Number]) -> None:
+    """Raises for all arguments that are `refused`, with the corrected call."""
+    raise_all("these arguments are not as expected:", refused(traced, **asked), call)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
 from lora_jax._core.geometry import Factor, spec_along
-from lora_jax._interpret.rule import Context, Equation, Rule, every
+from lora_jax._interpret.rule import Context, Equation, Rule, every, read_first
 from lora_jax._nodes.weight import Coded, Followed, is_weight
 from lora_jax._quantized.sending import cut
 from lora_jax._quantized.weight import is_quantized, value
@@ -158,6 +158,11 @@ def _shard_map(ctx: Context, eqn: Equation, args: Sequence) -> list:
     return list(fn(*args))
 
 
+def _own_derivative(ctx: Context, eqn: Equation, args: Sequence) -> str:
+    """`custom_jvp` and `custom_vjp`: entered, the function would lose its rule."""
+    return "it enters a function with a derivative rule of its own, which is for whole arrays"
+
+
 RULES: dict[str, Rule] = {
     "jit": every(_jit),
     "pjit": every(_jit),
@@ -167,5 +172,7 @@ RULES: dict[str, Rule] = {
     "closed_call": every(_call),
     "core_call": every(_call),
     "cond": every(_cond),
+    "custom_jvp_call": read_first(_own_derivative),
+    "custom_vjp_call": read_first(_own_derivative),
     "shard_map": every(_shard_map),
 }

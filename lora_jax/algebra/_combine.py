@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.mesh import placed
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import COUNT, SHARE
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows, rows_of
 from lora_jax._nodes.factors import check_factors
@@ -134,7 +136,7 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
     >>> small.rank, bool(jnp.allclose(small.a @ small.b, 6.0))
     (1, True)
     """
-    fits = rank >= 1 if energy is None and rank is not None else 0 < (energy or 0) <= 1
+    fits = COUNT.fits(rank) if energy is None else SHARE.fits(energy)
     if (rank is None) == (energy is None) or not fits:
         raise LoRAError(
             f"expected a rank >= 1 or an energy in (0, 1], found rank={rank}, energy={energy}: "
@@ -151,7 +153,7 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
         keep = rank if energy is None else rank_for(s, energy)
         assert keep is not None  # one of the two is given
         # The SVD does not keep a sharding: the factors go to where that of the leaf puts them.
-        return placed(from_svd(node, u, s, v, keep), leaf_sharding(node))
+        return placed(from_svd(node, u, s, v, operator.index(keep)), leaf_sharding(node))
 
     return jax.tree.map(leaf, adapters, is_leaf=is_node)
 

@@ -30,7 +30,9 @@ class Likeness:
       norms: ‖Δ₁‖ and ‖Δ₂‖ (Frobenius), (2, n).
       cosine: ⟨Δ₁, Δ₂⟩ / ‖Δ₁‖‖Δ₂‖, (n,); 0 where one of them is zero.
       input_angles, output_angles: the principal angles between the spaces that the two read from
-        and write to, in degrees from the smallest on, (n, min(rank₁, rank₂)).
+        and write to, in degrees from the smallest on, (n, min(rank₁, rank₂)). An update has as many
+        directions as singular values above the rounding of its factors, 8·rank·ε·‖s·A‖·‖B‖, ε that
+        of their dtype, fp32 at least; NaN stands where one of the two has no more.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
@@ -66,14 +68,13 @@ class Comparison:
 
     def __str__(self):
         head = ("leaf", "norm 1", "norm 2", "cosine", "input angles", "output angles")
-        span = lambda angles: f"{angles[:, 0].mean():.1f}° to {angles[:, -1].mean():.1f}°"
         rows = [
             (
                 path,
                 *(float(f"{x:.4g}") for x in leaf.norms.mean(-1)),
                 float(f"{leaf.cosine.mean():.4f}"),
-                span(leaf.input_angles),
-                span(leaf.output_angles),
+                _span(leaf.input_angles),
+                _span(leaf.output_angles),
             )
             for path, leaf in self.leaves.items()
         ]
@@ -81,6 +82,14 @@ class Comparison:
         for name, paths in (("first", self.first), ("second", self.second)):
             lines += [f"in the {name} alone: {', '.join(paths)}"] if paths else []
         return "\n".join(lines)
+
+
+def _span(angles: np.ndarray) -> str:
+    """The smallest and the largest angle, each a mean of the weights that have any."""
+    known = angles[~np.isnan(angles[:, 0])]
+    if not len(known):
+        return "none"
+    return f"{known[:, 0].mean():.1f}° to {np.nanmax(known, 1).mean():.1f}°"
 
 
 def compare(first: Any, second: Any) -> Comparison:
@@ -139,19 +148,40 @@ def _numbers(one: LoRA, two: LoRA) -> tuple[jax.Array, ...]:
     size = norms[0] * norms[1]
     # The inner `where` keeps 0 / 0 out of the branch that is not taken.
     cosine = jnp.where(size > 0, inner / jnp.where(size > 0, size, 1), 0)
-    return norms, cosine, _angles(u1, u2), _angles(v1.mT, v2.mT)
+    ranks = _rank(s1, a1, b1), _rank(s2, a2, b2)
+    return norms, cosine, _angles(u1, u2, *ranks), _angles(v1.mT, v2.mT, *ranks)
 
 
-def _angles(q1: jax.Array, q2: jax.Array) -> jax.Array:
-    """Angles of the column spaces; small ones by their sines, which rounding does not lose."""
-    # The wider one first, so that q2 has a column for each angle.
-    if q2.shape[-1] > q1.shape[-1]:
-        q1, q2 = q2, q1
+def _rank(s: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """How many directions of each A·B are more than rounding, (n,)."""
+    # Against the factors and not the largest σ: where A·B cancels, all of σ is rounding.
+    size = jnp.linalg.norm(a, axis=(1, 2)) * jnp.linalg.norm(b, axis=(1, 2))
+    lost = 8 * a.shape[-1] * jnp.finfo(s.dtype).eps * size
+    return jnp.sum(s > lost[:, None], -1)
+
+
+def _angles(q1: jax.Array, q2: jax.Array, rank1: jax.Array, rank2: jax.Array) -> jax.Array:
+    """Angles of the spaces of the first `rank` columns (n,) of each (n, p, k); small ones by their
+    sines, which rounding does not lose."""
+    k1, k2 = q1.shape[-1], q2.shape[-1]
+    # Zeros for the columns that are no directions, and as many columns in both.
+    own = lambda q, rank: jnp.pad(
+        jnp.where(jnp.arange(q.shape[-1]) < rank[:, None, None], q, 0),
+        [(0, 0), (0, 0), (0, max(k1, k2) - q.shape[-1])],
+    )
+    q1, q2 = own(q1, rank1), own(q2, rank2)
+    # The wider one first, so that the other has a column for each angle.
+    swap = (rank2 > rank1)[:, None, None]
+    q1, q2 = jnp.where(swap, q2, q1), jnp.where(swap, q1, q2)
     inner = product(q1.mT, q2)
-    # An SVD sorts falling: the cosines from the smallest angle on, and the sines from the largest,
-    # hence the reversal.
+    # An SVD sorts falling, zeros last: the cosines from the smallest angle on, and the sines from
+    # the largest, hence the reversal of as many as there are.
     cosines = jnp.linalg.svd(inner, compute_uv=False)
-    sines = jnp.linalg.svd(q2 - product(q1, inner), compute_uv=False)[..., ::-1]
+    sines = jnp.linalg.svd(q2 - product(q1, inner), compute_uv=False)
+    number, at = jnp.minimum(rank1, rank2)[:, None], jnp.arange(min(k1, k2))
+    sines = jnp.take_along_axis(sines, jnp.maximum(number - 1 - at, 0), -1)
+    cosines = cosines[:, : min(k1, k2)]
     small = jnp.arcsin(jnp.clip(sines, 0, 1))
     # Each on the side of 45° where it is steep: there a rounded value moves the angle least.
-    return jnp.degrees(jnp.where(cosines**2 > 0.5, small, jnp.arccos(jnp.clip(cosines, 0, 1))))
+    angles = jnp.where(cosines**2 > 0.5, small, jnp.arccos(jnp.clip(cosines, 0, 1)))
+    return jnp.where(at < number, jnp.degrees(angles), jnp.nan)

@@ -11,7 +11,7 @@ from lora_jax._config import LoRAConfig
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
-from lora_jax._core.numbers import unequal
+from lora_jax._core.numbers import SHARE, unequal
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
 from lora_jax._targets import Target, Targets
@@ -50,7 +50,7 @@ def extract(
     >>> lora.algebra.extract(base, tuned, targets)[1]["w"]  # 9 of 10
     0.9
     """
-    if energy is not None and not 0 < energy <= 1:
+    if energy is not None and not SHARE.fits(energy):
         raise LoRAError(f"energy={energy}: expected a share in (0, 1]")
     before, after = (flatten(state_of(x)) for x in (base, tuned))
     # All checks come before the first SVD, which can take minutes.

@@ -11,6 +11,7 @@ back: the best adapter of a rank, or the whole as a leaf in full. KnOTS stays of
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import as_key
 from lora_jax._core.mesh import anywhere, placed
+from lora_jax._core.numbers import BELOW_ONE, COUNT, COUNT_OR_ZERO, SHARE
 from lora_jax._core.paths import nest
 from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
 from lora_jax.algebra._combine import typed_alike
@@ -258,9 +260,9 @@ def _method(how: str, density: float = 1.0, rate: float = 0.0, per_weight: bool 
     if how not in HOW:
         raise LoRAError(f"how={how!r}: expected one of {', '.join(map(repr, HOW))}")
     trim, drop, elect = HOW[how]
-    if trim and not 0 < density <= 1:
+    if trim and not SHARE.fits(density):
         raise LoRAError(f"density={density}: expected the share to keep, in (0, 1]")
-    if drop and not 0 <= rate < 1:
+    if drop and not BELOW_ONE.fits(rate):
         raise LoRAError(f"rate={rate}: expected the probability to drop an element, in [0, 1)")
     return Method(density if trim else 1.0, rate if drop else 0.0, elect, per_weight)
 
@@ -278,8 +280,8 @@ def _elementwise(
     # Exact: low-rank leaves come back in full, as base + Δ.
     exact = rank is None and energy is None
     if not exact:
-        of_rank = energy is None and rank is not None and rank >= 1
-        if not of_rank and not (rank is None and energy is not None and 0 < energy <= 1):
+        fits = COUNT.fits(rank) if energy is None else rank is None and SHARE.fits(energy)
+        if not fits:
             raise LoRAError(
                 f"expected a rank >= 1 or an energy in (0, 1], found rank={rank}, energy={energy}"
             )
@@ -288,8 +290,10 @@ def _elementwise(
             "what is left element by element is of full rank; say what is wanted: rank=16 or "
             "energy=0.9, the best adapters of low rank, or base=params, all of it, as `Full` leaves"
         )
-    if passes is not None and (rank is None or passes < 0):
+    if passes is not None and (rank is None or not COUNT_OR_ZERO.fits(passes)):
         raise LoRAError(f"passes={passes}: expected a number >= 0 and a rank, found rank={rank}")
+    # Static arguments of jit are hashed.
+    rank, passes = (x if x is None else operator.index(x) for x in (rank, passes))
     leaves = parts_of(adapters, weights, base, exact)
     trimmed, out, kept = cuts(leaves, method), {}, {}
     for path, parts in leaves.items():

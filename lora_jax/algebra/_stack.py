@@ -6,6 +6,7 @@ last slot is always empty (the base model), so that the number -1 means no adapt
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.mesh import laid, placement
 from lora_jax._core.nnx import state_of
-from lora_jax._core.numbers import integer
+from lora_jax._core.numbers import COUNT, check_numbers, integer
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._combine import checked
@@ -66,12 +67,11 @@ def stack(
            [ 1.,  1.]], dtype=float32)
     """
     trees = [flatten(checked(tree), is_leaf=is_node) for tree in adapters]
-    capacity = len(trees) if capacity is None else capacity
+    call = "lora.algebra.stack([first, second], capacity=64, rank=16)"
+    check_numbers(call, capacity=(capacity, COUNT.or_none), rank=(rank, COUNT.or_none))
+    capacity = len(trees) if capacity is None else operator.index(capacity)
     if not trees or len(trees) > capacity:
-        raise LoRAError(
-            f"expected 1 to {capacity} adapters, found {len(trees)}: "
-            "lora.algebra.stack([first, second], capacity=64)"
-        )
+        raise LoRAError(f"expected 1 to {capacity} adapters, found {len(trees)}: {call}")
     check_finite(*adapters)
     leaves = {} if base is None else flatten(state_of(base))
     failures: list[str] = []

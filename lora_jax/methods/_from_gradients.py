@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from lora_jax._adapt import adapt
 from lora_jax._bind import adapter_nodes, bind
 from lora_jax._core.einsum import widened
-from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.errors import raise_all
 from lora_jax._core.keys import path_key
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import COUNT, POSITIVE, check_numbers
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import LoRA, LowRank
 from lora_jax._nodes.node import is_node
@@ -26,7 +27,6 @@ from lora_jax.methods._start import (
     low_rank,
     off_the_base,
     plain_svd,
-    positive,
 )
 
 # Columns beside the rank, as Halko et al. advise: the largest directions are found in fewer passes.
@@ -67,8 +67,11 @@ def low_rank_gradients(
     >>> bool(jnp.allclose(g.a @ g.b, jnp.diag(jnp.array([4.0, 1.0, 0.0])), atol=1e-5))
     True
     """
-    if passes < 1 or (rank is not None and rank < 1):
-        raise LoRAError(f"expected rank and passes of at least 1, found {rank} and {passes}")
+    check_numbers(
+        "lora.methods.low_rank_gradients(loss, params, adapters, *args, rank=16, passes=2)",
+        rank=(rank, COUNT.or_none),
+        passes=(passes, COUNT),
+    )
     nodes = low_rank(adapters)
     if not isinstance(adapters, Targets):
         adapter_nodes(params, adapters, "methods.low_rank_gradients")
@@ -153,7 +156,8 @@ def lora_ga(params: Any, adapters: Any, gradients: Any, *, gamma: float = 16.0) 
     >>> bool(jnp.allclose(lora.merge(base, adapters)["w"], params["w"], atol=1e-6))
     True
     """
-    positive(gamma=gamma)
+    call = "lora.methods.lora_ga(params, adapters, gradients, gamma=16.0)"
+    check_numbers(call, gamma=(gamma, POSITIVE))
     nodes = lora_nodes(adapters)
     found = _gradients(gradients, nodes, lambda node: 2 * node.rank)
 
@@ -196,7 +200,8 @@ def lora_one(
     >>> bool(jnp.allclose(moved, jnp.diag(jnp.array([-2.0, 0.0]))))
     True
     """
-    positive(gamma=gamma)
+    call = "lora.methods.lora_one(adapters, gradients, gamma=128.0)"
+    check_numbers(call, traced=True, gamma=(gamma, POSITIVE))
     nodes = lora_nodes(adapters)
     found = _gradients(gradients, nodes, lambda node: node.rank)
 

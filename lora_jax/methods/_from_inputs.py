@@ -15,12 +15,13 @@ from lora_jax._core.einsum import product, wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Factor, Geometry
 from lora_jax._core.nnx import map_state, state_of
+from lora_jax._core.numbers import AT_LEAST_ONE, POSITIVE, check_numbers
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
 from lora_jax._nodes.weight import Probe, own_axes
 from lora_jax.algebra._svd import as_node, from_svd
-from lora_jax.methods._start import lora_nodes, low_rank, off_the_base, plain_svd, positive
+from lora_jax.methods._start import lora_nodes, low_rank, off_the_base, plain_svd
 
 if TYPE_CHECKING:
     import chex
@@ -178,8 +179,8 @@ def eva(adapters: Any, moments: Mapping[str, chex.Array], *, rho: float = 2.0) -
     (['down'], 2, Array([[1., 0.],
            [0., 1.]], dtype=float32))
     """
-    if not rho >= 1:
-        raise LoRAError(f"rho={rho}: expected a number >= 1; 1 keeps the ranks")
+    call = "lora.methods.eva(adapters, moments, rho=2.0); 1 keeps the ranks"
+    check_numbers(call, rho=(rho, AT_LEAST_ONE))
     nodes = lora_nodes(adapters)
     moments = checked_moments(moments, nodes)
     if rho > 1 and any(isinstance(c, jax.core.Tracer) for c in moments.values()):
@@ -240,7 +241,8 @@ def corda(
     """
     if mode not in ("instruction", "knowledge"):
         raise LoRAError(f"mode={mode!r}: expected 'instruction' or 'knowledge'")
-    positive(damping=damping)
+    call = "lora.methods.corda(params, adapters, moments, mode=..., damping=0.01)"
+    check_numbers(call, traced=True, damping=(damping, POSITIVE))
     moments = checked_moments(moments, lora_nodes(adapters))
 
     def make(path: str, node: LoRA, w: jax.Array) -> LoRA:

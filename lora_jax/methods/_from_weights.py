@@ -7,16 +7,18 @@ as the plain one; they return the new base with the adapters. `on_original` goes
 from __future__ import annotations
 
 import functools
+import operator
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax._core.einsum import product, wide
-from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.errors import raise_all
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.mesh import placement
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
@@ -54,10 +56,10 @@ def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any,
     >>> bool(jnp.allclose(base["w"], jnp.diag(jnp.array([0.0, 2.0, 1.0])), atol=1e-5))
     True
     """
-    if niter is not None and niter < 0:
-        raise LoRAError(
-            f"expected niter >= 0 or None, found {niter}: lora.methods.pissa(..., niter=4)"
-        )
+    call = "lora.methods.pissa(params, adapters, niter=4)"
+    check_numbers(call, niter=(niter, COUNT_OR_ZERO.or_none))
+    # Hashable, as a static argument of jit.
+    niter = niter if niter is None else operator.index(niter)
 
     # Read off the leaves: what `make` gets is reshaped or traced, and no longer says it.
     spread = {p: placement(w) is not None for p, w in flatten(state_of(params)).items()}
@@ -106,7 +108,7 @@ def orthogonal(key: chex.PRNGKey, adapters: Any, *, scale: float = 0.1) -> dict:
       The adapters.
 
     Raises:
-      LoRAError: an odd rank.
+      LoRAError: an odd rank, a scale that is negative or not finite.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((4, 4))}
@@ -116,6 +118,8 @@ def orthogonal(key: chex.PRNGKey, adapters: Any, *, scale: float = 0.1) -> dict:
     True
     """
     key = as_key(key)
+    call = "lora.methods.orthogonal(key, adapters, scale=0.1)"
+    check_numbers(call, traced=True, scale=(scale, NOT_NEGATIVE))
     raise_all(
         "an orthogonal initialisation needs an even rank:",
         (f"'{p}' has rank {n.rank}" for p, n in lora_nodes(adapters).items() if n.rank % 2),

@@ -16,6 +16,7 @@ from lora_jax._core.geometry import RANK, Geometry, static
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.mesh import anywhere, placed, placement
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import NOT_NEGATIVE, check_numbers
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import near
 from lora_jax._nodes.adapters import LoRA
@@ -108,7 +109,8 @@ def init_lora_xs(
       alone: make `frozen` from the same base again, or keep it in the `state` of `save`.
 
     Raises:
-      LoRAError: as `init`; or a rank above the smaller side of a leaf.
+      LoRAError: as `init`; a rank above the smaller side of a leaf, a std that is negative or not
+        finite.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": jnp.diag(jnp.array([1.0, 3.0, 2.0]))}
@@ -119,6 +121,8 @@ def init_lora_xs(
            [0., 3., 0.],
            [0., 0., 2.]], dtype=float32))
     """
+    call = "lora.methods.init_lora_xs(key, params, config, std=1e-5)"
+    check_numbers(call, traced=True, std=(std, NOT_NEGATIVE))
     key, targets = as_key(key), targets_of(params, config, survey)
     leaves, dtype = flatten(state_of(params)), targets.config.dtype
     raise_all(

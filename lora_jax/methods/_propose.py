@@ -14,6 +14,7 @@ from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule, matches
 from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import AT_LEAST_ONE, COUNT, POSITIVE, SHARE, refused
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._nodes.adapters import LoRA
@@ -212,17 +213,14 @@ def _of_routers(routers: Sequence[str], rank: int, active: int | None) -> list[s
 
 
 def _check(tokens: Any, rate: Any, moments: Any, gradients: Any, keep: Any, active: Any):
-    failures = []
-    if active is not None and not active >= 1:
-        failures.append(f"active_experts={active}: expected at least 1")
-    if tokens is not None and not tokens >= 1:
-        failures.append(f"tokens={tokens}: expected at least 1")
-    if rate is not None and not rate > 0:
-        failures.append(f"full_learning_rate={rate}: expected it above 0")
+    failures = refused(
+        tokens=(tokens, AT_LEAST_ONE.or_none),
+        full_learning_rate=(rate, POSITIVE.or_none),
+        keep=(keep, SHARE),
+        active_experts=(active, COUNT.or_none),
+    )
     if moments is not None and gradients is not None:
         failures.append("moments and gradients are two ways to choose: pass one of them")
-    if not 0 < keep <= 1:
-        failures.append(f"keep={keep}: expected a share in (0, 1]")
     raise_all("nothing can be proposed:", failures)
 
 

@@ -73,12 +73,6 @@ def plain_svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return u, s, v
 
 
-def positive(**numbers: float) -> None:
-    raise_all(
-        "invalid:", (f"{k}={v}: expected it above 0" for k, v in numbers.items() if not v > 0)
-    )
-
-
 def low_rank(adapters: Any) -> dict[str, Any]:
     """{path: what has geometry, shape, rank and scale}, of adapters or targets."""
     if isinstance(adapters, Targets):

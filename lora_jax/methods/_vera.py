@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK, static
 from lora_jax._core.keys import as_key, path_key
+from lora_jax._core.numbers import COUNT, FINITE, check_numbers
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.indirect import Indirect
 from lora_jax._survey import Survey
@@ -117,7 +119,7 @@ def init_vera(
       `state` of `save`.
 
     Raises:
-      LoRAError: as `init`; or a rank below 1.
+      LoRAError: as `init`; a rank that is no integer >= 1, a d that is not finite.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"q": jnp.ones((8, 8)), "v": jnp.ones((8, 4))}
@@ -132,12 +134,11 @@ def init_vera(
     >>> jax.grad(loss)(adapters)["v"].b.shape
     (4,)
     """
+    call = "lora.methods.init_vera(key, params, config, rank=256, d=0.1)"
+    check_numbers(call, traced=True, rank=(rank, COUNT.or_none), d=(d, FINITE))
     key, targets = as_key(key), targets_of(params, config, survey)
     if rank is not None:
-        if rank < 1:
-            raise LoRAError(
-                f"rank={rank}: expected an integer >= 1, lora.methods.init_vera(..., rank=256)"
-            )
+        rank = operator.index(rank)
         of_rank = {p: dataclasses.replace(t, rank=rank) for p, t in targets.lora.items()}
         targets = dataclasses.replace(targets, lora=of_rank)
     dtype = targets.config.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +11,18 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._core.einsum import wide
-from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.errors import raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._targets import Targets
 from lora_jax.optim._labels import decays
 from lora_jax.optim._pairs import unzip
+from lora_jax.optim._settings import check_settings
+
+CALL = (
+    "lora.optim.galore(0.01, rank=128, update_proj_gap=200); rank is a shape: "
+    'optax.inject_hyperparams(lora.optim.galore, static_args=("rank", "update_proj_gap"))'
+)
 
 MATRIX = Geometry((0,), (1,))
 
@@ -89,7 +96,8 @@ def galore(
       without α.
 
     Raises:
-      LoRAError: a rank or gap below 1; in `init`, targets that are no leaves of the tree.
+      LoRAError: a rank or gap that is no integer >= 1, a decay rate outside of [0, 1), a negative
+        number or one that is not finite; in `init`, targets that are no leaves of the tree.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((64, 256)), "bias": jnp.ones(256)}
@@ -97,6 +105,17 @@ def galore(
     >>> sum(x.size for x in jax.tree.leaves(state))  # 64·4 + 2·4·256, 2·256 of Adam, two counts
     2818
     """
+    check_settings(
+        CALL,
+        learning_rate=learning_rate,
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
     tx = scale_by_galore(rank, update_proj_gap, scale, b1, b2, eps, targets)
 
     def kinds(params: optax.Params):
@@ -124,12 +143,10 @@ def scale_by_galore(
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.optim.scale_by_galore(rank=8), optax.scale_by_learning_rate(0.01))
     """
-    if not isinstance(rank, int) or rank < 1 or update_proj_gap < 1:
-        raise LoRAError(
-            f"expected integers rank and update_proj_gap >= 1, found {rank} and {update_proj_gap}: "
-            "lora.optim.galore(0.01, rank=128, update_proj_gap=200); rank is a shape: "
-            'optax.inject_hyperparams(lora.optim.galore, static_args=("rank", "update_proj_gap"))'
-        )
+    check_settings(
+        CALL, rank=rank, update_proj_gap=update_proj_gap, scale=scale, b1=b1, b2=b2, eps=eps
+    )
+    rank, gap = operator.index(rank), operator.index(update_proj_gap)
 
     def init(params: optax.Params):
         geometry = _geometries(params, targets)
@@ -151,7 +168,7 @@ def scale_by_galore(
         # `cond` takes no gradient that neither branch reads.
         sources = [p if _masked(p) else g for g, p in zip(flat.values(), old)]
         # In the first step too: the projectors begin as zeros.
-        new = state.count % update_proj_gap == 0
+        new = state.count % gap == 0
         projectors = functools.partial(_projectors, sides)
         ps = jax.lax.cond(new, projectors, lambda sources, old: old, sources, old)
         count: Any = optax.safe_increment(state.count)

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from lora_jax._nodes.node import is_node
+from lora_jax.optim._settings import check_settings
 
 FROZEN = "frozen"
 
@@ -76,9 +77,18 @@ def lora_plus(
     Returns:
       An optimiser for adapters, or for a tree that holds them beside frozen leaves.
 
+    Raises:
+      LoRAError: a ratio or a learning rate that is negative or not finite.
+
     >>> import optax, lora_jax as lora
     >>> tx = lora.optim.lora_plus(optax.adam, 1e-4, ratio=16)
     """
+    check_settings(
+        "lora.optim.lora_plus(optax.adam, 1e-4, ratio=16)",
+        learning_rate=learning_rate,
+        ratio=ratio,
+        embedding_learning_rate=embedding_learning_rate,
+    )
     # A schedule is a function of the step, and so is its multiple.
     times = lambda rate: lambda step: ratio * rate(step)
     fast = times(learning_rate) if callable(learning_rate) else ratio * learning_rate

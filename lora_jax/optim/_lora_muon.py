@@ -24,6 +24,9 @@ from lora_jax.optim._pairs import (
     with_columns,
     zeros_like,
 )
+from lora_jax.optim._settings import check_settings
+
+CALL = "lora.optim.lora_muon(1e-2, b1=0.95, weight_decay=0.1)"
 
 
 class ScaleByLoraMuonState(NamedTuple):
@@ -67,9 +70,13 @@ def lora_muon(
     Returns:
       As `lora_rite`.
 
+    Raises:
+      LoRAError: as `lora_rite`.
+
     >>> import lora_jax as lora
     >>> tx = lora.optim.lora_muon(1e-2, weight_decay=0.1)
     """
+    check_settings(CALL, learning_rate=learning_rate, b1=b1, weight_decay=weight_decay)
     if decays(weight_decay):
         scaled = _split_decay(learning_rate, weight_decay)
     else:
@@ -84,6 +91,7 @@ def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.optim.scale_by_lora_muon(), optax.scale_by_learning_rate(1e-2))
     """
+    check_settings(CALL, b1=b1)
 
     def init(params: optax.Params):
         return ScaleByLoraMuonState(on_factors(zeros_like, params, other=masked_like))
@@ -116,14 +124,15 @@ def _muon(m: jax.Array, y: jax.Array, scale: float):
 
 
 def _split_decay(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: float
+    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
     """(ρ − 1)·factor − (η/ρ)·step, ρ = √(1 − λη)."""
 
     def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
         rate = jnp.asarray(rate, jnp.float32)
-        keep = jnp.sqrt(1 - weight_decay * rate)
+        keep = jnp.sqrt(1 - decay * rate)
 
         def leaf(step: jax.Array, x: jax.Array):
             fp32 = wide(x.dtype)

@@ -30,6 +30,9 @@ from lora_jax.optim._pairs import (
     with_node,
     zeros_like,
 )
+from lora_jax.optim._settings import check_settings
+
+CALL = "lora.optim.lora_rite(2e-4, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.1)"
 
 
 class ScaleByLoraRiteState(NamedTuple):
@@ -88,9 +91,15 @@ def lora_rite(
       An optimiser for adapters, or for a tree that holds them beside frozen leaves. `update` needs
       the adapters.
 
+    Raises:
+      LoRAError: a decay rate outside of [0, 1), a negative number or one that is not finite.
+
     >>> import lora_jax as lora
     >>> tx = lora.optim.lora_rite(2e-4)
     """
+    check_settings(
+        CALL, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
+    )
     tx = optax.chain(
         scale_by_lora_rite(b1, b2, eps),
         optax.add_decayed_weights(weight_decay) if decays(weight_decay) else optax.identity(),
@@ -108,6 +117,7 @@ def scale_by_lora_rite(
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.optim.scale_by_lora_rite(), optax.scale_by_learning_rate(2e-4))
     """
+    check_settings(CALL, b1=b1, b2=b2, eps=eps)
 
     def init(params: optax.Params):
         squares = lambda node: zeros_like(node, node.rank)

@@ -20,6 +20,7 @@ from lora_jax._core.errors import LoRAError
 from lora_jax._nodes.adapters import LowRank
 from lora_jax.optim._labels import FROZEN, labels
 from lora_jax.optim._pairs import columns, gram, power, stateless, with_columns
+from lora_jax.optim._settings import check_settings
 
 
 def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
@@ -44,11 +45,13 @@ def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
       unchanged. `update` needs the adapters, `tx.update(grads, state, adapters)`.
 
     Raises:
-      LoRAError: `update` without the adapters, or given A without B.
+      LoRAError: a delta that is negative or not finite; `update` without the adapters, or given A
+        without B.
 
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.optim.riemannian(), optax.adam(1e-3))
     """
+    check_settings("lora.optim.riemannian(delta=1e-6)", delta=delta)
 
     def leaf(g: LowRank, node: LowRank):
         # Columns are A (n, in, r) and Bᵀ (n, out, r): with them both sides read alike.
@@ -94,6 +97,7 @@ def lora_pro(
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.optim.lora_pro(), optax.adamw(1e-4))
     """
+    check_settings("lora.optim.lora_pro(delta=1e-8)", delta=delta)
     if x not in FREE:
         raise LoRAError(f"x={x!r}: expected one of {', '.join(map(repr, FREE))}")
 
@@ -173,7 +177,7 @@ def lora_fa(
       update either.
 
     Raises:
-      LoRAError: with `corrected`, as `riemannian`.
+      LoRAError: as `riemannian`; of `update` with `corrected` alone.
 
     >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
     >>> params = {"q": jnp.ones((4, 8))}
@@ -182,6 +186,8 @@ def lora_fa(
     >>> sum(x.size for x in jax.tree.leaves(state))  # two moments of B, and the count
     33
     """
+
+    check_settings("lora.optim.lora_fa(tx, corrected=True, delta=1e-8)", delta=delta)
 
     def trained(tree: Any):
         # The factor that was drawn; the other begins at zero and is trained.

@@ -12,8 +12,9 @@ from jax import lax
 
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.einsum import wide
-from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.errors import raise_all
 from lora_jax._core.nnx import map_state
+from lora_jax._core.numbers import COUNT, check_numbers
 from lora_jax._core.paths import map_with_path
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._quantized.weight import Quantized, quantized
@@ -72,8 +73,8 @@ def loftq(
     >>> bool(left < 0.7 * jax.numpy.linalg.norm(params["w"] - plain))
     True
     """
-    if iterations < 1:
-        raise LoRAError(f"expected iterations >= 1, found {iterations}: lora.quant.loftq(..., 5)")
+    call = "lora.quant.loftq(params, adapters, targets, iterations=5)"
+    check_numbers(call, iterations=(iterations, COUNT))
     adapter_nodes(params, adapters, "quant.loftq")
     chosen = chosen_leaves(params, targets, format, survey)
     nodes = {p: n for p, n in lora_nodes(adapters).items() if p in chosen}

@@ -76,11 +76,17 @@ def test_the_base_is_stopped_and_the_adapter_trains():
     assert jnp.abs(got.b).max() > 0
 
 
+OWN_JVP, OWN_VJP = jax.custom_jvp(lambda w: 2 * w), jax.custom_vjp(lambda w: 2 * w)
+OWN_JVP.defjvp(lambda p, t: (2 * p[0], 2 * t[0]))
+OWN_VJP.defvjp(lambda w: (2 * w, ()), lambda _, d: (2 * d,))
+
 REFUSED = {
     "mul.*scaled along the axes of both factors": lambda w: w * X[:6, :5],
     "mul.*a product of two weights": lambda w: w * w,
     "add.*an array that inputs enter": lambda w: w + X[:6, :5],
     "reduce_sum.*summed along the axes of both": lambda w: w - w.sum(),
+    "custom_jvp_call.*a derivative rule of its own": lambda w: OWN_JVP(w),
+    "custom_vjp_call.*a derivative rule of its own": lambda w: OWN_VJP(w),
 }  # fmt: skip
 
 

@@ -250,6 +250,37 @@ def test_compare():
     assert "dense/kernel" in str(some) and "1" in str(some)
 
 
+def test_compare_only_directions_that_exist():
+    """A zero update has none, one of cancelling factors either; of a stack, each weight has its
+    own; angles are those of the space, whatever the rank of the factors."""
+    g = lora.Geometry((1,), (2,), (0,))
+    x, y = (np.linalg.qr(np.random.default_rng(i).normal(size=(9, 6)))[0] for i in (0, 1))
+
+    def node(*pairs):
+        """A weight for each pair of columns of x and y, of factors of rank 4."""
+        wide = lambda m: np.pad(m, [(0, 0), (0, 4 - m.shape[1])])
+        a = np.stack([wide(x[:, list(p)]) for p, _ in pairs])
+        b = np.stack([wide(y[:, list(q)]).T for _, q in pairs])
+        return {"w": lora.LoRA(jnp.float32(a), jnp.float32(b), 1.0, g)}
+
+    one = node(((0, 1), (0, 1)), ((0, 1, 2), (0, 1, 2)), ((), ()))
+    two = node(((1, 2), (0, 1)), ((2,), (3,)), ((0,), (0,)))
+    for first, second in ((one, two), (two, one)):
+        found = lora.algebra.compare(first, second)
+        leaf, nan = found.leaves["w"], np.nan
+        want = [[0, 90, nan, nan], [0, nan, nan, nan], [nan] * 4]
+        np.testing.assert_allclose(leaf.input_angles, want, atol=1e-3)
+        want = [[0, 0, nan, nan], [90, nan, nan, nan], [nan] * 4]
+        np.testing.assert_allclose(leaf.output_angles, want, atol=1e-3)
+        assert "0.0° to 45.0°" in str(found) and "45.0° to 45.0°" in str(found)
+    # [u, u]·[v; −v] is rounding.
+    u, v = x[None, :, :1] * 1.1, y[None, :, :1].mT * 0.3
+    a, b = np.concatenate([u, u], -1), np.concatenate([v, -v], 1)
+    none = {"w": lora.LoRA(jnp.float32(a), jnp.float32(b), 1.0, g)}
+    found = lora.algebra.compare(none, node(((0,), (0,))))
+    assert np.isnan(found.leaves["w"].input_angles).all() and "none" in str(found)
+
+
 @pytest.mark.long
 @given(data=st.data())
 @examples(5)
@@ -277,6 +308,8 @@ def test_any_combination(data):
     (lambda: lora.algebra.resize(make(1)), "expected a rank >= 1 or an energy in .*found rank=None, energy=None"),
     (lambda: lora.algebra.resize(make(1), 2, energy=0.5), "found rank=2, energy=0.5"),
     (lambda: lora.algebra.resize(make(1), 0), "found rank=0"),
+    (lambda: lora.algebra.resize(make(1), 2.5), "found rank=2.5"),
+    (lambda: lora.algebra.resize(make(1), energy=np.nan), "energy=nan"),
     (lambda: lora.algebra.resize(make(1), energy=1.5), "energy=1.5"),
     (lambda: jax.jit(lambda ad: lora.algebra.resize(ad, energy=0.5))(make(1)), "depends on values: not under jit; pass rank="),
     (lambda: lora.algebra.extract(PARAMS, {"w": 1}, lora.select(PARAMS, CONFIG)), "(?s)not one model before and after:.*'dense/bias' is in one tree alone"),

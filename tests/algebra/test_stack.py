@@ -237,6 +237,8 @@ def test_decoding_with_a_cache():
 @pytest.mark.parametrize("call, match", [
     (lambda: lora.algebra.stack([]), "expected 1 to 0 adapters, found 0"),
     (lambda: lora.algebra.stack(ZOO, capacity=2), "expected 1 to 2 adapters, found 4"),
+    (lambda: lora.algebra.stack(ZOO, capacity=8.5), "capacity=8.5: expected an integer >= 1, or None"),
+    (lambda: lora.algebra.stack(ZOO, rank=0), "rank=0: expected an integer >= 1, or None"),
     (lambda: lora.algebra.stack(ZOO, rank=3), r"(?s)'experts': expected a rank of at most 3, found 4.*'table'"),
     (lambda: lora.algebra.stack([PARAMS]), "expected adapters, as from lora.init, found ArrayImpl"),
     (lambda: lora.algebra.stack([{"w": make(1)["head"]}, {"w": make(1)["layers"]}]), r"'w': expected a LoRA of \(12, 7\), found a LoRA of \(3, 12, 12\)"),

@@ -5,6 +5,7 @@ same shapes share the compiled gradient, so that a new one costs the tests its u
 """
 
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from common import assert_close, noisy
+from common import assert_close, fails, noisy
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from zoo import IDS, Transformer
@@ -227,3 +228,29 @@ def test_method(name, tmp_path):
     # merged
     merged = lora.merge(base, lora.methods.factors(first, frozen))
     assert_close(m.plain(merged, IDS), y, factor=256)
+
+
+@pytest.mark.parametrize(
+    "call, argument, bad",
+    [
+        (lambda x: lora.methods.low_rank_gradients(None, None, None, rank=x), "rank", [0, 2.5, True]),
+        (lambda x: lora.methods.low_rank_gradients(None, None, None, passes=x), "passes", [1.5, None]),
+        (lambda x: lora.methods.lora_ga(None, None, None, gamma=x), "gamma", [0, np.nan, np.inf, "1"]),
+        (lambda x: lora.methods.lora_one(None, None, gamma=x), "gamma", [-1, np.nan, np.inf, True]),
+        (lambda x: lora.methods.eva(None, {}, rho=x), "rho", [np.nan, np.inf, 0.9, None]),
+        (lambda x: lora.methods.corda(None, None, {}, mode="knowledge", damping=x), "damping", [0, np.nan]),
+        (lambda x: lora.methods.pissa(None, None, niter=x), "niter", [2.5, -1, np.nan, True]),
+        (lambda x: lora.methods.orthogonal(KEY, None, scale=x), "scale", [-1, np.nan, np.inf, "1"]),
+        (lambda x: lora.methods.init_lora_xs(KEY, None, None, std=x), "std", [-1, np.nan, np.inf]),
+        (lambda x: lora.methods.init_vera(KEY, None, None, rank=x), "rank", [0, 2.5, np.nan]),
+        (lambda x: lora.methods.init_vera(KEY, None, None, d=x), "d", [np.nan, np.inf, None]),
+        (lambda x: lora.methods.propose(None, None, tokens=x), "tokens", [0, np.nan, np.inf, True]),
+        (lambda x: lora.methods.propose(None, None, full_learning_rate=x), "full_learning_rate", [0, np.nan]),
+        (lambda x: lora.methods.propose(None, None, keep=x), "keep", [0, 1.5, np.nan, None]),
+        (lambda x: lora.quant.loftq(None, None, None, iterations=x), "iterations", [0, 2.5, True]),
+    ],
+)  # fmt: skip
+def test_numbers_are_checked(call, argument, bad):
+    for x in bad:
+        with fails(rf"\b{argument}={re.escape(repr(x))}: expected "):
+            call(x)

@@ -167,9 +167,9 @@ def test_a_type_means_its_own_leaves():
 @pytest.mark.parametrize(
     "options, match",
     [
-        (dict(tokens=0), "tokens=0: expected at least 1"),
-        (dict(full_learning_rate=0.0), "full_learning_rate=0.0: expected it above 0"),
-        (dict(active_experts=0), "active_experts=0: expected at least 1"),
+        (dict(tokens=0), "tokens=0: expected a number >= 1"),
+        (dict(full_learning_rate=0.0), "full_learning_rate=0.0: expected a finite number > 0"),
+        (dict(active_experts=0), "active_experts=0: expected an integer >= 1"),
         (dict(keep=0.0), r"keep=0.0: expected a share in \(0, 1\]"),
         (dict(moments={}, gradients={}), "two ways to choose"),
         (dict(moments={}), "'layers_0/up/kernel' has none"),

@@ -1,13 +1,15 @@
 """optax: frozen leaves get no state and no update; LoRA+; invariances of the parametrisation."""
 
 import dataclasses
+import inspect
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import assert_close, noisy
+from common import assert_close, fails, noisy
 
 import lora_jax as lora
 
@@ -156,3 +158,34 @@ def test_train_state_and_accumulation():
     one = lambda ad, ids: jnp.sum(f(lora.bind(PARAMS, ad), ids) ** 2)
     micro = [jax.grad(one)(adapters, i[None]) for i in IDS]
     assert_close(jax.tree.map(lambda *g: sum(g), *micro), jax.grad(one)(adapters, IDS))
+
+
+# What each optimiser must be given, and what is no number of its own.
+NEEDED = {
+    "tx": optax.sgd(0.1), "make": optax.sgd, "learning_rate": 0.1, "target_rank": 2, "steps": 20,
+}  # fmt: skip
+# The numbers of what goes with `per_slot` are slots, see its tests.
+NUMBERS = [
+    (name, p.name)
+    for name in lora.optim.__all__
+    if name not in ("join", "leave", "by_slot")
+    for p in inspect.signature(getattr(lora.optim, name)).parameters.values()
+    if re.search("float|int|ScalarOrSchedule", str(p.annotation))
+]
+
+
+@pytest.mark.parametrize("name, argument", NUMBERS)
+def test_numbers_are_checked(name, argument):
+    """Each number of each optimiser: also integers and floats of other libraries, never NaN."""
+    make = getattr(lora.optim, name)
+    parameters = inspect.signature(make).parameters
+    given = {k: x for k, x in NEEDED.items() if k in parameters}
+    whole = "int" in str(parameters[argument].annotation)
+    for bad in (np.nan, np.inf, -1, True, "1", 1j, jnp.ones(2), *([2.5, None] if whole else [])):
+        with fails(rf"(?s)\b{argument}=.*lora.optim"):
+            make(**given | {argument: bad})
+    good = given.get(argument, parameters[argument].default)
+    kinds = [np.int64] if whole else [np.float32, np.float64]
+    kinds += [] if name == "adalora" else [jnp.asarray]
+    for kind in kinds if good is not None else ():
+        make(**given | {argument: kind(good)})

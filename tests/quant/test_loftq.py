@@ -70,7 +70,7 @@ def test_abstract():
 def test_errors():
     params = {"w": jnp.eye(64), "v": jnp.eye(64)}
     start = started(params, 2)
-    with fails("iterations >= 1, found 0"):
+    with fails("iterations=0: expected an integer >= 1"):
         lora.quant.loftq(params, start, "w", iterations=0)
     with fails("none of these adapted leaves is quantised:\n  - 'w'"):
         lora.quant.loftq(params, start, "v")

@@ -1,0 +1,25 @@
+"""One rule for the numbers that optimisers are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_jax._core.numbers import BELOW_ONE, COUNT, NOT_NEGATIVE, check_numbers
+
+# What is asked of each, by its name.
+KINDS = {
+    **dict.fromkeys(("rank", "update_proj_gap"), COUNT),
+    **dict.fromkeys(("b1", "b2"), BELOW_ONE),
+    **dict.fromkeys(("learning_rate", "weight_decay"), NOT_NEGATIVE),
+    **dict.fromkeys(("eps", "delta", "scale", "ratio"), NOT_NEGATIVE),
+    "embedding_learning_rate": NOT_NEGATIVE.or_none,
+}
+
+# They may be functions of the step.
+SCHEDULES = ("learning_rate", "embedding_learning_rate", "weight_decay")
+
+
+def check_settings(call: str, **settings: Any) -> None:
+    """Raises for numbers out of range; arrays pass that `optax.inject_hyperparams` has traced."""
+    fixed = {k: x for k, x in settings.items() if not (k in SCHEDULES and callable(x))}
+    check_numbers(call, traced=True, **{k: (x, KINDS[k]) for k, x in fixed.items()})
