@@ -23,10 +23,11 @@ LEVELS = [
     {"_bind", "_products", "_targets"},
     {"_interpret", "_merge", "algebra"},
     {"_adapt", "_survey"},
-    {"_doors", "_select", "peft"},
+    {"_doors", "_select"},
     {"_attach", "_init"},
     {"methods", "parallel"},
     {"checkpoint", "optim", "quant"},
+    {"peft"},
     {"_cli"},
     {"__main__"},
 ]

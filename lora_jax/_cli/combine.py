@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax._cli.files import replacing
+from lora_jax.peft._files import replacing
 from lora_jax._cli.torch_adapter import TorchAdapter, expert_names, open_torch
 from lora_jax._core.errors import raise_all
 from lora_jax.algebra._combine import combine, resize

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lora_jax._cli.files import replacing
+from lora_jax.peft._files import replacing
 from lora_jax._cli.inspect import kind_of, of_orbax, only_files, restored
-from lora_jax._cli.safetensors import Tensor, open_base
+from lora_jax.peft._safetensors import Tensor, open_base
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten, nest

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 
-from lora_jax._cli.safetensors import open_base
+from lora_jax.peft._safetensors import open_base
 from lora_jax._cli.torch_adapter import TorchAdapter, norm, open_torch
 from lora_jax._core.errors import LoRAError, quoted
 from lora_jax._core.paths import flatten

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax._cli.files import replacing
-from lora_jax._cli.safetensors import Base, open_base, write_changed
+from lora_jax.peft._files import replacing
+from lora_jax.peft._safetensors import Base, open_base, write_changed
 from lora_jax._cli.torch_adapter import TorchAdapter, open_torch
 from lora_jax._cli.torch_base import on_base
 from lora_jax._core.errors import raise_all

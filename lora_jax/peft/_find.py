@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -245,17 +246,17 @@ class Finder:
         parts = (module if last in ("weight", "bias") else name).split(".")
         parts = parts if parts != [""] else []
         places = [i for i, part in enumerate(parts) if part.isdigit()]
-        for i in (None, *places):
-            rest = parts if i is None else parts[:i] + parts[i + 1 :]
+        for left_out in itertools.chain(*(itertools.combinations(places, n) for n in range(3))):
+            rest = [part for i, part in enumerate(parts) if i not in left_out]
+            at = [int(parts[i]) for i in left_out]  # of a stack; of layers and of experts in them
             for first, path in self._named(_tokens(rest), last):
                 leaf = self.leaves[path]
-                whole = Block(leaf, (None,) * len(leaf.shape))
-                found = whole if i is None else _at(leaf, int(parts[i]))
+                found = _at(leaf, at)
                 if found is not None:
                     kind = exact if not first else ends if is_wrapper(first) else self.far
                     kind.append((found,))
-                elif i is not None and len(leaf.shape) > 1:
-                    self.near.append(_no_stack(leaf, int(parts[i])))
+                elif len(leaf.shape) > 1:
+                    self.near.append(_no_stack(leaf, at[-1]))
         if not exact and not ends and len(self.tied) == 1 and is_head(name):
             leaf = self.leaves[self.tied[0]]
             ends.append((Block(leaf, (None,) * len(leaf.shape)),))
@@ -266,9 +267,8 @@ class Finder:
         if last not in ("weight", "bias"):
             yield from dict.fromkeys([*self.modules.find(tokens), *self.parameters.find(tokens)])
             return
-        kind = WEIGHTS if last == "weight" else BIASES
-        for first, path in self.modules.find(tokens):
-            if path.rpartition("/")[2].lower() in kind:
+        for first, path in self.modules.find(tokens):  # a weight may have the module's own name
+            if (path.rpartition("/")[2].lower() in BIASES) == (last == "bias"):
                 yield first, path
 
     def _given(self, name: str) -> tuple[Block, ...] | None:
@@ -409,12 +409,14 @@ def _tokens(parts: Sequence[str]) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _at(leaf: LeafInfo, i: int) -> Block | None:
-    """Position i of a stacked leaf."""
-    axes = leaf.geometry.batch_axes if leaf.geometry else (0,) * (len(leaf.shape) > 1)
-    if not axes or i >= leaf.shape[axes[0]]:
+def _at(leaf: LeafInfo, at: Sequence[int]) -> Block | None:
+    """A position in a leaf that is stacked so many times, from the outermost stack on."""
+    rank = len(leaf.shape)
+    axes = leaf.geometry.batch_axes if leaf.geometry else tuple(range(rank - 1))
+    if len(axes) < len(at) or any(i >= leaf.shape[d] for d, i in zip(axes, at)):
         return None
-    return Block(leaf, tuple(i if d == axes[0] else None for d in range(len(leaf.shape))))
+    place = dict(zip(axes, at))
+    return Block(leaf, tuple(place.get(d) for d in range(rank)))
 
 
 def finish(finder: Finder, what: str) -> None:

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from test_peft import pair, written
 
 import lora_jax as lora
-from lora_jax._cli.safetensors import open_base
+from lora_jax.peft._safetensors import open_base
 from lora_jax._cli.torch_adapter import open_torch
 
 SIDE, LAYERS = 1000, 4
