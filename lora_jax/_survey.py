@@ -33,7 +33,7 @@ class Leaf:
     uses: tuple[Use, ...]
     head: bool = False  # an output depends on this product alone
     reached: bool = False  # it enters a product with an input, if not as it is
-    stacks: bool = False  # its first axis is that of a later stack of weights: of experts
+    stacks: frozenset[int] = frozenset()  # axes that are those of a later stack: of experts
 
     @property
     def products(self) -> tuple[Use, ...]:
@@ -60,7 +60,7 @@ class Leaf:
             return None
         use = products[0]
         # Experts (E, d, k) applied to all tokens: the product leaves E free, but it is a stack.
-        outer = tuple(d for d in use.out_axes if d or not self.stacks)
+        outer = tuple(d for d in use.out_axes if d not in self.stacks)
         # What is neither in nor out stacks separate weights: layers of a scan, experts.
         batch = set(range(len(self.shape))) - set(use.in_axes) - set(outer)
         return Geometry(use.in_axes, outer, tuple(sorted(batch)))
@@ -177,7 +177,7 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
                 uses[path],
                 path in flow.heads,
                 path in flow.reached,
-                (path, 0) in flow.stacks,
+                frozenset(d for leaf, d in flow.stacks if leaf == path),
             )
             for path, x in flat.items()
         }

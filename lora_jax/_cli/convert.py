@@ -13,9 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lora_jax.peft._files import replacing
 from lora_jax._cli.inspect import kind_of, of_orbax, only_files, restored
-from lora_jax.peft._safetensors import Tensor, open_base
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten, nest
@@ -27,9 +25,11 @@ from lora_jax.checkpoint._checkpoint import save as save_checkpoint
 from lora_jax.peft._blocks import LeafInfo, block
 from lora_jax.peft._config import unknown
 from lora_jax.peft._file import DTYPES, opened, read_json, writing
+from lora_jax.peft._files import replacing
 from lora_jax.peft._find import Finder
 from lora_jax.peft._load import load
 from lora_jax.peft._mapping import Entry, TorchMapping, leaf_infos
+from lora_jax.peft._safetensors import Tensor, open_base
 from lora_jax.peft._save import of_kind, ordered, unordered
 from lora_jax.peft._save import save as save_adapter
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import jax
 
-from lora_jax.peft._safetensors import open_base
 from lora_jax._cli.torch_adapter import TorchAdapter, norm, open_torch
 from lora_jax._core.errors import LoRAError, quoted
 from lora_jax._core.paths import flatten
@@ -25,6 +24,7 @@ from lora_jax.checkpoint._describe import config_to_json
 from lora_jax.peft._file import CONFIG, TENSORS, opened
 from lora_jax.peft._parse import split
 from lora_jax.peft._parts import NewRows, Update
+from lora_jax.peft._safetensors import open_base
 
 # Characters of a setting that a table shows.
 SHOWN = 160

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_jax.peft._files import replacing
-from lora_jax.peft._safetensors import Base, open_base, write_changed
 from lora_jax._cli.torch_adapter import TorchAdapter, open_torch
 from lora_jax._cli.torch_base import on_base
 from lora_jax._core.errors import raise_all
 from lora_jax._core.numbers import unequal
 from lora_jax._merge import merge
-from lora_jax.peft._file import DTYPES, opened, writing
+from lora_jax.peft._file import DTYPES
 from lora_jax.peft._parts import NewRows
+from lora_jax.peft._safetensors import Base, open_base, tied_tables, write_copy
 
 
 def merge_files(
@@ -61,7 +59,7 @@ def merge_files(
       LoRAError: `out` exists; a tensor of the adapter that does not fit; a type that is neither
         fp32, fp16 nor bf16. Nothing is written then.
     """
-    model, out = open_base(base), Path(out)
+    model = open_base(base)
     placed = on_base(
         open_torch(adapter, ignore, rename),
         model.shapes,
@@ -73,48 +71,9 @@ def merge_files(
     )
     # All that can fail has failed by here; from now on a tensor at a time is read, and written.
     _check(placed, model, keep_base)
-    total = sum(file.stat().st_size for file in model.files)
-    done = 0
-
-    def told(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
-    with replacing(out) as new:
-        # {tensor: old value to new}; each is called when the copy comes to its place.
-        changed = {n: functools.partial(_merged, placed, n) for n in placed.parts}
-        if not model.path.is_dir():
-            write_changed(model, model.path, new, changed, told)
-            return placed, []
-        copied, left = model.others()
-        with writing(out):
-            new.mkdir()
-            # The model's other files first: they are small.
-            for path in copied:
-                (new / path).parent.mkdir(parents=True, exist_ok=True)
-                with opened(model.path / path) as source, open(new / path, "wb") as target:
-                    shutil.copyfileobj(source, target)
-        for file in model.files:
-            write_changed(model, file, new / file.name, changed, told)
-    return placed, left
-
-
-def tied_tables(base: Base) -> list[str]:
-    """The table that is the model's output head as well, by config.json."""
-    text = base.config.get("text_config")
-    # Multimodal models have the text model's settings in a part of their own.
-    config = {**(text if isinstance(text, dict) else {}), **base.config}
-    kinds = config.get("architectures")
-    kinds = kinds if isinstance(kinds, list) else []
-    head = any("LM" in str(k) or "ForConditionalGeneration" in str(k) for k in kinds)
-    if not head or config.get("tie_word_embeddings") is False:
-        return []
-    # Where two tables have that size, the head is a tensor of its own.
-    of_size = [
-        n for n, s in base.shapes.items() if len(s) == 2 and s[0] == config.get("vocab_size")
-    ]
-    return of_size if len(of_size) == 1 else []
+    # {tensor: old value to new}; each is called when the copy comes to its place.
+    changed = {n: functools.partial(_merged, placed, n) for n in placed.parts}
+    return placed, write_copy(model, out, changed, progress)
 
 
 def _check(placed: TorchAdapter, base: Base, keep_base: bool) -> None:

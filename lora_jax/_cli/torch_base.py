@@ -21,6 +21,7 @@ from lora_jax._core.paths import nearest
 from lora_jax.peft._experts import ways
 from lora_jax.peft._find import is_head, is_wrapper, looked_up
 from lora_jax.peft._mapping import Entry
+from lora_jax.peft._orders import Orders
 from lora_jax.peft._parts import Experts, NewRows, Update, Value
 
 # (experts, in, out)
@@ -79,7 +80,7 @@ class _Placing:
         mapping: Mapping[str, Any],
     ):
         self.mapping = mapping
-        self.adapter, self.shapes, self.tied, self.conv1d = adapter, shapes, tied, conv1d
+        self.adapter, self.shapes, self.tied = adapter, shapes, tied
         self.failures: list[str] = []
         self.parts: dict[str, tuple[Entry, Any]] = {}
         parsed = adapter.parsed
@@ -87,7 +88,7 @@ class _Placing:
         names += [f"{g.module}.{p}" for g in parsed.experts for p in g.parameters]
         self.rename = _rename(names, shapes)
         self.far = _far(names, shapes)
-        self.flag = IN_OUT if adapter.config.fan_in_fan_out else OUT_IN
+        self.orders = Orders(shapes, conv1d, adapter.config.fan_in_fan_out)
 
     def find(self, name: str, what: str) -> tuple[str, tuple[int, ...]] | None:
         """(the base's name, shape) of a parameter."""
@@ -167,28 +168,17 @@ class _Placing:
             self.add(u.name, own, shape, fits[0], u.kind, u)
 
     def _square(self, own: str, shape: tuple[int, ...]) -> Geometry | None:
-        """How a square weight lies. Conv1D always has a bias, and the lengths of the biases beside
-        the base's other weights say which of the two it uses."""
-        module = own.removesuffix(".weight")
-        if self.conv1d is not None:
-            named = any(f".{module}".endswith("." + c) for c in self.conv1d)
-            return IN_OUT if named else OUT_IN
-        if f"{module}.bias" not in self.shapes:
-            return OUT_IN
-        # Weights that are not square, each with its bias: its length is the number of outputs.
-        votes = set()
-        for name, other in self.shapes.items():
-            bias = self.shapes.get(name.removesuffix(".weight") + ".bias", ())
-            if len(other) == 2 and other[0] != other[1] and bias in ((other[0],), (other[1],)):
-                votes.add(OUT_IN if bias[0] == other[0] else IN_OUT)
-        # Without votes, the adapter's fan_in_fan_out decides.
-        if len(votes or {self.flag}) == 1:
-            return (votes or {self.flag}).pop()
-        self.failures.append(
-            f"'{own}' {shape} is square, and the base has weights stored as (out, in), as torch's "
-            "Linear, and as (in, out), as GPT-2's Conv1D; say which modules are Conv1D: "
-            f"--conv1d {module.rpartition('.')[2]}, or --conv1d none"
-        )
+        """How a square weight lies."""
+        in_out = self.orders.in_out(own)
+        if in_out is None:
+            module = own.removesuffix(".weight").rpartition(".")[2]
+            self.failures.append(
+                f"'{own}' {shape} is square, and the base has weights stored as (out, in), as "
+                "torch's Linear, and as (in, out), as GPT-2's Conv1D; say which modules are "
+                f"Conv1D: --conv1d {module}, or --conv1d none"
+            )
+            return None
+        return IN_OUT if in_out else OUT_IN
 
     def experts(self, group: Experts, order: Sequence[str] | None, along: str | None) -> None:
         """The one assignment of pairs to parameters that the shapes allow."""

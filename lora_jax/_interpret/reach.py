@@ -65,6 +65,7 @@ class Flow:
         """`paths`: that of each argument that is a leaf; None of an input."""
         self.reached: set[str] = set()
         self.stacks: set[tuple[str, int]] = set()
+        self._first: dict[str, int] = {}  # axis of a leaf behind those that scans have taken
         # Products are numbered in program order: the leaves of each, and those that another reads.
         self._leaves: list[frozenset] = []
         self._read: set[int] = set()
@@ -137,15 +138,18 @@ class Flow:
                 continue
             self.reached |= {leaf for d in contracting[side] for leaf, _ in v.axes[d]}
             for d, other in zip(batch[side], batch[1 - side]):
-                # Axis 0 of this leaf meets axis 0 of an earlier one, which that product left free:
+                # The first axis of this leaf meets that of an earlier one, which a product left free:
                 # experts that were all applied to each token, and now their second weights.
                 size = eqn.invars[side].aval.shape[d]
-                if any(axis == 0 for _, axis in v.axes[d]):
+                if any(map(self._is_first, v.axes[d])):
                     self.stacks |= {
                         tag
                         for tag in ins[1 - side].axes[other]
-                        if tag[1] == 0 and self._size[tag] == size > 1
+                        if self._is_first(tag) and self._size[tag] == size > 1
                     }
+
+    def _is_first(self, tag: tuple[str, int]) -> bool:
+        return tag[1] == self._first.get(tag[0], 0)
 
     def _loop(self, name: str, p: dict, ins: Sequence[Value]) -> frozenset | None:
         """The products inside of a loop or branch, which reads all that it is given; None of
@@ -166,7 +170,10 @@ class Flow:
         body, values = compat.opened(body)[0], list(ins)
         for i, v in enumerate(body.invars):  # a scan takes the first axis of what it runs over
             axes = values[i].axes
-            values[i] = dataclasses.replace(values[i], axes=axes[len(axes) - len(_none(v)) :])
+            taken = len(axes) - len(_none(v))
+            for leaf, axis in frozenset().union(*axes[:taken]):
+                self._first[leaf] = max(axis + 1, self._first.get(leaf, 0))
+            values[i] = dataclasses.replace(values[i], axes=axes[taken:])
         # Until nothing changes; each round turns a carried value into data, so it ends.
         while True:
             outs = self._walk(body, values)

@@ -159,12 +159,12 @@ def read_adapter(
 
 
 def renamed(
-    tensors: Mapping[str, Stored], rename: Mapping[str, str], where: object
-) -> Mapping[str, Stored]:
+    tensors: Mapping[str, Any], rename: Mapping[str, str], where: object
+) -> Mapping[str, Any]:
     """The tensors under the names that the caller's expressions make of theirs."""
     if not isinstance(rename, Mapping):
         raise LoRAError(f"rename: expected {{expression: text}}, found {type(rename).__name__}")
-    out: dict[str, Stored] = {}
+    out: dict[str, Any] = {}
     for name, stored in tensors.items():
         new = name
         for old, text in rename.items():
@@ -387,9 +387,3 @@ def _gaps(stored: Mapping[str, Stored], at: int, size: int) -> Iterator[str]:
         at = t.stop
     if at != size:
         yield f"the tensors end at byte {at:,} of {size:,}"
-
-
-def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a safetensors file that the caller trusts, from its header."""
-    with checked(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}

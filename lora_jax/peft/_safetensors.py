@@ -8,15 +8,27 @@ time, whatever its size.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Mapping
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax.peft._file import DTYPES, checked, opened, parse_json, read_json, writing
+from lora_jax.peft._file import (
+    DTYPES,
+    checked,
+    opened,
+    parse_json,
+    read_json,
+    renamed,
+    writing,
+)
+from lora_jax.peft._files import replacing
 
 # Bytes that are copied at a time.
 INDEX, CHUNK = "model.safetensors.index.json", 8 << 20
@@ -40,12 +52,20 @@ class Tensor:
 
     def read(self) -> np.ndarray:
         """Its value, of a type that `DTYPES` has."""
+        value = empty(self.shape, DTYPES[self.dtype])
         with opened(self.file) as file:
             file.seek(self.start)
-            data = file.read(self.stop - self.start)
-        if len(data) != self.stop - self.start:
-            raise LoRAError(f"{self.file}: is cut off; copy the file again")
-        return np.frombuffer(data, DTYPES[self.dtype]).reshape(self.shape)
+            if file.readinto(value.reshape(-1).view(np.uint8).data) != self.stop - self.start:
+                raise LoRAError(f"{self.file}: is cut off; copy the file again")
+        return value
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array at an address that 64 divides, which JAX takes on a CPU as it is, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    data = np.empty(size + 64, np.uint8)
+    start = -data.ctypes.data % 64
+    return data[start : start + size].view(dtype).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +188,94 @@ def _header(path: Path) -> tuple[int, dict[str, Tensor]]:
     }
 
 
+def called(
+    tensors: Mapping[str, Any],
+    ignore: Sequence[str],
+    rename: Mapping[str, str] | None,
+    where: object,
+) -> dict[str, tuple[str, Any]]:
+    """{name after `rename`: (its own name, tensor)} of those that are not to be ignored.
+
+    >>> called({"a.weight": 1, "a.mask": 2}, [r".*\\.mask"], {"^a": "b"}, "base")
+    {'b.weight': ('a.weight', 1)}
+    """
+    if isinstance(ignore, str) or not all(isinstance(p, str) for p in ignore):
+        raise LoRAError(f"ignore={ignore!r}: expected regular expressions: ignore=[r'pooler\\..*']")
+    try:
+        patterns = [re.compile(p) for p in ignore]
+    except re.error as e:
+        raise LoRAError(f"ignore={list(ignore)}: not a regular expression: {e}") from None
+    kept = {n: t for n, t in tensors.items() if not any(p.fullmatch(n) for p in patterns)}
+    named = renamed(kept, rename, where) if rename is not None else kept
+    return {new: (old, t) for new, (old, t) in zip(named, kept.items())}
+
+
+def tied_tables(base: Base) -> list[str]:
+    """The table that is the model's output head as well, by config.json."""
+    text = base.config.get("text_config")
+    config = {**(text if isinstance(text, dict) else {}), **base.config}
+    kinds = config.get("architectures")
+    kinds = kinds if isinstance(kinds, list) else []
+    head = any("LM" in str(k) or "ForConditionalGeneration" in str(k) for k in kinds)
+    if not head or config.get("tie_word_embeddings") is False:
+        return []
+    of_size = [
+        n for n, s in base.shapes.items() if len(s) == 2 and s[0] == config.get("vocab_size")
+    ]
+    return of_size if len(of_size) == 1 else []
+
+
+# For each tensor that changes, from its old value to the new one, of the same shape and type.
+Changes = Mapping[str, Callable[[np.ndarray], np.ndarray]]
+
+
+def write_copy(
+    base: Base,
+    out: str | os.PathLike,
+    changed: Changes,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
+    """Writes a base model with some tensors changed, one at a time; all else is copied.
+
+    Args:
+      out: a new file or folder, like `base.path`; it appears when it is complete, or not at all.
+      progress: is told (bytes written, bytes in all).
+
+    Returns:
+      The files of the folder that were left out: weights in other forms.
+
+    Raises:
+      LoRAError: `out` exists, or cannot be written.
+    """
+    out, done = Path(out), 0
+    total = sum(file.stat().st_size for file in base.files)
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    with replacing(out) as new:
+        if not base.path.is_dir():
+            write_changed(base, base.path, new, changed, told)
+            return []
+        copied, left = base.others()
+        with writing(out):
+            new.mkdir()
+            for path in copied:
+                (new / path).parent.mkdir(parents=True, exist_ok=True)
+                with opened(base.path / path) as source, open(new / path, "wb") as target:
+                    shutil.copyfileobj(source, target)
+        for file in base.files:
+            write_changed(base, file, new / file.name, changed, told)
+    return left
+
+
 def write_changed(
     base: Base,
     file: Path,
     out: Path,
-    changed: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+    changed: Changes,
     progress: Callable[[int], None],
 ) -> None:
     """Copies one of the base's files, with some tensors changed.
@@ -180,7 +283,7 @@ def write_changed(
     Args:
       file: one of `base.files`.
       out: the new file; it must not exist.
-      changed: {name: from the old value to the new one, of the same shape and type}.
+      changed: see `Changes`.
       progress: is told how many bytes were written, now and then.
     """
     tensors = {n: t for n, t in base.tensors.items() if t.file == file}

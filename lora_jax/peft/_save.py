@@ -20,10 +20,13 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._config import peft_config
 from lora_jax.peft._export import Export
-from lora_jax.peft._file import CONFIG, DTYPES, TENSORS, partial, read_shapes, remove, writing
+from lora_jax.peft._file import CONFIG, DTYPES, TENSORS, partial, remove, writing
 from lora_jax.peft._find import Finder, finish, is_head
+from lora_jax.peft._hub import folder as folder_of
 from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
+from lora_jax.peft._orders import Orders
 from lora_jax.peft._parse import PREFIX
+from lora_jax.peft._safetensors import INDEX, called, open_base
 
 
 def mapping(
@@ -35,20 +38,25 @@ def mapping(
     conv1d: Sequence[str] | None = None,
     experts: Sequence[str] | None = None,
     experts_a: str = "in",
+    ignore: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
 ) -> TorchMapping:
     """Which leaf each parameter of a torch model is, for `lora.peft.save`.
 
     Args:
-      names: {torch name: shape}, as in a state dict, or the path of a safetensors file of the base
-        model, of which the header is read. Name only those that are to be mapped.
-      params, survey, mapping, conv1d: as in `lora.peft.load`.
+      names: {torch name: shape}, as in a state dict, of those that are to be mapped; or what
+        `lora.peft.load_base` takes: the base's folder, its file or index, or its name on the hub,
+        of which headers are read.
+      params, survey, mapping: as in `lora.peft.load`.
+      conv1d, ignore, rename: as in `lora.peft.load_base`.
       experts: the order of the parameters in the torch module of the experts, on which PEFT's names
         depend; None: that of `names`. A safetensors file does not keep it.
       experts_a: what PEFT's lora_A of the experts runs along: "in", or "out" where they are
         (experts, in, out) in a module without `is_transposed`.
 
     Raises:
-      LoRAError: a parameter that no leaf, or more than one, fits; all of them are listed.
+      LoRAError: a file that is missing or damaged; parameters that no leaf, or more than one,
+        fits.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {"layers_0": {"q": {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}}}
@@ -59,19 +67,27 @@ def mapping(
     model.layers.0.q.weight  linear  layers_0/q/kernel  (4, 3)  (0)  (1)  -
     model.layers.0.q.bias    value   layers_0/q/bias    (3)     -    -    -
     """
-    shapes = names if isinstance(names, Mapping) else read_shapes(names)
-    finder = Finder(leaf_infos(params, survey), as_table(mapping))
     if experts_a not in ("in", "out"):
         raise LoRAError(f"experts_a={experts_a!r}: expected 'in' or 'out'")
+    shapes = names if isinstance(names, Mapping) else open_base(_at(names)).shapes
+    own = called({n: tuple(s) for n, s in shapes.items()}, ignore, rename, "lora.peft.mapping")
+    finder = Finder(leaf_infos(params, survey), as_table(mapping))
+    orders = Orders({name: shape for name, (_, shape) in own.items()}, conv1d)
     found = {}
-    for name, shape in shapes.items():
-        entry = finder.value(name, tuple(shape), conv1d, needed=False)
+    for name, (torch, shape) in own.items():
+        entry = finder.value(name, shape, needed=False, **orders.how(name, shape))
         if entry is not None:
-            found[name] = of_kind(entry, experts_a)
+            found[torch] = of_kind(dataclasses.replace(entry, name=torch), experts_a)
     if experts is None and not isinstance(names, Mapping):
         finder.failures += unordered(found)
     finish(finder, "lora.peft.mapping")
     return TorchMapping(ordered(found, list(experts or ())))
+
+
+def _at(names: str | os.PathLike) -> Path:
+    """The folder or file of a base model; of an index, its folder."""
+    path = folder_of(names)
+    return path.parent if path.name == INDEX else path
 
 
 def of_kind(entry: Entry, experts_a: str = "in") -> Entry:

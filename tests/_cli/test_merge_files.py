@@ -17,8 +17,8 @@ from test_peft import MODELS, changed, delta, pair, stored, written
 from lora_jax._cli import merge as _cli_merge
 from lora_jax._cli.combine import combine_folders
 from lora_jax._cli.merge import merge_files
-from lora_jax.peft._safetensors import open_base
 from lora_jax._core.errors import LoRAError
+from lora_jax.peft._safetensors import open_base
 
 EXPERTS = ["gate_up_proj", "down_proj"]  # as the torch module has them
 

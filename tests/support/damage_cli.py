@@ -32,9 +32,9 @@ from typer.testing import CliRunner
 
 import lora_jax as lora
 from lora_jax._cli.app import app
-from lora_jax.peft._safetensors import INDEX, open_base
 from lora_jax._cli.torch_adapter import open_torch
 from lora_jax._core.paths import flatten
+from lora_jax.peft._safetensors import INDEX, open_base
 
 SECONDS = 20.0  # a machine with much to do; a pipe would never end
 

@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 from test_peft import pair, written
 
 import lora_jax as lora
-from lora_jax.peft._safetensors import open_base
 from lora_jax._cli.torch_adapter import open_torch
+from lora_jax.peft._safetensors import open_base
 
 SIDE, LAYERS = 1000, 4
 

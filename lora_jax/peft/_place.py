@@ -1,0 +1,253 @@
+"""Which part of which leaf each tensor of a base model is: all of both, or an error.
+
+The leaf of a tensor is found as that of an adapter's is, by `Finder`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._core.errors import raise_all
+from lora_jax._core.nnx import state_of
+from lora_jax._core.paths import flatten, nearest
+from lora_jax._survey import Survey
+from lora_jax._targets import Targets
+from lora_jax.peft._blocks import Block, LeafInfo, to_leaf
+from lora_jax.peft._file import DTYPES
+from lora_jax.peft._find import TABLE, Finder, is_head
+from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
+from lora_jax.peft._orders import Orders
+from lora_jax.peft._safetensors import Base, Tensor, called, tied_tables
+
+EACH = 10  # failures of each side that are shown first
+
+
+HEAD = "lm_head.weight"  # which a base does not store that ties it to its table
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One of the blocks of a tensor."""
+
+    entry: Entry
+    place: int
+    tensor: Tensor
+
+    @property
+    def block(self) -> Block:
+        return self.entry.blocks[self.place]
+
+    def value(self) -> np.ndarray:
+        """What the block holds, in the block's shape; it is not contiguous."""
+        return to_leaf(self.tensor.read(), self.entry.layout, self.entry.blocks)[self.place]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A base model and the leaves of a tree, which fit each other.
+
+    Attributes:
+      entries: {tensor: its place}; a head that is a copy of a table has the table's.
+      pieces: {leaf: what fills it}, each part once.
+      tied: (leaf of a head that the base does not store, tensor of the table that it is).
+    """
+
+    base: Base
+    entries: Mapping[str, Entry]
+    pieces: Mapping[str, Sequence[Piece]]
+    tied: tuple[Entry, str] | None = None
+
+
+def placed(
+    base: Base,
+    params: Any,
+    survey: Survey | Targets | None,
+    *,
+    mapping: Mapping[str, Any] | TorchMapping | None = None,
+    conv1d: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
+    call: str = "lora.peft.load_base",
+) -> Placed:
+    """Finds the place of every tensor of a base; see `lora.peft.load_base`.
+
+    Args:
+      call: the caller, for the corrected call in messages.
+
+    Raises:
+      LoRAError: tensors without a place or with several, leaves or parts of them that no tensor is,
+        or two; an untied base for a tied model.
+    """
+    infos = leaf_infos(params, survey)
+    leaves = flatten(state_of(params))
+    finder = Finder({p: x for p, x in infos.items() if is_float(leaves[p])}, as_table(mapping))
+    if isinstance(mapping, TorchMapping):
+        rename = None  # its names are the base's own
+    tensors = called(base.tensors, ignore, rename, base.path)
+    placing = _Placing(base, finder, conv1d, tensors, call)
+    for name in placing.tensors:
+        placing.tensor(name)
+    placing.heads()
+    unfilled = [
+        f"leaf '{path}' {x.dtype}: not floating-point, and a shape alone; pass its value in params"
+        for path, x in leaves.items()
+        if isinstance(x, jax.ShapeDtypeStruct) and not is_float(x)
+    ]
+    return placing.placed(unfilled)
+
+
+def is_float(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+class _Placing:
+    def __init__(
+        self,
+        base: Base,
+        finder: Finder,
+        conv1d: Sequence[str] | None,
+        tensors: Mapping[str, tuple[str, Tensor]],
+        call: str,
+    ):
+        self.base, self.finder, self.tensors, self.call = base, finder, tensors, call
+        self.orders = Orders({n: t.shape for n, (_, t) in tensors.items()}, conv1d)
+        self.entries: dict[str, Entry] = {}  # by the name in the file, as `Placed`'s
+        self.pieces: dict[str, list[Piece]] = {path: [] for path in finder.leaves}
+        self.homeless: dict[str, str] = {}  # heads without a leaf, and what the finder says of them
+        self.wrong: list[str] = []
+
+    def find(self, name: str, tensor: Tensor) -> Entry | None:
+        return self.finder.value(name, tensor.shape, **self.orders.how(name, tensor.shape))
+
+    def tensor(self, name: str) -> None:
+        own, tensor = self.tensors[name]
+        if tensor.dtype not in DTYPES:
+            self.finder.failures.append(
+                f"'{own}' {tensor.shape} is {tensor.dtype}, expected one of {', '.join(DTYPES)}"
+            )
+            return
+        entry = self.find(name, tensor)
+        if entry is not None:
+            self.add(dataclasses.replace(entry, name=own), tensor)
+        elif is_head(name):
+            self.homeless[name] = self.finder.failures.pop()
+
+    def add(self, entry: Entry, tensor: Tensor) -> None:
+        self.entries[entry.name] = entry
+        for i, b in enumerate(entry.blocks):
+            first = next(iter(self.pieces[b.leaf.path]), None)
+            if not (b.leaf.tied and first and first.block == b):
+                self.pieces[b.leaf.path].append(Piece(entry, i, tensor))
+            elif not _same(first.tensor, tensor):
+                self.wrong.append(_untied(first.entry.name, entry.name, b.leaf.path))
+
+    def heads(self) -> None:
+        """A head that has no leaf is to be a copy of the table that it is tied to."""
+        for name, failure in self.homeless.items():
+            own, head = self.tensors[name]
+            tables = [
+                n
+                for n, entry in self.entries.items()
+                if entry.shape == head.shape and len(head.shape) == 2 and not is_head(n)
+                if len(entry.blocks) == 1
+            ]
+            copy = next((n for n in tables if _same(self.base.tensors[n], head)), None)
+            if copy is not None:
+                self.entries[own] = dataclasses.replace(self.entries[copy], name=own)
+            elif tables:
+                path = self.entries[tables[0]].blocks[0].leaf.path
+                self.wrong.append(_untied(tables[0], own, path))
+            else:
+                self.finder.failures.append(failure)
+
+    def head_of_table(self) -> tuple[Entry, str] | None:
+        """The leaf of a head that the base does not store, as it is a table's copy."""
+        tables = tied_tables(self.base)
+        if len(tables) != 1 or any(is_head(n) for n in self.tensors):
+            return None
+        before = len(self.finder.failures)
+        entry = self.find(HEAD, self.base.tensors[tables[0]])
+        del self.finder.failures[before:]
+        if entry is None or any(self.pieces[b.leaf.path] for b in entry.blocks):
+            return None
+        for i, b in enumerate(entry.blocks):
+            self.pieces[b.leaf.path].append(Piece(entry, i, self.base.tensors[tables[0]]))
+        return entry, tables[0]
+
+    def placed(self, unfilled: list[str]) -> Placed:
+        tied = self.head_of_table()
+        for path, pieces in self.pieces.items():
+            unfilled += self._covered(self.finder.leaves[path], pieces)
+        unused = self.finder.failures
+        fixes = [f"say which leaf a tensor is: {TABLE}"] * bool(unused)
+        if unused:
+            name = next((n for n, (own, _) in self.tensors.items() if own not in self.entries), "")
+            fixes.append(f"or leave tensors out: {self.call}(..., ignore=[r'{re.escape(name)}'])")
+        sides = [*self.wrong, *unused[:EACH], *unfilled[:EACH], *unused[EACH:], *unfilled[EACH:]]
+        raise_all(
+            f"{self.base.path} and these parameters do not fit each other:",
+            sides,
+            ", ".join(fixes),
+        )
+        return Placed(self.base, self.entries, self.pieces, tied)
+
+    def _covered(self, leaf: LeafInfo, pieces: Sequence[Piece]) -> Iterator[str]:
+        """Parts of a leaf that no tensor is, or two."""
+        if not pieces:
+            near = nearest(leaf.path.replace("/", "."), self.tensors, 2)
+            yield f"leaf '{leaf.path}' {leaf.shape}: no tensor is it; nearest: {', '.join(near)}"
+            return
+        ranges = [[s.indices(n)[:2] for s, n in zip(p.block.slices, leaf.shape)] for p in pieces]
+        cuts = [sorted({0, n, *itertools.chain(*on)}) for n, on in zip(leaf.shape, zip(*ranges))]
+        count = np.zeros([len(c) - 1 for c in cuts], int)
+        for each in ranges:
+            at = tuple(
+                slice(bisect.bisect_left(c, start), bisect.bisect_left(c, stop))
+                for c, (start, stop) in zip(cuts, each)
+            )
+            if (count[at] > 0).any():
+                others = [p.entry.name for p, r in zip(pieces, ranges) if _overlap(r, each)]
+                yield f"leaf '{leaf.path}': {' and '.join(others[:3])} fall on the same part of it"
+                return
+            count[at] += 1
+        if (count == 0).any():
+            cell = np.argwhere(count == 0)[0]
+            part = tuple(
+                None if len(c) == 2 else int(c[i]) if c[i + 1] - c[i] == 1 else (c[i], c[i + 1])
+                for i, c in zip(cell, cuts)
+            )
+            yield (
+                f"leaf '{leaf.path}' {leaf.shape}: no tensor is {Block(leaf, part)}, one of "
+                f"{int((count == 0).sum())} parts of it that are not filled"
+            )
+
+
+def _overlap(one: Sequence[tuple[int, int]], two: Sequence[tuple[int, int]]) -> bool:
+    return all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(one, two))
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors hold the same numbers."""
+    if one.shape != two.shape:
+        return False
+    a, b = one.read(), two.read()
+    if one.dtype != two.dtype:
+        a, b = a.astype(np.float32), b.astype(np.float32)
+    return np.array_equal(a, b)
+
+
+def _untied(table: str, head: str, path: str) -> str:
+    return (
+        f"'{head}' differs from '{table}', but the model has one leaf for both, '{path}': the base "
+        "is untied and the model tied, whose outputs would be others; give the model a head of its "
+        "own"
+    )
