@@ -76,7 +76,7 @@ class Finder:
       leaves: {path: `LeafInfo`}.
       given: {torch name, or regular expression for it: leaf, or list of leaves}. The name is a
         parameter's, or a module's for its weight; the leaf may use the groups, `{1}` or `{name}`,
-        and an index, "layers/q/kernel[{1}]". None: found by names and shapes.
+        and an index, "layers/q/kernel[{1}]". What it does not name is found by names and shapes.
     """
 
     def __init__(self, leaves: dict[str, LeafInfo], given: Mapping[str, Any] | None):
@@ -235,13 +235,14 @@ class Finder:
 
     def _candidates(self, name: str) -> list[list[tuple[Block, ...]]]:
         """Lists of blocks, the better kind of match first."""
-        if self.given is not None:
-            self.near, self.far, found = [], [], self._given(name)
-            if found is None and name.endswith(".bias"):
-                found = self._bias(name)
-            return [[found]] if found else [[]]
         exact, ends = [], []
         self.near, self.far = [], []
+        if self.given is not None:
+            before, found = len(self.failures), self._given(name)
+            if found is None and name.endswith(".bias"):
+                found = self._bias(name)
+            if found or len(self.failures) > before:
+                return [[found]] if found else [[]]
         module, _, last = name.rpartition(".")
         parts = (module if last in ("weight", "bias") else name).split(".")
         parts = parts if parts != [""] else []

@@ -83,8 +83,9 @@ def load(
         parameter's, or a module's for its weight. The leaf may use the expression's groups, and may
         be a part of a leaf: "layers/q/kernel[{1}]" is one of a stack, "qkv/kernel[:, 0]" one of a
         fused kernel. Several leaves are what a fused torch weight is split into, in the order of
-        its outputs. None: found by names and shapes, and an error where that is not certain; a name
-        may lack first parts such as "model" or "transformer", but none that tells parts apart.
+        its outputs. What it does not name is found by names and shapes, and an error where that is
+        not certain; a name may lack first parts such as "model" or "transformer", but none that
+        tells parts apart.
       dtype: of the adapters; None for the type in which they are stored.
       doubled_out_proj: PEFT up to 0.21 adds the update of a MultiheadAttention's out_proj twice, in
         training as in inference; False for an adapter that was trained otherwise.

@@ -64,7 +64,7 @@ def load_base(
       survey: how the function uses each leaf, or the `Targets` made of it, as in `lora.peft.load`.
         Needed for stacks, heads, convolutions, experts, and to know that a head is tied.
       mapping: as in `lora.peft.load`: {torch name, or regular expression: leaf, leaves, or part of
-        a leaf}. None: found by names and shapes. Experts of which torch has one module each are
+        a leaf}. What it does not name is found by names and shapes. Experts of which torch has one module each are
         the positions of a stack; in a stack of stacks the first number in a name is the outer axis.
       dtype: of all leaves; None for that of each in `params`.
       quantize: a format such as "nf4", for all linear leaves; or the arguments of
