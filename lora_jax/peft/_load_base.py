@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import map_state
 from lora_jax._core.paths import map_with_path
 from lora_jax._quantized.weight import Quantized
@@ -64,8 +65,9 @@ def load_base(
       survey: how the function uses each leaf, or the `Targets` made of it, as in `lora.peft.load`.
         Needed for stacks, heads, convolutions, experts, and to know that a head is tied.
       mapping: as in `lora.peft.load`: {torch name, or regular expression: leaf, leaves, or part of
-        a leaf}. What it does not name is found by names and shapes. Experts of which torch has one module each are
-        the positions of a stack; in a stack of stacks the first number in a name is the outer axis.
+        a leaf}. What it does not name is found by names and shapes. Experts of which torch has one
+        module each are the positions of a stack; in a stack of stacks the first number in a name is
+        of the outer axis.
       dtype: of all leaves; None for that of each in `params`.
       quantize: a format such as "nf4", for all linear leaves; or the arguments of
         `lora.quant.quantize` by name: {"targets": ..., "format": ..., "double": ...}. A stack is
@@ -111,7 +113,12 @@ def load_base(
         to = kind or np.dtype(like.dtype)
         if path not in chosen:
             return _put(_read(found, path, like.shape, to), _sharding(like))
-        return _quantised(found, path, like, to, chosen[path].geometry, how, bad)
+        q = _quantised(found, path, like.shape, to, chosen[path].geometry, how, bad)
+        where = _sharding(like)
+        if not isinstance(where, NamedSharding):
+            return q
+        at = lambda x, spec: _put(np.asarray(x), NamedSharding(where.mesh, spec))
+        return jax.tree.map(at, q, q.specs(where.spec, where.mesh))
 
     result = map_state(lambda tree: map_with_path(leaf, tree), params)
     raise_all(NOT_FINITE, bad, FINITE)
@@ -149,29 +156,20 @@ def _to_quantise(
 def _quantised(
     found: Placed,
     path: str,
-    like: Any,
+    shape: tuple[int, ...],
     dtype: np.dtype,
-    geometry: Any,
+    geometry: Geometry,
     how: Mapping[str, Any],
     bad: list[str],
 ) -> Quantized:
     """A leaf in few bits; a stack, of which each tensor is one position, layer by layer."""
-    where = _sharding(like)
-    whole = (
-        not stacked(geometry)
-        or any(not isinstance(p.block.index[0], int) for p in found.pieces[path])
-        or (isinstance(where, NamedSharding) and bool(where.spec) and where.spec[0] is not None)
-    )
+    apart = stacked(geometry) and all(isinstance(p.block.index[0], int) for p in found.pieces[path])
     parts = []
-    for i in [None] if whole else range(like.shape[0]):
-        w = _put(_read(found, path, like.shape, dtype, i), where)
+    for i in range(shape[0]) if apart else [None]:
+        w = jax.device_put(_read(found, path, shape, dtype, i))
         bad.extend(not_finite(path, w))
         parts.append(quantize_leaf(w, geometry, how["format"], how["double"]))
-    q = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    if not isinstance(where, NamedSharding):
-        return q
-    at = lambda x, spec: jax.device_put(x, NamedSharding(where.mesh, spec))
-    return jax.tree.map(at, q, q.specs(where.spec, where.mesh))
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
 def _read(

@@ -148,7 +148,8 @@ class _Placing:
             if not (b.leaf.tied and first and first.block == b):
                 self.pieces[b.leaf.path].append(Piece(entry, i, tensor))
             elif not _same(first.tensor, tensor):
-                self.wrong.append(_untied(first.entry.name, entry.name, b.leaf.path))
+                table, head = sorted((first.entry.name, entry.name), key=is_head)
+                self.wrong.append(_untied(table, head, b.leaf.path))
 
     def heads(self) -> None:
         """A head that has no leaf is to be a copy of the table that it is tied to."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
@@ -74,7 +75,7 @@ def save_base(
         f"'{path}' is {type(leaves[path]).__name__}, expected an array: "
         "lora.peft.save_base(folder, lora.merge(lora.quant.dequantize(params), adapters), ...)"
         for path in found.pieces
-        if not hasattr(leaves[path], "__array__")
+        if not isinstance(leaves[path], jax.Array | np.ndarray)
     ]
     raise_all("these parameters cannot be written as a base:", failures)
 

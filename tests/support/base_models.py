@@ -17,7 +17,7 @@ BASES = pathlib.Path(__file__).parent.parent / "data" / "bases"
 
 def inputs(name):
     """(input, what torch gives for it)."""
-    io = tensors(BASES / name / "io.safetensors")
+    io = tensors(BASES / f"{name}_io.safetensors")
     x = io["x"]
     return jnp.asarray(x.astype(np.int32) if x.dtype == np.int64 else x), io["y"]
 

@@ -2,8 +2,8 @@
 
     python tests/support/make_bases.py [folder ...]
 
-Each folder is what save_pretrained wrote of a tiny model of random values, and io.safetensors: an
-input, and what the model gives for it in fp32. The values come from torch's generator, so the files
+Each folder is what save_pretrained wrote of a tiny model of random values; beside it are an input and
+what the model gives for it in fp32. The values come from torch's generator, so the files
 change with its version: run it for a new kind.
 """
 
@@ -104,7 +104,7 @@ def main():
         model, x = make(name)
         folder = FOLDER / name
         model.save_pretrained(folder, max_shard_size=largest)
-        save_file({"x": x, "y": output(model, x)}, folder / "io.safetensors")
+        save_file({"x": x, "y": output(model, x)}, FOLDER / f"{name}_io.safetensors")
         (folder / "generation_config.json").unlink(missing_ok=True)
         print(name, sum(f.stat().st_size for f in folder.iterdir()), "bytes")
 
