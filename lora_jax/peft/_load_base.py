@@ -106,14 +106,16 @@ def load_base(
     kind = None if dtype is None else _float(dtype)
     chosen, how = _to_quantise(params, quantize, survey)
     bad: list[str] = []
+    # for a tensor that is turned over into its leaf; what is not used of it takes no memory
+    room = np.empty(max((t.nbytes for t in base.tensors.values()), default=0), np.uint8)
 
     def leaf(path: str, like: Any) -> Any:
         if not is_float(like):
             return like
         to = kind or np.dtype(like.dtype)
         if path not in chosen:
-            return _put(_read(found, path, like.shape, to), _sharding(like))
-        q = _quantised(found, path, like.shape, to, chosen[path].geometry, how, bad)
+            return _put(_read(found, path, like.shape, to, room), _sharding(like))
+        q = _quantised(found, path, like.shape, to, room, chosen[path].geometry, how, bad)
         where = _sharding(like)
         if not isinstance(where, NamedSharding):
             return q
@@ -158,6 +160,7 @@ def _quantised(
     path: str,
     shape: tuple[int, ...],
     dtype: np.dtype,
+    room: np.ndarray,
     geometry: Geometry,
     how: Mapping[str, Any],
     bad: list[str],
@@ -166,26 +169,32 @@ def _quantised(
     apart = stacked(geometry) and all(isinstance(p.block.index[0], int) for p in found.pieces[path])
     parts = []
     for i in range(shape[0]) if apart else [None]:
-        w = jax.device_put(_read(found, path, shape, dtype, i))
+        w = jax.device_put(_read(found, path, shape, dtype, room, i))
         bad.extend(not_finite(path, w))
         parts.append(quantize_leaf(w, geometry, how["format"], how["double"]))
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
 def _read(
-    found: Placed, path: str, shape: tuple[int, ...], dtype: np.dtype, at: int | None = None
+    found: Placed,
+    path: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    room: np.ndarray,
+    at: int | None = None,
 ) -> np.ndarray:
-    """A leaf, or the position `at` of its first axis, from its tensors."""
+    """A leaf, or the position `at` of its first axis, from its tensors, one after the other."""
     pieces = [p for p in found.pieces[path] if at is None or p.block.index[0] == at]
+    if len(pieces) == 1 and pieces[0].entry.layout != "out_in":
+        value = pieces[0].value()
+        if value.dtype == dtype and value.flags.c_contiguous:
+            return value
     out = empty(shape if at is None else (1, *shape[1:]), dtype)
     for p in pieces:
-        value = p.value()
-        if len(pieces) == 1 and value.dtype == dtype and value.flags.c_contiguous:
-            return value
+        value = p.value(room)
         first = p.block.slices[0] if out.ndim and at is None else slice(None)
         with np.errstate(over="ignore"):  # is looked for below
             _copy(out[(first, *p.block.slices[1:])] if out.ndim else out, value)
-        del value
     _check_range(path, pieces, out)
     return out
 
@@ -202,7 +211,8 @@ def _copy(out: np.ndarray, value: np.ndarray) -> None:
     step = max(1, STRIP // inner)
     for start in range(0, value.shape[axis], step):
         at = (slice(None),) * axis + (slice(start, start + step),)
-        out[at] = value[at]
+        same = out.dtype == value.dtype
+        out[at] = value[at] if same else np.ascontiguousarray(value[at])  # a cast wants rows
 
 
 def _check_range(path: str, pieces: Sequence[Piece], out: np.ndarray) -> None:

@@ -46,9 +46,10 @@ class Piece:
     def block(self) -> Block:
         return self.entry.blocks[self.place]
 
-    def value(self) -> np.ndarray:
-        """What the block holds, in the block's shape; it is not contiguous."""
-        return to_leaf(self.tensor.read(), self.entry.layout, self.entry.blocks)[self.place]
+    def value(self, into: np.ndarray | None = None) -> np.ndarray:
+        """What the block holds, in the block's shape, a view of the tensor; see `Tensor.read`."""
+        tensor = self.tensor.read(into)
+        return to_leaf(tensor, self.entry.layout, self.entry.blocks)[self.place]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,14 +50,18 @@ class Tensor:
     start: int
     stop: int
 
-    def read(self) -> np.ndarray:
-        """Its value, of a type that `DTYPES` has."""
-        value = empty(self.shape, DTYPES[self.dtype])
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def read(self, into: np.ndarray | None = None) -> np.ndarray:
+        """Its value, of a type that `DTYPES` has; in bytes that are there, if they are given."""
+        data = empty((self.nbytes,), np.uint8) if into is None else into[: self.nbytes]
         with opened(self.file) as file:
             file.seek(self.start)
-            if file.readinto(value.reshape(-1).view(np.uint8).data) != self.stop - self.start:
+            if file.readinto(data.data) != self.nbytes:
                 raise LoRAError(f"{self.file}: is cut off; copy the file again")
-        return value
+        return data.view(DTYPES[self.dtype]).reshape(self.shape)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -445,11 +445,11 @@ shapes = jax.eval_shape(model.init, key, ids)["params"]
 survey = lora.survey(model.apply, {"params": shapes}, ids)
 params = lora.peft.load_base(base, shapes, survey)
 adapters = lora.init(key, params, lora.LoRAConfig(rank=4, targets="all-linear"), survey)
-apply, tx = lora.adapt(model.apply), optax.adam(1e-2)
+apply, tx = lora.adapt(model.apply), optax.sgd(0.1)
 loss = lambda adapters: xent(apply({"params": lora.bind(params, adapters)}, ids)[:, :-1], ids[:, 1:]).mean()
 state = tx.init(adapters)
 for _ in range(3):
-    updates, state = tx.update(jax.grad(loss)(adapters), state)
+    updates, state = tx.update(jax.jit(jax.grad(loss))(adapters), state)
     adapters = optax.apply_updates(adapters, updates)
 lora.peft.save(folder, adapters, lora.peft.mapping(base, params, survey), task_type="CAUSAL_LM")
 '''  # fmt: skip
