@@ -23,6 +23,10 @@ def test_a_quantised_base():
     assert_page("docs/quantized.md")
 
 
+def test_a_base_from_hugging_face():
+    assert_page("docs/bases.md")
+
+
 @pytest.mark.slow
 def test_methods():
     """Each snippet asserts that its loss falls."""

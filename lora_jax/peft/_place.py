@@ -99,7 +99,8 @@ def placed(
         placing.tensor(name)
     placing.heads()
     unfilled = [
-        f"leaf '{path}' {x.dtype}: not floating-point, and a shape alone; pass its value in params"
+        f"leaf '{path}' {x.dtype}: not floating-point, and a shape alone; pass its value, or of an "
+        "NNX module the parameters: graph, params, rest = nnx.split(model, nnx.Param, ...)"
         for path, x in leaves.items()
         if isinstance(x, jax.ShapeDtypeStruct) and not is_float(x)
     ]

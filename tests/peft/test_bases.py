@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tracemalloc
 
 import base_models as models
 import golden_models as golden
@@ -290,6 +291,58 @@ def test_leaves_that_are_no_parameters(tmp_path):
     assert lora.peft.load_base(tmp_path, params)["step"] == 3
     with fails("leaf 'step' int32: not floating-point, and a shape alone; pass its value"):
         lora.peft.load_base(tmp_path, {**params, "step": jax.ShapeDtypeStruct((), "int32")})
+
+
+def test_a_module_with_more_than_parameters():
+    """Of shapes alone, as of `nnx.eval_shape`: its parameters are filled."""
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.model, self.drop = (
+                models.NNXLlama(bias=True, rngs=rngs),
+                nnx.Dropout(0.5, rngs=rngs),
+            )
+
+    model = nnx.eval_shape(lambda: Model(nnx.Rngs(0)))
+    with fails("leaf 'drop/rngs/.*' .*: not floating-point.*nnx.split"):
+        lora.peft.load_base(BASES / "llama_untied", model)
+    _, params, _ = nnx.split(model, nnx.Param, ...)
+    params = lora.peft.load_base(BASES / "llama_untied", params)
+    assert isinstance(params, nnx.State)
+    want = lora.peft.load_base(
+        BASES / "llama_untied", nnx.eval_shape(lambda: models.NNXLlama(bias=True, rngs=nnx.Rngs(0)))
+    )
+    np.testing.assert_array_equal(
+        params["model"]["layers"][1]["mlp"]["up_proj"]["kernel"].get_value(),
+        want.layers[1].mlp.up_proj.kernel.get_value(),
+    )
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_memory(tmp_path, scan):
+    """Beside the result there is one tensor."""
+    layers, shape = 8, (512, 256)
+    value = np.random.default_rng(0).normal(size=shape).astype("f4")
+    save_file(
+        {f"layers.{i}.q.weight": value + i for i in range(layers)}, tmp_path / "m.safetensors"
+    )
+    if scan:
+        params = {"layers": {"q": {"kernel": jax.ShapeDtypeStruct((layers, 256, 512), "float32")}}}
+        fn = lambda p, x: jax.lax.scan(lambda x, w: (x, x @ w), x, p["layers"]["q"]["kernel"])
+        survey = lora.survey(fn, params, jnp.ones((1, 256)))
+    else:
+        leaf = {"kernel": jax.ShapeDtypeStruct((256, 512), "float32")}
+        params, survey = {f"layers_{i}": {"q": leaf} for i in range(layers)}, None
+    lora.peft.load_base(tmp_path, params, survey)  # what is imported and traced once
+    tracemalloc.start()
+    try:
+        got = lora.peft.load_base(tmp_path, params, survey)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    result = sum(x.nbytes for x in jax.tree.leaves(got))
+    assert result == layers * value.nbytes
+    assert peak < result + 1.25 * value.nbytes
 
 
 def test_what_is_no_base_is_not_written(tmp_path):
