@@ -128,9 +128,8 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         size = write(Path(name), args)
         print(f"{size / 1e9:.2f} GB of bf16\n")
-        print(
-            "| way | s | GB/s | result, GB | peak, GB | peak / result |\n|---|---|---|---|---|---|"
-        )
+        columns = ("way", "s", "processor s", "GB / processor s", "result, GB", "peak, GB", "ratio")
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for arm in args.only:
             command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm, "--folder", name]
             if "--only" in command:
@@ -140,14 +139,9 @@ def main():
             if out.returncode:
                 sys.exit(out.stderr)
             m = json.loads(out.stdout.splitlines()[-1])
-            figures = (
-                m["seconds"],
-                m["cpu"],
-                size / m["cpu"] / 1e9,
-                m["result"] / 1e9,
-                m["peak"] / 1e9,
-            )
-            cells = [f"{x:.2f}" for x in (*figures, m["peak"] / m["result"])]
+            cells = [m["seconds"], m["cpu"], size / m["cpu"] / 1e9]
+            cells += [m["result"] / 1e9, m["peak"] / 1e9, m["peak"] / m["result"]]
+            cells = [f"{x:.2f}" for x in cells]
             print(f"| {arm} | {' | '.join(cells)} |", flush=True)
 
 

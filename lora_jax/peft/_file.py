@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import stat
 import zlib
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -221,7 +222,7 @@ def read_json(path: Path, most: int = MAX_HEADER) -> dict:
     return parse_json(data, path)
 
 
-def opened(path: str | os.PathLike) -> BinaryIO:
+def opened(path: str | os.PathLike) -> io.BufferedReader:
     """The file, if it is one: not a folder, pipe or device, also behind a link (the hub's cache
     consists of links, so a link as such is fine)."""
     try:

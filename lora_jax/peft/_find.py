@@ -344,8 +344,8 @@ def _unknown(leaf: LeafInfo) -> str:
 
 def _resized(have: tuple[int, ...], rows: int, want: int) -> str:
     return (
-        f"{have}, of {rows:,} rows, but the adapter was trained with {want:,}, as tokens were "
-        f"added: resize the base to {want} rows"
+        f"{have}, of {rows:,} rows, but torch's has {want:,}, as tokens were added: give the leaf "
+        f"{want} rows"
     )
 
 
