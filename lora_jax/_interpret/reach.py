@@ -138,7 +138,7 @@ class Flow:
                 continue
             self.reached |= {leaf for d in contracting[side] for leaf, _ in v.axes[d]}
             for d, other in zip(batch[side], batch[1 - side]):
-                # The first axis of this leaf meets that of an earlier one, which a product left free:
+                # The first axis of this leaf meets an earlier one's, which its product left free:
                 # experts that were all applied to each token, and now their second weights.
                 size = eqn.invars[side].aval.shape[d]
                 if any(map(self._is_first, v.axes[d])):

@@ -217,12 +217,14 @@ def called(
 def tied_tables(base: Base) -> list[str]:
     """The table that is the model's output head as well, by config.json."""
     text = base.config.get("text_config")
+    # Multimodal models have the text model's settings in a part of their own.
     config = {**(text if isinstance(text, dict) else {}), **base.config}
     kinds = config.get("architectures")
     kinds = kinds if isinstance(kinds, list) else []
     head = any("LM" in str(k) or "ForConditionalGeneration" in str(k) for k in kinds)
     if not head or config.get("tie_word_embeddings") is False:
         return []
+    # Where two tables have that size, the head is a tensor of its own.
     of_size = [
         n for n, s in base.shapes.items() if len(s) == 2 and s[0] == config.get("vocab_size")
     ]
@@ -266,6 +268,7 @@ def write_copy(
         copied, left = base.others()
         with writing(out):
             new.mkdir()
+            # The model's other files first: they are small.
             for path in copied:
                 (new / path).parent.mkdir(parents=True, exist_ok=True)
                 with opened(base.path / path) as source, open(new / path, "wb") as target:
