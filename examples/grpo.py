@@ -119,7 +119,10 @@ def main():
         apart = max(apart, off)
         bar.set_postfix_str(f"reward {reward:.2f}, divergence {divergence:.2f}")
     asked = prompts(jax.random.key(args.seed + 999), 256)
-    for name, own in {"the base": jax.tree.map(jnp.zeros_like, adapters), "tuned": adapters}.items():
+    for name, own in {
+        "the base": jax.tree.map(jnp.zeros_like, adapters),
+        "tuned": adapters,
+    }.items():
         answers, _ = rollout(own, params, asked, key)
         print(f"{name}: reward {float(verify(asked, answers).mean()):.2f} on prompts of its own")
     print(f"sampler and trainer: log-probabilities at most {apart:.0e} apart")

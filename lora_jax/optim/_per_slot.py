@@ -19,6 +19,7 @@ import optax
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import RANK
+from lora_jax._core.mesh import beside
 from lora_jax._core.numbers import integer
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.node import array_names, is_node
@@ -62,10 +63,12 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
       Other arguments go to `tx`, the same for all slots.
 
     Raises:
-      LoRAError: `active` has another length or is not boolean.
+      LoRAError: `active` has another length or is not boolean; gradients, params or state of
+        another stack.
 
     Tenants come and go by `join` and `leave`, and no step is compiled anew; `by_slot` makes the
-    loss of a mixed batch.
+    loss of a mixed batch. Those that the stack was made of, and that did not `join`, are trained at
+    its rank and as if their scale were 1: `stack` has it in B.
 
     >>> import jax.numpy as jnp, optax, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
@@ -92,7 +95,9 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     def update(
         updates: Any, state: Any, params: Any = None, *, active: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        trained = _active(active, _slots(updates))
+        trained = _active(active, _checked(updates, state))
+        if params is not None:
+            _checked(params, state)
         grads = _alone(updates, state, lambda b, s: b * s, mask=True)
         params = params if params is None else _alone(params, state, lambda b, s: b / s)
         one = lambda g, own, p: inner.update(g, own, p, **extra)
@@ -119,16 +124,19 @@ def join(
       tx: the optimiser of one adapter, as `per_slot` got it.
       stacked: as from `lora.algebra.stack`.
       state: of `per_slot(tx)`.
-      slot: from 0 to capacity − 1.
+      slot: from 0 to capacity − 1; also a traced one, which is not checked: one that there is not
+        changes nothing.
       adapters: of leaves and ranks that the stack has room for; alpha and rank are the tenant's.
       own: the tenant's state, as from `tx.init(adapters)`, a run of its own, or `leave`; None: new.
+        Both may lie on other devices than the stack does.
 
     Returns:
       (stacked, state), of the shapes that they had: a compiled step goes on.
 
     Raises:
-      LoRAError: a slot that there is not, other targets, a rank above that of the stack, or a state
-        that is not the adapters'; nothing is changed.
+      LoRAError: a slot that there is not, other targets, a rank above that of the stack, a state
+        that is not the adapters', a stack and a `state` that are not of each other or not of `tx`;
+        nothing is changed.
 
     >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 4.0, lora.Geometry((0,), (1,)))
@@ -139,6 +147,11 @@ def join(
     >>> float(state.scale["w"][5, 0]), int(state.rank["w"][5])
     (4.0, 1)
     """
+    capacity = _checked(stacked, state, tx) - 1
+    if adapters is None:
+        raise LoRAError(
+            "expected adapters, found None; to empty a slot: lora.algebra.put(stacked, slot, None)"
+        )
     nodes = flatten(adapters, is_leaf=is_node)
     still = [p for p, node in nodes.items() if getattr(node, "scale", 1.0) == 0]
     raise_all(
@@ -150,13 +163,16 @@ def join(
     expected = jax.eval_shape(tx.init, adapters)
     own = tx.init(adapters) if own is None else own
     _check_state(own, expected)
+    own = beside(own, stacked)
     # The state of an empty slot, in which the tenant's own numbers take their places.
     empty = tx.init(_own(new, slot))
     given = {_key(k): x for k, x in jax.tree_util.tree_leaves_with_path(own)}
     inner = jax.tree_util.tree_map_with_path(
         lambda k, like: _padded(given[_key(k)], like) if _key(k) in given else like, empty
     )
-    at = lambda all_, x: all_.at[slot].set(x)
+    # Where `put` writes nothing, neither does this: JAX would count a negative slot from the end.
+    place = jnp.where((slot >= 0) & (slot < capacity), slot, capacity + 1)
+    at = lambda all_, x: all_.at[place].set(x, mode="drop")
     scale = {
         p: at(x, _in_three(getattr(nodes.get(p), "scale", 1.0))) for p, x in state.scale.items()
     }
@@ -183,7 +199,8 @@ def leave(
       one rounding, as it is divided by the scale.
 
     Raises:
-      LoRAError: a slot that there is not.
+      LoRAError: a slot that there is not; a stack and a `state` that are not of each other or not
+        of `tx`; under jit.
 
     >>> import jax.numpy as jnp, optax, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 4.0, lora.Geometry((0,), (1,)))
@@ -195,7 +212,12 @@ def leave(
     >>> adapters["w"].b, adapters["w"].scale
     (Array([[1., 1.]], dtype=float32), 4.0)
     """
-    capacity = _slots(stacked) - 1
+    capacity = _checked(stacked, state, tx) - 1
+    if any(isinstance(x, jax.core.Tracer) for x in (slot, *state.rank.values())):
+        raise LoRAError(
+            "the ranks of the tenants are read, and under jax.jit they have no values: "
+            "lora.optim.leave(tx, stacked, state, slot) outside of it"
+        )
     if integer(slot) not in range(capacity):
         raise LoRAError(
             f"slot {slot}: expected 0 to {capacity - 1}: lora.optim.leave(tx, stacked, state, 0)"
@@ -222,19 +244,30 @@ def by_slot(values: chex.Array, slots: chex.Array, capacity: int) -> tuple[chex.
 
     Args:
       values: (B,), such as losses.
-      slots: (B,) integers, the slot of each example; −1, the base, belongs to nobody.
+      slots: (B,) integers, the slot of each example; −1, the base, belongs to nobody, nor does a
+        number that has no slot.
       capacity: of the stack.
 
     Returns:
       (means, active): (capacity,) each; a mean is 0 where there is no example.
 
+    Raises:
+      LoRAError: values and slots that are not of one (B,), or slots that are no integers.
+
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> lora.optim.by_slot(jnp.array([1.0, 3.0, 5.0, 7.0]), jnp.array([2, 2, 0, -1]), 3)
     (Array([5., 0., 2.], dtype=float32), Array([ True, False,  True], dtype=bool))
     """
-    member = jnp.asarray(slots)[:, None] == jnp.arange(capacity)  # (B, capacity)
+    values, slots = jnp.asarray(values), jnp.asarray(slots)
+    whole = jnp.issubdtype(slots.dtype, jnp.integer)
+    if values.ndim != 1 or values.shape != slots.shape or not whole:
+        raise LoRAError(
+            f"expected (B,) values and (B,) integers, found {values.dtype} of {values.shape} and "
+            f"{slots.dtype} of {slots.shape}: lora.optim.by_slot(losses, slots, capacity)"
+        )
+    member = slots.astype(jnp.int32)[:, None] == jnp.arange(capacity)  # (B, capacity)
     count = member.sum(0)
-    total = jnp.where(member, jnp.asarray(values)[:, None], 0).sum(0)
+    total = jnp.where(member, values[:, None], 0).sum(0)
     return total / jnp.maximum(count, 1).astype(total.dtype), count > 0
 
 
@@ -246,6 +279,36 @@ def _slots(stacked: Any) -> int:
             "tx.init(lora.algebra.stack([...], capacity=8))"
         )
     return sizes.pop()
+
+
+def _checked(stacked: Any, state: Any, tx: optax.GradientTransformation | None = None) -> int:
+    """n, of a stack and a state that belong to each other, and to `tx` if it is given."""
+    count = _slots(stacked)
+    call = "state = lora.optim.per_slot(tx).init(stacked)"
+    if not isinstance(state, PerSlotState):
+        raise LoRAError(f"expected a PerSlotState, found a {type(state).__name__}: {call}")
+    found = {p: len(x) for p, x in state.rank.items()}
+    raise_all(
+        "the state is not that of this stack:",
+        [
+            f"'{p}': slots in the stack {n or 'none'}, in the state {found.get(p, 'none')}"
+            for p, n in (
+                dict.fromkeys(found) | dict.fromkeys(flatten(stacked, is_leaf=is_node), count)
+            ).items()
+            if n != found.get(p)
+        ],
+        call,
+    )
+    if tx is not None:
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
+        want, has = jax.tree.structure(jax.eval_shape(tx.init, like)), state.inner
+        if want != jax.tree.structure(has):
+            raise LoRAError(
+                f"the state is not of this optimiser: expected {want}, found "
+                f"{jax.tree.structure(has)}: lora.optim.join(tx, stacked, state, ...), tx as "
+                "per_slot got it"
+            )
+    return count
 
 
 def _active(active: Any, count: int) -> jax.Array:
@@ -330,7 +393,8 @@ def _key(keys: tuple) -> str:
 
 def _check_state(own: Any, expected: Any) -> None:
     shapes = lambda tree: {
-        _key(k): np.shape(x) for k, x in jax.tree_util.tree_leaves_with_path(tree)
+        _key(k): f"{jnp.result_type(x)} of {np.shape(x)}"
+        for k, x in jax.tree_util.tree_leaves_with_path(tree)
     }
     want, found = shapes(expected), shapes(own)
     raise_all(
