@@ -23,6 +23,16 @@ def test_a_quantised_base():
     assert_page("docs/quantized.md")
 
 
+@pytest.mark.long
+def test_reinforcement_learning():
+    assert_page("docs/rl.md")
+
+
+@pytest.mark.long
+def test_tenants():
+    assert_page("docs/tenants.md")
+
+
 @pytest.mark.slow
 def test_methods():
     """Each snippet asserts that its loss falls."""
