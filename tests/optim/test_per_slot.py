@@ -228,7 +228,7 @@ def test_checkpoints(tmp_path):
 @pytest.mark.parametrize("events", [25, pytest.param(1000, marks=pytest.mark.slow)])
 def test_nothing_is_compiled_anew(events):
     """Joins, leaves and swaps at random, and a step after each; who is not there stays to the bit."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)
     stacked, state = lora.optim.join(TX, *start(), 3, TENANTS[1])
     still = jax.tree.map(lambda x: x[3], (stacked, state))
     step = jax.jit(chex.assert_max_traces(mixed.__wrapped__, 1))
@@ -238,7 +238,7 @@ def test_nothing_is_compiled_anew(events):
     x, y = (jnp.concatenate(part) for part in zip(*(examples(i, 0) for i in range(3))))
     away = {i: (tenant, TX.init(tenant)) for i, tenant in enumerate(TENANTS)}
     there, seen, counts = {}, [0, 0, 0], dict.fromkeys(("join", "leave", "swap"), 0)
-    for _ in range(events):
+    while sum(counts.values()) < events:
         slot = int(rng.integers(3))
         i = int(rng.choice([*away, -1]))  # who comes; −1: nobody
         left = there.pop(slot, None)
