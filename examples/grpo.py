@@ -8,7 +8,7 @@ the same program, it is the reference. For meshes, and for a server, see docs/rl
     python examples/grpo.py          # --help for the options
 
 Expected (seed 0; two cores, about a minute when idle): the reward goes from 0.20, which is chance,
-    to above 0.9 in 60 steps; the sampler's log-probabilities are the trainer's to 1e-5.
+    to above 0.9 in 60 steps; the sampler's log-probabilities are the trainer's to about 1e-5.
 """
 
 import argparse
