@@ -31,6 +31,16 @@ def test_a_base_from_hugging_face():
     assert_page("docs/bases.md")
 
 
+@pytest.mark.long
+def test_reinforcement_learning():
+    assert_page("docs/rl.md")
+
+
+@pytest.mark.long
+def test_tenants():
+    assert_page("docs/tenants.md")
+
+
 @pytest.mark.slow
 def test_methods():
     """Each snippet asserts that its loss falls."""

@@ -19,10 +19,10 @@ import pytest
 import reviews
 import serve_swap
 import sweep
-from common import assert_close
+from common import assert_close, noisy
 from models import bert
 from models.convnet import ConvNet
-from models.llama import Llama, LlamaConfig, generate
+from models.llama import Llama, LlamaConfig, empty_cache, generate, sample
 
 import lora_jax as lora
 from lora_jax._core.paths import nest
@@ -124,6 +124,30 @@ def test_llama_samples_and_adapts():
     adapted = lora.adapt(model.apply)  # it samples as it is
     same = generate(adapted, lora.bind(params, adapters), ids, 5, jax.random.key(0), 1.0)
     np.testing.assert_array_equal(same, out)
+
+
+@pytest.mark.long
+def test_llama_samples_through_a_cache_as_it_is_trained():
+    """Adapted: each log-probability is that of the whole text at once; so is a prompt in parts."""
+    params, ids = llama_params(), jnp.array([[1, 2, 3], [4, 5, 6]])
+    model, n = Llama(SMALL), 5
+    adapted = lora.adapt(model.apply)
+    survey = lora.survey(model.apply, {"params": params}, ids)
+    adapters = noisy(lora.init(jax.random.key(1), params, lora.LoRAConfig(rank=2), survey))
+    bound = lora.bind(params, adapters)
+    cache = empty_cache(SMALL, 2, 3 + n)
+    new, logp = sample(adapted, bound, ids, cache, n, jax.random.key(0))
+    assert new.shape == logp.shape == (2, n)
+    whole = jnp.concatenate([ids, new], 1)
+    logits = adapted({"params": bound}, whole)
+    want = jnp.take_along_axis(jax.nn.log_softmax(logits[:, 2:-1]), new[..., None], -1)[..., 0]
+    np.testing.assert_allclose(logp, want, atol=1e-5)
+    first, cache = adapted({"params": bound}, whole[:, :4], cache=cache)
+    rest, _ = adapted({"params": bound}, whole[:, 4:], cache=cache, start=4)
+    assert_close(jnp.concatenate([first, rest], 1), logits)
+    cold, _ = sample(adapted, bound, ids, cache, n, jax.random.key(0), 1e-6)
+    greedy = generate(adapted, bound, ids, n, jax.random.key(0))
+    np.testing.assert_array_equal(cold, greedy[:, 3:])
 
 
 def test_convnet_surveys_every_kernel():

@@ -50,6 +50,22 @@ def laid(x: jax.Array, where: NamedSharding | None) -> jax.Array:
     return jax.sharding.reshard(x, where) if traced else jax.device_put(x, where)
 
 
+def beside(tree: Any, like: Any) -> Any:
+    """The arrays on the devices of those of `like`; those that are elsewhere come there whole."""
+    first = jax.tree.leaves(like)[0]
+    if isinstance(first, jax.core.Tracer) or not isinstance(first, jax.Array):
+        return tree
+    where = first.sharding
+    there = NamedSharding(where.mesh, PartitionSpec()) if placement(first) else where
+
+    def moved(x: Any) -> Any:
+        concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        elsewhere = concrete and x.sharding.device_set != where.device_set
+        return jax.device_put(x, there) if elsewhere else x
+
+    return jax.tree.map(moved, tree)
+
+
 def placed(node: Any, where: NamedSharding | None) -> Any:
     """An adapter's node where the leaf's sharding puts it (see `lora.parallel.shardings`)."""
     if where is None:

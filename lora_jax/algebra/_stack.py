@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._core.mesh import laid, placement
+from lora_jax._core.mesh import beside, laid, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import COUNT, check_numbers, integer
 from lora_jax._core.paths import flatten, map_with_path, nest
@@ -160,7 +160,8 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
     (Array([[1., 1.]], dtype=float32), Array([[0., 0.]], dtype=float32))
     """
     slots = flatten(stacked, is_leaf=is_node)
-    new = {} if adapters is None else flatten(checked(adapters), is_leaf=is_node)
+    adapters = {} if adapters is None else beside(checked(adapters), stacked)
+    new = flatten(adapters, is_leaf=is_node)
     check_finite(new)
     failures = [f"'{p}' is no leaf of the stack" for p in new if p not in slots]
     # What a slot looks like: the same kinds, ranks and dtypes.

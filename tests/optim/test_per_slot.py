@@ -195,7 +195,7 @@ def test_nothing_is_changed_by_what_does_not_fit():
         join(0, tenant(1, 5, 4, ("up", "layers")))
     with fails(r"'other' is no leaf of the stack"):
         join(0, {"other": TENANTS[0]["up"]})
-    with fails(r"(?s)not that of these adapters.*expected \(.*found \("):
+    with fails(r"(?s)not that of these adapters.*expected float32 of \(.*found float32 of \("):
         join(0, TENANTS[0], TX.init(tenant(1, 3, 4)))
     with fails(r"slot 4: expected 0 to 3"):
         lora.optim.leave(TX, stacked, state, 4)
@@ -223,3 +223,165 @@ def test_checkpoints(tmp_path):
         chex.assert_trees_all_equal(
             checkpointer.restore(tmp_path / "all", (stacked, state)), (stacked, state)
         )
+
+
+@pytest.mark.parametrize("events", [25, pytest.param(1000, marks=pytest.mark.slow)])
+def test_nothing_is_compiled_anew(events):
+    """Joins, leaves and swaps at random, and a step after each; who is not there stays to the bit."""
+    rng = np.random.default_rng(1)
+    stacked, state = lora.optim.join(TX, *start(), 3, TENANTS[1])
+    still = jax.tree.map(lambda x: x[3], (stacked, state))
+    step = jax.jit(chex.assert_max_traces(mixed.__wrapped__, 1))
+    # A trace for each structure of adapters, none for a slot.
+    joined = lambda *args: lora.optim.join(TX, *args)
+    join = jax.jit(chex.assert_max_traces(joined, len(TENANTS)))
+    x, y = (jnp.concatenate(part) for part in zip(*(examples(i, 0) for i in range(3))))
+    away = {i: (tenant, TX.init(tenant)) for i, tenant in enumerate(TENANTS)}
+    there, seen, counts = {}, [0, 0, 0], dict.fromkeys(("join", "leave", "swap"), 0)
+    while sum(counts.values()) < events:
+        slot = int(rng.integers(3))
+        i = int(rng.choice([*away, -1]))  # who comes; −1: nobody
+        left = there.pop(slot, None)
+        if left is not None:
+            away[left] = lora.optim.leave(TX, stacked, state, slot)
+        if i >= 0:
+            stacked, state = join(stacked, state, jnp.int32(slot), *away.pop(i))
+            there[slot] = i
+        kind = {(1, 1): "swap", (1, 0): "leave", (0, 1): "join"}.get((left is not None, i >= 0))
+        if kind is not None:
+            counts[kind] += 1
+        at = {i: slot for slot, i in there.items()}
+        slots = jnp.repeat(jnp.array([at.get(i, -1) for i in range(3)]), jnp.array([2, 3, 2]))
+        stacked, state = step(stacked, state, slots, x, y)
+        for i in at:
+            seen[i] += 1
+    assert min(counts.values()) > events / 10
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x[3], (stacked, state)), still)
+    away |= {i: lora.optim.leave(TX, stacked, state, slot) for slot, i in there.items()}
+    for i, (adapters, own) in away.items():
+        assert int(own.count) == seen[i] > 0
+        assert jax.tree.structure(adapters) == jax.tree.structure(TENANTS[i])
+
+
+def test_one_that_diverges_harms_nobody():
+    stacked, state = start()
+    for i in (0, 1):
+        stacked, state = lora.optim.join(TX, stacked, state, i, TENANTS[i])
+    slots, x, y = batch((0, 1), 0)
+    want = mixed(stacked, state, slots, x, y)
+    got = mixed(stacked, state, slots, x.at[0].set(jnp.nan), y)  # an example of tenant 0
+    for i in (1, 2, -1):
+        own = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
+        chex.assert_trees_all_equal(own(got), own(want))
+    assert np.isnan(got[0]["down"].b[0]).any()
+
+
+def test_a_slot_that_is_traced():
+    """One that there is not changes neither the stack nor the state."""
+    stacked, state = start()
+    join = jax.jit(lambda slot: lora.optim.join(TX, stacked, state, slot, TENANTS[0]))
+    for slot in (-1, -2, CAPACITY, 99):
+        chex.assert_trees_all_equal(join(slot), (stacked, state))
+    want = lora.optim.join(TX, stacked, state, 2, TENANTS[0])
+    chex.assert_trees_all_close(join(2), want, rtol=1e-6)
+
+
+def test_what_belongs_to_something_else():
+    stacked, state = start()
+    slots, larger = lora.optim.per_slot(TX), lora.algebra.stack([TENANTS[1]], capacity=9, rank=4, base=PARAMS)  # fmt: skip
+    for call in (
+        lambda st, own: lora.optim.join(TX, st, own, 0, TENANTS[0]),
+        lambda st, own: lora.optim.leave(TX, st, own, 0),
+        lambda st, own: slots.update(st, own, st),
+    ):
+        with fails(r"expected a PerSlotState, found a InjectState"):
+            call(stacked, state.inner)
+        with fails(r"(?s)not that of this stack.*'up': slots in the stack 10, in the state 5"):
+            call(larger, state)
+        with fails(r"'up': slots in the stack none, in the state 5"):
+            call({"down": stacked["down"]}, state)
+    with fails(r"'up': slots in the stack 10, in the state 5"):
+        slots.update(stacked, state, larger)
+    other = optax.sgd(0.1)
+    with fails(r"not of this optimiser"):
+        lora.optim.join(other, stacked, state, 0, TENANTS[0])
+    with fails(r"not of this optimiser"):
+        lora.optim.leave(other, stacked, state, 0)
+    with fails(r"found None; to empty a slot"):
+        lora.optim.join(TX, stacked, state, 0, None)
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), TX.init(TENANTS[0]))
+    with fails(r"(?s)not that of these adapters.*expected int32 of \(\), found float16"):
+        lora.optim.join(TX, stacked, state, 0, TENANTS[0], half)
+    with fails(r"under jax.jit they have no values"):
+        jax.jit(lambda state: lora.optim.leave(TX, stacked, state, 0)[1])(state)
+
+
+@pytest.mark.parametrize(
+    "values, slots",
+    [((3, 3), (3,)), ((3,), (1,)), ((), ()), ((3,), (3, 1))],
+)
+def test_by_slot_takes_one_number_for_each_example(values, slots):
+    with fails(r"expected \(B,\) values and \(B,\) integers, found float32 of"):
+        lora.optim.by_slot(jnp.ones(values), jnp.zeros(slots, jnp.int32), 3)
+    with fails(r"found float32 of \(3,\) and float32 of \(3,\)"):
+        lora.optim.by_slot(jnp.ones(3), jnp.zeros(3), 3)
+    with jax.numpy_dtype_promotion("strict"):
+        means, active = lora.optim.by_slot(jnp.ones(3), jnp.array([1, -1, 9], jnp.int8), 3)
+    assert means.tolist() == [0, 1, 0] and active.tolist() == [False, True, False]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("along", ["axes", "slots"])
+def test_a_stack_over_devices(along):
+    """FSDP × TP: placed as before after each change, one program, and the values of one device."""
+    flat = {"up": PARAMS["layers"][0], "down": PARAMS["layers"][1]}
+    config = lora.LoRAConfig(rank=2, alpha=4, targets=["up", "down"])
+    own = [noisy(lora.init(KEY, flat, config), key=i, scale=0.3) for i in range(3)]
+    apply, tx = lora.adapt(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]), optax.sgd(0.1, 0.9)
+    slots, capacity = lora.optim.per_slot(tx), 7
+    x, which = jax.random.normal(KEY, (6, 8)), jnp.array([0, 0, 1, 1, 2, -1])
+
+    def step(stacked, state, params):
+        def total(stacked):
+            one = lambda i, x: jnp.mean(
+                apply(lora.bind(params, lora.algebra.choose(stacked, i)), x[None]) ** 2
+            )
+            means, active = lora.optim.by_slot(jax.vmap(one)(which, x), which, capacity)
+            return means.sum(), active
+
+        grads, active = jax.grad(total, has_aux=True)(stacked)
+        updates, state = slots.update(grads, state, stacked, active=active)
+        return optax.apply_updates(stacked, updates), state
+
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    P = jax.sharding.PartitionSpec
+    at = lambda *spec: jax.sharding.NamedSharding(mesh, P(*spec))
+    params = jax.device_put(flat, {"up": at("fsdp", "tp"), "down": at("tp", "fsdp")})
+    one = lora.algebra.stack(own[:1], capacity=capacity, rank=3)
+    whole = jax.tree.map(lambda _: at(("fsdp", "tp")), one)
+    where = lora.parallel.shardings(params, one) if along == "axes" else whole
+    states = lora.parallel.state_shardings(jax.eval_shape(slots.init, one), one, where)
+    one = one, slots.init(one)
+    many = jax.device_put(one, (where, states))
+    together = jax.jit(step, out_shardings=(where, states))
+    solo = jax.jit(step)
+    for i in (0, 1, 2, 1):  # tenant 1 has been trained on another device, with its state
+        far = jax.device_put((own[i], tx.init(own[i])), jax.devices()[5 * (i == 1)])
+        many = lora.optim.join(tx, *many, i, *far)
+        one = lora.optim.join(tx, *one, i, own[i])
+        placed = jax.tree.map(lambda x, w: x.sharding.is_equivalent_to(w, x.ndim), many, (where, states))  # fmt: skip
+        assert all(jax.tree.leaves(placed))
+        many, one = together(*many, params), solo(*one, flat)
+    assert together._cache_size() == 1
+    chex.assert_trees_all_close(jax.device_get(many), jax.device_get(one), atol=1e-5, rtol=1e-5)
+    for i in range(3):
+        pair = [jax.device_get(lora.optim.leave(tx, *t, i)) for t in (many, one)]
+        chex.assert_trees_all_close(*pair, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tenant_from_another_device():
+    """Nothing is on a mesh: `put` and `join` bring it to the device of the stack."""
+    stacked, state = start()
+    far = jax.device_put((TENANTS[0], TX.init(TENANTS[0])), jax.devices()[3])
+    got = lora.optim.join(TX, stacked, state, 1, *far)
+    chex.assert_trees_all_equal(got, lora.optim.join(TX, stacked, state, 1, TENANTS[0]))
