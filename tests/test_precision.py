@@ -31,6 +31,8 @@ XS, XS_FROZEN = lora.methods.init_lora_xs(jax.random.key(0), PARAMS, CONFIG)
 VERA, VERA_FROZEN = lora.methods.init_vera(jax.random.key(0), PARAMS, CONFIG)
 TABLE = {"up": lora.Rows(jnp.ones((2, 6)), (1, 3), 8)}
 STACKED = lora.algebra.stack([ONE, TWO], capacity=3)
+SGD = optax.sgd(0.1)
+SLOTS = lora.optim.per_slot(SGD).init(STACKED)
 GRADIENTS = jax.tree.map(jnp.sin, PARAMS)
 MOMENTS = {p: jnp.eye(w.shape[0])[None] + 0.1 for p, w in PARAMS.items()}
 
@@ -119,6 +121,9 @@ CALLS = {
     "optim.adalora": step(lora.optim.adalora(optax.sgd(0.1), target_rank=1, steps=9), ADALORA),
     "optim.galore": step(lora.optim.galore(0.1, rank=2), PARAMS),
     "optim.scale_by_galore": step(lora.optim.scale_by_galore(rank=2), PARAMS),
+    "optim.per_slot": step(lora.optim.per_slot(optax.sgd(0.1)), STACKED),
+    "optim.join": lambda: lora.optim.join(SGD, STACKED, SLOTS, 0, ONE),
+    "optim.by_slot": lambda: lora.optim.by_slot(jnp.ones(3), jnp.array([0, 1, -1]), 2),
     "quant.quantize": lambda: lora.quant.quantize(PARAMS, ["up"]),
     "quant.dequantize": lambda: lora.quant.dequantize(lora.quant.quantize(PARAMS, ["up"])),
     "quant.loftq": lambda: lora.quant.loftq(PARAMS, ONE, ["up", "down"]),
@@ -130,6 +135,7 @@ VALUES = {
     "algebra.compare": lambda: lora.algebra.compare(ONE, TWO),
     "algebra.learned": lambda: lora.algebra.learned(PARAMS, ONE),
     "methods.pruned": lambda: lora.methods.pruned(ADALORA),
+    "optim.leave": lambda: lora.optim.leave(SGD, STACKED, SLOTS, 0),
     "methods.eva": lambda: lora.methods.eva(ONE, MOMENTS),
     "methods.propose": lambda: [
         lora.methods.propose(DEEP, SURVEY, moments=MOMENTS),
@@ -142,7 +148,7 @@ NO_PRODUCTS = {  # files, places and names alone
     "quant.gguf_weight", "quant.bitsandbytes_weight", "quant.gathered", "parallel.shardings",
     "parallel.state_shardings", "parallel.topology_mesh", "parallel.memory", "parallel.forecast",
     "checkpoint.save", "checkpoint.restore", "checkpoint.fingerprint", "peft.load", "peft.save",
-    "peft.mapping",
+    "peft.mapping", "peft.load_base", "peft.save_base", "attach", "detach",
 }  # fmt: skip
 
 

@@ -55,8 +55,8 @@ def beside(tree: Any, like: Any) -> Any:
     first = jax.tree.leaves(like)[0]
     if isinstance(first, jax.core.Tracer) or not isinstance(first, jax.Array):
         return tree
-    where = first.sharding
-    there = NamedSharding(where.mesh, PartitionSpec()) if placement(first) else where
+    where, over = first.sharding, placement(first)
+    there = NamedSharding(over.mesh, PartitionSpec()) if over else where
 
     def moved(x: Any) -> Any:
         concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
