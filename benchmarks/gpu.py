@@ -4,7 +4,7 @@ LoRA of rank 16 on all linears, bf16 base, fp32 adapters, Adam; time, tokens a s
 utilisation, memory and compile time of each arm, on whatever accelerator is there. With `--ahead`
 the columns that need no device: memory and bytes, by the real compiler.
 
-    python benchmarks/gpu.py                                    # all arms that are installed
+    python benchmarks/gpu.py                                    # the five that matter most
     python benchmarks/gpu.py --save products --tokens 4 4096
     python benchmarks/gpu.py --ahead h100:1x1x1 --arms hand beside
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --model tiny     # does it run?
@@ -12,7 +12,7 @@ the columns that need no device: memory and bytes, by the real compiler.
 The arms: `floor` has no adapters (forward pass and the gradient of its input); `hand` is LoRA
 written into the layer; `factored`, `merged`, `beside` and `auto` are ours, by plan; `nf4` and
 `nf4d` (doubly quantised) are ours on such a base, `dora` is ours; `full` trains every weight by
-SGD. `peft`, `liger`, `peft_nf4` and `liger_nf4` are the same step by torch, see `gpu_torch.py`.
+SGD.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib.util
 import json
 import math
 import os
@@ -74,13 +73,7 @@ MODELS = {
 }
 PLANS = ("auto", "factored", "merged", "beside")
 ARMS = ("floor", "hand", *PLANS, "nf4", "nf4d", "dora", "full")
-TORCH = {
-    "peft": ("torch", "transformers", "peft"),
-    "liger": ("torch", "transformers", "peft", "liger_kernel"),
-    "peft_nf4": ("torch", "transformers", "peft", "bitsandbytes"),
-    "liger_nf4": ("torch", "transformers", "peft", "liger_kernel", "bitsandbytes"),
-}
-DEFAULT = ("floor", "hand", "auto", "nf4", "dora", "liger", "liger_nf4")
+DEFAULT = ("floor", "hand", "auto", "nf4", "dora")
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -96,7 +89,7 @@ SAVE = {
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arms", nargs="+", default=list(DEFAULT), choices=[*ARMS, *TORCH])
+    parser.add_argument("--arms", nargs="+", default=list(DEFAULT), choices=ARMS)
     parser.add_argument("--model", choices=MODELS, default="8b")
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
     parser.add_argument("--tokens", type=int, nargs=2, metavar=("BATCH", "LENGTH"))
@@ -339,13 +332,6 @@ def measure(name: str, o: argparse.Namespace, shape: Shape, tokens) -> dict:
 
 
 def measured(name: str, o: argparse.Namespace, shape: Shape, tokens) -> dict:
-    if name in TORCH:
-        missing = [m for m in TORCH[name] if importlib.util.find_spec(m) is None]
-        if missing or o.ahead:
-            return {"not run": "no device" if o.ahead else "needs " + ", ".join(missing)}
-        import gpu_torch
-
-        return gpu_torch.measure(name, o, shape, tokens)
     try:
         return measure(name, o, shape, tokens)
     except (jax.errors.JaxRuntimeError, lora.LoRAError) as e:
