@@ -16,6 +16,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 import optax
+from digits_convnet import train_on
 from models.llama import Llama, LlamaConfig, empty_cache, sample
 from tqdm import tqdm
 
@@ -48,26 +49,13 @@ def log_probabilities(apply, params, asked, answers):
     return jnp.take_along_axis(jax.nn.log_softmax(logits), answers[..., None], -1)[..., 0]
 
 
-def pretrained(seed, steps=300):
-    def data(i):
-        asked_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed + 1), i))
-        asked = prompts(asked_key, 64)
-        shift = jax.random.randint(key, (64, DIGITS), 0, CHOICES)
-        return asked, (asked[:, :DIGITS] + shift) % 10
-
-    params = jax.jit(model.init)(jax.random.key(seed), data(0)[0])["params"]
-    adam = optax.adam(3e-3)
-
-    @jax.jit
-    def step(params, state, i):
-        loss = lambda p: -log_probabilities(model.apply, p, *data(i)).mean()
-        updates, state = adam.update(jax.grad(loss)(params), state)
-        return optax.apply_updates(params, updates), state
-
-    state = adam.init(params)
-    for i in tqdm(range(steps), "the base"):
-        params, state = step(params, state, i)
-    return params
+def pretrained(seed, examples=16384):
+    asked_key, key = jax.random.split(jax.random.key(seed + 1))
+    asked = prompts(asked_key, examples)
+    answers = (asked[:, :DIGITS] + jax.random.randint(key, (examples, DIGITS), 0, CHOICES)) % 10
+    params = jax.jit(model.init)(jax.random.key(seed), asked[:1])["params"]
+    loss = lambda p, _, batch: -log_probabilities(model.apply, p, *batch).mean()
+    return train_on(loss, params, None, (asked, answers), 3e-3, 300, seed, "the base")
 
 
 def rollout(adapters, params, asked, key):

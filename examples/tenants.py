@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from digits_convnet import train_on
 from models.llama import Llama, LlamaConfig
 from reporting import format_table, plot
 from tqdm import tqdm
@@ -27,7 +28,7 @@ DIGITS, EACH, BAR = 6, 8, 10  # digits and examples of a tenant in a batch; the 
 TENANTS = [  # rank, alpha, learning rate, first step, last step, every so many steps
     (8, 16, 1e-2, 0, 200, 1),
     (4, 16, 1e-2, 0, 200, 1),
-    (2, 8, 2e-2, 0, 120, 1),
+    (2, 8, 1e-2, 0, 120, 1),
     (8, 8, 1e-2, 30, 200, 1),
     (1, 4, 3e-2, 30, 200, 1),
     (4, 4, 2e-2, 60, 200, 1),
@@ -54,22 +55,10 @@ def cross_entropy(logits, ids):
     return each.mean(-1)
 
 
-def pretrained(seed, steps):
-    ids = examples(-1, 0)
-    params = jax.jit(model.init)(jax.random.key(seed), ids)["params"]
-    adam = optax.adam(3e-3)
-
-    @jax.jit
-    def step(params, state, i):
-        ids = examples(-1, i, 64)
-        loss = lambda p: cross_entropy(model.apply({"params": p}, ids), ids).mean()
-        updates, state = adam.update(jax.grad(loss)(params), state)
-        return optax.apply_updates(params, updates), state
-
-    state = adam.init(params)
-    for i in tqdm(range(steps), "the base"):
-        params, state = step(params, state, i)
-    return params
+def pretrained(seed):
+    params = jax.jit(model.init)(jax.random.key(seed), examples(-1, 0))["params"]
+    loss = lambda p, _, batch: cross_entropy(model.apply({"params": p}, batch[0]), batch[0]).mean()
+    return train_on(loss, params, None, (examples(-1, 0, 8192),), 3e-3, 300, seed, "the base")
 
 
 @jax.jit
@@ -112,7 +101,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the base")
     parser.add_argument("--out", type=Path, default=Path("runs/tenants.png"), help="the picture")
     args = parser.parse_args()
-    params = pretrained(args.seed, 300)
+    params = pretrained(args.seed)
     ranks = [tenant[0] for tenant in TENANTS]
     stacked = lora.algebra.stack([start(params, 0)[0]], capacity=len(TENANTS), rank=max(ranks))
     state = lora.optim.per_slot(tx).init(stacked)

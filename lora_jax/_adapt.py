@@ -129,7 +129,8 @@ class Adapted(Traceable):
             raise LoRAError(f"plan={plan!r} is not one of {', '.join(PLANS)}")
         if not (save is None or save == "products" or callable(save)):
             raise LoRAError(
-                f'save={save!r} is neither None, "products" nor a policy of jax.checkpoint_policies'
+                f'save={save!r} is neither None, "products" nor a policy of '
+                'jax.checkpoint_policies: lora.adapt(fn, save="products")'
             )
         self.strict, self.plan, self.policy = strict, plan, policy(save)
         # One object for the lifetime of the transform: the cache of make_jaxpr is keyed by it.
@@ -217,16 +218,24 @@ def _told_apart(arrays: Iterable) -> Iterator:
 
 
 def _transformed(adapted: Adapted, constants: Constants, *arrays: Any) -> Any:
-    interpret = functools.partial(adapted.interpret, constants)
     if adapted.policy is None:
-        out, coverage, _ = interpret(arrays)
+        out, coverage, _ = adapted.interpret(constants, arrays)
     else:
         found: list = []
-        jax.eval_shape(lambda xs: found.append(interpret(xs)[1:]), arrays)
-        coverage, saves = found[0]
-        fn = lambda *xs: interpret(xs)[0]
-        # Within the loop over layers, or, where there is none, around all of it.
-        out = (fn if saves else jax.checkpoint(fn, policy=adapted.policy))(*arrays)
+
+        def fn(*xs: Any) -> Any:
+            out, *rest = adapted.interpret(constants, xs)
+            found.append(rest)
+            return out
+
+        # Traced once, before it is known whether a loop over layers has the policy within it.
+        jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*arrays)
+        ((coverage, saves),) = found
+        run = compat.jaxpr_as_fun(jaxpr)
+        outs = (run if saves else jax.checkpoint(run, policy=adapted.policy))(
+            *jax.tree.leaves(arrays)
+        )
+        out = jax.tree.unflatten(jax.tree.structure(shapes), outs)
     if adapted.strict:
         name = getattr(adapted.fn, "__name__", repr(adapted.fn))
         coverage.check(name, adapted.allow, adapted.part)

@@ -46,11 +46,12 @@ __all__ = [
 ]
 
 
-# Primitives that call one body once, on all of their operands.
-CALLS = ("jit", "pjit", "remat2", "remat", "checkpoint", "closed_call", "core_call")
-
-
+# What `jax.checkpoint` is called, by version.
 REMAT = ("remat2", "remat", "checkpoint")
+
+
+# Primitives that call one body once, on all of their operands.
+CALLS = ("jit", "pjit", *REMAT, "closed_call", "core_call")
 
 
 # The option of jax.jit by which a function leaves no call behind where it is traced: since 0.12

@@ -50,7 +50,7 @@ def laid(x: jax.Array, where: NamedSharding | None) -> jax.Array:
     return jax.sharding.reshard(x, where) if traced else jax.device_put(x, where)
 
 
-def beside(tree: Any, like: Any) -> Any:
+def on_devices_of(like: Any, tree: Any) -> Any:
     """The arrays on the devices of those of `like`; those that are elsewhere come there whole."""
     first = jax.tree.leaves(like)[0]
     if isinstance(first, jax.core.Tracer) or not isinstance(first, jax.Array):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._core.mesh import beside, laid, placement
+from lora_jax._core.mesh import laid, on_devices_of, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import COUNT, check_numbers, integer
 from lora_jax._core.paths import flatten, map_with_path, nest
@@ -160,7 +160,7 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
     (Array([[1., 1.]], dtype=float32), Array([[0., 0.]], dtype=float32))
     """
     slots = flatten(stacked, is_leaf=is_node)
-    adapters = {} if adapters is None else beside(checked(adapters), stacked)
+    adapters = {} if adapters is None else on_devices_of(stacked, checked(adapters))
     new = flatten(adapters, is_leaf=is_node)
     check_finite(new)
     failures = [f"'{p}' is no leaf of the stack" for p in new if p not in slots]

@@ -12,11 +12,11 @@ import optax
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import RANK
-from lora_jax._core.mesh import beside
+from lora_jax._core.mesh import on_devices_of
 from lora_jax._core.numbers import integer
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.node import array_names, is_node
-from lora_jax.algebra._stack import put
+from lora_jax.algebra._stack import choose, put
 from lora_jax.optim._per_slot import PerSlotState, in_three, of_each_other, rank_of
 
 
@@ -73,9 +73,9 @@ def join(
     expected = jax.eval_shape(tx.init, adapters)
     own = tx.init(adapters) if own is None else own
     _check_state(own, expected)
-    own = beside(own, stacked)
+    own = on_devices_of(stacked, own)
     # The state of an empty slot, in which the tenant's own numbers take their places.
-    empty = tx.init(_own(new, slot))
+    empty = tx.init(choose(new, slot))
     given = {_key(k): x for k, x in jax.tree_util.tree_leaves_with_path(own)}
     inner = jax.tree_util.tree_map_with_path(
         lambda k, like: _padded(given[_key(k)], like) if _key(k) in given else like, empty
@@ -133,7 +133,7 @@ def leave(
             f"slot {slot}: expected 0 to {capacity - 1}: lora.optim.leave(tx, stacked, state, 0)"
         )
     found = {}
-    for path, node in flatten(_own(stacked, slot), is_leaf=is_node).items():
+    for path, node in flatten(choose(stacked, slot), is_leaf=is_node).items():
         rank, scale = int(state.rank[path][slot]), sum(map(float, state.scale[path][slot]))
         if rank:
             found[path] = _of_rank(node, rank, scale)
@@ -144,10 +144,6 @@ def leave(
         jax.eval_shape(tx.init, adapters),
     )
     return adapters, own
-
-
-def _own(stacked: Any, slot: int) -> Any:
-    return jax.tree.map(lambda x: x[slot], stacked)
 
 
 def _of_rank(node: Any, rank: int, scale: float) -> Any:
