@@ -94,7 +94,7 @@ def adapt(
         raise LoRAError(
             f"lora.adapt takes a function, found a {type(fn).__name__}: lora.adapt({call})"
         )
-    call = Adapted(fn, strict, plan, static_argnums, static_argnames, save)
+    call = Adapted(fn, strict, plan, save, static_argnums, static_argnames)
 
     @functools.wraps(fn, updated=())
     def adapted(*args: Any, **kwargs: Any) -> Any:
@@ -116,9 +116,9 @@ class Adapted(Traceable):
         fn: Callable,
         strict: bool,
         plan: str,
+        save: str | Callable | None = None,
         static_argnums: int | Sequence[int] = (),
         static_argnames: str | Sequence[str] = (),
-        save: str | Callable | None = None,
         *,
         part: bool = False,
         allow: str = "lora.adapt(fn, strict=False)",
@@ -267,7 +267,7 @@ def coverage(
     >>> lora.coverage(fn, lora.bind(params, adapters), jnp.ones((2, 4))).low_rank
     ('w',)
     """
-    call = Adapted(fn, False, plan, static_argnums, static_argnames)
+    call = Adapted(fn, False, plan, None, static_argnums, static_argnames)
     constants, arrays = call.split(args, kwargs)
     found = []
     # A coverage is no array: it leaves the trace by this list.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +24,7 @@ def attach(
     rngs: nnx.Rngs | None = None,
     strict: bool = True,
     plan: str = "auto",
+    save: str | Callable | None = None,
 ) -> Any:
     """The model with its adapters inside, for trainers and samplers that take a model object.
 
@@ -43,7 +45,7 @@ def attach(
       adapters: of NNX alone: what `init` returned, or trained from it.
       rngs: of NNX alone: draws the masks of the adapters' dropout, if their config has a rate;
         `adapted.eval()` turns it off. Linen: `lora.bind(params, adapters, dropout_key=key)`.
-      strict, plan: as in `adapt`. Methods other than `__call__` may leave leaves unused.
+      strict, plan, save: as in `adapt`. Methods other than `__call__` may leave leaves unused.
 
     Raises:
       LoRAError: adapters of another model; no module; one that is attached already; adapters that
@@ -67,7 +69,7 @@ def attach(
     >>> lora.attach(model).apply({"params": lora.bind(params, adapters)}, x).shape
     (1, 3)
     """
-    options = Options(strict, plan)
+    options = Options(strict, plan, save)
     if options_of(model) is not None:
         raise LoRAError(
             "the model has adapters attached already: model, adapters = lora.detach(adapted), "

@@ -1,11 +1,13 @@
 """What the gradient keeps of the forward pass: `lora.adapt(fn, save=)`."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
-from common import adapted, assert_close
+from common import adapted, assert_close, noisy
+from flax import nnx
 from jax._src.ad_checkpoint import saved_residuals
 
 import lora_jax as lora
@@ -99,6 +101,32 @@ def test_dora_keeps_what_lora_keeps():
     dora = lora.methods.dora(p, ad)
     more = {save: temp(dora, save) - temp(ad, save) for save in (None, "products")}
     assert more["products"] < more[None]
+
+
+@pytest.mark.parametrize("door", ["bind", "attach"])
+def test_of_nnx(door):
+    """The same gradients, and less that is kept; also by the attached model's own methods."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(WIDTH, HIDDEN, rngs=rngs)
+            self.down = nnx.Linear(HIDDEN, WIDTH, rngs=rngs)
+
+        def __call__(self, x):
+            return x + self.down(jax.nn.silu(self.up(jax.nn.silu(x))))
+
+    model, config = Net(nnx.Rngs(0)), lora.LoRAConfig(rank=2, targets="kernel")
+    adapters = noisy(lora.init(jax.random.key(0), model, config))
+
+    def loss(save, x):
+        if door == "attach":
+            return jnp.sum(lora.attach(model, adapters, save=save)(x) ** 2)
+        return jnp.sum(lora.adapt(Net.__call__, save=save)(lora.bind(model, adapters), x) ** 2)
+
+    grads = [jax.grad(functools.partial(loss, save))(X) for save in (None, "products")]
+    assert_close(*grads, factor=64)
+    kept = [len(saved_residuals(functools.partial(loss, save), X)) for save in (None, "products")]
+    assert kept[1] < kept[0]
 
 
 def test_unknown_save():

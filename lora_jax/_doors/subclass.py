@@ -12,6 +12,7 @@ class Options(NamedTuple):
 
     strict: bool
     plan: str
+    save: str | Callable | None
 
 
 def options_of(x: Any) -> Options | None:

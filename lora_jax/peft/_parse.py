@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 
 from lora_jax._core.errors import raise_all
 from lora_jax.peft._config import PeftConfig
-from lora_jax.peft._deltas import FORMS, Misfit, delta
+from lora_jax.peft._deltas import delta
 from lora_jax.peft._experts import is_inside, read_experts
 from lora_jax.peft._file import AdapterFile
+from lora_jax.peft._forms import FORMS, Misfit
 from lora_jax.peft._parts import Delta, NewRows, Parsed, Table, Update, Value, plain_name
 
 PREFIX = "base_model.model."

@@ -12,9 +12,10 @@ import numpy as np
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax.peft._blocks import from_leaf
 from lora_jax.peft._config import PeftConfig
-from lora_jax.peft._deltas import Misfit, low_rank, matrix, needs_base
+from lora_jax.peft._deltas import matrix, needs_base
 from lora_jax.peft._file import AdapterFile, Made
 from lora_jax.peft._find import Finder
+from lora_jax.peft._forms import Misfit
 from lora_jax.peft._mapping import BIASES, Entry
 from lora_jax.peft._parts import Delta, Update, Value
 
@@ -64,6 +65,55 @@ def reduced(
     failures += finder.failures
     raise_all(f"{file.folder}: cannot be used with these parameters:", failures)
     return dataclasses.replace(file, tensors={**file.tensors, **made}), out, shares
+
+
+def low_rank(
+    update: np.ndarray, rank: int | None, energy: float | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The best A (r, in) and B (out, r) of an update (out, in), and the share of ‖ΔW‖² they keep.
+
+    >>> a, b, kept = low_rank(np.diag([3.0, 1.0, 0.0])[:2], 1, None)
+    >>> a.shape, b.shape, kept
+    ((1, 3), (2, 1), 0.9)
+    """
+    try:
+        u, s, v = _svd(update)
+    except np.linalg.LinAlgError as e:
+        raise Misfit(f"its singular values cannot be computed: {e}") from None
+    squares = (s / (s[0] or 1.0)) ** 2
+    share = np.cumsum(squares) / (np.sum(squares) or 1.0)
+    if energy is not None:  # 1 is what float64 holds of it
+        enough = share >= min(energy * share[-1], 1 - 1e-14)
+        rank = int(np.argmax(enough)) + 1 if share[-1] else 1
+    keep = min(rank or 1, len(s))
+    root = np.sqrt(s[:keep])
+    kept = float(share[keep - 1]) if share[-1] else 1.0
+    with np.errstate(over="ignore"):
+        a = (root[:, None] * v[:keep]).astype(np.float32)
+        b = (u[:, :keep] * root).astype(np.float32)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise Misfit("its update is not finite in float32")
+    return a, b, round(kept, 9)
+
+
+def _svd(update: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """LAPACK's; of a large matrix of low rank, as most types make, in the space of its columns.
+
+    A few random combinations of the columns span it, or what they leave is not nothing (Halko,
+    Martinsson and Tropp, arXiv:0909.4061, section 4.1).
+    """
+    norm = np.linalg.norm(update)
+    for width in (64, 256):
+        if width > min(update.shape) // 4:
+            break
+        random = np.random.default_rng(0).standard_normal((update.shape[1], width))
+        q, _ = np.linalg.qr(update @ random)
+        small = q.T @ update
+        if np.linalg.norm(update - q @ small) <= 1e-13 * norm:
+            u, s, v = np.linalg.svd(small, full_matrices=False)
+            return q @ u, s, v
+    u, s, v = np.linalg.svd(update, full_matrices=False)
+    return u, s, v
 
 
 def _weight(entry: Entry, update: Update, values: Mapping[str, Any]) -> np.ndarray:

@@ -145,7 +145,7 @@ def test_the_largest_singular_values_are_kept(rank):
 @pytest.mark.parametrize("rank", [0, 20, 300])
 def test_singular_values_of_large_updates(rank):
     """In the space of their columns where they are few, or of all."""
-    from lora_jax.peft._deltas import low_rank
+    from lora_jax.peft._reduce import low_rank
 
     rng = np.random.default_rng(0)
     update = rng.normal(size=(400, rank)) @ rng.normal(size=(rank, 300))
@@ -200,6 +200,7 @@ def test_rank_or_energy_is_asked_for():
     for kwargs in ({}, {"rank": 2, "energy": 0.9}):
         with fails(r"LOHA adapter .* say of which rank, or which share"):
             opened("loha", **kwargs)
+    assert opened("loha", rank=np.int64(2))[1].kept == opened("loha", rank=2)[1].kept
     with fails("expected an integer >= 1"):
         opened("loha", rank=0)
     with fails("expected a share in"):
@@ -224,7 +225,7 @@ def test_values_of_the_base_are_asked_for(name):
 
 def test_torch_chooses_the_same_frequencies():
     """Fisher and Yates' first places, which torch.randperm(12) gives for these seeds."""
-    from lora_jax.peft._deltas import _randperm
+    from lora_jax.peft._forms import _randperm
 
     assert sorted(_randperm(30, 30, 3)) == list(range(30))
     for first in range(31):
