@@ -170,11 +170,15 @@ class Adapted(Traceable):
         # A base whose gradient is stopped has no tangent, so no gradient of its size is formed.
         frozen = [_frozen(x) if is_weight(x) else x for x in _told_apart(arrays)]
         adapted = [x for x in frozen if isinstance(x, AdaptedWeight)]
-        dropping = [x for x in adapted if x.drops] if self.plan == "merged" else []
+        apart = [x for x in adapted if x.apart] if self.plan == "merged" else []
         # x·(W + s·A·B) has no input of the branch alone that could be dropped.
         raise_all(
             'plan="merged" cannot drop inputs of the low-rank branch:',
-            [f"'{x.origin}' has dropout {x.dropout}" for x in dropping],
+            [
+                f"'{x.origin}' "
+                + (f"has dropout {x.dropout}" if x.drops else "is adapted for some tokens alone")
+                for x in apart
+            ],
             'lora.bind(params, adapters) without a dropout_key, or lora.adapt(fn, plan="auto")',
         )
         interpreter = Interpreter(self.plan, self.policy)

@@ -332,6 +332,37 @@ def test_experts_applied_to_all_tokens_have_one_rule():
     )
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_scale_behind_a_stack_makes_no_experts(axis):
+    """Layers along any axis, also of kernels that are stored (out, in), and norms by einsum."""
+    scale = lambda x, s: jnp.einsum("td,d->td", x, s)
+
+    def layer(x, p):
+        h = jnp.tanh(scale(x, p["pre"]) @ p["wi"])
+        return x + scale(jnp.einsum("tf,df->td", h, p["wo"]), p["post"]), None
+
+    def fn(p, x):
+        layers = {n: jnp.moveaxis(w, min(axis, w.ndim - 1), 0) for n, w in p["layers"].items()}
+        return scale(jax.lax.scan(layer, x, layers)[0], p["norm"]) @ p["head"]
+
+    key = jax.random.key(0)
+    shapes = {"pre": (8,), "wi": (8, 5), "wo": (8, 5), "post": (8,)}
+    stacked = lambda s: (*s[: min(axis, len(s))], 3, *s[axis:])
+    layers = {n: jax.random.normal(key, stacked(s)) / 3 for n, s in shapes.items()}
+    params = {"layers": layers, "norm": jnp.ones(8), "head": jax.random.normal(key, (8, 2))}
+    x = jax.random.normal(key, (4, 8))
+    targets = lora.select(params, lora.LoRAConfig(rank=2), lora.survey(fn, params, x))
+    rest = [d for d in range(3) if d != axis]
+    found = {p: (t.geometry.batch_axes, t.geometry.in_axes) for p, t in targets.lora.items()}
+    assert found == {
+        "layers/wi": ((axis,), (rest[0],)),
+        "layers/wo": ((axis,), (rest[1],)),
+    }
+    adapters = noisy(lora.init(key, params, targets))
+    merged = lora.merge(params, adapters)
+    assert_close(lora.adapt(fn)(lora.bind(params, adapters), x), fn(merged, x), factor=64)
+
+
 INTEGERS = st.sampled_from([int, np.int8, np.int64, np.uint16])
 CONFIGS = st.fixed_dictionaries({
     "rank": st.builds(lambda kind, n: kind(n), INTEGERS, st.integers(1, 4)),

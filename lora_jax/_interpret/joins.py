@@ -18,7 +18,7 @@ from jax import lax
 from lora_jax._core.einsum import cast, times
 from lora_jax._core.geometry import RANK, Factor
 from lora_jax._interpret.moves import GAIN, REPEATED, scaled_along, spread_to
-from lora_jax._interpret.rule import Context, Equation, Rule, read_first
+from lora_jax._interpret.rule import TOKENS, Context, Equation, Rule, read_first
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight, origins
 
 ROWS = "rows that were looked up are activations where they are added"
@@ -54,6 +54,8 @@ def _joined(base: Any, parts: Sequence[Any]) -> Followed | str:
         return labels
     if isinstance(first, Probe):
         return dataclasses.replace(first, base=base, a=None, **labels)
+    if any(w.tokens is not None for w in parts):
+        return TOKENS
     if any(w.gain is not None for w in parts):
         return GAIN
     if _rates_differ(parts):
@@ -168,7 +170,11 @@ def _one_and_the_same(cases: Sequence[Followed]) -> bool:
         f is g or (f.dims == g.dims and f.value is g.value)
         for w in cases
         for f, g in zip(w.parts.values(), first.parts.values())
-    ) and all(getattr(w, "scale", None) == getattr(first, "scale", None) for w in cases)
+    ) and all(
+        getattr(w, "scale", None) == getattr(first, "scale", None)
+        and getattr(w, "tokens", None) is getattr(first, "tokens", None)
+        for w in cases
+    )
 
 
 def _concatenate(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
@@ -209,6 +215,8 @@ def _side_by_side(
         if not all(map(ctx.constant, rest)):
             return DATA
         return [dataclasses.replace(first, base=base, a=None, **labels)]
+    if any(w.tokens is not None for w in weights):
+        return TOKENS
     if _rates_differ(weights):
         return RATES
     gains = [w.gain for w in weights if w.gain is not None]

@@ -8,6 +8,7 @@ own; learned queries meet the weights of their layer alone, and are inputs thems
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ class Flow:
         """`paths`: that of each argument that is a leaf; None of an input."""
         self.reached: set[str] = set()
         self.stacks: set[tuple[str, int]] = set()
-        self._first: dict[str, int] = {}  # axis of a leaf behind those that scans have taken
+        self._taken: dict[str, set[int]] = {}  # axes of a leaf that scans go along
         # Products are numbered in program order: the leaves of each, and those that another reads.
         self._leaves: list[frozenset] = []
         self._read: set[int] = set()
@@ -137,6 +138,8 @@ class Flow:
             if v.data:
                 continue
             self.reached |= {leaf for d in contracting[side] for leaf, _ in v.axes[d]}
+            if not contracting[side]:  # a scale, as of a norm
+                continue
             for d, other in zip(batch[side], batch[1 - side]):
                 # The first axis of this leaf meets an earlier one's, which its product left free:
                 # experts that were all applied to each token, and now their second weights.
@@ -149,7 +152,9 @@ class Flow:
                     }
 
     def _is_first(self, tag: tuple[str, int]) -> bool:
-        return tag[1] == self._first.get(tag[0], 0)
+        """Whether it is a leaf's first axis but for those that scans go along, which may be any."""
+        taken = self._taken.get(tag[0], set())
+        return tag[1] == next(d for d in itertools.count() if d not in taken)
 
     def _loop(self, name: str, p: dict, ins: Sequence[Value]) -> frozenset | None:
         """The products inside of a loop or branch, which reads all that it is given; None of
@@ -172,7 +177,7 @@ class Flow:
             axes = values[i].axes
             taken = len(axes) - len(_none(v))
             for leaf, axis in frozenset().union(*axes[:taken]):
-                self._first[leaf] = max(axis + 1, self._first.get(leaf, 0))
+                self._taken.setdefault(leaf, set()).add(axis)
             values[i] = dataclasses.replace(values[i], axes=axes[taken:])
         # Until nothing changes; each round turns a carried value into data, so it ends.
         while True:

@@ -22,6 +22,8 @@ Function: TypeAlias = Callable[[Context, Equation, Sequence], Sequence | str]
 TOGETHER = "another weight enters it as well"
 INDEX = "it is used as an index"
 
+TOKENS = "it is adapted for some tokens alone"
+
 
 def no_rule(name: str) -> str:
     """Why a primitive without a rule needs the sum W + A·B itself."""

@@ -21,7 +21,7 @@ from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, addable, cast, contract, holding, meeting, plus, times
 from lora_jax._core.geometry import RANK, Factor
 from lora_jax._interpret.observe import observed
-from lora_jax._interpret.rule import Context, Equation, Function, Rule
+from lora_jax._interpret.rule import TOKENS, Context, Equation, Function, Rule
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Probe, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
 from lora_jax._products.frozen import Frozen, product
@@ -216,6 +216,8 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
             "one factor must have all axes of the window and the input features, the other that "
             "of the output features: make the adapters with lora.survey of this function"
         )
+    if w.tokens is not None:
+        return TOKENS
     # A gain along what is summed cannot be applied to the sum.
     if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
         return "DoRA's units are not the output features"
@@ -365,6 +367,8 @@ def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     first, second = (w.a, w.b) if w.a.has(inner) else (w.b, w.a)
     if set(first.dims) != {group, inner, RANK} or set(second.dims) != {group, outer, RANK}:
         return EXPERTS
+    if w.tokens is not None:  # the tokens are in another order here
+        return TOKENS
     if w.gain is not None and {*w.gain.dims} != {group, outer, RANK}:
         return "DoRA's units are not the outputs of each expert"
     ctx.used(w, eqn, ((inner,), (outer,), (group,)))

@@ -174,6 +174,9 @@ class AdaptedWeight(Followed):
         is labelled with, and an axis RANK of size 1; or None.
       rows: of a table some rows of which are trained, what stands in their place, labelled as b;
         a is then one-hot and b the rows' change. What is looked up is this, and no sum.
+      tokens: booleans, for which positions of the input there is an update at all: one for each
+        along the axes of x that the weight lacks; or None, for all. It does not move along with the
+        base, and there is no W + scale·A·B then.
       scale: the constant in front of the update.
       dropout: the rate on the input of the low-rank branch, used only with a seed.
 
@@ -192,6 +195,7 @@ class AdaptedWeight(Followed):
     seed: Factor | None = None
     gain: Factor | None = None
     rows: Factor | None = None
+    tokens: jax.Array | None = None
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
 
@@ -199,6 +203,11 @@ class AdaptedWeight(Followed):
     def drops(self) -> bool:
         """Whether the input of the low-rank branch has dropout."""
         return self.seed is not None and self.dropout > 0
+
+    @property
+    def apart(self) -> bool:
+        """Whether the low-rank branch has another input than the base."""
+        return self.drops or self.tokens is not None
 
     def scaled(self, base: Any, scale: Callable[[jax.Array], jax.Array]) -> AdaptedWeight:
         a = Factor(scale(self.a.value), self.a.dims)  # of A·B one factor is enough
@@ -217,6 +226,12 @@ class AdaptedWeight(Followed):
 
     def delta(self, dtype: Any = jnp.float32, precision: Any = Precision.HIGHEST) -> jax.Array:
         """scale · A·B in the weight's shape, computed in `dtype`."""
+        if self.tokens is not None:
+            raise LoRAError(
+                f"'{self.origin}' is adapted for some tokens alone, by the mask of "
+                "lora.algebra.choose, and that only products of matrices can do: leave it out of "
+                "the adapters, or choose without a mask"
+            )
         # Along axes that neither factor has the update repeats.
         out = tuple(d for d in range(self.ndim) if self.a.has(d) or self.b.has(d))
         a, b = times(cast(self.a.value, dtype), self.scale), cast(self.b.value, dtype)

@@ -17,6 +17,7 @@ from jax.lax import Precision
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, cast, holding, meeting, plus
+from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK, SEED_IMPL, Factor
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._products.group import Group, Member
@@ -104,8 +105,8 @@ def contracted(
     parts = [p.factors(x, xl) for p in products]
     for i, (p, ((_, al), (_, bl))) in enumerate(zip(products, parts)):
         left = tuple(d for d in xl if d in p.out or d in bl)
-        # Not beside others: what has a dropout mask of its own, and A along other axes than x's.
-        alone = i if p.w.drops or not {*al} <= {*xl, RANK} else None
+        # Not beside others: what has a mask of its own, and A along other axes than x's.
+        alone = i if p.w.apart or not {*al} <= {*xl, RANK} else None
         key = (al, left, p.params["precision"], p.whole, p.meeting(x), alone)
         groups.setdefault(key, []).append(i)
     done: dict[int, tuple] = {}
@@ -127,7 +128,7 @@ def _multiplied(
 ) -> list[tuple[jax.Array, Plan]]:
     """The results of one group, and its plan."""
     first = products[0]
-    whole = first.whole and not first.w.drops
+    whole = first.whole and not first.w.apart
     (_, al), _ = parts[0]
     plan = _plan(x, xl, products, parts, mode, whole)
     bases: list[jax.Array] = []
@@ -137,7 +138,7 @@ def _multiplied(
     if not whole:
         # x·W as the model wrote it, and the update of x as floats beside it
         bases = [p.base() for p in products]
-        x = dropout(cast(x, dtype), first.w, first.use)
+        x = for_tokens(dropout(cast(x, dtype), first.w, first.use), xl, first)
     members = tuple(
         Member(
             tuple(p.wl) if whole else (),
@@ -216,6 +217,22 @@ def _keeps_all_bits(p: Product, x: jax.Array) -> bool:
     precision = p.params["precision"]
     full = precision == highest or precision == (highest, highest)
     return wide and (full or compat.platform(x) == "cpu")
+
+
+def for_tokens(x: jax.Array, xl: Labels, p: Product) -> jax.Array:
+    """x where the weight's mask of tokens is true, and zero elsewhere."""
+    if p.w.tokens is None:
+        return x
+    free = [i for i, d in enumerate(xl) if d not in p.wl]
+    sizes, found = tuple(x.shape[i] for i in free), tuple(p.w.tokens.shape)
+    if sizes != found:
+        raise LoRAError(
+            f"'{p.w.origin}' is multiplied by inputs of shape {tuple(x.shape)}, which have {sizes} "
+            f"positions; expected a mask of that shape, found {found}: "
+            "lora.algebra.choose(stacked, index, mask), (tokens,) for each example under jax.vmap"
+        )
+    where = jax.lax.broadcast_in_dim(p.w.tokens, x.shape, free)
+    return jnp.where(where, x, jnp.zeros((), x.dtype))
 
 
 def dropout(x: jax.Array, w: AdaptedWeight, use: int) -> jax.Array:

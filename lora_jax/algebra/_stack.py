@@ -20,6 +20,7 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import COUNT, check_numbers, integer
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.node import is_node
+from lora_jax._nodes.tokens import ForTokens
 from lora_jax.algebra._combine import checked
 from lora_jax.algebra._finite import check_finite
 
@@ -92,19 +93,25 @@ def stack(
     return nest(out)
 
 
-def choose(stacked: Any, index: int | chex.Array) -> Any:
+def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None) -> Any:
     """The adapters under a number, or under an array of them, one for each example; -1 is none.
 
     Args:
       stacked: as from `stack`.
       index: an integer, or (B,) integers, traced ones too: another choice never recompiles. -1 is
         the base; every other number that has no slot, such as -2 or the capacity, gives NaN.
+      mask: booleans, for which tokens the adapters are active, as aLoRA's are from its invocation
+        tokens on; elsewhere the model is the base. (T,), or, for `jax.vmap`, (B, T): one for each
+        position of the inputs of every adapted product, along the axes that its weight lacks. None:
+        for all tokens.
 
     Returns:
       Adapters for `bind`; of an array, with an axis of B in front, for `jax.vmap`.
 
     Raises:
-      LoRAError: an index that is no integer.
+      LoRAError: an index that is no integer, a mask that is not boolean. When the model is called:
+        a mask of another shape than the inputs', a leaf that is used otherwise than in products of
+        matrices.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> def node(x):
@@ -115,7 +122,26 @@ def choose(stacked: Any, index: int | chex.Array) -> Any:
     Array([[[10., 10.]],
            [[ 1.,  1.]],
            [[ 0.,  0.]]], dtype=float32)
+
+    >>> some = lora.algebra.choose(stacked, 1, jnp.array([False, True]))
+    >>> params, fn = {"w": jnp.eye(2)}, lora.adapt(lambda p, x: x @ p["w"])
+    >>> fn(lora.bind(params, some), jnp.ones((2, 2)))
+    Array([[ 1.,  1.],
+           [21., 21.]], dtype=float32)
     """
+    chosen = _chosen(stacked, index)
+    if mask is None:
+        return chosen
+    if jnp.result_type(mask) != jnp.bool_:
+        raise LoRAError(
+            f"mask: expected booleans, found {jnp.result_type(mask)}: "
+            "lora.algebra.choose(stacked, index, mask > 0)"
+        )
+    mask = jnp.asarray(mask)
+    return jax.tree.map(lambda node: ForTokens(node, mask), chosen, is_leaf=is_node)
+
+
+def _chosen(stacked: Any, index: int | chex.Array) -> Any:
     return jax.tree.map(lambda x: jnp.take(x, _at(index, len(x)), axis=0, mode="fill"), stacked)
 
 

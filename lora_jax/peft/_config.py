@@ -35,9 +35,9 @@ REFUSED = {
     "kasa_config": f"KaSA changes the base weights; {MERGE}",
     "monteclora_config": "MonteCLoRA samples its factors: no one update is the adapter's",
     "arrow_config": "Arrow routes between adapters by the input: no one update is the adapter's",
-    "alora_invocation_tokens": "aLoRA is active behind these tokens only, which no one update is: "
-    "run the base up to them, and the adapter on what follows, with the base's cache; for that: "
-    "lora.peft.load(..., ignore=['alora_invocation_tokens']), whose result keeps them",
+    "alora_invocation_tokens": "aLoRA is active from these tokens on only, which no one update is: "
+    "found = lora.peft.load(..., ignore=['alora_invocation_tokens']), then for each batch "
+    "lora.algebra.choose(lora.algebra.stack([found.adapters]), 0, found.active(ids))",
     "layer_replication": f"the layers of the base are replicated; {MERGE}",
 }
 

@@ -6,7 +6,10 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
 
 from lora_jax._core.errors import raise_all
 from lora_jax._core.nnx import state_of
@@ -26,6 +29,9 @@ from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._parse import parse
 from lora_jax.peft._parts import Parsed, Update
 from lora_jax.peft._reduce import reduced
+
+if TYPE_CHECKING:
+    import chex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +80,32 @@ class PeftAdapter:
     def invocation_tokens(self) -> tuple[int, ...] | None:
         found = self.config.get("alora_invocation_tokens")
         return tuple(found) if isinstance(found, list) and found else None
+
+    def active(self, ids: chex.Array) -> chex.Array:
+        """For which tokens an aLoRA is active: from the last place of its invocation tokens on.
+
+        Args:
+          ids: (..., T) tokens, without a cache; of a sequence that has no invocation, none.
+
+        Returns:
+          (..., T) booleans, for `lora.algebra.choose`; all of them true if it is no aLoRA.
+
+        >>> import jax.numpy as jnp, lora_jax as lora
+        >>> found = lora.peft.PeftAdapter({}, {"alora_invocation_tokens": [3, 5]}, None)
+        >>> found.active(jnp.array([[3, 5, 1, 3, 5, 2], [3, 1, 5, 3, 2, 2]])).astype(int)
+        Array([[0, 0, 0, 1, 1, 1],
+               [0, 0, 0, 0, 0, 0]], dtype=int32)
+        """
+        ids, tokens = jnp.asarray(ids), self.invocation_tokens
+        if tokens is None:
+            return jnp.ones(ids.shape, bool)
+        # begins[..., i]: whether the invocation begins at i; it has to end within the sequence.
+        ahead = jnp.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, len(tokens))], constant_values=-1)
+        at = lambda n: jax.lax.slice_in_dim(ahead, n, n + ids.shape[-1], axis=-1)
+        begins = jnp.stack([at(n) == token for n, token in enumerate(tokens)]).all(0)
+        place = jnp.arange(ids.shape[-1])
+        last = jnp.where(begins, place, -1).max(-1, keepdims=True)
+        return (last >= 0) & (place >= last)
 
     @property
     def unknown(self) -> dict[str, Any]:

@@ -328,3 +328,72 @@ def test_what_has_no_slot_is_nan(index, dtype, how):
 def test_an_index_is_an_integer(index):
     with fails("expected integers as an index, found"):
         lora.algebra.choose(lora.algebra.stack(ZOO), index)
+
+
+# For some tokens alone
+
+MASK = jnp.array([[0, 1, 1, 0, 1], [0, 0, 0, 1, 1]] * 3, bool)
+LINEAR = [make(s, targets=("layers", "head"), rank=r) for s, r in ((1, 2), (2, 3))]
+
+
+def by_token(stacked, index, mask, ids):
+    """By a number of each example's own, and a mask of each example's own."""
+    chosen = lambda i, m: lora.bind(PARAMS, lora.algebra.choose(stacked, i, m))
+    return jax.vmap(lambda i, m, ids: APPLY(chosen(i, m), ids))(index, mask, ids)
+
+
+def by_hand(stacked, index, mask, ids):
+    """The update of x alone where the mask is true, at every product."""
+
+    def one(i, mask, ids):
+        ad = lora.algebra.choose(stacked, i)
+        on = lambda x, node, n=...: jnp.where(mask[:, None], x @ node.a[n] @ node.b[n], 0)
+        x = PARAMS["table"][ids]
+        for n in range(LAYERS):
+            x = x + jnp.tanh(x @ PARAMS["layers"][n] + on(x, ad["layers"], n))
+        h = jnp.einsum("td,edf->tef", x, PARAMS["experts"])
+        x = jnp.einsum("tef,te->tf", h, jax.nn.softmax(x[:, :4]))
+        return x @ PARAMS["head"] + on(x, ad["head"]) + PARAMS["bias"]
+
+    return jax.vmap(one)(index, mask, ids)
+
+
+def test_some_tokens_of_each_example():
+    """Scanned layers, a base of others' tokens, no adapter at all; values and gradients."""
+    stacked, index = lora.algebra.stack(LINEAR), jnp.array([1, 0, -1, 0, 1, 0])
+    assert_close(
+        jax.jit(by_token)(stacked, index, MASK, IDS), by_hand(stacked, index, MASK, IDS), factor=64
+    )
+    loss = lambda f: jax.grad(lambda st: jnp.sum(jnp.sin(f(st, index, MASK, IDS))))
+    assert_close(jax.jit(loss(by_token))(stacked), loss(by_hand)(stacked), factor=256)
+    every = jnp.ones_like(MASK)
+    assert_close(by_token(stacked, index, every, IDS), each(stacked, index, IDS), factor=64)
+
+
+def test_a_mask_compiles_nothing_anew():
+    stacked, index = lora.algebra.stack(LINEAR), jnp.array([1, 0, -1, 0, 1, 0])
+    call = jax.jit(chex.assert_max_traces(by_token, 1))
+    call(stacked, index, MASK, IDS), call(stacked, index[::-1], ~MASK, IDS)
+
+
+def test_masks_that_do_not_fit():
+    stacked = lora.algebra.stack(LINEAR)
+    with fails(r"mask: expected booleans, found float32: .*mask > 0"):
+        lora.algebra.choose(stacked, 0, jnp.ones(5))
+    chosen = lora.algebra.choose(stacked, 0, MASK[0])
+    with fails("cannot be merged, which would be for all"):
+        lora.merge(PARAMS, chosen)
+    with fails(r"'layers' is multiplied by .* \(4,\) positions; expected a mask .* found \(5,\)"):
+        APPLY(lora.bind(PARAMS, chosen), IDS[0, :4])
+    with fails("(?s)'head' is adapted for some tokens alone.*'layers' is adapted"):
+        lora.adapt(fn, plan="merged")(lora.bind(PARAMS, chosen), IDS[0])
+    table = lora.algebra.choose(lora.algebra.stack([make(1, targets=("table",))]), 0, MASK[0])
+    for strict in (True, False):
+        with fails("'table' is adapted for some tokens alone"):
+            lora.adapt(fn, strict=strict)(lora.bind(PARAMS, table), IDS[0])
+    full = lora.algebra.stack([make(1, targets=("head",), full="bias")], base=PARAMS)
+    with fails("'bias' is a Full, which changes more than an update"):
+        lora.bind(PARAMS, lora.algebra.choose(full, 0, MASK[0]))
+    both = lambda p, x: x @ jnp.concatenate([p["layers"][0], p["layers"][1]], 1)
+    with fails("adapted for some tokens alone"):
+        lora.adapt(both)(lora.bind(PARAMS, {"layers": chosen["layers"]}), jnp.ones((5, D)))

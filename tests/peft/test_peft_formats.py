@@ -317,36 +317,26 @@ def test_a_format_that_is_not_the_files():
 # aLoRA
 
 
-class Masked:
-    """A kernel to which an update is added for some tokens alone."""
-
-    def __init__(self, kernel, update, mask):
-        self.kernel, self.update, self.mask = kernel, update, mask
-
-    def __rmatmul__(self, x):
-        return x @ self.kernel + self.mask[..., None] * (x @ self.update)
-
-
 def test_an_alora_is_active_from_its_invocation_on(tmp_path):
-    """The factors and tokens that are read give PEFT's logits; both are saved again."""
+    """By the mask of `choose`, of a batch and of each example, PEFT's logits; tokens are kept."""
     folder = FOLDER / "alora"
     io = g.tensors(folder / "io.safetensors")
     params = tree("alora", g.tensors(folder / "base.safetensors"))
-    with fails("run the base up to them, and the adapter on what follows"):
+    with fails(r"found.active\(ids\)"):
         lora.peft.load(folder, params)
     found = lora.peft.load(folder, params, ignore=["alora_invocation_tokens"])
     assert found.invocation_tokens == (3, 5) and "aLoRA" in str(found)
-    p = jax.tree.map(lambda x: x, params)
     ids = io["in_x"].astype(np.int32)
-    start = np.array([max(i for i in range(5) if tuple(row[i : i + 2]) == (3, 5)) for row in ids])
-    mask = jnp.asarray(np.arange(ids.shape[1]) >= start[:, None], jnp.float32)
+    stacked, apply = lora.algebra.stack([found.adapters]), lora.adapt(g.llama)
+
+    def logits(ids):
+        chosen = lora.algebra.choose(stacked, 0, found.active(ids))
+        return apply(lora.bind(params, chosen), ids)
+
+    one = lambda ids: logits(ids[None])[0]
+    for call in (jax.jit(logits), jax.jit(jax.vmap(one))):
+        np.testing.assert_allclose(call(ids), io["y"], atol=4e-6 * np.abs(io["y"]).max())
     merged = lora.merge(params, found.adapters)
-    for name in ("q_proj", "v_proj"):
-        kernel = p["model"]["layers"]["0"]["self_attn"][name]["kernel"]
-        update = merged["model"]["layers"]["0"]["self_attn"][name]["kernel"] - kernel
-        p["model"]["layers"]["0"]["self_attn"][name] = {"kernel": Masked(kernel, update, mask)}
-    y = jax.jit(lambda ids: g.llama(p, ids))(ids)
-    np.testing.assert_allclose(y, io["y"], atol=4e-6 * np.abs(io["y"]).max())
     assert np.abs(jax.jit(g.llama)(merged, ids) - io["y"]).max() > 1e-3
     lora.peft.save(tmp_path, found.adapters, found.mapping)
     assert json.loads((tmp_path / "adapter_config.json").read_text())[
