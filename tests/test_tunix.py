@@ -80,7 +80,7 @@ def trained(adapted, data, steps, folder=None):
         checkpoint_root_directory=folder,
         checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=1),
     )
-    trainer, hook = PeftTrainer(adapted, optax.adamw(1e-2), config), Losses()
+    trainer, hook = PeftTrainer(adapted, optax.adamw(1e-2, eps=1e-3), config), Losses()
     trainer.with_gen_model_input_fn(inputs).with_training_hooks(hook)
     trainer.train(data)
     return hook.losses
@@ -93,7 +93,7 @@ def test_trainer_equals_our_loop_and_resumes(tmp_path):
     adapted = lora.attach(model, adapters)
     got = trained(adapted, data, 6)
 
-    loss_of, tx = lora.adapt(_default_loss_fn), optax.adamw(1e-2)
+    loss_of, tx = lora.adapt(_default_loss_fn), optax.adamw(1e-2, eps=1e-3)
 
     @jax.jit
     def step(adapters, state, batch):
@@ -107,13 +107,13 @@ def test_trainer_equals_our_loop_and_resumes(tmp_path):
         ours, state, loss = step(ours, state, batch)
         want.append(float(loss))
     assert_close(got, want)
-    assert_close(lora.detach(adapted)[1], ours, factor=1024)  # Adam divides by small numbers
+    assert_close(lora.detach(adapted)[1], ours, factor=64)
 
     parts = trained(lora.attach(model, adapters), data, 3, tmp_path)
     resumed = lora.attach(model, adapters)
     parts += trained(resumed, data, 6, tmp_path)
     assert_close(parts, got)
-    assert_close(lora.detach(resumed)[1], lora.detach(adapted)[1], factor=1024)
+    assert_close(lora.detach(resumed)[1], lora.detach(adapted)[1], factor=64)
 
 
 def test_sampler_generates_what_merged_weights_generate():
