@@ -27,6 +27,7 @@ def test_adapters_from_everywhere():
     assert_page("docs/adapters.md")
 
 
+@pytest.mark.long
 def test_a_base_from_hugging_face():
     assert_page("docs/bases.md")
 

@@ -48,6 +48,7 @@ def promotes():
         yield
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("promotes")
 @pytest.mark.filterwarnings("ignore")
 def test_bert_is_that_of_transformers():
@@ -150,6 +151,7 @@ def test_llama_samples_through_a_cache_as_it_is_trained():
     np.testing.assert_array_equal(cold, greedy[:, 3:])
 
 
+@pytest.mark.long
 def test_convnet_surveys_every_kernel():
     model, x = ConvNet(), jnp.zeros((2, 8, 8, 1))
     variables = model.init(jax.random.key(0), x)
@@ -281,6 +283,7 @@ def server():
     server.server_close()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("promotes")
 def test_a_server_swaps_versions(server, tmp_path, capsys, monkeypatch):
     """One version is served at any time after the first; what the server has is what was trained."""

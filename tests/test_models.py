@@ -124,6 +124,7 @@ def test_hugging_face(name):
     check(lambda p, x: model(x, params=p)[0], params, inputs, expect=expect)
 
 
+@pytest.mark.long
 @hugging_face
 def test_gpt2_conv1d_is_stored_out_by_in():
     model, params = from_config("FlaxGPT2LMHeadModel")

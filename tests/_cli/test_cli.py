@@ -362,6 +362,7 @@ def test_two_halves_are_the_whole(name, tmp_path, monkeypatch):
         np.testing.assert_allclose(run_fn(make(name), x), want, atol=4 * tol, rtol=0)
 
 
+@pytest.mark.long
 def test_combine(tmp_path):
     one, two = pair("m.q", 6, 4), pair("m.q", 6, 4, seed=1) | pair("m.v", 6, 5, seed=2)
     a = written(tmp_path / "a", one, task_type="CAUSAL_LM", base_model_name_or_path="base")
@@ -546,6 +547,7 @@ def test_experts_that_are_unclear(tmp_path):
 # diff
 
 
+@pytest.mark.long
 def test_diff_exits_as_diff_does(tmp_path):
     same, other = g.folder("net_lora"), g.folder("net_bias_all")
     assert "equal: 4 parameters" in run("diff", other, other)

@@ -76,6 +76,7 @@ def test_codes_round_trip_exactly(name):
         np.testing.assert_array_equal(unpack(pack(codes)), codes)
 
 
+@pytest.mark.long
 def test_equal_to_bitsandbytes():
     """Codes, constants and values of bitsandbytes 0.50.2 on a CPU, to the bit; its map of 8 bits."""
     golden = np.load(__file__.replace("_quantized/test_quantized.py", "data/bitsandbytes_nf4.npz"))
@@ -214,6 +215,7 @@ def test_nothing_dequantised_is_kept():
     assert abs(bits - 4.127) < 0.01
 
 
+@pytest.mark.long
 def test_a_scan_reads_one_layer():
     """No array of the stack's shape in the compiled program, but codes."""
     stack = jax.random.normal(KEY, (8, 128, 128)) / 16

@@ -69,6 +69,7 @@ def test_combine_is_a_sum_of_updates():
     assert np.linalg.norm(updates({"w": wrong})["w"] - right) > 0.5 * np.linalg.norm(right)
 
 
+@pytest.mark.long
 def test_scaled():
     one = make(1)
     assert_updates(lora.algebra.scaled(one, -1.0), {p: -d for p, d in updates(one).items()})
@@ -136,6 +137,7 @@ def test_a_mixture_is_learned():
         np.testing.assert_allclose(got, want, atol=1e-3)
 
 
+@pytest.mark.long
 def test_combine_what_is_trained_in_full():
     """There the update is the difference from the base; rows that one of them has alone stay."""
     config = lora.LoRAConfig(
@@ -202,6 +204,7 @@ def test_extract():
     )
 
 
+@pytest.mark.long
 def test_extract_also_what_is_trained_in_full():
     config = dataclasses.replace(CONFIG, full="dense/bias", rows={"table": [2]})
     one = make(1, config)
@@ -250,6 +253,7 @@ def test_compare():
     assert "dense/kernel" in str(some) and "1" in str(some)
 
 
+@pytest.mark.long
 def test_compare_only_directions_that_exist():
     """A zero update has none, one of cancelling factors either; of a stack, each weight has its
     own; angles are those of the space, whatever the rank of the factors."""

@@ -80,6 +80,7 @@ def test_equals_the_dense_change(name):
     assert_learned(*pair(*GEOMETRIES[name]))
 
 
+@pytest.mark.long
 @examples(6)
 @given(st.permutations(range(4)), st.integers(0, 2), st.integers(1, 4), st.data())
 def test_equals_the_dense_change_of_any_geometry(order, batch, rank, data):
@@ -175,6 +176,7 @@ def test_without_the_base():
         assert "not known without the base's values: dense/bias, table" in str(found)
 
 
+@pytest.mark.long
 def test_of_boxes_and_modules():
     class Net(nn.Module):
         @nn.compact
@@ -408,6 +410,7 @@ def test_through_treescope():
     assert "data:image/png;base64" in html  # it shows the figure beside the value
 
 
+@pytest.mark.long
 def test_a_quantised_base():
     """Beside what is read of it."""
     params = {"w": jax.random.normal(jax.random.key(0), (8, 64)), "t": jnp.ones((8, 64)) / 3}

@@ -151,6 +151,7 @@ def test_ties(dtype, per_weight):
     assert_updates(pruned, add(vectors))
 
 
+@pytest.mark.long
 def test_trim_is_of_the_whole_vector_or_of_each_weight():
     """A leaf of large elements takes the whole share, unless each weight has its own."""
     one = make(1)
@@ -371,6 +372,7 @@ def test_knots(density, per_weight):
     np.testing.assert_allclose(b @ b.mT, np.tile(np.eye(8), (3, 1, 1)), atol=1e-5)
 
 
+@pytest.mark.long
 def test_knots_drops():
     """What an adapter has in the shared directions; the mean over keys is the sum of updates."""
     two = [{"dense": {"kernel": make(i)["dense"]["kernel"]}} for i in (1, 2)]
@@ -510,6 +512,7 @@ def test_errors(call, match):
         call()
 
 
+@pytest.mark.long
 def test_more_elements_than_int32_counts(monkeypatch):
     """A leaf is counted in parts, each of which fits, whatever its elements: all may be zeros."""
     found = jax.eval_shape(

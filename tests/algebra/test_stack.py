@@ -97,6 +97,7 @@ def test_each_example_gets_its_own():
         assert np.isnan(jax.jit(gathered)(stacked, jnp.array([none] * 6), IDS)).all()
 
 
+@pytest.mark.long
 def test_gradients_of_a_stack():
     """Gradients of the stack and of the input, as by the plain function on each example's merged weights."""
     zoo = ZOO[:2]
@@ -171,6 +172,7 @@ def test_the_base_is_multiplied_once():
     assert cost["flops"] <= 1.1 * (base + factors)
 
 
+@pytest.mark.long
 def test_sharded():
     """Factors and base over a mesh, as on one device."""
     mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(AxisType.Auto,) * 2)
@@ -198,6 +200,7 @@ def test_sharded():
     )
 
 
+@pytest.mark.long
 def test_decoding_with_a_cache():
     """One token at a time, each sequence with its adapter and its own keys and values."""
     params = {
@@ -299,6 +302,7 @@ def test_many_trained_at_once():
     assert values[-1, -1] < values[-1, 0]
 
 
+@pytest.mark.long
 @examples(30)
 @given(
     index=st.integers(-300, 300),

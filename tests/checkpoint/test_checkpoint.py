@@ -91,6 +91,7 @@ def assert_same(got, want):
 # ---------------------------------------------------------------- saved = restored
 
 
+@pytest.mark.long
 def test_round_trip(tmp_path):
     adapters, opt = trained()
     state = {"opt": opt, "key": jax.random.key(3, impl="rbg"), "old": jax.random.PRNGKey(4), "epoch": 7,
@@ -285,6 +286,7 @@ def test_grow(tmp_path, placed):
         TX.update(grads, got.state)
 
 
+@pytest.mark.long
 def test_grow_an_embedding(tmp_path):
     """There it is B that is drawn, and A that is zero."""
     params = {"table": jnp.ones((10, 8))}
@@ -364,6 +366,7 @@ def test_grow_with_ranks_of_their_own(tmp_path):
 # ---------------------------------------------------------------- trees of other kinds
 
 
+@pytest.mark.long
 def test_an_nnx_model_with_random_state(tmp_path):
     """Keys, counters and statistics change with each call, and are no part of what a base is."""
 
@@ -429,6 +432,7 @@ def test_wide_arrays_of_the_host():
     assert checksums({"x": np.zeros((0, 3))}) == {"x": "0" * 16}
 
 
+@pytest.mark.long
 def test_a_state_of_shapes_goes_beside_the_adapters(tmp_path):
     adapters, opt = trained()
     saved(tmp_path, adapters, state=opt)

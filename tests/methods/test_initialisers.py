@@ -256,6 +256,7 @@ def flat(tree):
     return flatten(tree, is_leaf=is_node)
 
 
+@pytest.mark.long
 def test_lora_ga_takes_either_gradient():
     """And passes make a random start exact, where rank + 10 is not all there is."""
     u, v = (np.linalg.qr(np.asarray(normal(i, 40, 30)))[0] for i in (1, 2))
@@ -435,6 +436,7 @@ def test_what_no_output_depends_on_is_refused():
 
 
 # ---------------------------------------------------------------- EVA
+@pytest.mark.long
 def test_eva_has_the_singular_vectors_of_all_rows(batches):
     zero = lora.init(jax.random.key(0), LEAVES, TARGETS)
     adapters = jax.jit(lambda m: lora.methods.eva(zero, m, rho=1.0))(summed(batches))
@@ -509,6 +511,7 @@ def test_corda_looks_at_directions_alone():
 
 
 # ---------------------------------------------------------------- models
+@pytest.mark.long
 def test_a_model_begins_as_it_was():
     apply, params, _ = transformer(True)
     config = lora.LoRAConfig(rank=2, targets=["all-linear", "embedding"], full="bias")

@@ -53,6 +53,7 @@ def reference(gradients, rank, gap, scale, b1=0.9, b2=0.999, eps=1e-8):
 GRADIENTS = [{"wide": normal(i, 12, 20), "tall": normal(9 + i, 20, 12)} for i in range(5)]
 
 
+@pytest.mark.long
 def test_five_steps():
     """A wide and a tall matrix, with new subspaces at steps 0, 2 and 4; moments are kept."""
     tx = lora.optim.scale_by_galore(rank=3, update_proj_gap=2, scale=0.25)
@@ -240,6 +241,7 @@ def test_no_gradient():
     assert all(np.all(np.isfinite(x)) and np.any(x) for x in moved.values())
 
 
+@pytest.mark.long
 def test_bf16_and_masks():
     params = {"w": normal(0, 8, 12).astype(jnp.bfloat16), "table": normal(1, 8, 8)}
     tx = optax.partition(

@@ -151,6 +151,7 @@ def test_adam_invariance(p, q):
     assert_close(trajectory(p, q), reference)
 
 
+@pytest.mark.long
 def test_train_state_and_accumulation():
     """Gradients of micro-batches add up to the batch's, as adapter-sized trees."""
     adapters = noisy(make())

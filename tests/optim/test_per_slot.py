@@ -184,6 +184,7 @@ def test_other_optimisers(tx):
     chex.assert_trees_all_close((got, got_state), (adapters, own), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_nothing_is_changed_by_what_does_not_fit():
     stacked, state = start()
     join = functools.partial(lora.optim.join, TX, stacked, state)

@@ -77,6 +77,7 @@ def test_the_bytes_of_arrays():
     assert lines[-2].split() == ["all", *2 * [f"{found.total / 1e6:,.2f}"]]
 
 
+@pytest.mark.long
 def test_of_one_device():
     """As the shards that device 0 holds, and as XLA says of the arguments of a step."""
     base, adapters = small()

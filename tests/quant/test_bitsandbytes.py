@@ -32,6 +32,7 @@ GOLDEN = load_file(
 STATE = ".quant_state.bitsandbytes__nf4"
 
 
+@pytest.mark.long
 def test_values_are_those_of_bitsandbytes_to_the_bit():
     plain = lora.quant.bitsandbytes_weight(GOLDEN, "plain.weight")
     assert plain.dtype == jnp.bfloat16 and plain.shape == (3, 128)
