@@ -21,6 +21,11 @@ from lora_jax.peft._parts import NewRows, Table, Update, Value
 Piece = tuple[Entry, int, Any]
 
 
+def _has_values(x: Any) -> bool:
+    """Whether a leaf is an array: neither abstract nor in codes."""
+    return isinstance(x, jax.Array | np.ndarray)
+
+
 class Build:
     """Puts together what falls on one leaf."""
 
@@ -69,15 +74,12 @@ class Build:
         """PEFT trains the rows of a tied head with the table's, and stores the table's alone; here
         a head that is a copy of the table would keep its own."""
         table, copies = self.params[path], []
-        if self.leaves[path].tied or isinstance(table, jax.ShapeDtypeStruct):
+        if self.leaves[path].tied or not _has_values(table):
             return True
         for other, x in self.params.items():
-            if other == path or other in self.on or isinstance(x, jax.ShapeDtypeStruct):
+            if other == path or other in self.on or not _has_values(x):
                 continue
-            turned = getattr(x, "shape", ()) == table.shape[::-1]
-            if turned and np.array_equal(np.asarray(x).T, table):
-                copies.append(other)
-            elif getattr(x, "shape", ()) == table.shape and np.array_equal(x, table):
+            if np.array_equal(x, table) or (x.ndim == 2 and np.array_equal(x.T, table)):
                 copies.append(other)
         for other in copies:
             self.failures.append(
@@ -170,11 +172,14 @@ class Build:
         for entry, _, u in others:
             same = u.scale == first.scale and u.rank == first.rank
             if not same or not all(map(np.array_equal, u.arrays(self.file), want)):
-                self.failures.append(
-                    f"'{path}' is the embedding and the head, which the file changes differently: "
-                    f"'{pieces[0][0].name}' and '{entry.name}'; untie them in the model"
-                )
+                self._differ(path, pieces[0][0], entry)
         return pieces[:1]
+
+    def _differ(self, path: str, one: Entry, two: Entry) -> None:
+        self.failures.append(
+            f"'{path}' is the embedding and the head, which the file changes differently: "
+            f"'{one.name}' and '{two.name}'; untie them in the model"
+        )
 
     def _full(self, path: str, pieces: Sequence[Piece]) -> Full:
         leaf = self.leaves[path]
@@ -190,10 +195,7 @@ class Build:
             at = entry.blocks[i].slices
             value = to_leaf(self._value(entry, v), entry.layout, entry.blocks)[i]
             if n and leaf.tied and not np.array_equal(out[at], value):
-                self.failures.append(
-                    f"'{path}' is the embedding and the head, which the file changes differently: "
-                    f"'{pieces[0][0].name}' and '{entry.name}'; untie them in the model"
-                )
+                self._differ(path, pieces[0][0], entry)
             out[at] = value
         return Full(self._cast(out))
 
@@ -209,7 +211,7 @@ class Build:
         return np.concatenate(base).astype(np.float32) + add
 
     def _base(self, path: str) -> np.ndarray:
-        if isinstance(self.params[path], jax.ShapeDtypeStruct):
+        if not _has_values(self.params[path]):
             raise LoRAError(
                 f"{self.file.folder}: '{path}': the file changes a part of it; pass its values in "
                 "`params`"

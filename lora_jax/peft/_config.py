@@ -97,6 +97,9 @@ MAX_PARTS = 64  # of a name, where all that is inside it is looked up
 MAX_TABLES = 1000  # of which rows are trained
 
 
+MAX_INVOCATION = 1000  # tokens of an aLoRA
+
+
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
@@ -215,6 +218,7 @@ def peft_config(
         raise_all(f"{where}: not a configuration that can be loaded:", check.failures)
     adalora = kind == "ADALORA"
     check.supported(ignore)
+    check.invocation()
     r = check.rank("init_r" if adalora and raw.get("init_r") is not None else "r", kind == "OFT")
     own, feedforward = check.own(kind)
     config = PeftConfig(
@@ -273,6 +277,10 @@ def _is_rank(x: Any) -> bool:
     return type(x) is int and 1 <= x < 1 << 24
 
 
+def _is_places(x: Any) -> bool:
+    return isinstance(x, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in x)
+
+
 def _is_number(x: Any) -> bool:
     return type(x) in (int, float) and abs(x) < 1e12
 
@@ -298,7 +306,7 @@ class _Checks:
             )
         if passed := ", ".join(quoted(k) for k in (*new,)[:20] if k not in on):
             warnings.warn(
-                f"passed over: {passed}; PEFT 0.17 to 0.21 has no such settings", stacklevel=5
+                f"passed over: {passed}; PEFT 0.17 to 0.21 has no such settings", stacklevel=4
             )
         init = self.raw.get("init_lora_weights")
         if (
@@ -413,12 +421,16 @@ class _Checks:
         found = {"": found} if isinstance(found, list) else found
         if isinstance(found, dict) and len(found) > MAX_TABLES:
             return self.wrong(name, f"at most {MAX_TABLES} tables", None)
-        if not isinstance(found, dict) or not all(
-            isinstance(v, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in v)
-            for v in found.values()
-        ):
+        if not isinstance(found, dict) or not all(map(_is_places, found.values())):
             return self.wrong(name, "a list of row numbers, or a map of such lists", None)
         return {k: tuple(v) for k, v in found.items()}
+
+    def invocation(self) -> None:
+        """An aLoRA's tokens, which `PeftAdapter.active` compares with those of a batch."""
+        name = "alora_invocation_tokens"
+        found = self.raw.get(name)
+        if found is not None and not (_is_places(found) and len(found) <= MAX_INVOCATION):
+            self.wrong(name, f"at most {MAX_INVOCATION} token numbers", None)
 
     def version(self) -> tuple[int, ...] | None:
         found = self.value("peft_version", str, None)

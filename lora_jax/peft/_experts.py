@@ -19,7 +19,7 @@ from lora_jax.peft._parts import Experts, Update, plain_name
 MAX_WAYS = 8  # that are counted
 
 
-MAX_PAIRS = 32  # in a module
+MAX_PAIRS = 8  # in a module: so many can be in 8! orders
 
 
 # One assignment: (parameter, what `fit` gave for it) of each pair, outermost first.
@@ -103,20 +103,23 @@ def ways(
     """
     at = {name: i for i, name in enumerate(order or ())}
 
-    def rest(pairs: Sequence[Mapping[str, Update]], used: tuple[str, ...]) -> Iterable[Way]:
-        if not pairs:
+    # Each pair is tried on each parameter once, not once for each order of those before it.
+    fits = [
+        {p: place for p, update in pair.items() if (place := fit(p, update)) is not None}
+        for pair in group.pairs
+    ]
+
+    def rest(fits: Sequence[Mapping[str, Any]], used: tuple[str, ...]) -> Iterable[Way]:
+        if not fits:
             yield []
             return
         last = min((at[p] for p in used if p in at), default=len(at))
-        for parameter, update in pairs[0].items():
-            if parameter in used or at.get(parameter, -1) >= last:
-                continue
-            place = fit(parameter, update)
-            if place is not None:
-                for way in rest(pairs[1:], (*used, parameter)):
+        for parameter, place in fits[0].items():
+            if parameter not in used and at.get(parameter, -1) < last:
+                for way in rest(fits[1:], (*used, parameter)):
                     yield [(parameter, place), *way]
 
-    return list(itertools.islice(rest(group.pairs, ()), MAX_WAYS))
+    return list(itertools.islice(rest(fits, ()), MAX_WAYS))
 
 
 def on_leaves(

@@ -18,7 +18,7 @@ import shutil
 import socket
 import stat
 import zlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +170,10 @@ def open_adapter(
         doubled, deep or malformed JSON, or lies about its tensors.
     """
     folder = as_path(folder)
-    try:
-        config = read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
+    with reading(folder):
         if not (folder / TENSORS).exists():
             raise LoRAError(f"{folder}: no {TENSORS}, {_instead(folder)}")
-    except OSError as e:
-        raise LoRAError(f"{folder}: cannot be read: {e}") from e
     tensors, _ = read_tensors(folder / TENSORS, max_bytes, rename)
     return AdapterFile(folder, config, tensors, folder / TENSORS)
 
@@ -186,14 +184,33 @@ def as_path(folder: Any) -> Path:
     return Path(folder)
 
 
+def as_names(names: Any, argument: str, example: str) -> tuple[str, ...] | None:
+    """A list of texts that a caller gives, or None; a text alone would be read by its letters."""
+    if names is None:
+        return None
+    found = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else (names,)
+    if isinstance(names, str) or not all(isinstance(x, str) for x in found):
+        raise LoRAError(f"{argument}={names!r}: expected {example}")
+    return found
+
+
+def as_float(dtype: Any) -> np.dtype:
+    """A floating-point type that a caller asks for."""
+    try:
+        kind = np.dtype(dtype)
+    except TypeError:
+        kind = np.dtype(object)
+    if not jnp.issubdtype(kind, jnp.floating):
+        raise LoRAError(f"dtype={dtype!r}: expected a floating-point type: dtype='bfloat16'")
+    return kind
+
+
 def read_tensors(
     path: Path, max_bytes: int | None = None, rename: Mapping[str, str] | None = None
 ) -> tuple[Mapping[str, Stored], Mapping[str, Any]]:
     """({name: where it lies}, the file's metadata), checked as in `open_adapter`."""
-    try:
+    with reading(path):
         stored, metadata = _tensors(path)
-    except OSError as e:
-        raise LoRAError(f"{path}: cannot be read: {e}") from e
     tensors = renamed(stored, rename or {}, path)
     total = sum(t.nbytes for t in tensors.values())
     if max_bytes is not None and total > max_bytes:
@@ -276,26 +293,25 @@ def parse_json(data: bytes, where: object) -> dict:
     raise LoRAError(f"{where}: it is nested too deeply")
 
 
-def read_json(path: Path, most: int = MAX_HEADER) -> dict:
-    """The JSON object of a file of at most so many bytes."""
+def read_json(path: Path, most: int = MAX_HEADER, keys: int = MAX_HEADER) -> dict:
+    """The JSON object of a file of at most so many bytes and keys."""
     with opened(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise LoRAError(f"{path}: larger than {most:,} bytes; nothing of its kind is")
+    if (n := data.count(b":")) > keys:
+        raise LoRAError(f"{path}: {n:,} keys, expected at most {keys:,}")
     return parse_json(data, path)
 
 
 def opened(path: str | os.PathLike) -> io.BufferedReader:
     """The file, if it is one: not a folder, pipe or device, also behind a link (the hub's cache
     consists of links, so a link as such is fine)."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its writer
+    with reading(path):
+        # To open a pipe would wait for its writer.
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise LoRAError(f"{path}: not a regular file")
         return open(path, "rb")
-    except LoRAError:
-        raise
-    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
-        raise LoRAError(f"{path}: cannot be read: {e}") from e
 
 
 @contextlib.contextmanager
@@ -310,6 +326,18 @@ def checked(path: str | os.PathLike) -> Generator[Any, None, None]:
     except (SafetensorError, OSError, ValueError) as e:
         text = ascii(str(e))[1:201]  # it may quote the file
         raise LoRAError(f"{path}: expected a safetensors file: {text}") from e
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike) -> Generator[None, None, None]:
+    """A right that lacks, or a name that is too long, is an error that names the path."""
+    try:
+        yield
+    except LoRAError:
+        raise
+    # ValueError: a NUL in the name.
+    except (OSError, ValueError) as e:
+        raise LoRAError(f"{path}: cannot be read: {e}") from e
 
 
 @contextlib.contextmanager
@@ -357,20 +385,15 @@ def remove(path: Path) -> None:
 def read_config(path: Path) -> dict:
     """adapter_config.json, of a size that a configuration has."""
     folder = path.parent
-    if not path.is_file():
-        found = f"no {CONFIG} there" if folder.is_dir() else "there is no such folder"
-        found = "it is no folder" if folder.exists() and not folder.is_dir() else found
-        raise LoRAError(
-            f"{folder}: {found}; expected the folder that PEFT's save_pretrained "
-            f"wrote, with {CONFIG} and {TENSORS} (an adapter with a name is in a subfolder)"
-        )
-    with opened(path) as file:
-        data = file.read(MAX_CONFIG + 1)
-    if len(data) > MAX_CONFIG:
-        raise LoRAError(f"{path}: larger than {MAX_CONFIG:,} bytes; no configuration is")
-    if (n := data.count(b":")) > MAX_KEYS:
-        raise LoRAError(f"{path}: {n:,} keys, expected at most {MAX_KEYS:,}")
-    return parse_json(data, path)
+    with reading(folder):
+        if not path.is_file():
+            found = f"no {CONFIG} there" if folder.is_dir() else "there is no such folder"
+            found = "it is no folder" if folder.exists() and not folder.is_dir() else found
+            raise LoRAError(
+                f"{folder}: {found}; expected the folder that PEFT's save_pretrained "
+                f"wrote, with {CONFIG} and {TENSORS} (an adapter with a name is in a subfolder)"
+            )
+    return read_json(path, MAX_CONFIG, MAX_KEYS)
 
 
 def _tensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 from lora_jax._core.errors import SHOWN, LoRAError, raise_all
 from lora_jax._core.paths import nearest
 from lora_jax.peft._blocks import Block, LeafInfo, block, layouts
+from lora_jax.peft._config import MERGE
 from lora_jax.peft._mapping import BIASES, Entry
 from lora_jax.peft._parts import NewRows, Update
 
@@ -227,6 +228,8 @@ class Finder:
     ) -> tuple[Block, ...] | None:
         """The only blocks that fit; anything else is a failure that lists the candidates."""
         groups, tried = self._candidates(name), []
+        if not groups:
+            return None
         for candidates in groups:
             fit = [c for c in candidates if problem(c) is None]
             if len(fit) == 1:
@@ -253,15 +256,15 @@ class Finder:
         return None
 
     def _candidates(self, name: str) -> list[list[tuple[Block, ...]]]:
-        """Lists of blocks, the better kind of match first."""
+        """Lists of blocks, the better kind of match first; none if the table is wrong about it."""
         exact, ends = [], []
         self.near, self.far = [], []
         if self.given is not None:
-            before, found = len(self.failures), self._given(name)
+            found = self._given(name)
             if found is None and name.endswith(".bias"):
                 found = self._bias(name)
-            if found or len(self.failures) > before:
-                return [[found]] if found else [[]]
+            if found is not None:
+                return [[found]] if found else []
         module, _, last = name.rpartition(".")
         parts = re.split(
             r"[._]" if self.flat else r"\.", module if last in ("weight", "bias") else name
@@ -298,13 +301,15 @@ class Finder:
                 yield first, path
 
     def _given(self, name: str) -> tuple[Block, ...] | None:
-        """What the table says of a parameter."""
+        """What the table says of a parameter: nothing is None, and () a failure."""
         try:
             found = looked_up(self.given or {}, name)
             return None if found is None else tuple(block(t, self.leaves) for t in found)
         except LoRAError as e:
-            self.failures.append(f"'{name}': {e}")
-            return None
+            # Once: experts are looked up for each way to assign them.
+            if (text := f"'{name}': {e}") not in self.failures:
+                self.failures.append(text)
+            return ()
 
     def _bias(self, name: str) -> tuple[Block, ...] | None:
         """The bias beside the kernel that the table gives for this module."""
@@ -340,8 +345,10 @@ def looked_up(table: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
             hit = next((h for n in names if (h := re.fullmatch(key, n))), None)
             if hit:
                 texts = (value,) if isinstance(value, str) else tuple(value)
-                groups = [hit[0], *(x or "" for x in hit.groups())]
-                found[tuple(t.format(*groups, **hit.groupdict()) for t in texts)] = key
+                if not texts:
+                    raise ValueError("no leaf")
+                groups = hit[0], *hit.groups("")
+                found[tuple(t.format(*groups, **hit.groupdict("")) for t in texts)] = key
         except (re.error, IndexError, KeyError, ValueError, TypeError, AttributeError) as e:
             raise LoRAError(
                 f"mapping: {key!r}: {value!r} is not a regular expression and a leaf, or list "
@@ -391,10 +398,7 @@ def _no_stack(leaf: LeafInfo, i: int) -> str:
 def _update_problem(update: Update, blocks: Sequence[Block]) -> str | None:
     for b in blocks:
         if b.leaf.geometry is None and b.leaf.kind != "?":
-            return (
-                f"{b.leaf.shape}, used by no product: the survey gives it no axes; merge the "
-                "adapter in PEFT (merge_and_unload) and load the merged weights"
-            )
+            return f"{b.leaf.shape}, used by no product: the survey gives it no axes; {MERGE}"
         if b.leaf.geometry is None and len(b.leaf.shape) > 2:
             one = next((i for i in b.index if isinstance(i, int)), None)
             return _unknown(b.leaf) if one is None else _no_stack(b.leaf, one)

@@ -26,6 +26,7 @@ from lora_jax.peft._file import (
     parse_json,
     read_config,
     read_tensors,
+    reading,
 )
 from lora_jax.peft._parse import PREFIX
 
@@ -120,10 +121,8 @@ def open_any(
 
 
 def _is(path: Path) -> bool:
-    try:
+    with reading(path):
         return path.is_file()
-    except (OSError, ValueError) as e:
-        raise LoRAError(f"{path}: cannot be read: {e}") from e
 
 
 def _mlx(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> AdapterFile:

@@ -58,9 +58,9 @@ class Place:
 # The sizes of each type
 
 
-def _has(shapes: Shapes, *names: str, extra: tuple[str, ...] = ()) -> None:
+def _has(shapes: Shapes, *names: str) -> None:
     lacking = [n for n in names if n not in shapes]
-    more = [n for n in shapes if n not in (*names, *extra)]
+    more = [n for n in shapes if n not in names]
     if lacking or more:
         text = f"lacks {', '.join(lacking)}" if lacking else f"also has {', '.join(more)}"
         raise Misfit(text)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax._core.errors import LoRAError
+from lora_jax.peft._file import as_path
 
 NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
@@ -38,11 +39,9 @@ def folder(
     >>> folder(here) == Path(here)
     True
     """
-    if not isinstance(name, str | os.PathLike):
-        raise LoRAError(f"expected the path of a folder, found {type(name).__name__}")
+    found = as_path(name)
     if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise LoRAError(f"{name}: subfolder={subfolder!r}: expected a path inside the folder")
-    found = Path(name)
     if isinstance(name, str) and NAME.fullmatch(name) and not os.path.lexists(name):
         found = _snapshot(name, revision, subfolder)
     elif revision is not None:

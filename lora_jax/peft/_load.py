@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lora_jax._core.errors import raise_all
+from lora_jax._core.errors import quoted, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.table import table
@@ -21,11 +22,18 @@ from lora_jax.peft._build import Build
 from lora_jax.peft._config import PeftConfig, kept, peft_config, unknown
 from lora_jax.peft._deltas import check
 from lora_jax.peft._experts import on_leaves
-from lora_jax.peft._file import CONFIG
+from lora_jax.peft._file import CONFIG, as_float, as_names
 from lora_jax.peft._find import Finder, finish
 from lora_jax.peft._formats import open_any
 from lora_jax.peft._hub import folder as on_disk
-from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
+from lora_jax.peft._mapping import (
+    CONV1D,
+    EXPERTS,
+    Entry,
+    TorchMapping,
+    as_table,
+    leaf_infos,
+)
 from lora_jax.peft._parse import parse
 from lora_jax.peft._parts import Parsed, Update
 from lora_jax.peft._reduce import reduced
@@ -64,7 +72,8 @@ class PeftAdapter:
     kept: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __str__(self):
-        of = self.config.get("base_model_name_or_path")
+        # The name is a stranger's: what would move a terminal's cursor is escaped.
+        of = quoted(str(self.config.get("base_model_name_or_path") or ""))[1:-1]
         lines = [
             f"{self.config.get('peft_type', 'LORA')} in the format of {self.format}"
             f"{f', of {of}' if of else ''}: {len(self.mapping)} torch parameters"
@@ -205,12 +214,17 @@ def load(
     >>> loaded.adapters["q_proj"]["kernel"].scale
     0.5
     """
+    if dtype is not None:
+        dtype = as_float(dtype)
+    ignore = as_names(ignore, "ignore", "settings: ignore=['r']") or ()
+    conv1d = as_names(conv1d, "conv1d", CONV1D)
+    experts = as_names(experts, "experts", EXPERTS)
     leaves = leaf_infos(params, survey)
     if max_bytes is None:
         max_bytes = max(8 * sum(math.prod(x.shape) for x in leaves.values()), 64 << 20)
     file = open_any(on_disk(folder, revision, subfolder), max_bytes, rename, format, part)
     where = file.folder if file.format in ("diffusers", "kohya") else file.folder / CONFIG
-    config = peft_config(file.config, where, tuple(ignore), len(file.tensors))
+    config = peft_config(file.config, where, ignore, len(file.tensors))
     check(rank, energy, file.folder, config.kind)
     parsed = parse(file, config, doubled_out_proj=doubled_out_proj)
     finder = Finder(leaves, as_table(mapping), file.format == "kohya", file.part)
@@ -219,8 +233,17 @@ def load(
     finish(finder, str(file.folder))
     values = flatten(state_of(params))
     if base is not None:
-        given = flatten(state_of(base))
-        values = {path: given.get(path, x) for path, x in values.items()}
+        given = {p: x for p, x in flatten(state_of(base)).items() if p in leaves}
+        odd = [
+            f"'{p}' {np.shape(x)}, but {leaves[p].shape} in `params`"
+            for p, x in given.items()
+            if np.shape(x) != leaves[p].shape
+        ]
+        raise_all(
+            "base: expected parameters as `params`:",
+            odd if given else ["it has none of their leaves"],
+        )
+        values |= given
     shares: dict[str, float] = {}
     if deltas:
         file, more, shares = reduced(file, config, deltas, finder, values, rank, energy)

@@ -18,7 +18,7 @@ from lora_jax._core.paths import map_with_path
 from lora_jax._quantized.weight import Quantized
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
-from lora_jax.peft._file import DTYPES
+from lora_jax.peft._file import DTYPES, as_float
 from lora_jax.peft._hub import folder as folder_of
 from lora_jax.peft._mapping import TorchMapping
 from lora_jax.peft._place import Piece, Placed, is_float, placed
@@ -103,7 +103,7 @@ def load_base(
     found = placed(
         base, params, survey, mapping=mapping, conv1d=conv1d, ignore=ignore, rename=rename
     )
-    kind = None if dtype is None else _float(dtype)
+    kind = None if dtype is None else as_float(dtype)
     chosen, how = _to_quantise(params, quantize, survey)
     bad: list[str] = []
     # for a tensor that is turned over into its leaf; what is not used of it takes no memory
@@ -127,23 +127,13 @@ def load_base(
     return result
 
 
-def _float(dtype: Any) -> np.dtype:
-    try:
-        kind = np.dtype(dtype)
-    except TypeError:
-        kind = np.dtype(object)
-    if not jnp.issubdtype(kind, jnp.floating):
-        raise LoRAError(f"dtype={dtype!r}: expected a floating-point type: dtype='bfloat16'")
-    return kind
-
-
 def _to_quantise(
     params: Any, how: str | Mapping[str, Any] | None, survey: Survey | Targets | None
 ) -> tuple[Mapping[str, Any] | Targets, dict[str, Any]]:
     """(the leaves to be quantised, {"format", "double"})."""
     if how is None:
         return {}, {}
-    given = {"format": how} if isinstance(how, str) else dict(how)
+    given = dict(how) if isinstance(how, Mapping) else {"format": how}
     if unknown := given.keys() - {"targets", "format", "double"}:
         raise LoRAError(
             f"quantize: {', '.join(map(repr, sorted(map(str, unknown))))} is none of its settings: "

@@ -20,6 +20,10 @@ from lora_jax.peft._blocks import Block, LeafInfo
 
 BIASES = ("bias", "b")
 
+# Examples of arguments, for messages.
+CONV1D = "ends of modules' names: conv1d=['c_proj']"
+EXPERTS = "parameters of a module: experts=['gate_up_proj', 'down_proj']"
+
 
 FLAX = ("kernel", "embedding")  # the names that say how a square matrix lies: (in, out)
 

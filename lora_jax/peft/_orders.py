@@ -6,6 +6,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_jax.peft._file import as_names
+from lora_jax.peft._mapping import CONV1D
+
 
 class Orders:
     """Which weights of a torch model are (in, out), as GPT-2's Conv1D; a Linear's is (out, in).
@@ -30,7 +33,8 @@ class Orders:
         conv1d: Sequence[str] | None = None,
         otherwise: bool = False,
     ):
-        self.shapes, self.conv1d, self.otherwise = shapes, conv1d, otherwise
+        self.shapes, self.otherwise = shapes, otherwise
+        self.conv1d = as_names(conv1d, "conv1d", CONV1D)
 
     def in_out(self, name: str) -> bool | None:
         """Whether a square weight is (in, out); None where the model has weights of both kinds."""

@@ -174,7 +174,9 @@ class _Placing:
 
     def head_of_table(self) -> tuple[Entry, str] | None:
         """The leaf of a head that the base does not store, as it is a table's copy."""
-        tables = tied_tables(self.base)
+        # Not one that the caller leaves out: its head is left out with it.
+        kept = {own for own, _ in self.tensors.values()}
+        tables = [name for name in tied_tables(self.base) if name in kept]
         if len(tables) != 1 or any(is_head(n) for n in self.tensors):
             return None
         before = len(self.finder.failures)
@@ -193,7 +195,8 @@ class _Placing:
         unused = self.finder.failures
         fixes = [f"say which leaf a tensor is: {TABLE}"] * bool(unused)
         if unused:
-            name = next((n for n, (own, _) in self.tensors.items() if own not in self.entries), "")
+            # By its name in the file, as `ignore` looks at names before `rename`.
+            name = next((own for own, _ in self.tensors.values() if own not in self.entries), "")
             fixes.append(f"or leave tensors out: {self.call}(..., ignore=[r'{re.escape(name)}'])")
         sides = [*self.wrong, *unused[:EACH], *unfilled[:EACH], *unused[EACH:], *unfilled[EACH:]]
         raise_all(

@@ -53,6 +53,9 @@ def reduced(
             a, b, shares[entry.name] = low_rank(
                 matrix(what, torch, file, config, weight), rank, energy
             )
+        except np.linalg.LinAlgError as e:
+            failures.append(f"'{what.module}': its update cannot be computed: {e}")
+            continue
         except (Misfit, LoRAError) as e:
             failures.append(f"'{what.module}': {e}")
             continue
@@ -76,10 +79,7 @@ def low_rank(
     >>> a.shape, b.shape, kept
     ((1, 3), (2, 1), 0.9)
     """
-    try:
-        u, s, v = _svd(update)
-    except np.linalg.LinAlgError as e:
-        raise Misfit(f"its singular values cannot be computed: {e}") from None
+    u, s, v = _svd(update)
     squares = (s / (s[0] or 1.0)) ** 2
     share = np.cumsum(squares) / (np.sum(squares) or 1.0)
     if energy is not None:  # 1 is what float64 holds of it
@@ -126,7 +126,8 @@ def _weight(entry: Entry, update: Update, values: Mapping[str, Any]) -> np.ndarr
 
 def _read(path: str, values: Mapping[str, Any]) -> np.ndarray:
     value = values[path]
-    if isinstance(value, jax.ShapeDtypeStruct):
+    # Not one that is abstract, or in codes.
+    if not isinstance(value, jax.Array | np.ndarray):
         raise LoRAError(
             f"'{path}': the update depends on the weight; pass values: "
             "lora.peft.load(..., base=params)"

@@ -21,17 +21,21 @@ import numpy as np
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax.peft._file import (
     DTYPES,
+    as_names,
     checked,
     opened,
     parse_json,
     read_json,
+    reading,
     renamed,
     writing,
 )
 from lora_jax.peft._files import replacing
 
+INDEX = "model.safetensors.index.json"
+
 # Bytes that are copied at a time.
-INDEX, CHUNK = "model.safetensors.index.json", 8 << 20
+CHUNK = 8 << 20
 
 # What in a folder holds weights in another form, or would change which are loaded.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
@@ -125,29 +129,30 @@ def open_base(path: str | os.PathLike) -> Base:
     {'q.weight': (2, 3)}
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    files = _files(path) if path.is_dir() else [path]
+    with reading(path):
+        whole = path.is_dir()
+        files = _files(path) if whole else [path]
     starts, tensors = {}, {}
     failures: list[str] = []
     for file in files:
         starts[file], found = _header(file)
         failures += [
-            f"'{n}' is in {tensors[n].file.name} and {file.name}"
-            for n in found.keys() & tensors.keys()
+            f"'{n}' is in {tensors[n].file.name} and {file.name}" for n in found if n in tensors
         ]
         tensors |= found
-    if path.is_dir() and (path / INDEX).is_file():
+    if whole and os.path.lexists(path / INDEX):
         for name, where in _weight_map(path).items():
             own = tensors[name].file.name if name in tensors else "no file"
-            # None or one.
-            failures += [f"'{name}' is in {where} by the index, found in {own}"] * (own != where)
-    raise_all(f"{path}: the files do not belong together:", failures[:20])
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    return Base(path, starts, tensors, config)
+            if own != where:
+                failures.append(f"'{name}' is in {where} by the index, found in {own}")
+    raise_all(f"{path}: the files do not belong together:", failures)
+    settings = (path if whole else path.parent) / "config.json"
+    # A link that leads nowhere is an error, and not a model without settings.
+    return Base(path, starts, tensors, read_json(settings) if os.path.lexists(settings) else {})
 
 
 def _files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
+    if os.path.lexists(folder / INDEX):
         return [folder / n for n in sorted(set(_weight_map(folder).values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -203,8 +208,7 @@ def called(
     >>> called({"a.weight": 1, "a.mask": 2}, [r".*\\.mask"], {"^a": "b"}, "base")
     {'b.weight': ('a.weight', 1)}
     """
-    if isinstance(ignore, str) or not all(isinstance(p, str) for p in ignore):
-        raise LoRAError(f"ignore={ignore!r}: expected regular expressions: ignore=[r'pooler\\..*']")
+    ignore = as_names(ignore, "ignore", r"regular expressions: ignore=[r'pooler\..*']") or ()
     try:
         patterns = [re.compile(p) for p in ignore]
     except re.error as e:

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.numbers import COUNT, refused
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
@@ -20,10 +21,10 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._config import peft_config
 from lora_jax.peft._export import Export
-from lora_jax.peft._file import CONFIG, DTYPES, TENSORS, partial, remove, writing
+from lora_jax.peft._file import CONFIG, DTYPES, TENSORS, as_names, partial, remove, writing
 from lora_jax.peft._find import Finder, finish, is_head
 from lora_jax.peft._hub import folder as folder_of
-from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
+from lora_jax.peft._mapping import EXPERTS, Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._orders import Orders
 from lora_jax.peft._parse import PREFIX
 from lora_jax.peft._safetensors import INDEX, called, open_base
@@ -82,7 +83,8 @@ def mapping(
     if experts is None and not isinstance(names, Mapping):
         finder.failures += unordered(found)
     finish(finder, "lora.peft.mapping")
-    return TorchMapping(ordered(found, list(experts or ())))
+    order = as_names(experts, "experts", EXPERTS) or ()
+    return TorchMapping(ordered(found, list(order)))
 
 
 def _at(names: str | os.PathLike) -> Path:
@@ -203,6 +205,9 @@ def save(
         )
     if target not in TARGETS:
         raise LoRAError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
+    if not isinstance(uniform_rank, bool):
+        asked = refused(uniform_rank=(uniform_rank, COUNT))
+        raise_all("lora.peft.save(..., uniform_rank=True), or 8:", asked)
     nodes = flatten(adapters, is_leaf=is_node)
     check_factors(nodes)
     known = dict(mapping.settings) | dict(config or {})
@@ -215,6 +220,9 @@ def save(
     ):
         known.pop("revision", None)  # the revision of another base
     settings = out.config(base_model_name or base, task_type or task)
+    # Not `inference_mode`: it changes no function.
+    said = known.keys() & (settings.keys() - {"inference_mode"})
+    out.failures += [f"config: {n!r} follows from the adapters; leave it out" for n in sorted(said)]
     raise_all("these adapters cannot be written for PEFT:", out.failures)
     tensors = {PREFIX + k: v for k, v in out.tensors.items()}
     written = {**settings, **known}
@@ -246,7 +254,10 @@ def write_folder(
     """
     stored = _stored(tensors, dtype)
     peft_config(settings, folder / CONFIG)
-    text = json.dumps({**settings, **(more or {})}, indent=2, sort_keys=True)
+    try:
+        text = json.dumps({**settings, **(more or {})}, indent=2, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise LoRAError(f"config: expected settings that JSON can hold: {e}") from None
     with writing(folder):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
