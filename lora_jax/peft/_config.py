@@ -25,9 +25,7 @@ HARMLESS = set(
     """.split()
 )
 
-
 MERGE = "merge the adapter in PEFT (merge_and_unload) and load the merged weights"
-
 
 REFUSED = {
     "use_qalora": f"QALoRA pools its inputs; {MERGE}",
@@ -40,7 +38,6 @@ REFUSED = {
     "lora.algebra.choose(lora.algebra.stack([found.adapters]), 0, found.active(ids))",
     "layer_replication": f"the layers of the base are replicated; {MERGE}",
 }
-
 
 # PEFT's other types that add an update to a weight: {type: (settings of training alone, {setting
 # that the update depends on: PEFT's default})}.
@@ -73,33 +70,28 @@ OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
 }
 
-
 # Settings of LoRA that change the function, and that PEFT would pass over in one of `OTHERS`.
 LORA_ALONE = """
     use_dora use_rslora lora_bias lora_dropout target_parameters trainable_token_indices
     ensure_weight_tying
 """.split()
 
-
 # Settings of any type that `lora.peft.save` writes again, as they say whose adapter it is.
 ABOUT = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
+# What settings say where they mean nothing.
+NOTHING = ("none", "None", "null", "auto", "default", "off")
 
-NOTHING = ("none", "None", "null", "auto", "default", "off")  # what settings say for it
+# PEFT 0.21 has 45.
+MAX_SETTINGS = 1000
 
+# Of a name, of which every run of parts is looked up: n parts have n²/2 of them.
+MAX_PARTS = 64
 
-MAX_SETTINGS = 1000  # PEFT 0.21 has 45
+# Tables of which rows are trained; tokens of an aLoRA.
+MAX_TABLES = MAX_INVOCATION = 1000
 
-
-MAX_PARTS = 64  # of a name, where all that is inside it is looked up
-
-
-MAX_TABLES = 1000  # of which rows are trained
-
-
-MAX_INVOCATION = 1000  # tokens of an aLoRA
-
-
+# Initialisations that leave the base as it was, so that B·A is the whole change.
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
@@ -147,7 +139,8 @@ class PeftConfig:
     def other_rank(self, name: str, rank: int) -> str | None:
         """What is wrong with the rank of a module's tensors; PEFT would not load them."""
         said = self.rank_of(name)
-        if self.adalora or self.any_rank or said == rank:  # AdaLoRA cuts ranks off
+        # AdaLoRA cuts ranks off.
+        if self.adalora or self.any_rank or said == rank:
             return None
         return (
             f"is of rank {rank}, and the configuration says {said}: tensors or configuration are "
@@ -158,6 +151,7 @@ class PeftConfig:
     def saved(self, name: str) -> bool:
         """Whether a parameter is of a module that is saved in full, or a bias that is."""
         parts = name.split(".")
+        # PEFT takes a name in modules_to_save for the end of any module, and for all that is in it.
         ends = (".".join(parts[i:j]) for j in range(1, len(parts)) for i in range(j))
         in_full = len(parts) <= MAX_PARTS and any(end in self.in_full for end in ends)
         return in_full or (parts[-1] == "bias" and self.bias != "none")
@@ -165,7 +159,8 @@ class PeftConfig:
     def scale(self, name: str, rank: int) -> float:
         """The constant before B·A: alpha / rank, alpha / √rank (rsLoRA), or AdaLoRA's."""
         alpha = self.alpha_of(name)
-        if self.adalora:  # its rank number stays that of the beginning, whatever was pruned
+        # Its rank number stays that of the beginning, whatever was pruned.
+        if self.adalora:
             return (alpha if alpha > 0 else float(self.r)) / (self.r + 1e-5)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
@@ -177,6 +172,7 @@ class PeftConfig:
 
     def targeted(self, module: str) -> bool:
         """Whether PEFT would look for this module's tensors at all."""
+        # Which modules "all-linear" meant there, the file does not say.
         if self.targets is None or self.targets == "all-linear":
             return True
         if self.target is not None:
@@ -185,6 +181,7 @@ class PeftConfig:
 
     def parameters_of(self, module: str) -> tuple[str, ...]:
         """The parameters that `target_parameters` may mean in a module, in its order."""
+        # "" is of parameters without a module; sorted by the place in target_parameters.
         found = [x for end in (*endings(module), "") for x in self.parameters.get(end, ())]
         return tuple(dict.fromkeys(name for _, name in sorted(found)))
 
@@ -212,6 +209,7 @@ def peft_config(
         raise LoRAError(f"{where}: {len(raw):,} settings, expected at most {MAX_SETTINGS:,}")
     check = _Checks(raw, Budget(where, names))
     kind = check.value("peft_type", str, "LORA")
+    # At once: of an unknown type every setting would be unknown as well.
     if kind not in ("LORA", "ADALORA", *OTHERS):
         known = ", ".join(("LORA", "ADALORA", *OTHERS))
         check.failures.append(f"peft_type={quoted(kind)}, expected one of {known}; {MERGE}")
@@ -219,6 +217,7 @@ def peft_config(
     adalora = kind == "ADALORA"
     check.supported(ignore)
     check.invocation()
+    # AdaLoRA's factors begin with init_r; OFT's r counts blocks and is no rank.
     r = check.rank("init_r" if adalora and raw.get("init_r") is not None else "r", kind == "OFT")
     own, feedforward = check.own(kind)
     config = PeftConfig(
@@ -245,6 +244,7 @@ def peft_config(
     if config.dora and (adalora or raw.get("lora_bias") is True):
         with_what = "AdaLoRA" if adalora else "lora_bias"
         check.failures.append(f"use_dora with {with_what}, which PEFT does not have")
+    # PEFT passes these over, so the adapter would not be what its settings say.
     foreign = [k for k in LORA_ALONE if kind in OTHERS and _switches(raw.get(k))]
     check.failures += [f"{k} is set, which is no setting of {kind}" for k in foreign]
     if not 0 <= config.dropout < 1:
@@ -255,6 +255,7 @@ def peft_config(
 
 def unknown(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that PEFT 0.17 to 0.21 does not have."""
+    # str, as the type is not checked here: it may be a list.
     training, own = OTHERS.get(str(raw.get("peft_type")), ("", {}))
     known = {*HARMLESS, *REFUSED, *training.split(), *own}
     return {k: v for k, v in raw.items() if k not in known}
@@ -274,6 +275,7 @@ def _switches(value: Any) -> bool:
 
 
 def _is_rank(x: Any) -> bool:
+    # Not isinstance: True is an int.
     return type(x) is int and 1 <= x < 1 << 24
 
 
@@ -298,6 +300,7 @@ class _Checks:
             if self.raw.get(name) and name not in ignore:
                 self.failures.append(f"{name} is set, which is not supported: {why}")
         new = {k: v for k, v in unknown(self.raw).items() if k not in ignore}
+        # A setting that says something may change the function; one that says nothing cannot.
         on = [k for k, v in new.items() if _switches(v)]
         for name in on:
             self.failures.append(
@@ -308,6 +311,7 @@ class _Checks:
             warnings.warn(
                 f"passed over: {passed}; PEFT 0.17 to 0.21 has no such settings", stacklevel=4
             )
+        # Any other takes B·A out of the base at the start: the change is not B·A then.
         init = self.raw.get("init_lora_weights")
         if (
             not (isinstance(init, bool | str | None) and init in PLAIN_INITS)
@@ -322,6 +326,7 @@ class _Checks:
 
     def wrong(self, name: str, expected: str, default: Any) -> Any:
         value = self.raw[name]
+        # Cut, as a value may be as large as the file.
         text = type(value).__name__
         if isinstance(value, str | int | float):
             text = quoted(value, 60) if isinstance(value, str) else repr(value)[:60]
@@ -357,6 +362,7 @@ class _Checks:
     def own(self, kind: str) -> tuple[Mapping[str, Any], SafePattern | None]:
         """The settings of one of `OTHERS`, and feedforward_modules where it is an expression."""
         found: dict[str, Any] = {}
+        # What is asked of a setting follows from the type of PEFT's default.
         for name, default in OTHERS.get(kind, ("", {}))[1].items():
             if name == "feedforward_modules":
                 text = isinstance(self.raw.get(name), str)
@@ -407,7 +413,8 @@ class _Checks:
         if not isinstance(found, dict) or not all(map(is_value, found.values())):
             found = self.wrong(name, "a map of names to numbers", {})
         if any(isinstance(v, list) for v in found.values()):
-            found = {}  # AdaLoRA's, which say which ranks were kept
+            # AdaLoRA's, which say which ranks were kept: the tensors have only those.
+            found = {}
         patterns = Patterns(found, name, self.budget)
         self.failures += patterns.failures
         return patterns
@@ -418,6 +425,7 @@ class _Checks:
         found = self.raw.get(name)
         if found is None:
             return None
+        # Every name ends with "".
         found = {"": found} if isinstance(found, list) else found
         if isinstance(found, dict) and len(found) > MAX_TABLES:
             return self.wrong(name, f"at most {MAX_TABLES} tables", None)

@@ -18,7 +18,6 @@ from lora_jax.peft._parts import Experts, Update, plain_name
 
 MAX_WAYS = 8  # that are counted
 
-
 MAX_PAIRS = 8  # in a module: so many can be in 8! orders
 
 

@@ -18,7 +18,6 @@ from lora_jax.peft._mapping import Entry, TorchMapping
 
 VERSION = "0.21.2"
 
-
 PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "default")  # PEFT's, in its layers
 
 

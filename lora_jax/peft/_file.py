@@ -31,34 +31,28 @@ from lora_jax._core.errors import LoRAError, raise_all
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
+# By the format's own names. No type of 8 bits: that is a code, and no weight without its scale.
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 
+# Of tensors that hold positions.
+PLACES = {"I32": np.dtype("int32"), "I64": np.dtype("int64")}
 
-PLACES = {"I32": np.dtype("int32"), "I64": np.dtype("int64")}  # of tensors that hold positions
+# Bytes of adapter_config.json, and keys in it: a pattern for each of so many modules.
+MAX_CONFIG = 4 << 20
+MAX_KEYS = 40_000
 
-
-MAX_CONFIG = 4 << 20  # bytes
-
-
-MAX_KEYS = 40_000  # in it: a pattern for each of so many modules
-
-
+# Bytes of a header: room for 100,000 tensors.
 MAX_HEADER = 32 << 20
-
-
 MAX_AXES = 8
 
+# In JSON, and one more for each 12 bytes: an empty list takes 3 bytes there, and 64 in memory.
+MAX_LISTS = 10_000
 
-MAX_LISTS = (
-    10_000  # in JSON, and one more for each 12 bytes: an empty list takes 3, and in memory 64
-)
+# Of JSON: Python's own readers and writers fail at about a thousand.
+MAX_DEPTH = 64
 
-
-MAX_DEPTH = 64  # of JSON: Python's own readers and writers fail at about a thousand
-
-
+# Few signs, and in ASCII: names come into messages and into expressions as they are.
 NAME = re.compile(r"[\w\-+:@]+(\.[\w\-+:@]+)*", re.ASCII)
-
 
 TO_SAFETENSORS = (
     "a pickle runs code when it is opened, so it is refused. Where you trust it, convert it once, "
@@ -82,6 +76,7 @@ class Stored:
 
     def turned(self, *axes: int) -> Stored:
         """The tensor with its axes in another order."""
+        # From the order in the file: a tensor is turned once.
         shape = tuple(self.shape[d] for d in axes)
         return dataclasses.replace(self, shape=shape, axes=axes)
 
@@ -138,7 +133,9 @@ class AdapterFile:
             data = file.read(at.stop - at.start)
         if len(data) != at.stop - at.start:
             raise LoRAError(f"{self.path}: '{name}' is cut off; copy the file again")
+        # A view of the bytes, which is read-only.
         value = np.frombuffer(data, at.dtype)
+        # In fp32, which holds every number of 16 bits.
         if not np.isfinite(value.astype(np.float32)).all():
             raise LoRAError(
                 f"{self.path}: '{name}' {at.shape} holds NaN or infinity; the training "
@@ -146,6 +143,7 @@ class AdapterFile:
             )
         if at.axes is None:
             return value.reshape(at.shape)
+        # Axis i is the stored axis axes[i]: the shape in the file, from the turned one.
         stored = [0] * len(at.axes)
         for n, d in zip(at.shape, at.axes):
             stored[d] = n
@@ -212,6 +210,7 @@ def read_tensors(
     with reading(path):
         stored, metadata = _tensors(path)
     tensors = renamed(stored, rename or {}, path)
+    # By the header, which the length of the file has confirmed: nothing is read yet.
     total = sum(t.nbytes for t in tensors.values())
     if max_bytes is not None and total > max_bytes:
         raise LoRAError(
@@ -256,6 +255,7 @@ def renamed(
                     f"rename: {old!r}: {text!r} is not a regular expression and a text ({e}): "
                     f"rename={{'^': 'base_model.model.'}}"
                 ) from None
+        # Two names that become one would lose a tensor.
         if new in out or not NAME.fullmatch(new):
             raise LoRAError(f"{where}: rename makes '{name}' {new!r}, which is no name, or taken")
         out[new] = stored
@@ -266,6 +266,7 @@ def parse_json(data: bytes, where: object) -> dict:
     """A JSON object from untrusted bytes: no key twice, no NaN, no depth without end."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Of two values readers take the first or the last: a check could see another than PEFT.
         found = dict(items)
         if len(found) != len(items):
             twice = (k for k, n in collections.Counter(k for k, _ in items).items() if n > 1)
@@ -273,17 +274,21 @@ def parse_json(data: bytes, where: object) -> dict:
         return found
 
     def constant(name: str) -> None:
+        # Python's reader takes NaN and Infinity, which JSON does not have.
         raise ValueError(f"{name} is not JSON")
 
+    # Before it is parsed: lists in lists would take gigabytes.
     if data.count(b"[") + data.count(b"{") > MAX_LISTS + len(data) // 12:
         raise LoRAError(f"{where}: it is nested too deeply, or holds only lists")
     try:
         value = json.loads(data.decode(), object_pairs_hook=pairs, parse_constant=constant)
-    except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
+    # UnicodeDecodeError is a ValueError.
+    except (ValueError, RecursionError) as e:
         text = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
         raise LoRAError(f"{where}: not the JSON that is expected: {text[:200]}") from None
     if not isinstance(value, dict):
         raise LoRAError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    # Level by level, as recursion would fail where it is to check.
     level: list = [value]
     for _ in range(MAX_DEPTH):
         inside = (x.values() if isinstance(x, dict) else x for x in level)
@@ -324,7 +329,8 @@ def checked(path: str | os.PathLike) -> Generator[Any, None, None]:
     except LoRAError:
         raise
     except (SafetensorError, OSError, ValueError) as e:
-        text = ascii(str(e))[1:201]  # it may quote the file
+        # The message may quote the file: escaped, and cut.
+        text = ascii(str(e))[1:201]
         raise LoRAError(f"{path}: expected a safetensors file: {text}") from e
 
 
@@ -358,6 +364,7 @@ def partial(path: Path) -> Path:
     host = zlib.crc32(socket.gethostname().encode())
     start, end = f".{path.name}.{host:08x}-", ".partial"
     for name in os.listdir(path.parent):
+        # What has not this form exactly is not ours to remove.
         pid = name.removeprefix(start).removesuffix(end)
         if name == f"{start}{pid}{end}" and pid.isdecimal() and not _alive(int(pid)):
             remove(path.parent / name)
@@ -366,10 +373,12 @@ def partial(path: Path) -> Path:
 
 def _alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)  # sends nothing
+        # Signal 0 asks whether the process is there, and sends nothing.
+        os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # another user's
+    # It is another user's.
+    except OSError:
         return True
     return True
 
@@ -399,6 +408,7 @@ def read_config(path: Path) -> dict:
 def _tensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
+        # 8 bytes, then a header of 2 bytes at least, {}.
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
             raise LoRAError(
@@ -413,11 +423,13 @@ def _tensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
         for name, entry in header.items()
         if (found := _stored(name, entry, 8 + length, size, failures)) is not None
     }
+    # Offsets that are wrong one by one say nothing of gaps.
     if not failures:
         failures = list(_gaps(stored, 8 + length, size))
     raise_all(f"{path}: the header is not one of an adapter:", failures[:20])
     if not stored:
         raise LoRAError(f"{path}: holds no tensor")
+    # Last: of the format's own reader the messages are about bytes, and not about names.
     with checked(path):
         pass
     return stored, metadata if isinstance(metadata, dict) else {}
@@ -440,11 +452,13 @@ def _stored(name: str, entry: Any, base: int, size: int, failures: list[str]) ->
     def wrong(what: str) -> None:
         failures.append(f"{name[:200]!a}: {what}")
 
+    # First, as the other messages show the name.
     if not NAME.fullmatch(name) or len(name) > 512:
         return wrong("expected a dotted name of a torch module's parameter")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return wrong("expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    # SHiRA's places are integers, an alpha may be one; all else are weights.
     types = PLACES if name.endswith("_indices") else DTYPES
     types = DTYPES | PLACES if name.endswith(".alpha") else types
     if not isinstance(dtype, str) or dtype not in types:
@@ -453,6 +467,7 @@ def _stored(name: str, entry: Any, base: int, size: int, failures: list[str]) ->
     if not _sizes(shape) or len(shape) > MAX_AXES or not _sizes(offsets) or len(offsets) != 2:
         return wrong(f"expected a shape of at most {MAX_AXES} sizes, and two offsets, all integers")
     start, stop = offsets
+    # Integers of Python: no product of sizes overflows.
     if stop - start != math.prod(shape) * types[dtype].itemsize or base + stop > size:
         return wrong(
             f"shape {tuple(shape)} of {dtype} at bytes {start:,} to {stop:,} of {size - base:,}"
@@ -466,6 +481,7 @@ def _sizes(x: Any) -> bool:
 
 def _gaps(stored: Mapping[str, Stored], at: int, size: int) -> Iterator[str]:
     """Tensors that overlap, and bytes that belong to none."""
+    # By the end as well: a tensor without elements begins where the next one does.
     for name, t in sorted(stored.items(), key=lambda item: (item[1].start, item[1].stop)):
         if t.start != at:
             yield f"'{name}' begins at byte {t.start:,}, expected {at:,}"

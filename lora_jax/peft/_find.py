@@ -18,7 +18,6 @@ from lora_jax.peft._parts import NewRows, Update
 
 WEIGHTS = ("kernel", "weight", "embedding", "scale", "w", "table")
 
-
 # First names that stand for the whole network: one side may have them and the other not. Any
 # other, such as "vision_tower" or "decoder", tells one part of a model from another.
 WRAPPERS = frozenset(
@@ -27,7 +26,6 @@ WRAPPERS = frozenset(
     bert roberta distilbert albert electra deberta mpnet gpt_neox rwkv mobilebert esm vit
     """.split()
 )
-
 
 TABLE = 'mapping={r"model\\.layers\\.(\\d+)\\.self_attn\\.q_proj": "layers_{1}/attn/query/kernel"}'
 

@@ -32,16 +32,12 @@ from lora_jax.peft._parse import PREFIX
 
 MLX = "adapters.safetensors"
 
-
 DIFFUSERS = "pytorch_lora_weights.safetensors"
-
 
 FORMATS = ("peft", "mlx", "diffusers", "kohya")
 
-
 # Names of tables, whose lora_a runs along the tokens as that of a product does along its inputs.
 TABLE = re.compile(r"(.*\.)?(\w*emb\w*|wte|wpe)", re.I)
-
 
 # The ends of diffusers' and kohya's names, over the years.
 ENDS = [
@@ -54,10 +50,8 @@ ENDS = [
     (re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?"), "lora_magnitude_vector"),
 ]  # fmt: skip
 
-
 # The models that a file of diffusers or kohya may have adapters of.
 PARTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
-
 
 KOHYA = {
     "lora_unet": "unet",
@@ -68,7 +62,7 @@ KOHYA = {
     "lora_te3": "text_encoder_3",
 }
 
-
+# The longest first, as lora_te begins lora_te1 as well.
 FLAT = re.compile(rf"({'|'.join(sorted(KOHYA, key=len, reverse=True))})_(.+)")
 
 
@@ -95,6 +89,7 @@ def open_any(
     path = as_path(folder)
     alone = _is(path)
     single = path if alone else path / DIFFUSERS
+    # In this order, where a folder holds several.
     names = {TENSORS: "peft", MLX: "mlx", DIFFUSERS: "single"}
     found = "single" if alone else next((f for n, f in names.items() if _is(path / n)), None)
     wanted = "single" if format in ("diffusers", "kohya") else format or found or "peft"
@@ -111,6 +106,7 @@ def open_any(
     if not _is(single):
         raise LoRAError(f"{path}: expected a safetensors file, or a folder with {DIFFUSERS}")
     tensors, metadata = read_tensors(single, max_bytes, rename)
+    # Both tools give their one file any name: only those of its tensors tell them apart.
     flat = any(FLAT.match(name) for name in tensors)
     own = "kohya" if flat else "diffusers"
     if format not in (None, own):
@@ -131,6 +127,7 @@ def _mlx(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) 
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora", "full"):
         raise LoRAError(f"{where}: fine_tune_type={quoted(str(kind), 40)}, expected lora or dora")
+    # A full fine-tuning has no factors to scale.
     given: Any = config.get("lora_parameters") if kind != "full" else {"rank": 1, "scale": 1.0}
     p: dict[str, Any] = given if isinstance(given, dict) else {}
     rank, scale, dropout = p.get("rank", 0), p.get("scale", "none"), p.get("dropout") or 0.0
@@ -157,7 +154,8 @@ def _mlx(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) 
         "use_dora": kind == "dora",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model if isinstance(model, str) else None,
-        "ensure_weight_tying": True,  # a table that is the head too is adapted as both
+        # A table that is the head as well is adapted as both.
+        "ensure_weight_tying": True,
     }
     return AdapterFile(folder, settings, tensors, folder / MLX, "mlx")
 
@@ -170,10 +168,13 @@ def _of_mlx(name: str, t: Stored) -> tuple[str, Stored]:
         return f"{module}.lora_magnitude_vector", t
     if last not in ("lora_a", "lora_b"):
         return name, t
+    # In an embedding the factors are parameters, in other layers modules with a weight.
     end = ("lora_embedding_" if table else "lora_") + last[-1].upper() + ".weight" * (not table)
+    # lora_a (in, rank), lora_b (rank, out); PEFT has (rank, in) and (out, rank).
     if len(t.shape) == 2:
         t = t.turned(1, 0)
-    elif len(t.shape) == 3 and last == "lora_b":  # of experts: (E, out, rank), lora_a (E, rank, in)
+    # Of experts lora_a (E, rank, in) stays, and lora_b (E, out, rank) is turned to (out, rank, E).
+    elif len(t.shape) == 3 and last == "lora_b":
         t = t.turned(1, 2, 0)
     return f"{module}.{end}", t
 
@@ -199,24 +200,28 @@ class _Single:
         for (own, module), ends in self.modules.items():
             if part is not None and own != part:
                 continue
+            # Where `params` hold several models, the name keeps the part in front.
             name = module if chosen is not None or not own else f"{own}.{module}"
             alpha, a = ends.pop("alpha", None), ends.get("lora_A.weight")
             if a is None:
                 self.failures.append(f"'{next(iter(ends.values()), alpha)}': without its lora_down")
                 continue
             rank = (self.file.shape(a) or (1,))[0]
+            # A rank of 0 is refused by `parse`, with the name of the tensor; here it would divide.
             ranks[name] = max(rank, 1)
             alphas[name] = self._alpha(own, module, ranks[name], alpha)
             dora |= "lora_magnitude_vector" in ends
             for end, key in ends.items():
                 tensors[f"{PREFIX}{name}.{end}"] = self.file.tensors[key]
         raise_all(f"{self.file.path}: tensors that cannot be used:", self.failures)
+        # The commonest value is the setting, so that patterns name the fewest modules.
         most = lambda values: collections.Counter(values.values()).most_common(1)[0][0]
         rank, alpha = most(ranks), most(alphas)
         settings = {
             "peft_type": "LORA",
             "r": rank,
             "lora_alpha": alpha,
+            # Without ^ a pattern is the end of a name, and may be that of another module too.
             "rank_pattern": {"^" + re.escape(n): r for n, r in ranks.items() if r != rank},
             "alpha_pattern": {"^" + re.escape(n): a for n, a in alphas.items() if a != alpha},
             "use_dora": dora,
@@ -239,6 +244,8 @@ class _Single:
         else:
             first, _, rest = module.partition(".")
             own, module = (first, rest) if first in PARTS else ("", module)
+            # Old releases: to_out_lora for to_out.0, self_attn.to_q for q_proj, a processor
+            # between.
             module += ".to_out.0" if found.groupdict().get("out") else ""
             module = re.sub(r"\.self_attn\.to_(\w+?)(\.0)?$", r".self_attn.\1_proj", module)
             module = module.replace(".processor.", ".")
@@ -260,6 +267,7 @@ class _Single:
         scale = self.configs[part]
         if scale is not None:
             return as_alpha(rank, scale(module, rank))
+        # None anywhere: kohya takes the rank of the module, diffusers that of the first one.
         return rank if self.file.format == "kohya" else self.first.setdefault(part, rank)
 
     def _config(self, part: str) -> Callable[[str, int], float] | None:
@@ -269,5 +277,6 @@ class _Single:
             return None
         where = f"{self.file.path}, its lora_adapter_metadata"
         raw, start = parse_json(text.encode(), where), f"{part}." if part else ""
+        # One text for all models: the settings of each begin with its part.
         own = {k.removeprefix(start): v for k, v in raw.items() if k.startswith(start)}
         return peft_config(own, where, names=len(self.file.tensors)).scale if own else None

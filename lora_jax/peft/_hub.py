@@ -12,7 +12,6 @@ from lora_jax.peft._file import as_path
 
 NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
-
 # What a model or an adapter consists of: no pickles, and no second copy in another format.
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 

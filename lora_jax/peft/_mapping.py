@@ -24,7 +24,6 @@ BIASES = ("bias", "b")
 CONV1D = "ends of modules' names: conv1d=['c_proj']"
 EXPERTS = "parameters of a module: experts=['gate_up_proj', 'down_proj']"
 
-
 FLAX = ("kernel", "embedding")  # the names that say how a square matrix lies: (in, out)
 
 

@@ -22,7 +22,6 @@ from lora_jax.peft._parts import Delta, NewRows, Parsed, Table, Update, Value, p
 
 PREFIX = "base_model.model."
 
-
 # The last part of a key, and what it is. Anything else is a parameter in full (modules_to_save).
 TAILS = {
     "lora_A.weight": "a",
@@ -38,23 +37,18 @@ TAILS = {
     "token_adapter.trainable_tokens_delta": "rows",
 }
 
-
 # The name of an adapter, which PEFT leaves out of its files, behind the name of a parameter.
 NAMED = re.compile(
     r"(\.(?:lora_(?:embedding_)?[ABE]|lora_magnitude_vector|trainable_tokens_delta))"
     r"\.(\w+?)(?=\.weight$|\.bias$|$)"
 )
 
-
 # PEFT's own parameters of kinds that are not known here, such as KaSA's lora_diag.
 UNKNOWN = re.compile(r".*\.(lora_\w+|token_adapter)(\.\w+)*")
 
-
 COPY = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")
 
-
 SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
-
 
 SEPARATE = re.compile(r"(.+)\.base_layer\.out_proj")  # torch's MultiheadAttention: its out_proj
 

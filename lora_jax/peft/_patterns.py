@@ -96,12 +96,14 @@ class SafePattern:
             raise LoRAError(f"{where}: a regular expression of {len(text):,} characters")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+                # Of what a later Python may read otherwise.
+                warnings.simplefilter("ignore")
                 whole = before + text + after
                 self.branches, end = self._parse(whole, 0, 0)
                 if end < len(whole):
                     raise ValueError("unbalanced parenthesis")
-                re.compile(text)  # alone, so that no parenthesis of it closes one of `before`
+                # Alone, so that no parenthesis of it closes one of `before`.
+                re.compile(text)
         except LoRAError:
             raise
         except (re.error, ValueError, OverflowError) as e:
@@ -136,6 +138,7 @@ class SafePattern:
                 sign, least, comma, most = found.groups()
                 low = int(least or sign == "+")
                 high = int(most) if most else 1 if sign == "?" else math.inf
+                # {n} is {n,n}; {n,} has no end.
                 high = low if least and not comma else high
                 i = found.end()
             branches[-1].append(_Item(body, low, high, look))
@@ -150,6 +153,7 @@ class SafePattern:
     def _any(self, branches: list[list[_Item]], name: str, at: set[int]) -> set[int]:
         """The positions after any of the branches, from any of the positions `at`."""
         found: set[int] = set()
+        # All of them, and not the first that fits: what comes after decides.
         for items in branches:
             self.budget.spend(CALL + len(at))
             ends = at
@@ -166,6 +170,7 @@ class SafePattern:
                 break
             at = self._once(item, name, at)
         found, new, rounds = set(at), at, low
+        # Only from positions that are new: a name has as many as letters, so this ends.
         while new and rounds < item.high:
             new = self._once(item, name, new) - found
             found |= new
@@ -174,6 +179,7 @@ class SafePattern:
 
     def _once(self, item: _Item, name: str, at: set[int]) -> set[int]:
         self.budget.spend(CALL + len(at))
+        # `match` at i still sees what is before i, which \b and ^ ask for.
         if isinstance(item.body, re.Pattern):
             return {m.end() for i in at if (m := item.body.match(name, i))}
         if item.look is None:
@@ -181,8 +187,10 @@ class SafePattern:
         return {i for i in at if self._sees(item.body, item.look, name, i)}
 
     def _sees(self, body: list[list[_Item]], look: str, name: str, i: int) -> bool:
+        # Ahead: whether the body matches from i on.
         if look in "=!":
             return bool(self._any(body, name, {i})) == (look == "=")
+        # Behind: whether it ends at i, from any position before.
         self.budget.spend(i)
         return (i in self._any(body, name, set(range(i + 1)))) == (look == "<=")
 
@@ -226,6 +234,7 @@ class Patterns:
 
     def _plain(self, place: int, key: str) -> None:
         whole = key.startswith("^")
+        # \0 stands for a dot that means any letter; what is escaped means itself.
         text = key[whole:]
         if "\\" in text:
             parts = re.findall(r"\\.|.", text)
@@ -250,6 +259,7 @@ class Patterns:
             return default
         places = list(self._places(name))
         for place, pattern in self.expressions:
+            # A plain key that comes earlier in the file has won.
             if places and place > min(places):
                 break
             if pattern.match(name):
@@ -258,6 +268,7 @@ class Patterns:
         return self.values[self.keys[min(places)]] if places else default
 
     def _places(self, name: str) -> Iterator[int]:
+        # PEFT matches (.*\.)?(key)$: a key is an end of the name, and with ^ the whole of it.
         for ending in endings(name):
             for whole in (False, True) if ending is name else (False,):
                 masks, texts = self.plain.get((whole, len(ending)), ((), {}))

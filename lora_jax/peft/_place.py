@@ -30,7 +30,6 @@ from lora_jax.peft._safetensors import Base, Tensor, called, tied_tables
 
 EACH = 10  # failures of each side that are shown first
 
-
 HEAD = "lm_head.weight"  # which a base does not store that ties it to its table
 
 

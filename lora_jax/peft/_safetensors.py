@@ -40,7 +40,6 @@ CHUNK = 8 << 20
 # What in a folder holds weights in another form, or would change which are loaded.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 
-
 NOT_COPIED = ("adapter_config.json", "pytorch_model.bin.index.json")
 
 

@@ -18,9 +18,7 @@ import numpy as np
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
 
-
 SGLANG = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 SHOWN = 3  # modules in a message
 
