@@ -48,7 +48,8 @@ class LeafInfo:
         g = self.axes
         inner = tuple(sorted(g.in_axes))
         last = max(g.in_axes + g.out_axes)
-        if self.kind == "conv" and g.out_axes == (last,):  # (*window, in, out)
+        # Flax's (*window, in, out); torch has in before the window.
+        if self.kind == "conv" and g.out_axes == (last,):
             return inner[-1:] + inner[:-1]
         return inner
 
@@ -109,6 +110,7 @@ class Block:
 
 def block(text: str, leaves: dict[str, LeafInfo]) -> Block:
     """The block that a text such as "layers/q/kernel[3]" or "qkv/kernel[:, 0]" names."""
+    # The name of a leaf may itself end in brackets.
     found = None if text in leaves else INDEX.fullmatch(text)
     path = found[1] if found else text
     if path not in leaves:
@@ -132,12 +134,14 @@ def _position(part: str, size: int, text: str) -> int | tuple[int, int] | None:
     start, stop = int(numbers[0] or 0), int(numbers[1] or size)
     if not start < stop <= size:
         raise LoRAError(f"'{text}': positions {part} of an axis of size {size}")
+    # One form for the whole of an axis, as blocks are compared.
     return None if (start, stop) == (0, size) else (start, stop)
 
 
 def factor_a(array: np.ndarray, b: Block) -> np.ndarray:
     """A (batch, rank, in) as (*batch, *in, rank) in the leaf's order."""
     g = b.leaf.axes
+    # The axes in PEFT's order, each by its number in the leaf.
     labels = (*g.batch_axes, RANK, *b.leaf.in_axes)
     sizes = (*b.sizes(g.batch_axes), array.shape[1], *b.sizes(b.leaf.in_axes))
     return array.reshape(sizes).transpose([labels.index(d) for d in g.a_dims])
@@ -155,6 +159,7 @@ def torch_a(a: np.ndarray, b: Block) -> np.ndarray:
     """The block's A of a leaf's, as (batch, rank, in)."""
     g = b.leaf.axes
     a = a[(*b.region((*g.batch_axes, *g.in_axes)), slice(None))]
+    # (*batch, *in, rank) in the order of the leaf to (*batch, rank, *in) in PEFT's.
     a = a.transpose([g.a_dims.index(d) for d in (*g.batch_axes, RANK, *b.leaf.in_axes)])
     return a.reshape(b.n_batch, a.shape[len(g.batch_axes)], b.n_in)
 
@@ -177,7 +182,8 @@ def layouts(shape: tuple[int, ...], blocks: Sequence[Block]) -> list[str]:
         return []
     if len(blocks) == 1 and _is_same(shape, blocks[0]):
         found.append("same")
-    if len(shape) == 1:  # such as a bias; the order of a matrix nobody knows any more
+    # Such as a bias; of a matrix that was flattened nobody knows the order.
+    if len(shape) == 1:
         return [] if any(b.leaf.geometry and b.leaf.in_axes for b in blocks) else ["vector"]
     if all(b.leaf.geometry for b in blocks) and len({(b.n_in, b.n_batch) for b in blocks}) == 1:
         n_in, n_out = blocks[0].n_in, sum(b.n_out for b in blocks)
@@ -185,11 +191,13 @@ def layouts(shape: tuple[int, ...], blocks: Sequence[Block]) -> list[str]:
         conv = blocks[0].leaf.kind == "conv" and not batch
         window = blocks[0].sizes(blocks[0].leaf.in_axes)
         if not batch and len(shape) != len(window) + 1 and set(shape[2:]) <= {1}:
-            conv, shape = False, shape[:2]  # a window of one position is as good as none
+            # A window of one position is as good as none.
+            conv, shape = False, shape[:2]
         if (shape == (n_out, *window)) if conv else (shape == (*batch, n_out, n_in)):
             found.append("out_in")
         if not conv and shape == (*batch, n_in, n_out):
             found.append("in_out")
+        # "same" is one of the two orders then, and the name of the order says more.
         if set(found) > {"same"}:
             found.remove("same") if "same" in found else None
     return found
@@ -197,6 +205,7 @@ def layouts(shape: tuple[int, ...], blocks: Sequence[Block]) -> list[str]:
 
 def _is_same(shape: tuple[int, ...], b: Block) -> bool:
     """Whether a tensor lies as the block does: of a product's weight to the letter."""
+    # Without axes nothing is contracted: those of one position are of no account.
     if b.leaf.geometry is None:
         return _squeezed(b.shape) == _squeezed(shape)
     own = tuple(n for n, i in zip(b.shape, b.index) if not isinstance(i, int))
@@ -216,11 +225,13 @@ def to_leaf(array: np.ndarray, layout: str | None, blocks: Sequence[Block]) -> l
     n_in, batch = blocks[0].n_in, blocks[0].n_batch
     if layout == "in_out":
         array = array.reshape(batch, n_in, -1).swapaxes(1, 2)
+    # (batch, out, in), cut along out into the blocks.
     array = array.reshape(batch, -1, n_in)
     cuts = np.cumsum([b.n_out for b in blocks])[:-1]
     out = []
     for piece, b in zip(np.split(array, cuts, axis=1), blocks):
         labels = (*b.leaf.axes.batch_axes, *b.leaf.out_axes, *b.leaf.in_axes)
+        # (*batch, *out, *in), and each axis to its place in the leaf.
         piece = piece.reshape(b.sizes(labels))
         out.append(piece.transpose([labels.index(d) for d in range(len(labels))]))
     return out
@@ -235,6 +246,7 @@ def from_leaf(
     flat = []
     for piece, b in zip(pieces, blocks):
         labels = (*b.leaf.axes.batch_axes, *b.leaf.out_axes, *b.leaf.in_axes)
+        # (*batch, *out, *in) as (batch, out, in), put together along out.
         flat.append(piece.transpose(labels).reshape(b.n_batch, b.n_out, b.n_in))
     array = np.concatenate(flat, axis=1)
     return (array.swapaxes(1, 2) if layout == "in_out" else array).reshape(shape)
@@ -250,12 +262,15 @@ def own_factors(
         return own_a, own_b
     out_axes = node.geometry.out_axes
     regions = {tuple(x.index[d] for d in out_axes): x for x in blocks}
+    # Ranks that do something here, of own_b (batch, out, rank).
     mine = own_b.any(axis=(0, 1))
     keep: Any = own_a.any(axis=(0, 2)) | mine
     if len(regions) > 1:
         used = np.array([torch_b(b, x).any(axis=(0, 1)) for x in _whole(regions.values())])
-        if (used.sum(axis=0) <= 1).all():  # block-diagonal: each rank is one region's
+        # Block-diagonal: each rank is of one region.
+        if (used.sum(axis=0) <= 1).all():
             keep = mine
+    # PEFT has no rank of 0: an update of zeros keeps one, or all.
     if not keep.any():
         keep = np.arange(len(keep)) < 1 if len(regions) > 1 else np.ones_like(keep)
     return own_a[:, keep], own_b[:, :, keep]
@@ -265,6 +280,7 @@ def changes_outside(node: LowRank, blocks: Iterable[Block], magnitude: Any = Non
     """Whether it changes the leaf where no torch parameter is: B is not zero there, or a DoRA's
     magnitude is not `magnitude`, the base's norms."""
     g = node.geometry
+    # (*batch, rank, *out) without the rank: which outputs change.
     changed: Any = np.asarray(node.b != 0).any(axis=g.b_dims.index(RANK))
     if isinstance(node, DoRA):
         changed = changed | (True if magnitude is None else np.asarray(node.magnitude) != magnitude)
@@ -289,6 +305,7 @@ def together(
     """One A and B for several blocks in a row: A shared where it is the same, else B block-diagonal
     over the ranks of all."""
     known = [a for a, _ in parts if a is not None]
+    # q, k, v of one fused kernel: A is theirs together, and B one above the other.
     if all(a.dtype == known[0].dtype and np.array_equal(a, known[0]) for a in known):
         rank = known[0].shape[1]
         rows = [
@@ -299,6 +316,7 @@ def together(
     for a, b in parts:
         row = np.zeros((*b.shape[:2], total), b.dtype)
         n = 0 if a is None else a.shape[1]
+        # The ranks from `at` on are this block's alone.
         row[:, :, at : at + n] = b
         at += n
         rows.append(row)

@@ -46,6 +46,7 @@ class Build:
     def nodes(self) -> dict[str, Any]:
         """{leaf: node}, in the order of the parameters."""
         out = {}
+        # Not in the order of the file: any file of these tensors gives the same tree.
         for path in self.params:
             if path not in self.on:
                 continue
@@ -62,8 +63,9 @@ class Build:
         """Whether PEFT's change of one of two tied weights means the same here."""
         if kind is NewRows:
             return self._untied_rows(path)
+        # Where both are changed, they are compared.
         if not self.leaves[path].tied or self.config.tying or len(self.on[path]) > 1:
-            return True  # where both are changed they are compared
+            return True
         self.failures.append(
             f"'{path}' is the embedding and the head, but the file changes {names} alone; untie "
             "them in the model, or train with ensure_weight_tying in PEFT"
@@ -107,7 +109,9 @@ class Build:
         g = leaf.axes
         if leaf.tied and len(pieces) > 1:
             pieces = self._once(path, pieces)
+        # (*batch, *out): whether a parameter falls on it already.
         taken = np.zeros([leaf.shape[d] for d in (*g.batch_axes, *g.out_axes)], bool)
+        # {part of the out axes: rank}. Layers of a stack share a part, q and k of a kernel do not.
         regions: dict[tuple, int] = {}
         for entry, i, u in pieces:
             b = entry.blocks[i]
@@ -116,6 +120,7 @@ class Build:
             regions[out] = max(regions.get(out, 0), u.rank)
         first = dict(zip(regions, np.cumsum([0, *regions.values()])))
         rank = sum(regions.values())
+        # The stored type where there is one, and nothing is multiplied; else fp32.
         types = {self.file.tensors[k].dtype for _, _, u in pieces for k in (u.a, u.b)}
         types |= {np.dtype(np.float32) for _, _, u in pieces if u.e}
         scale = pieces[0][2].scale
@@ -128,7 +133,9 @@ class Build:
             at = slice(first[tuple(block.index[d] for d in g.out_axes)], None)
             at = slice(at.start, at.start + u.rank)
             own_a, own_b = u.arrays(self.file)
+            # A torch weight that several leaves hold: the outputs of this one.
             own_b = own_b[:, start : start + block.n_out]
+            # A node has one scale: the rest of it goes into B.
             if u.scale != scale:
                 own_b = own_b.astype(np.float32) * (u.scale / scale if scale else 0.0)
             a[(*block.region((*g.batch_axes, *g.in_axes)), at)] = factor_a(own_a, block)
@@ -147,17 +154,19 @@ class Build:
                 f"'{path}' is the embedding and the head, and the file has DoRA, which scales the "
                 "one by its columns and the other by its rows; untie them in the model"
             )
+        # Otherwise what the file does not have keeps the norms of the base, so W·m/‖W‖ is W.
         if whole:
             m = np.zeros([node.shape[d] for d in (*g.batch_axes, *g.out_axes)], dtype)
         else:
             m = np.array(norms(node, jnp.asarray(self._base(path))))
-            m = m.astype(dtype if dtype.itemsize > 2 else np.float32)  # W·m/‖W‖ is to stay W
+            m = m.astype(dtype if dtype.itemsize > 2 else np.float32)
         for entry, i, u in pieces:
             block = entry.blocks[i]
             if block.sizes(g.in_axes) != tuple(node.shape[d] for d in g.in_axes):
                 self.failures.append(f"'{path}': '{entry.name}' scales a part of its inputs alone")
             start = sum(x.n_out for x in entry.blocks[:i])
             own = self.file.read(u.magnitude).reshape(1, -1, 1)[:, start : start + block.n_out]
+            # A magnitude is turned as a B of rank 1, (1, out, 1).
             own = factor_b(own, block).squeeze(len(g.batch_axes))
             m[block.region((*g.batch_axes, *g.out_axes))] = own
         magnitude = self._cast(m)
@@ -190,6 +199,7 @@ class Build:
         types = {self.file.tensors[k].dtype for k in keys}
         types |= {np.dtype(np.float32) for _, _, v in pieces if v.add is not None}
         dtype = types.pop() if len(types) == 1 else np.dtype(np.float32)
+        # The base is read only where the file has a part of the leaf.
         out = np.zeros(leaf.shape, dtype) if taken.all() else self._base(path).astype(dtype)
         for n, (entry, i, v) in enumerate(pieces):  # one tensor at a time
             at = entry.blocks[i].slices
@@ -207,6 +217,7 @@ class Build:
         add = self.file.read(v.add).astype(np.float32) * np.float32(v.scale)
         if v.key is not None:
             return self.file.read(v.key).astype(np.float32) + add
+        # No value in the file: its update goes on top of the base's bias.
         base = [self._base(b.leaf.path)[b.slices].reshape(-1) for b in entry.blocks]
         return np.concatenate(base).astype(np.float32) + add
 
@@ -232,6 +243,7 @@ class Build:
         stored = to_leaf(self.file.read(table.key), entry.layout, entry.blocks)
         for b, value in zip(entry.blocks, stored):
             base = self._base(b.leaf.path)[b.slices]
+            # In the type of the base, to which the table was rounded when it was loaded.
             differ = int((base != value.astype(base.dtype)).any(axis=-1).sum())
             if differ:
                 self.failures.append(

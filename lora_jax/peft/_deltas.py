@@ -56,11 +56,14 @@ def matrix(
     arrays = {}
     for name, key in what.keys.items():
         value = file.read(key)
+        # Places stay integers.
         arrays[name] = value if value.dtype.kind == "i" else value.astype(np.float64)
+    # Without factors there is no rank in the tensors: PEFT scales by that of the settings.
     rank = what.update.rank or config.rank_of(what.module)
     place = Place(what.module, found.n_out, found.n_in, config, rank, weight)
-    with np.errstate(over="ignore", invalid="ignore"):  # is looked for below
+    with np.errstate(over="ignore", invalid="ignore"):
         out = FORMS[what.kind].update(arrays, place)
+    # Also of NaN, with which no comparison holds.
     if not (np.abs(out) <= np.finfo(np.float32).max).all():
         raise Misfit("its update is not finite in float32")
     return out

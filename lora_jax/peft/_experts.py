@@ -16,9 +16,11 @@ from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._file import AdapterFile
 from lora_jax.peft._parts import Experts, Update, plain_name
 
-MAX_WAYS = 8  # that are counted
+# Two are too many already; so many are counted for the message.
+MAX_WAYS = 8
 
-MAX_PAIRS = 8  # in a module: so many can be in 8! orders
+# In a module: in how many orders they may be grows as the factorial.
+MAX_PAIRS = 8
 
 
 # One assignment: (parameter, what `fit` gave for it) of each pair, outermost first.
@@ -32,6 +34,7 @@ def is_inside(module: str, parts: Mapping[str, str], config: PeftConfig) -> bool
       module: its plain name.
       parts: {kind: key} of its tensors.
     """
+    # Embeddings and AdaLoRA know no single parameters.
     if parts.keys() & {"table_a", "e"} or not config.parameters_of(module):
         return False
     return config.targets in (None, "all-linear") or not config.targeted(module)
@@ -50,6 +53,7 @@ def read_experts(
       wrong: is told (key, what is wrong with it).
     """
     modules: dict[str, list[tuple[str, str]]] = {}
+    # PEFT wraps the module once more for each parameter: the first one is innermost.
     for module, key_a, key_b in sorted(found, key=lambda f: f[0].count(".base_layer")):
         modules.setdefault(plain_name(module), []).append((key_a, key_b))
     for module, pairs in modules.items():
@@ -80,6 +84,7 @@ def _pair(
     for parameter in names:
         name = f"{module}.{parameter}"
         rank = config.rank_of(name)
+        # A (E · rank, in), B (out, rank · E): with the rank of the settings, E follows.
         if len(a) == len(b) == 2 and a[0] == b[1] and a[0] % rank == 0:
             sizes = (rank, a[1], b[0], a[0] // rank)
             scale = config.scale(name, rank)
@@ -112,6 +117,7 @@ def ways(
         if not fits:
             yield []
             return
+        # From outside in, the parameters run backwards in the module's order.
         last = min((at[p] for p in used if p in at), default=len(at))
         for parameter, place in fits[0].items():
             if parameter not in used and at.get(parameter, -1) < last:
@@ -143,6 +149,7 @@ def on_leaves(
         for way in ways(group, lambda _, u, turn=turn: finder.expert(u, turn), order)
     ]
     if len(found) == 1:
+        # Innermost first, as `order` has them.
         return [place for _, place in found[0][::-1]]
     names = list(group.parameters)
     finder.failures.append(

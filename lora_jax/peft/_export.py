@@ -16,9 +16,11 @@ from lora_jax._nodes.node import is_node
 from lora_jax.peft._blocks import Block, changes_outside, from_leaf, own_factors, together, torch_b
 from lora_jax.peft._mapping import Entry, TorchMapping
 
+# What is written is what this PEFT writes.
 VERSION = "0.21.2"
 
-PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "default")  # PEFT's, in its layers
+# Names of PEFT's own in the layers that it makes.
+PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "default")
 
 
 def times(b: np.ndarray, by: float) -> np.ndarray:
@@ -112,6 +114,8 @@ class Export:
                 )
             elif blocks[0].leaf.shape != shape:
                 self.failures.append(f"'{path}' {shape}, but {blocks[0].leaf.shape} in the mapping")
+            # A part without a parameter is an error only if it changes. The blocks of a tied leaf
+            # are there twice.
             elif (n := sum(math.prod(b.shape) for b in set(blocks))) != math.prod(shape) and (
                 not isinstance(node, LowRank)
                 or changes_outside(node, blocks, self.mapping.untouched.get(path))
@@ -121,6 +125,7 @@ class Export:
                 )
 
     def _lora(self, entry: Entry, nodes: Sequence[LowRank | None]) -> None:
+        # One constant for the parameter: that of other leaves goes into their B.
         scale = next((n.scale for n in nodes if n is not None and n.scale), 0.0)
         if not all(math.isfinite(n.scale) for n in nodes if n is not None):
             self.failures.append(f"'{entry.name}': the scale of its adapter is not finite")
@@ -129,6 +134,7 @@ class Export:
         parts: list[tuple[np.ndarray | None, np.ndarray]] = []
         for block, node in zip(entry.blocks, nodes):
             if node is None:
+                # Outputs that are not adapted: rows of zeros, without a rank.
                 parts.append((None, np.zeros((block.n_batch, block.n_out, 0), np.float32)))
                 continue
             if node.geometry != block.leaf.geometry:
@@ -138,6 +144,7 @@ class Export:
                 )
                 return
             a, b = own_factors(node, block, self.blocks[block.leaf.path])
+            # On the table of a tied head, or experts (in, out): torch's A is the leaf's B.
             if entry.swapped:
                 a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
             if node.scale != scale:
@@ -168,6 +175,7 @@ class Export:
             )
             return None
         parts = [
+            # A magnitude (*batch, *out) is a B of rank 1.
             torch_b(np.expand_dims(np.asarray(n.magnitude), len(n.geometry.batch_axes)), b)
             for b, n in zip(entry.blocks, known)
         ]
@@ -190,7 +198,8 @@ class Export:
 
     def _ranks(self, uniform: bool | int) -> None:
         """Equal ranks and scales where PEFT, or the caller, wants them."""
-        for name, low in self.low.items():  # a MultiheadAttention has one rank for both
+        # First, as it changes ranks: a MultiheadAttention has one for both of its parameters.
+        for name, low in self.low.items():
             if name.endswith(".in_proj_weight"):
                 self._attention(name.removesuffix(".in_proj_weight"), low)
         plain = [n for n, low in self.low.items() if low.magnitude is None]
@@ -204,6 +213,7 @@ class Export:
         rank = max(low.rank for low in self.low.values())
         if uniform is not True and uniform < rank:
             self.failures.append(f"uniform_rank={uniform}, but there is a rank {rank}")
+        # The scale that most have, so that the fewest B are rounded.
         rank = rank if uniform is True else uniform
         scales = collections.Counter(low.scale for low in self.low.values() if low.scale)
         for low in self.low.values():
@@ -215,8 +225,10 @@ class Export:
         if out is None:
             self.failures.append(f"'{module}': PEFT adapts in_proj and out_proj, or neither")
             return
+        # PEFT adds this update twice: half of it each time.
         if self.doubled:
             out.scale = out.scale / 2
+        # One of them may be 0, which no B can take up.
         out.scaled(low.scale) if low.scale else low.scaled(out.scale)
         rank = max(low.rank, out.rank)
         low.padded(rank)
@@ -233,16 +245,19 @@ class Export:
                 names[name] = (low.rank, low.scale)
                 continue
             module = name.removesuffix(".weight").removesuffix(".in_proj_weight")
+            # An out_proj is stored inside its attention, whose rank and alpha are its own.
             inner = self._store(module, low)
             if inner == module:
                 modules.append(module)
                 names[module] = (low.rank, low.scale)
         for module, inside in experts.items():
+            # The last parameter is the outermost.
             for depth, name in enumerate(reversed(inside)):
                 self._store_experts(module + ".base_layer" * depth, self.low[name])
         adapted = {*modules, *experts}
         bias, saved = self._store_values(adapted)
         self._separate(saved, {*adapted, *self.tokens})
+        # The pair that most modules have: patterns name the fewest.
         rank, scale = (
             collections.Counter(names.values()).most_common(1)[0][0] if names else (8, 1.0)
         )
@@ -275,14 +290,18 @@ class Export:
     def _store(self, module: str, low: _Low) -> str:
         """Writes one update; returns the module under which its rank stands."""
         owner, _, last = module.rpartition(".")
+        # torch's MultiheadAttention never calls its out_proj: PEFT wraps it inside.
         attention = last == "out_proj" and f"{owner}.in_proj_weight" in self.low
         key = f"{owner}.base_layer.out_proj" if attention else module
         a, b, magnitude = low.a[0], low.b[0], low.magnitude
+        # Factors of a table are parameters, all others the weights of modules.
         if low.entry.kind == "embedding":
             self.tensors |= {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b}
         else:
             if low.entry.kind == "conv":
-                assert low.entry.shape is not None  # as that of a convolution is
+                # As that of a convolution is.
+                assert low.entry.shape is not None
+                # A (r, in, *window), B (out, r, 1, …).
                 window = low.entry.shape[1:]
                 ones = [1] * (len(window) - 1)
                 a, b = a.reshape(low.rank, *window), b.reshape(*b.shape, *ones)
@@ -295,12 +314,14 @@ class Export:
 
     def _store_experts(self, key: str, low: _Low) -> None:
         e, r, n_in = low.a.shape
+        # A (E, r, in) expert by expert; B (E, out, r) to (out, r, E), rank by rank.
         self.tensors[f"{key}.lora_A.weight"] = low.a.reshape(e * r, n_in)
         self.tensors[f"{key}.lora_B.weight"] = low.b.transpose(1, 2, 0).reshape(-1, r * e)
 
     def _store_values(self, adapted: set[str]) -> tuple[str, list[str]]:
         """(the setting of `bias`, modules_to_save)."""
         bias, saved = "none", []
+        # A bias of a module that is saved in full belongs to it, all others to `bias`.
         modules = {n.rpartition(".")[0] for n in self.values if not n.endswith(".bias")}
         for name, value in self.values.items():
             module, _, last = name.rpartition(".")
@@ -312,6 +333,7 @@ class Export:
                     name = f"{owner}.base_layer.out_proj.base_layer.bias"
                 elif module in adapted:
                     name = f"{module}.base_layer.bias"
+                # "lora_only" means biases of adapted modules alone.
                 bias = "all" if module not in adapted or bias == "all" else "lora_only"
             elif last == "in_proj_bias" and module in adapted:
                 name, bias = f"{module}.base_layer.in_proj_bias", "all"
@@ -323,6 +345,7 @@ class Export:
             elif module not in saved:
                 saved.append(module)
             self.tensors[name] = value
+        # A module is saved with all that is in it.
         inside = tuple(m + "." for m in saved)
         return bias, [m for m in saved if not m.startswith(inside)]
 
@@ -341,6 +364,7 @@ class Export:
 
 def as_alpha(rank: int, scale: float) -> int | float:
     """The alpha with alpha / rank == scale, to the last bit where there is one."""
+    # It may be rounded: the number beside it may be the one that divides back.
     alpha = scale * rank
     near = [float(round(alpha)), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf)]
     alpha = next((x for x in near if x / rank == scale), alpha)
@@ -353,6 +377,7 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     for name, value in values.items():
         if value == default:
             continue
+        # PEFT takes a pattern for the end of a name, dots for any letter.
         others = any(re.match(rf"(.*\.)?({name})$", n) for n in values if n != name)
         out["^" + re.escape(name) if others else name] = value
     return out
@@ -362,6 +387,7 @@ def _targets(modules: Sequence[str], mapping: TorchMapping) -> list[str] | str |
     """Full names; as one expression where a name also ends another, which is not adapted."""
     if not modules:
         return None
+    # Of a list PEFT takes each name for the end of others; an expression is the whole name.
     known = {n.rpartition(".")[0] for n in mapping} - set(modules)
     if any(n.endswith("." + m) for m in modules for n in known):
         return "|".join(map(re.escape, modules))

@@ -16,6 +16,7 @@ from lora_jax.peft._config import MERGE
 from lora_jax.peft._mapping import BIASES, Entry
 from lora_jax.peft._parts import NewRows, Update
 
+# Last names of a weight, which its module's name stands for.
 WEIGHTS = ("kernel", "weight", "embedding", "scale", "w", "table")
 
 # First names that stand for the whole network: one side may have them and the other not. Any
@@ -47,6 +48,7 @@ class _Names:
 
     def find(self, tokens: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
         """(the first names that one side lacks, leaf)."""
+        # The same name, then leaves with a longer one, then those with a shorter one.
         yield from (((), path) for path in self.exact.get(tokens, ()))
         yield from self.ends.get(tokens, ())
         for first, rest in _shorter(tokens):
@@ -55,6 +57,7 @@ class _Names:
 
 def _shorter(tokens: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
     for i in range(1, len(tokens)):
+        # Behind a number of a layer, q is the q of that layer and not of any other.
         if tokens[i - 1].isdigit():
             break
         yield tokens[:i], tokens[i:]
@@ -105,9 +108,11 @@ class Finder:
         """The entry, and the update as the leaf has it: turned where the leaf is also a table."""
 
         def way(blocks: Sequence[Block]) -> Update:
+            # The leaf is the table (rows, features), of which a head has the rows as outputs.
             tied = len(blocks) == 1 and blocks[0].leaf.tied and update.kind == "linear"
             if update.n_in and update.n_out:
                 return update.turned() if tied else update
+            # What the tensors do not say is the size of the leaf.
             known = all(b.leaf.geometry for b in blocks)
             n_in, n_out = (blocks[0].n_in, sum(b.n_out for b in blocks)) if known else (0, 0)
             n_in, n_out = (n_out, n_in) if tied else (n_in, n_out)
@@ -126,6 +131,7 @@ class Finder:
         if blocks is None:
             return None
         found = way(blocks)
+        # torch's (out, in, *window), for the file that is written again.
         kind, shape = update.kind, None
         if kind == "conv":
             shape = (found.n_out, found.n_in // math.prod(found.window), *found.window)
@@ -165,14 +171,17 @@ class Finder:
             return None
         fits = layouts(shape, blocks)
         leaf = blocks[0].leaf
+        # Where all sizes above 1 differ, only one order of them fits.
         large = [n for n in shape if n > 1]
         unsure = leaf.kind == "?" and leaf.geometry is None and len(large) > len(set(large))
         if unsure and leaf.path.rpartition("/")[2].lower() not in BIASES:
             fits = [None]
             if needed:
                 self.failures.append(f"'{name}' {shape}: {_unknown(leaf)}")
+        # torch's tables are (rows, features), as Flax's.
         elif len(fits) > 1 and blocks[0].leaf.kind == "embedding":
             fits = ["in_out"]
+        # The setting says that there is a Conv1D; experts are stored in either order.
         elif len(fits) > 1 and conv1d is None and (fan_in_fan_out or blocks[0].n_batch > 1):
             fits = [None]
             module = name.removesuffix(".weight").rpartition(".")[2]
@@ -210,6 +219,7 @@ class Finder:
     def expert(self, update: Update, swapped: bool) -> tuple[Entry, Update] | None:
         """The entry of one parameter of a module of experts, if one leaf fits it best."""
         update = update.turned() if swapped else update
+        # The better kind of match first: where one fits, a worse one is not looked at.
         for group in self._candidates(update.name):
             fits = [c for c in group if not _update_problem(update, c)]
             if fits:
@@ -237,6 +247,7 @@ class Finder:
                 self.failures.append(f"'{name}' ({what}) may be: {several}")
                 return None
             tried += [f"{', '.join(map(str, c))}: {problem(c)}" for c in candidates]
+        # What fits but is of another part of the model is shown, and never taken.
         far = [", ".join(map(str, c)) for c in self.far if problem(c) is None]
         if far and not tried:
             self.failures.append(
@@ -245,7 +256,8 @@ class Finder:
             )
             return None
         tried += self.near
-        few = len(self.failures) < SHOWN  # the rest is only counted
+        # The rest is only counted.
+        few = len(self.failures) < SHOWN
         near = nearest(name.rpartition(".")[0].replace(".", "/"), self.leaves, 3) if few else ()
         self.failures.append(
             f"'{name}' ({what}): "
@@ -264,11 +276,14 @@ class Finder:
             if found is not None:
                 return [[found]] if found else []
         module, _, last = name.rpartition(".")
+        # In kohya's names every dot has become an underscore.
         parts = re.split(
             r"[._]" if self.flat else r"\.", module if last in ("weight", "bias") else name
         )
         parts = parts if parts != [""] else []
         places = [i for i, part in enumerate(parts) if part.isdigit()]
+        # A number that no leaf has in its name is a place in a stack: of layers, of experts in
+        # them.
         for left_out in itertools.chain(*(itertools.combinations(places, n) for n in range(3))):
             rest = [part for i, part in enumerate(parts) if i not in left_out]
             at = [int(parts[i]) for i in left_out]  # of a stack; of layers and of experts in them
@@ -281,6 +296,7 @@ class Finder:
                     kind.append((found,))
                 elif len(leaf.shape) > 1:
                     self.near.append(_no_stack(leaf, at[-1]))
+        # A head without a leaf is the only table that is also multiplied by.
         if not exact and not ends and len(self.tied) == 1 and is_head(name):
             leaf = self.leaves[self.tied[0]]
             ends.append((Block(leaf, (None,) * len(leaf.shape)),))
@@ -318,6 +334,7 @@ class Finder:
             if path not in self.leaves or k.leaf.geometry is None:
                 return None
             leaf = self.leaves[path]
+            # The axes of the bias are those of its kernel without the inputs.
             index = tuple(i for d, i in enumerate(k.index) if d not in k.leaf.geometry.in_axes)
             if len(index) != len(leaf.shape):
                 return None
@@ -346,6 +363,7 @@ def looked_up(table: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
                 if not texts:
                     raise ValueError("no leaf")
                 groups = hit[0], *hit.groups("")
+                # By what they say: several keys may match if they mean the same.
                 found[tuple(t.format(*groups, **hit.groupdict("")) for t in texts)] = key
         except (re.error, IndexError, KeyError, ValueError, TypeError, AttributeError) as e:
             raise LoRAError(
@@ -402,17 +420,21 @@ def _update_problem(update: Update, blocks: Sequence[Block]) -> str | None:
             return _unknown(b.leaf) if one is None else _no_stack(b.leaf, one)
         if b.leaf.geometry is None:
             return _unknown(b.leaf)
+        # Before other sizes: tokens that were added are the usual reason, with a way on of their
+        # own.
         if len(blocks) == 1 and b.leaf.shape == b.shape:
             pairs = ((b.n_in, update.n_in), (b.n_out, update.n_out))
             (rows, want), rest = pairs if update.kind == "embedding" else pairs[::-1]
             head = update.kind == "linear" and is_head(update.name)
             if (update.kind == "embedding" or head) and rest[0] == rest[1] and want > rows:
                 return _resized(b.leaf.shape, rows, want)
+        # Not out: the blocks share the outputs, and their sum is compared below.
         if b.n_in != update.n_in or b.n_batch != update.batch:
             sizes = f"in {b.n_in}, out {b.n_out}"
             return f"{b.leaf.shape}, {sizes}" + (f", {b.n_batch} stacked" * (b.n_batch > 1))
         if b.leaf.kind != "conv" and math.prod(update.window) > 1:
             return f"{b.leaf.shape}, not used by a convolution"
+        # A window of one position has no order that could be another.
         if b.leaf.kind == "conv" and update.kind != "conv" and not update.flat and _window(b) > 1:
             return f"{b.leaf.shape}, a convolution, whose inputs are in an order of their own"
         if b.leaf.dilated and _window(b) > 1:
@@ -432,6 +454,7 @@ def _tokens(parts: Sequence[str], flat: bool = False) -> tuple[str, ...]:
     """Names in a common spelling: lower case, a number at the end apart, each word if `flat`."""
     out: list[str] = []
     for part in parts if not flat else [word for p in parts for word in p.split("_")]:
+        # layers_0, layers0 and layers.0 are one name.
         found = re.fullmatch(r"(.*?)_?(\d+)", part.lower())
         out += [t for t in found.groups() if t] if found else [part.lower()]
     return tuple(out)
@@ -440,6 +463,7 @@ def _tokens(parts: Sequence[str], flat: bool = False) -> tuple[str, ...]:
 def _at(leaf: LeafInfo, at: Sequence[int]) -> Block | None:
     """A position in a leaf that is stacked so many times, from the outermost stack on."""
     rank = len(leaf.shape)
+    # Of a leaf without axes any but the last may be of a stack.
     axes = leaf.geometry.batch_axes if leaf.geometry else tuple(range(rank - 1))
     if len(axes) < len(at) or any(i >= leaf.shape[d] for d, i in zip(axes, at)):
         return None

@@ -85,6 +85,7 @@ def _loha_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, i
     _axes(shapes, **dict.fromkeys(pair, 2), hada_t1=4, hada_t2=4)
     for i, name in enumerate(("hada_w1_a", "hada_w1_b")):
         _equal("the shapes of its two factors", shapes[name], shapes[pair[2 + i]])
+    # w_a (out, r), w_b (r, in); with a core (r, out), (r, in) around (r, r, *window).
     (a, b), rank = (shapes["hada_w1_a"], shapes["hada_w1_b"]), shapes["hada_w1_b"][0]
     _equal("its ranks", rank, a[0] if core else a[1], *(n for c in core for n in shapes[c][:2]))
     if not core:
@@ -100,6 +101,7 @@ def _loha(t: Arrays, at: Place) -> np.ndarray:
         a, b = t[f"hada_w{n}_a"], t[f"hada_w{n}_b"]
         if "hada_t1" not in t:
             return a @ b
+        # (out, in, *window), the inputs of a convolution in one axis.
         return _cp(t[f"hada_t{n}"], a, b).reshape(at.n_out, -1)
 
     return factor(1) * factor(2) * at.config.scale(at.module, at.rank)
@@ -118,13 +120,16 @@ def _lokr_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, i
     _has(shapes, *first, *second, *core)
     _axes(shapes, lokr_w1=2, lokr_w1_a=2, lokr_w1_b=2, lokr_w2_a=2, lokr_w2_b=2, lokr_t2=4)
     _axes(shapes, lokr_w2=(2, 3, 4))
+    # w1 (out₁, in₁) and w2 (out₂, in₂, *window), each whole or of two factors.
     one = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
     ranks = [n for f in (first,) if len(f) > 1 for n in (shapes[f[0]][1], shapes[f[1]][0])]
     two = shapes.get("lokr_w2", ())
     if not two:
         (a, b), turned = (shapes[n] for n in second), bool(core)
+        # With a core the factors are (r, out₂), (r, in₂), without (out₂, r), (r, in₂).
         two = (a[1], b[1], *shapes["lokr_t2"][2:]) if turned else (a[0], b[1])
         ranks += [a[0] if turned else a[1], b[0], *(n for c in core for n in shapes[c][:2])]
+    # PEFT would take w2 and leave the core.
     if core and len(second) == 1:
         raise Misfit("also has lokr_t2")
     _equal("its ranks", *ranks)
@@ -140,6 +145,7 @@ def _lokr(t: Arrays, at: Place) -> np.ndarray:
         two = _cp(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
     else:
         two = t["lokr_w2_a"] @ t["lokr_w2_b"]
+    # As PEFT: of windows of one axis, w1 has its new axis in front, and none behind.
     one = one[:, :, None, None] if two.ndim == 4 else one
     return np.kron(one, two).reshape(at.n_out, at.n_in) * at.config.scale(at.module, at.rank)
 
@@ -165,12 +171,15 @@ def _miss(t: Arrays, at: Place) -> np.ndarray:
         r = block.shape[-1]
         if at.n_in % r:
             raise Misfit(f"in {at.n_in} is no multiple of its blocks of {r}")
+        # w (out/r, r, in/r, r), block (out/r, r, r): one for each row of squares.
         w = at.base.reshape(at.n_out // r, r, -1, r)
         new = np.einsum("oaib,obc->oaic", w, block) + block[:, :, None, :]
         return new.reshape(at.n_out, at.n_in)
     if at.n_out % block.shape[1]:
         raise Misfit(f"out {at.n_out} is no multiple of mini_r={block.shape[1]}")
+    # (r, mini_r) to (r, out).
     block = np.tile(block, (1, at.n_out // block.shape[1]))
+    # Input i has row i mod r: (in, out), turned.
     return block[np.arange(at.n_in) % len(block)].T
 
 
@@ -182,11 +191,13 @@ def _hira_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, i
     a, b = (shapes[n] for n in names)
     _equal("its ranks", a[0], b[1])
     _equal("the windows of its B", math.prod(b[2:]), 1)
-    return b[0], math.prod(a[1:]), 0  # no scale depends on its rank, and PEFT reads no pattern
+    # No scale depends on its rank, and PEFT reads no pattern.
+    return b[0], math.prod(a[1:]), 0
 
 
 def _hira(t: Arrays, at: Place) -> np.ndarray:
     """W ∘ (B·A), HiRA (ICLR 2025)."""
+    # Of linear layers and of tables the names end in A and in B.
     a, b = (next(x for name, x in t.items() if name.endswith(end)) for end in "AB")
     return at.base * (b.reshape(at.n_out, -1) @ a.reshape(len(a), -1))
 
@@ -204,6 +215,7 @@ def _vera_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, i
     _equal("its ranks", rank, shapes["vera_A"][0], shapes["vera_B"][1])
     if n_out > shapes["vera_B"][0]:
         raise Misfit(f"out {n_out}, but vera_B is {shapes['vera_B']}")
+    # vera_A is as wide as the widest module: in is that of the leaf.
     return n_out, 0, rank
 
 
@@ -211,6 +223,7 @@ def _vera(t: Arrays, at: Place) -> np.ndarray:
     """Λ_b·B·Λ_d·A, arXiv:2310.11454, with the first rows and columns of the shared B and A."""
     if at.n_in > t["vera_A"].shape[1]:
         raise Misfit(f"in {at.n_in}, but vera_A is {t['vera_A'].shape}")
+    # (out, r), and below (r, in).
     b = t["vera_lambda_b"][:, None] * t["vera_B"][: at.n_out]
     return b @ (t["vera_lambda_d"][:, None] * t["vera_A"][:, : at.n_in])
 
@@ -233,8 +246,10 @@ def _gralora_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int
 
 def _gralora(t: Arrays, at: Place) -> np.ndarray:
     """Blocks of a k × k grid with factors of their own, arXiv:2505.20355; maybe a LoRA beside."""
-    a, b = t["gralora_A"], t["gralora_B"]  # (k, in/k, r), (k, r, out/k)
+    # (k, in/k, r), (k, r, out/k).
+    a, b = t["gralora_A"], t["gralora_B"]
     k, rank = len(a), a.shape[2]
+    # Of each block n of the inputs, A's ranks are shared out among the k blocks o of the outputs.
     grid = np.einsum(
         "nikr,knro->koni",
         a.reshape(k, -1, k, rank // k),
@@ -244,6 +259,7 @@ def _gralora(t: Arrays, at: Place) -> np.ndarray:
     if "gralora_A_general.weight" in t:
         general = t["gralora_A_general.weight"]
         grid, hybrid = grid + t["gralora_B_general.weight"] @ general, len(general)
+    # By the sum of both ranks.
     return grid * (at.config.alpha / (rank + hybrid))
 
 
@@ -257,6 +273,7 @@ def _fourier(t: Arrays, at: Place) -> np.ndarray:
     """The real part of an inverse Fourier transform, arXiv:2405.03003, of n frequencies that
     torch's generator chose."""
     spectrum, size = t["fourierft_spectrum"], at.n_out * at.n_in
+    # From 2³²/20 on torch draws 64 bits a place.
     if not len(spectrum) <= size < (1 << 32) // 20:
         raise Misfit(f"{len(spectrum):,} frequencies of a matrix of {size:,}")
     dense = np.zeros(size)
@@ -270,12 +287,14 @@ def _randperm(n: int, first: int, seed: int) -> np.ndarray:
     32 random bits of MT19937."""
     source = np.random.RandomState(seed)
     draws = np.frombuffer(source.bytes(4 * min(first, n - 1)), "<u4")
+    # The places that have been swapped: not all n, which may be a weight's.
     moved: dict[int, int] = {}
     out = np.arange(first)
     for i, bits in enumerate(draws):
         j = i + int(bits) % (n - i)
         out[i] = moved.get(j, j)
         moved[j] = moved.get(i, i)
+    # The last place is not drawn: it is what is left.
     if first == n > 1:
         out[-1] = moved.get(n - 1, n - 1)
     return out
@@ -296,6 +315,7 @@ def _shira(t: Arrays, at: Place) -> np.ndarray:
     if not (0 <= columns.min() and columns.max() < at.n_in):
         raise Misfit(f"shira_indices: columns to {columns.max()} of {at.n_in}")
     out = np.zeros((at.n_out, at.n_in))
+    # `out[...] +=` would add once where a place is there twice.
     np.add.at(out, (rows, columns), t["shira_weight"])
     return out
 
@@ -304,12 +324,14 @@ def _ia3_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, in
     _has(shapes, "ia3_l")
     _axes(shapes, ia3_l=(2, 3, 4, 5))
     shape, inputs = shapes["ia3_l"], config.scales_inputs(module)
+    # (out, 1) or (1, in); of a convolution (1, out, 1, …) or (1, in, 1, …).
     axis = 0 if len(shape) == 2 and not inputs else 1
     if math.prod(shape) != shape[axis]:
         of = "inputs" if inputs else "outputs"
         raise Misfit(f"ia3_l {shape}: expected a vector along axis {axis}, as it scales {of}")
     if not inputs:
         return shape[axis], 0, 0
+    # The channels of a convolution are not its inputs, which have the window too.
     return 0, 0 if len(shape) > 2 else shape[axis], 0
 
 
@@ -320,6 +342,7 @@ def _ia3(t: Arrays, at: Place) -> np.ndarray:
         return at.base * scale[:, None]
     if at.n_in % len(scale):
         raise Misfit(f"ia3_l of {len(scale)} for in {at.n_in}")
+    # Each channel with all of its window.
     return at.base * np.repeat(scale, at.n_in // len(scale))
 
 
@@ -331,10 +354,12 @@ def _oft_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, in
         raise Misfit(f"oft_R {shapes['oft_R.weight']}: no triangle has so many elements")
     if config.own["block_share"]:
         _equal("the blocks that are shared", blocks, 1)
+    # One rotation may turn all blocks of the inputs.
     return 0, 0 if blocks == 1 else blocks * side, 0
 
 
 def _side(elements: int) -> int:
+    # side (side − 1) / 2 elements are above the diagonal.
     return (1 + math.isqrt(1 + 8 * elements)) // 2
 
 
@@ -345,9 +370,11 @@ def _oft(t: Arrays, at: Place) -> np.ndarray:
     if at.n_in % side or (blocks > 1 and at.n_in != blocks * side):
         raise Misfit(f"{blocks} rotations of {side} for in {at.n_in}")
     q = np.zeros((blocks, side, side))
+    # Skew, from what is above the diagonal, row by row.
     q[:, *np.triu_indices(side, 1)] = vectors
     q -= q.swapaxes(1, 2)
     if own["coft"]:
+        # COFT: each block no further than this from the identity.
         most = own["eps"] / math.sqrt(blocks)
         norm = np.linalg.norm(q, axis=(1, 2), keepdims=True)
         q = np.where(norm <= most, q, most * q / np.where(norm > 0, norm, 1))
@@ -355,7 +382,9 @@ def _oft(t: Arrays, at: Place) -> np.ndarray:
     if own["use_cayley_neumann"]:
         r = _neumann(q, own["num_cayley_neumann_terms"])
     else:
-        r = (eye - q) @ np.linalg.inv(eye + q)  # skew, so never singular
+        # Cayley's (1 − q)(1 + q)⁻¹; 1 + q is regular for every q that is skew.
+        r = (eye - q) @ np.linalg.inv(eye + q)
+    # (out, in/side, side), each block of inputs times its own Rᵀ − 1.
     w = at.base.reshape(at.n_out, -1, side)
     r = np.broadcast_to(r - eye, (at.n_in // side, side, side))
     return np.einsum("onb,nab->ona", w, r).reshape(at.n_out, at.n_in)

@@ -41,6 +41,7 @@ def folder(
     found = as_path(name)
     if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise LoRAError(f"{name}: subfolder={subfolder!r}: expected a path inside the folder")
+    # What is on this machine comes first, also a link that leads nowhere.
     if isinstance(name, str) and NAME.fullmatch(name) and not os.path.lexists(name):
         found = _snapshot(name, revision, subfolder)
     elif revision is not None:
@@ -59,9 +60,11 @@ def _snapshot(name: str, revision: str | None, subfolder: str | None) -> Path:
             name,
             revision=revision,
             allow_patterns=[inside + f for f in FILES],
+            # Checkpoints of the training lie in folders below; consolidated.* is the model again.
             ignore_patterns=[inside + "*/*", inside + "consolidated*"],
         )
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as e:  # LocalEntryNotFound is both
+    # LocalEntryNotFound, without a network, is the first two.
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as e:
         at = "" if revision is None else f", revision {revision!r}"
         raise LoRAError(
             f"{name}: no such folder here, and the hub does not give it{at}: "

@@ -221,8 +221,10 @@ def load(
     experts = as_names(experts, "experts", EXPERTS)
     leaves = leaf_infos(params, survey)
     if max_bytes is None:
+        # Twice the base in fp32, which no adapter needs; of a small base some may.
         max_bytes = max(8 * sum(math.prod(x.shape) for x in leaves.values()), 64 << 20)
     file = open_any(on_disk(folder, revision, subfolder), max_bytes, rename, format, part)
+    # One file of diffusers or kohya has no settings beside it.
     where = file.folder if file.format in ("diffusers", "kohya") else file.folder / CONFIG
     config = peft_config(file.config, where, ignore, len(file.tensors))
     check(rank, energy, file.folder, config.kind)
@@ -230,6 +232,7 @@ def load(
     finder = Finder(leaves, as_table(mapping), file.format == "kohya", file.part)
     found = _found(parsed, finder, config, conv1d, experts, experts_a)
     deltas = [(hit, d) for d in parsed.deltas if (hit := finder.update(d.update)) is not None]
+    # All tensors have their leaves before a value is read.
     finish(finder, str(file.folder))
     values = flatten(state_of(params))
     if base is not None:
@@ -252,9 +255,11 @@ def load(
     for entry, what in found:
         build.add(entry, what)
     nodes = build.nodes()
+    # Last, as tensors and tables are read for it.
     build.failures += parsed.unequal(file)
     for t in parsed.tables:
         if not keep_base:
+            # A table (rows, features) is no Conv1D's, also where it is square.
             build.compare(finder.value(t.name, t.shape, ()), t)
     finish(finder, str(file.folder))
     raise_all(f"{file.folder}: cannot be used with these parameters:", build.failures)
@@ -272,9 +277,11 @@ def _found(
     along: str | None,
 ) -> list[tuple[Entry, Any]]:
     """[(entry, what the file holds for it)] of everything."""
+    # None where nothing is found: `finder` has the failure.
     found: list[tuple[Entry | None, Any]] = [finder.update(u) or (None, u) for u in parsed.updates]
     for group in parsed.experts:
         for entry, u in on_leaves(group, finder, experts, along):
+            # As the PEFT would store them that `save` writes for, not as this file does.
             found.append((dataclasses.replace(entry, swapped=_swapped_now(u, config)), u))
     for v in parsed.values:
         fan = config.fan_in_fan_out

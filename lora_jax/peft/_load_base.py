@@ -32,7 +32,8 @@ from lora_jax.quant._quantize import (
     stacked,
 )
 
-STRIP = 64  # rows of a transposed matrix that are copied together
+# Rows of a transposed matrix that are copied together.
+STRIP = 64
 
 
 def load_base(
@@ -106,7 +107,7 @@ def load_base(
     kind = None if dtype is None else as_float(dtype)
     chosen, how = _to_quantise(params, quantize, survey)
     bad: list[str] = []
-    # for a tensor that is turned over into its leaf; what is not used of it takes no memory
+    # For a tensor that is turned over into its leaf; what is not used of it takes no memory
     room = np.empty(max((t.nbytes for t in base.tensors.values()), default=0), np.uint8)
 
     def leaf(path: str, like: Any) -> Any:
@@ -119,6 +120,7 @@ def load_base(
         where = _sharding(like)
         if not isinstance(where, NamedSharding):
             return q
+        # The codes and their constants, each cut as the weight would be.
         at = lambda x, spec: _put(np.asarray(x), NamedSharding(where.mesh, spec))
         return jax.tree.map(at, q, q.specs(where.spec, where.mesh))
 
@@ -156,6 +158,7 @@ def _quantised(
     bad: list[str],
 ) -> Quantized:
     """A leaf in few bits; a stack, of which each tensor is one position, layer by layer."""
+    # One layer in full at a time, where each has a tensor of its own.
     apart = stacked(geometry) and all(isinstance(p.block.index[0], int) for p in found.pieces[path])
     parts = []
     for i in range(shape[0]) if apart else [None]:
@@ -177,13 +180,15 @@ def _read(
     pieces = [p for p in found.pieces[path] if at is None or p.block.index[0] == at]
     if len(pieces) == 1 and pieces[0].entry.layout != "out_in":
         value = pieces[0].value()
+        # The tensor itself, which JAX takes without a copy on a CPU.
         if value.dtype == dtype and value.flags.c_contiguous:
             return value
     out = empty(shape if at is None else (1, *shape[1:]), dtype)
     for p in pieces:
         value = p.value(room)
         first = p.block.slices[0] if out.ndim and at is None else slice(None)
-        with np.errstate(over="ignore"):  # is looked for below
+        # Infinity is looked for below.
+        with np.errstate(over="ignore"):
             _copy(out[(first, *p.block.slices[1:])] if out.ndim else out, value)
     _check_range(path, pieces, out)
     return out
@@ -192,9 +197,11 @@ def _read(
 def _copy(out: np.ndarray, value: np.ndarray) -> None:
     """`out[...] = value`; of a transposed matrix a strip at a time, as each row of `out` would else
     be gathered from all over memory."""
+    # The stride of an axis of one position says nothing.
     sizes = [s * (n > 1) for s, n in zip(value.strides, value.shape)]
     axis = int(np.argmax(sizes)) if sizes else 0
     inner = int(np.prod(value.shape[axis + 1 :], initial=1))
+    # In the order of the rows already.
     if not sizes or axis == next((d for d, n in enumerate(value.shape) if n > 1), axis):
         out[...] = value
         return
@@ -202,12 +209,14 @@ def _copy(out: np.ndarray, value: np.ndarray) -> None:
     for start in range(0, value.shape[axis], step):
         at = (slice(None),) * axis + (slice(start, start + step),)
         same = out.dtype == value.dtype
-        out[at] = value[at] if same else np.ascontiguousarray(value[at])  # a cast wants rows
+        # A cast is fast along rows alone.
+        out[at] = value[at] if same else np.ascontiguousarray(value[at])
 
 
 def _check_range(path: str, pieces: Sequence[Piece], out: np.ndarray) -> None:
     """Nothing of a larger type is beyond the leaf's."""
     most = float(jnp.finfo(out.dtype).max)
+    # Only what was rounded can have left the range: else no number is looked at.
     wide = [p for p in pieces if float(jnp.finfo(DTYPES[p.tensor.dtype]).max) > most]
     if wide and not np.isfinite(out).all():
         raise LoRAError(
@@ -219,10 +228,12 @@ def _check_range(path: str, pieces: Sequence[Piece], out: np.ndarray) -> None:
 def _sharding(like: Any) -> Sharding | None:
     """Where a leaf is to lie; None for anywhere."""
     found = getattr(like, "sharding", None)
+    # An array that was never placed lies where JAX put it, and asks for nothing.
     return None if isinstance(like, jax.Array) and not like.committed else found
 
 
 def _put(value: np.ndarray, sharding: Sharding | None) -> jax.Array:
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
+    # Over several processes each one gives its own part.
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

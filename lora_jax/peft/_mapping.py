@@ -24,7 +24,8 @@ BIASES = ("bias", "b")
 CONV1D = "ends of modules' names: conv1d=['c_proj']"
 EXPERTS = "parameters of a module: experts=['gate_up_proj', 'down_proj']"
 
-FLAX = ("kernel", "embedding")  # the names that say how a square matrix lies: (in, out)
+# The names that say how a square matrix lies: (in, out).
+FLAX = ("kernel", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +116,19 @@ def leaf_infos(params: Any, survey: Survey | Targets | None) -> dict[str, LeafIn
     for path, x in leaves.items():
         shape = tuple(x.shape)
         last = path.rpartition("/")[2].lower()
-        matrix = len(shape) == 2 and last not in BIASES  # those of heads, too
+        # A bias may have two axes, (heads, head_dim).
+        matrix = len(shape) == 2 and last not in BIASES
+        # torch's own `weight` is (out, in), which the shape shows unless it is square.
         sure = matrix and (shape[0] != shape[1] or last in FLAX)
         geometry = Geometry((0,), (1,)) if sure else None
         kind, tied, dilated = "embedding" if sure and last == "embedding" else "?", False, False
         if isinstance(survey, Survey):
             leaf = survey[path]
             geometry, kind = leaf.geometry, leaf.kind
+            # Looked up and multiplied by: the embedding is the head.
             tied = len({u.primitive == LOOK_UP for u in leaf.products}) == 2
             dilated = any(u.dilated for u in leaf.uses)
+        # `Targets` may be made of a survey, of rules, or of names alone.
         elif survey is not None and path in survey and _is_sure(survey, path, x, sure):
             geometry = survey[path].geometry
             kind = "embedding" if survey[path].embedding else "linear"

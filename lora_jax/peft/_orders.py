@@ -41,6 +41,7 @@ class Orders:
         module = name.removesuffix(".weight")
         if self.conv1d is not None:
             return any(f".{module}".endswith("." + c) for c in self.conv1d)
+        # So it is no Conv1D.
         if f"{module}.bias" not in self.shapes:
             return False
         return None if len(self._votes) > 1 else next(iter(self._votes), self.otherwise)
@@ -58,7 +59,7 @@ class Orders:
     def _votes(self) -> set[bool]:
         votes = set()
         for name, shape in self.shapes.items():
-            # not square, with its bias: that has the length of the outputs
+            # Not square, with a bias, which has the length of the outputs.
             bias = tuple(self.shapes.get(name.removesuffix(".weight") + ".bias", ()))
             if len(shape) == 2 and shape[0] != shape[1] and len(bias) == 1 and bias[0] in shape:
                 votes.add(bias[0] == shape[1])

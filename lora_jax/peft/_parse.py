@@ -20,6 +20,7 @@ from lora_jax.peft._file import AdapterFile
 from lora_jax.peft._forms import FORMS, Misfit
 from lora_jax.peft._parts import Delta, NewRows, Parsed, Table, Update, Value, plain_name
 
+# PEFT keeps a model in two wrappers, by these names.
 PREFIX = "base_model.model."
 
 # The last part of a key, and what it is. Anything else is a parameter in full (modules_to_save).
@@ -48,9 +49,11 @@ UNKNOWN = re.compile(r".*\.(lora_\w+|token_adapter)(\.\w+)*")
 
 COPY = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(.+)")
 
+# VeRA's projections, of which a file has one pair for all modules.
 SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
 
-SEPARATE = re.compile(r"(.+)\.base_layer\.out_proj")  # torch's MultiheadAttention: its out_proj
+# The out_proj of torch's MultiheadAttention, which PEFT wraps inside the whole of it.
+SEPARATE = re.compile(r"(.+)\.base_layer\.out_proj")
 
 
 def parse(file: AdapterFile, config: PeftConfig, *, doubled_out_proj: bool = True) -> Parsed:
@@ -77,6 +80,7 @@ def split(key: str) -> tuple[str, str | None]:
     ('block.lora_gate', 'a')
     """
     found = NAMED.search(name := key.removeprefix(PREFIX))
+    # A state dict that was saved as it is has the name of the adapter in it; this is PEFT's own.
     if found is not None and found[2] == "default":
         name = name[: found.end(1)] + name[found.end() :]
     tail = next((t for t in TAILS if name.endswith("." + t)), None)
@@ -94,7 +98,8 @@ def way_on(keys: Sequence[str]) -> str:
             ways[rf"(lora_\w+|_delta)\.{found[2]}\b"] = r"\1"
         plain = key.replace("_orig_mod.", "")
         before = plain.partition(PREFIX)[0] if PREFIX in plain else ""
-        if before:  # DistributedDataParallel's "module."
+        # DistributedDataParallel's "module.".
+        if before:
             ways["^" + re.escape(before)] = ""
         elif not plain.startswith(PREFIX):
             ways[r"^(?!base_model\.model\.)"] = PREFIX
@@ -122,13 +127,16 @@ class _Parser:
             if "rows" in parts:
                 rows += self._rows(module, parts.pop("rows"))
             pair = self._pair(module, parts)
+            # Of experts the name says the module, and not which of its parameters.
             if pair is not None and is_inside(plain_name(module), parts, self.config):
                 experts.append((module, *pair[:2]))
             elif pair is not None:
                 updates += self._update(module, parts, pair)
+        # After all keys, as the one that is copied may come later in the file.
         copies = self._copied()
         for name, key in self.whole.items():
             self._whole(name, key, values, tables)
+        # After the values: a bias of an update is added to one that the file has in full.
         for update in updates:
             self._bias(update, values)
         deltas = tuple(d for m, keys in self.others.items() for d in self._delta(m, keys))
@@ -167,12 +175,15 @@ class _Parser:
             parts = self.adapted.setdefault(module, {})
             if kind in parts:
                 return self._wrong(key, f"the same tensor as '{parts[kind]}'")
+            # AdaLoRA may have cut all ranks of a module off.
             if 0 in shape and not self.config.adalora:
                 return self._wrong(key, "is empty: a shard that was not gathered when it was saved")
             parts[kind] = key
+        # A module that is saved in full may have parameters of such names.
         elif UNKNOWN.fullmatch(name) and not self.config.saved(name):
             self.odd.append(key)
             self._wrong(key, "not a tensor of plain LoRA, rsLoRA, AdaLoRA or trainable tokens")
+        # bias="all" stores a bias of a module in modules_to_save under both of its names.
         elif found := COPY.fullmatch(name):
             self.copies.append((key, found.groups()))
         elif name in self.whole or 0 in shape:
@@ -225,6 +236,7 @@ class _Parser:
             return None
         table = "table_a" in parts or "table_b" in parts
         names = ("table_a", "table_b") if table else ("a", "b")
+        # Tensors and settings have to agree: PEFT would start what is lacking anew.
         own = [n for n, on in (("e", self.config.adalora), ("magnitude", self.config.dora)) if on]
         extra = set(parts) - {*names, "b_bias", *own}
         lacking = [n for n in (*names, *own) if n not in parts]
@@ -245,10 +257,12 @@ class _Parser:
         a, b = self.file.shape(key_a), self.file.shape(key_b)
         owner = SEPARATE.fullmatch(module)
         plain = owner[1] if owner else module
+        # A head that is tied is adapted with its table, whatever target_modules says.
         if not self.config.targeted(plain) and not self._is_tied(key_a, key_b):
             self._wrong(key_a, f"target_modules does not include '{plain}'; PEFT would ignore it")
+        # Pruned to nothing.
         if self.config.adalora and 0 in a:
-            return []  # pruned to nothing
+            return []
         if self.file.format == "mlx" and len(a) == 3:
             return self._stacked(module, key_a, key_b)
         shapes = {n: self.file.shape(parts[n]) for n in ("e", "magnitude") if n in parts}
@@ -258,15 +272,19 @@ class _Parser:
             return []
         if problem := self.config.other_rank(plain, a[0]):
             self._wrong(key_a, problem)
+        # In out_proj the update is added twice, see `doubled_out_proj`.
         scale = self.config.scale(plain, a[0]) * (2 if owner and self.doubled else 1)
         name = module.replace(".base_layer.out_proj", ".out_proj") + ".weight"
+        # The pair around an out_proj with one of its own is in_proj's.
         if f"{module}.base_layer.out_proj" in self.adapted:
             name = module + ".in_proj_weight"
         if "magnitude" in parts and (owner or name.endswith("in_proj_weight")):
             self._wrong(key_a, "a DoRA of a MultiheadAttention, which PEFT does not have")
         kind = "embedding" if table else ("conv" if len(a) > 2 else "linear")
+        # A (rank, in, *window), B (out, rank, 1, …) of a convolution.
         n_in, window = math.prod(a[1:]), a[2:]
         sizes = (a[0], n_in, b[0], 1)
+        # AdaLoRA's A is a matrix, of a convolution as well.
         own = dict(e=parts.get("e"), magnitude=parts.get("magnitude"), flat="e" in parts)
         return [Update(name, kind, *sizes, scale, key_a, key_b, window=window, **own)]
 
@@ -289,6 +307,7 @@ class _Parser:
         tables = [p for p in self.adapted.values() if {"table_a", "table_b"} <= p.keys()]
         if not self.config.tying or len(tables) != 1:
             return False
+        # A of the one is B of the other, transposed.
         self.tied += [(key_a, tables[0]["table_b"], True), (key_b, tables[0]["table_a"], True)]
         return True
 
@@ -301,6 +320,7 @@ class _Parser:
         if self.file.shape(key) != (update.n_out,):
             return self._wrong(key, f"expected shape ({update.n_out},)")
         name = plain_name(module) + ".bias"
+        # Without a value in the file, the update's bias is added to that of the base.
         value = values.get(name, Value(name, (update.n_out,), None))
         values[name] = dataclasses.replace(value, add=key, scale=update.scale)
 
@@ -315,6 +335,7 @@ class _Parser:
 
     def _rows(self, module: str, key: str) -> list[NewRows]:
         shape, tokens = self.file.shape(key), self.config.tokens or {}
+        # A list in place of a map stands under "", which ends every name.
         found = [v for k, v in tokens.items() if module.endswith(k)]
         if len(shape) != 2 or len(found) != 1 or len(found[0]) != shape[0]:
             self._wrong(
@@ -335,12 +356,14 @@ def _misfit(
     """What is wrong with the shapes of a pair, if anything."""
     if len(a) < 2 or len(b) < 2:
         return f"A {a} and B {b}: expected (rank, in) and (out, rank)"
+    # PEFT groups B alone: (out, rank / groups, 1, …).
     if b[1] != a[0] and len(a) > 2 and a[0] % b[1] == 0:
         return f"B {b} for rank {a[0]}: a grouped convolution, whose update is not a grouped kernel"
     if b[1] != a[0] or math.prod(b[2:]) != 1:
         return f"A {a} and B {b} have different ranks"
     if e is not None and e != (a[0], 1):
         return f"E {e}, expected ({a[0]}, 1)"
+    # (out,) of a product, (1, out, 1, …) of a convolution.
     want = (b[0],) if len(a) == 2 else (1, b[0], *[1] * (len(a) - 2))
     if magnitude is not None and magnitude != want:
         return f"a magnitude {magnitude}, expected {want}"

@@ -44,13 +44,16 @@ class Update:
     def arrays(self, file: AdapterFile) -> tuple[np.ndarray, np.ndarray]:
         """A (batch, rank, in) and B (batch, out, rank), in the type in which they are stored."""
         a, b = file.read(self.a), file.read(self.b)
-        if self.kind == "experts":  # A is expert-major, B rank-major
+        # A (E · r, in) is expert by expert, B (out, r · E) rank by rank.
+        if self.kind == "experts":
             a = a.reshape(self.batch, self.rank, -1)
             b = b.reshape(-1, self.rank, self.batch).transpose(2, 0, 1)
         else:
             a, b = a.reshape(1, self.rank, -1), b.reshape(1, -1, self.rank)
         if self.e is not None:
+            # E (r, 1) scales the ranks of A; in fp32, as the product has more digits than 16 bits.
             a = a.astype(np.float32) * file.read(self.e).astype(np.float32)[None]
+        # The weight transposed is Aᵀ·Bᵀ: the two change places.
         return (b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if self.swapped else (a, b)
 
     def turned(self) -> Update:
@@ -95,6 +98,7 @@ class Experts:
     @property
     def sizes(self) -> str:
         """Those of each pair, for messages."""
+        # A pair has the same sizes as any of its parameters, if their ranks are alike.
         first = (next(iter(pair.values())) for pair in self.pairs)
         return ", ".join(f"{u.batch} of {u.n_in} by {u.n_out}" for u in first)
 
@@ -149,6 +153,7 @@ class Parsed:
         """What is wrong with `copies`."""
         failures = []
         for copy, key, turned in self.copies:
+            # Numbers, not bytes: -0.0 is 0.0.
             value = file.read(key)
             if not np.array_equal(file.read(copy), value.T if turned else value):
                 failures.append(f"'{copy}' and '{key}' should be the same, and are not")

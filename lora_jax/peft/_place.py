@@ -28,9 +28,11 @@ from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._orders import Orders
 from lora_jax.peft._safetensors import Base, Tensor, called, tied_tables
 
-EACH = 10  # failures of each side that are shown first
+# Failures of each side that are shown first.
+EACH = 10
 
-HEAD = "lm_head.weight"  # which a base does not store that ties it to its table
+# What a base does not store that ties it to its table.
+HEAD = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +91,11 @@ def placed(
     """
     infos = leaf_infos(params, survey)
     leaves = flatten(state_of(params))
+    # No tensor is a leaf of integers, such as a counter.
     finder = Finder({p: x for p, x in infos.items() if is_float(leaves[p])}, as_table(mapping))
     if isinstance(mapping, TorchMapping):
-        rename = None  # its names are the base's own
+        # Its names are the base's own.
+        rename = None
     tensors = called(base.tensors, ignore, rename, base.path)
     placing = _Placing(base, finder, conv1d, tensors, call)
     for name in placing.tensors:
@@ -139,12 +143,14 @@ class _Placing:
         entry = self.find(name, tensor)
         if entry is not None:
             self.add(dataclasses.replace(entry, name=own), tensor)
+        # Where the model ties it: when all tables have their place.
         elif is_head(name):
             self.homeless[name] = self.finder.failures.pop()
 
     def add(self, entry: Entry, tensor: Tensor) -> None:
         self.entries[entry.name] = entry
         for i, b in enumerate(entry.blocks):
+            # A tied leaf is filled by the first of its two tensors, and the second has to be equal.
             first = next(iter(self.pieces[b.leaf.path]), None)
             if not (b.leaf.tied and first and first.block == b):
                 self.pieces[b.leaf.path].append(Piece(entry, i, tensor))
@@ -162,6 +168,7 @@ class _Placing:
                 if entry.shape == head.shape and len(head.shape) == 2 and not is_head(n)
                 if len(entry.blocks) == 1
             ]
+            # By the numbers: config.json may say nothing of it.
             copy = next((n for n in tables if _same(self.base.tensors[n], head)), None)
             if copy is not None:
                 self.entries[own] = dataclasses.replace(self.entries[copy], name=own)
@@ -180,6 +187,7 @@ class _Placing:
             return None
         before = len(self.finder.failures)
         entry = self.find(HEAD, self.base.tensors[tables[0]])
+        # That the base has this head is a guess: if it is wrong, nothing was asked.
         del self.finder.failures[before:]
         if entry is None or any(self.pieces[b.leaf.path] for b in entry.blocks):
             return None
@@ -197,6 +205,7 @@ class _Placing:
             # By its name in the file, as `ignore` looks at names before `rename`.
             name = next((own for own, _ in self.tensors.values() if own not in self.entries), "")
             fixes.append(f"or leave tensors out: {self.call}(..., ignore=[r'{re.escape(name)}'])")
+        # Some of each: a tensor without a leaf and a leaf without a tensor often belong together.
         sides = [*self.wrong, *unused[:EACH], *unfilled[:EACH], *unused[EACH:], *unfilled[EACH:]]
         raise_all(
             f"{self.base.path} and these parameters do not fit each other:",
@@ -211,6 +220,7 @@ class _Placing:
             near = nearest(leaf.path.replace("/", "."), self.tensors, 2)
             yield f"leaf '{leaf.path}' {leaf.shape}: no tensor is it; nearest: {', '.join(near)}"
             return
+        # Cells between all ends of blocks along each axis, each of which is to be filled once.
         ranges = [[s.indices(n)[:2] for s, n in zip(p.block.slices, leaf.shape)] for p in pieces]
         cuts = [sorted({0, n, *itertools.chain(*on)}) for n, on in zip(leaf.shape, zip(*ranges))]
         count = np.zeros([len(c) - 1 for c in cuts], int)
@@ -226,6 +236,7 @@ class _Placing:
             count[at] += 1
         if (count == 0).any():
             cell = np.argwhere(count == 0)[0]
+            # The first empty cell, as a block.
             part = tuple(
                 None if len(c) == 2 else int(c[i]) if c[i + 1] - c[i] == 1 else (c[i], c[i + 1])
                 for i, c in zip(cell, cuts)
@@ -246,6 +257,7 @@ def _same(one: Tensor, two: Tensor) -> bool:
         return False
     a, b = one.read(), two.read()
     if one.dtype != two.dtype:
+        # fp32 holds both.
         a, b = a.astype(np.float32), b.astype(np.float32)
     return np.array_equal(a, b)
 

@@ -47,6 +47,7 @@ def reduced(
     shares: dict[str, float] = {}
     failures: list[str] = []
     for (entry, update), what in found:
+        # On a tied head the leaf has the update turned; ΔW is torch's.
         torch = update.turned() if update.swapped else update
         try:
             weight = _weight(entry, update, values) if needs_base(config) else None
@@ -80,12 +81,15 @@ def low_rank(
     ((1, 3), (2, 1), 0.9)
     """
     u, s, v = _svd(update)
+    # Of the largest, as the square of a small one may be 0.
     squares = (s / (s[0] or 1.0)) ** 2
     share = np.cumsum(squares) / (np.sum(squares) or 1.0)
-    if energy is not None:  # 1 is what float64 holds of it
+    # 1 is what float64 holds of it.
+    if energy is not None:
         enough = share >= min(energy * share[-1], 1 - 1e-14)
         rank = int(np.argmax(enough)) + 1 if share[-1] else 1
     keep = min(rank or 1, len(s))
+    # Half of σ to each, so that both factors keep their digits in fewer bits.
     root = np.sqrt(s[:keep])
     kept = float(share[keep - 1]) if share[-1] else 1.0
     with np.errstate(over="ignore"):
@@ -104,9 +108,11 @@ def _svd(update: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     norm = np.linalg.norm(update)
     for width in (64, 256):
+        # Not worth it where the small matrix is no smaller.
         if width > min(update.shape) // 4:
             break
         random = np.random.default_rng(0).standard_normal((update.shape[1], width))
+        # q (out, width) spans the columns, small (width, in) is the update in it.
         q, _ = np.linalg.qr(update @ random)
         small = q.T @ update
         if np.linalg.norm(update - q @ small) <= 1e-13 * norm:
@@ -144,6 +150,7 @@ def _bias(
     made: dict[str, Made],
 ) -> list[tuple[Entry, Any]]:
     """IA3 scales outputs, so the bias, too, where there is one."""
+    # Flax has the bias beside the kernel.
     beside = [
         [f"{b.leaf.path.rpartition('/')[0]}/{n}".lstrip("/") for n in BIASES] for b in entry.blocks
     ]

@@ -80,6 +80,7 @@ def mapping(
         entry = finder.value(name, shape, needed=False, **orders.how(name, shape))
         if entry is not None:
             found[torch] = of_kind(dataclasses.replace(entry, name=torch), experts_a)
+    # A dict has the order of the torch module, a file that of its bytes.
     if experts is None and not isinstance(names, Mapping):
         finder.failures += unordered(found)
     finish(finder, "lora.peft.mapping")
@@ -105,8 +106,10 @@ def _kind(entry: Entry) -> str:
     leaf = entry.blocks[0].leaf
     if leaf.geometry is None:
         return "value"
+    # Parameters of experts have names of their own, such as gate_up_proj.
     if not entry.name.endswith(("weight", "bias")):
         return "experts"
+    # Before the embedding, which the leaf of a tied head is.
     if leaf.tied and is_head(entry.name):
         return "linear"
     if leaf.kind == "embedding":
@@ -218,13 +221,15 @@ def save(
     if base_model_name not in (None, base) and known.get("revision") == mapping.settings.get(
         "revision"
     ):
-        known.pop("revision", None)  # the revision of another base
+        # That of another base.
+        known.pop("revision", None)
     settings = out.config(base_model_name or base, task_type or task)
     # Not `inference_mode`: it changes no function.
     said = known.keys() & (settings.keys() - {"inference_mode"})
     out.failures += [f"config: {n!r} follows from the adapters; leave it out" for n in sorted(said)]
     raise_all("these adapters cannot be written for PEFT:", out.failures)
     tensors = {PREFIX + k: v for k, v in out.tensors.items()}
+    # What the server will read, with what the caller adds.
     written = {**settings, **known}
     raise_all(f"{target} cannot load these adapters:", TARGETS[target](written, tensors))
     write_folder(Path(folder), tensors, settings, dtype=dtype, more=known)
@@ -253,19 +258,21 @@ def write_folder(
         finite in it; settings that could not be read again; a disk that is full.
     """
     stored = _stored(tensors, dtype)
+    # By the reader's own checks.
     peft_config(settings, folder / CONFIG)
     try:
         text = json.dumps({**settings, **(more or {})}, indent=2, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise LoRAError(f"config: expected settings that JSON can hold: {e}") from None
     with writing(folder):
+        # A folder that this call makes goes again if it fails.
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         new = [partial(folder / name) for name in (TENSORS, CONFIG)]
         try:
             save_file(stored, new[0], metadata={"format": "pt"})
             new[1].write_text(text)
-            # never the settings of one adapter beside the tensors of another
+            # Never the settings of one adapter beside the tensors of another.
             (folder / CONFIG).unlink(missing_ok=True)
             os.replace(new[0], folder / TENSORS)
             os.replace(new[1], folder / CONFIG)
@@ -291,7 +298,9 @@ def _stored(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarr
         if kind is None and value.dtype not in DTYPES.values():
             failures.append(f"'{name}' is {value.dtype}; write it as one of {_types()}: dtype=")
             continue
-        with np.errstate(over="ignore"):  # is looked for below
+        # Infinity is looked for below.
+        with np.errstate(over="ignore"):
+            # In C order, as the file has the buffer as it lies.
             cast = np.ascontiguousarray(value if kind is None else value.astype(kind))
         if not _finite(value):
             failures.append(

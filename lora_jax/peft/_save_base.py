@@ -82,9 +82,11 @@ def save_base(
     def value(entry: Entry) -> np.ndarray:
         """A tensor, in the leaf's type."""
         parts = [np.asarray(leaves[b.leaf.path][b.slices]) for b in entry.blocks]
-        assert entry.layout is not None and entry.shape is not None  # a base's are known
+        # Those of a base are known.
+        assert entry.layout is not None and entry.shape is not None
         return from_leaf(parts, entry.layout, entry.blocks, entry.shape)
 
+    # Such a base has one tensor for table and head: two that differ have no place in it.
     if found.tied is not None:
         head, table = found.tied
         if not np.array_equal(value(head), value(found.entries[table])):
@@ -97,7 +99,8 @@ def save_base(
 
     def changed(name: str, old: np.ndarray) -> np.ndarray:
         own = value(found.entries[name])
-        with np.errstate(over="ignore"):  # is looked for below
+        # Infinity is looked for below.
+        with np.errstate(over="ignore"):
             new = own.astype(DTYPES[base.tensors[name].dtype])
         if not np.isfinite(new).all():
             raise LoRAError(
@@ -106,4 +109,5 @@ def save_base(
             )
         return new
 
+    # Functions, so that each value is made when its bytes are due.
     write_copy(base, folder, {n: functools.partial(changed, n) for n in found.entries})

@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
+# vLLM's max_lora_rank.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+# The modules for which sglang-jax has memory.
 SGLANG = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-SHOWN = 3  # modules in a message
+# Modules in a message.
+SHOWN = 3
 
 
 def _common(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
@@ -54,6 +57,7 @@ def _common(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> I
         )
     elif not settings["target_modules"]:
         yield "target_modules: no module is adapted, and it needs the list"
+    # Where neither experts nor biases are in the file, base_layer is an attention's.
     inside = sorted({k.rpartition(".lora_")[0] for k in tensors if ".base_layer." in k})
     if inside and not experts and settings["bias"] == "none":
         yield f"{', '.join(inside[:SHOWN])}: a MultiheadAttention of torch, which it does not adapt"
@@ -82,6 +86,7 @@ def _sglang(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> l
             "same names that are not adapted, and it reads a list: adapt all of them, or leave the "
             "others out of the mapping"
         )
+        # Back to names: it is escaped ones, joined.
         modules = re.sub(r"\\(.)", r"\1", modules).split("|")
     tables = sorted({m for m in modules if m.rpartition(".")[2] in ("embed_tokens", "lm_head")})
     if tables:
