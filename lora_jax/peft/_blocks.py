@@ -199,7 +199,7 @@ def layouts(shape: tuple[int, ...], blocks: Sequence[Block]) -> list[str]:
             found.append("in_out")
         # "same" is one of the two orders then, and the name of the order says more.
         if set(found) > {"same"}:
-            found.remove("same") if "same" in found else None
+            found.remove("same")
     return found
 
 

@@ -14,16 +14,11 @@ from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows, norms
 from lora_jax.peft._blocks import LeafInfo, factor_a, factor_b, to_leaf
 from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._file import AdapterFile
-from lora_jax.peft._mapping import Entry
+from lora_jax.peft._mapping import Entry, has_values
 from lora_jax.peft._parts import NewRows, Table, Update, Value
 
 # What falls on a leaf: the entry, the place of the leaf among its blocks, what the file holds.
 Piece = tuple[Entry, int, Any]
-
-
-def _has_values(x: Any) -> bool:
-    """Whether a leaf is an array: neither abstract nor in codes."""
-    return isinstance(x, jax.Array | np.ndarray)
 
 
 class Build:
@@ -76,12 +71,16 @@ class Build:
         """PEFT trains the rows of a tied head with the table's, and stores the table's alone; here
         a head that is a copy of the table would keep its own."""
         table, copies = self.params[path], []
-        if self.leaves[path].tied or not _has_values(table):
+        if self.leaves[path].tied or not has_values(table):
             return True
         for other, x in self.params.items():
-            if other == path or other in self.on or not _has_values(x):
+            if other == path or other in self.on or not has_values(x):
                 continue
-            if np.array_equal(x, table) or (x.ndim == 2 and np.array_equal(x.T, table)):
+            # Shapes first: an array is copied from its device to be compared.
+            if table.shape not in (x.shape, x.shape[::-1]):
+                continue
+            x = np.asarray(x)
+            if np.array_equal(x, table) or np.array_equal(x.T, table):
                 copies.append(other)
         for other in copies:
             self.failures.append(
@@ -222,7 +221,7 @@ class Build:
         return np.concatenate(base).astype(np.float32) + add
 
     def _base(self, path: str) -> np.ndarray:
-        if not _has_values(self.params[path]):
+        if not has_values(self.params[path]):
             raise LoRAError(
                 f"{self.file.folder}: '{path}': the file changes a part of it; pass its values in "
                 "`params`"

@@ -213,8 +213,8 @@ class Export:
         rank = max(low.rank for low in self.low.values())
         if uniform is not True and uniform < rank:
             self.failures.append(f"uniform_rank={uniform}, but there is a rank {rank}")
-        # The scale that most have, so that the fewest B are rounded.
         rank = rank if uniform is True else uniform
+        # The scale that most have, so that the fewest B are rounded.
         scales = collections.Counter(low.scale for low in self.low.values() if low.scale)
         for low in self.low.values():
             low.scaled(scales.most_common(1)[0][0] if scales else 0.0)

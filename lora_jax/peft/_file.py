@@ -182,18 +182,21 @@ def as_path(folder: Any) -> Path:
     return Path(folder)
 
 
-def as_names(names: Any, argument: str, example: str) -> tuple[str, ...] | None:
+def as_names(names: Any, argument: str) -> tuple[str, ...] | None:
     """A list of texts that a caller gives, or None; a text alone would be read by its letters."""
     if names is None:
         return None
     found = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else (names,)
     if isinstance(names, str) or not all(isinstance(x, str) for x in found):
-        raise LoRAError(f"{argument}={names!r}: expected {example}")
+        right = names if isinstance(names, str) else "name"
+        raise LoRAError(f"{argument}={names!r}: expected a list of texts: {argument}=[{right!r}]")
     return found
 
 
-def as_float(dtype: Any) -> np.dtype:
-    """A floating-point type that a caller asks for."""
+def as_float(dtype: Any) -> np.dtype | None:
+    """A floating-point type that a caller asks for, or None."""
+    if dtype is None:
+        return None
     try:
         kind = np.dtype(dtype)
     except TypeError:
@@ -218,24 +221,6 @@ def read_tensors(
             f"parameters can need ({max_bytes:,}); lora.peft.load(..., max_bytes={total})"
         )
     return tensors, metadata
-
-
-def read_adapter(
-    folder: str | os.PathLike, max_bytes: int | None = None
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(configuration, {name: array}) of an adapter folder, see `open_adapter`.
-
-    >>> import pathlib, tempfile, numpy as np
-    >>> from safetensors.numpy import save_file
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> _ = (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
-    >>> save_file({"q.lora_A.weight": np.ones((2, 4))[:1].astype("f4")}, folder / TENSORS)
-    >>> config, tensors = read_adapter(folder)
-    >>> config["r"], tensors["q.lora_A.weight"].shape
-    (2, (1, 4))
-    """
-    file = open_adapter(folder, max_bytes)
-    return dict(file.config), {name: file.read(name) for name in file.tensors}
 
 
 def renamed(

@@ -110,8 +110,6 @@ class Finder:
         def way(blocks: Sequence[Block]) -> Update:
             # The leaf is the table (rows, features), of which a head has the rows as outputs.
             tied = len(blocks) == 1 and blocks[0].leaf.tied and update.kind == "linear"
-            if update.n_in and update.n_out:
-                return update.turned() if tied else update
             # What the tensors do not say is the size of the leaf.
             known = all(b.leaf.geometry for b in blocks)
             n_in, n_out = (blocks[0].n_in, sum(b.n_out for b in blocks)) if known else (0, 0)

@@ -382,7 +382,7 @@ def _oft(t: Arrays, at: Place) -> np.ndarray:
     if own["use_cayley_neumann"]:
         r = _neumann(q, own["num_cayley_neumann_terms"])
     else:
-        # Cayley's (1 − q)(1 + q)⁻¹; 1 + q is regular for every q that is skew.
+        # Cayley's (1 − q)(1 + q)⁻¹; 1 + q is regular for every skew q, but for rounding.
         r = (eye - q) @ np.linalg.inv(eye + q)
     # (out, in/side, side), each block of inputs times its own Rᵀ − 1.
     w = at.base.reshape(at.n_out, -1, side)

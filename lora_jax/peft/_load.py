@@ -26,14 +26,7 @@ from lora_jax.peft._file import CONFIG, as_float, as_names
 from lora_jax.peft._find import Finder, finish
 from lora_jax.peft._formats import open_any
 from lora_jax.peft._hub import folder as on_disk
-from lora_jax.peft._mapping import (
-    CONV1D,
-    EXPERTS,
-    Entry,
-    TorchMapping,
-    as_table,
-    leaf_infos,
-)
+from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._parse import parse
 from lora_jax.peft._parts import Parsed, Update
 from lora_jax.peft._reduce import reduced
@@ -214,11 +207,8 @@ def load(
     >>> loaded.adapters["q_proj"]["kernel"].scale
     0.5
     """
-    if dtype is not None:
-        dtype = as_float(dtype)
-    ignore = as_names(ignore, "ignore", "settings: ignore=['r']") or ()
-    conv1d = as_names(conv1d, "conv1d", CONV1D)
-    experts = as_names(experts, "experts", EXPERTS)
+    dtype, ignore = as_float(dtype), as_names(ignore, "ignore") or ()
+    conv1d, experts = as_names(conv1d, "conv1d"), as_names(experts, "experts")
     leaves = leaf_infos(params, survey)
     if max_bytes is None:
         # Twice the base in fp32, which no adapter needs; of a small base some may.

@@ -104,7 +104,7 @@ def load_base(
     found = placed(
         base, params, survey, mapping=mapping, conv1d=conv1d, ignore=ignore, rename=rename
     )
-    kind = None if dtype is None else as_float(dtype)
+    kind = as_float(dtype)
     chosen, how = _to_quantise(params, quantize, survey)
     bad: list[str] = []
     # For a tensor that is turned over into its leaf; what is not used of it takes no memory

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax._core.errors import LoRAError
@@ -19,10 +20,6 @@ from lora_jax._targets import Targets
 from lora_jax.peft._blocks import Block, LeafInfo
 
 BIASES = ("bias", "b")
-
-# Examples of arguments, for messages.
-CONV1D = "ends of modules' names: conv1d=['c_proj']"
-EXPERTS = "parameters of a module: experts=['gate_up_proj', 'down_proj']"
 
 # The names that say how a square matrix lies: (in, out).
 FLAX = ("kernel", "embedding")
@@ -99,6 +96,11 @@ class TorchMapping:
             for e in self.entries.values()
         ]
         return table(("torch", "kind", "leaf", "shape", "in", "out", "batch"), rows)
+
+
+def has_values(leaf: Any) -> bool:
+    """Whether a leaf is an array: neither abstract nor in codes."""
+    return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def leaf_infos(params: Any, survey: Survey | Targets | None) -> dict[str, LeafInfo]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.peft._file import as_names
-from lora_jax.peft._mapping import CONV1D
 
 
 class Orders:
@@ -34,7 +33,7 @@ class Orders:
         otherwise: bool = False,
     ):
         self.shapes, self.otherwise = shapes, otherwise
-        self.conv1d = as_names(conv1d, "conv1d", CONV1D)
+        self.conv1d = as_names(conv1d, "conv1d")
 
     def in_out(self, name: str) -> bool | None:
         """Whether a square weight is (in, out); None where the model has weights of both kinds."""

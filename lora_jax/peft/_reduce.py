@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
@@ -16,7 +15,7 @@ from lora_jax.peft._deltas import matrix, needs_base
 from lora_jax.peft._file import AdapterFile, Made
 from lora_jax.peft._find import Finder
 from lora_jax.peft._forms import Misfit
-from lora_jax.peft._mapping import BIASES, Entry
+from lora_jax.peft._mapping import BIASES, Entry, has_values
 from lora_jax.peft._parts import Delta, Update, Value
 
 
@@ -54,11 +53,9 @@ def reduced(
             a, b, shares[entry.name] = low_rank(
                 matrix(what, torch, file, config, weight), rank, energy
             )
-        except np.linalg.LinAlgError as e:
-            failures.append(f"'{what.module}': its update cannot be computed: {e}")
-            continue
-        except (Misfit, LoRAError) as e:
-            failures.append(f"'{what.module}': {e}")
+        except (Misfit, LoRAError, np.linalg.LinAlgError) as e:
+            lost = "its update cannot be computed: " * isinstance(e, np.linalg.LinAlgError)
+            failures.append(f"'{what.module}': {lost}{e}")
             continue
         keys = f"{what.module}.lora_A", f"{what.module}.lora_B"
         made |= {keys[0]: Made(a), keys[1]: Made(b)}
@@ -132,8 +129,7 @@ def _weight(entry: Entry, update: Update, values: Mapping[str, Any]) -> np.ndarr
 
 def _read(path: str, values: Mapping[str, Any]) -> np.ndarray:
     value = values[path]
-    # Not one that is abstract, or in codes.
-    if not isinstance(value, jax.Array | np.ndarray):
+    if not has_values(value):
         raise LoRAError(
             f"'{path}': the update depends on the weight; pass values: "
             "lora.peft.load(..., base=params)"

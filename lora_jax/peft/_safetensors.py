@@ -207,7 +207,7 @@ def called(
     >>> called({"a.weight": 1, "a.mask": 2}, [r".*\\.mask"], {"^a": "b"}, "base")
     {'b.weight': ('a.weight', 1)}
     """
-    ignore = as_names(ignore, "ignore", r"regular expressions: ignore=[r'pooler\..*']") or ()
+    ignore = as_names(ignore, "ignore") or ()
     try:
         patterns = [re.compile(p) for p in ignore]
     except re.error as e:

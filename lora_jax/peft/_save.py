@@ -24,7 +24,7 @@ from lora_jax.peft._export import Export
 from lora_jax.peft._file import CONFIG, DTYPES, TENSORS, as_names, partial, remove, writing
 from lora_jax.peft._find import Finder, finish, is_head
 from lora_jax.peft._hub import folder as folder_of
-from lora_jax.peft._mapping import EXPERTS, Entry, TorchMapping, as_table, leaf_infos
+from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._orders import Orders
 from lora_jax.peft._parse import PREFIX
 from lora_jax.peft._safetensors import INDEX, called, open_base
@@ -84,7 +84,7 @@ def mapping(
     if experts is None and not isinstance(names, Mapping):
         finder.failures += unordered(found)
     finish(finder, "lora.peft.mapping")
-    order = as_names(experts, "experts", EXPERTS) or ()
+    order = as_names(experts, "experts") or ()
     return TorchMapping(ordered(found, list(order)))
 
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
@@ -18,7 +17,7 @@ from lora_jax._targets import Targets
 from lora_jax.peft._blocks import from_leaf
 from lora_jax.peft._file import DTYPES
 from lora_jax.peft._hub import folder as folder_of
-from lora_jax.peft._mapping import Entry, TorchMapping
+from lora_jax.peft._mapping import Entry, TorchMapping, has_values
 from lora_jax.peft._place import placed
 from lora_jax.peft._safetensors import open_base, write_copy
 
@@ -75,7 +74,7 @@ def save_base(
         f"'{path}' is {type(leaves[path]).__name__}, expected an array: "
         "lora.peft.save_base(folder, lora.merge(lora.quant.dequantize(params), adapters), ...)"
         for path in found.pieces
-        if not isinstance(leaves[path], jax.Array | np.ndarray)
+        if not has_values(leaves[path])
     ]
     raise_all("these parameters cannot be written as a base:", failures)
 

@@ -437,7 +437,7 @@ def test_damaged_folders(tmp_path, how):
 @pytest.mark.parametrize(
     "arguments, match",
     [
-        ({"ignore": "pooler"}, r"ignore='pooler': expected regular expressions: ignore=\["),
+        ({"ignore": "pooler"}, r"ignore='pooler': expected a list of texts: ignore=\['pooler'\]"),
         ({"ignore": ["("]}, "not a regular expression"),
         ({"rename": {"(": ""}}, "rename: '\\(': '' is not a regular expression"),
         ({"rename": {r"\.\d+\.": "."}}, "which is no name, or taken"),

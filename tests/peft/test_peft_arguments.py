@@ -31,11 +31,14 @@ def base(folder, tensors, config=None):
 @pytest.mark.parametrize(
     "arguments, match",
     [
-        ({"ignore": "revision"}, r"ignore='revision': expected settings: ignore=\['r'\]"),
-        ({"ignore": [3]}, r"ignore=\[3\]: expected settings"),
-        ({"conv1d": "q"}, r"conv1d='q': expected ends of modules' names: conv1d=\['c_proj'\]"),
-        ({"conv1d": True}, "conv1d=True: expected ends"),
-        ({"experts": "up"}, "experts='up': expected parameters of a module"),
+        (
+            {"ignore": "revision"},
+            r"ignore='revision': expected a list of texts: ignore=\['revision'\]",
+        ),
+        ({"ignore": [3]}, r"ignore=\[3\]: expected a list of texts: ignore=\['name'\]"),
+        ({"conv1d": "q"}, r"conv1d='q': expected a list of texts: conv1d=\['q'\]"),
+        ({"conv1d": True}, "conv1d=True: expected a list"),
+        ({"experts": "up"}, "experts='up': expected a list"),
         ({"dtype": "flaot32"}, "dtype='flaot32': expected a floating-point type"),
         ({"dtype": "int8"}, "dtype='int8': expected a floating-point type"),
         ({"mapping": {"q": "nope"}}, r":\n  - 'q.weight': no leaf 'nope'\nsay which leaf"),
@@ -63,11 +66,11 @@ def test_lists_of_names_of_the_other_calls(tmp_path):
         lambda **k: lora.peft.save_base(tmp_path / "new", PARAMS, like=folder, **k),
         lambda **k: lora.peft.mapping(folder, PARAMS, **k),
     ):
-        with fails("conv1d='q': expected ends"):
+        with fails("conv1d='q': expected a list"):
             call(conv1d="q")
-        with fails("ignore=3: expected regular expressions"):
+        with fails("ignore=3: expected a list"):
             call(ignore=3)
-    with fails("experts='up': expected parameters"):
+    with fails("experts='up': expected a list"):
         lora.peft.mapping(folder, PARAMS, experts="up")
     with fails("format=4: expected one of nf4"):
         lora.peft.load_base(folder, PARAMS, quantize=4)

@@ -17,7 +17,7 @@ from common import fails
 
 import lora_jax as lora
 from lora_jax.peft._config import peft_config
-from lora_jax.peft._file import CONFIG, TENSORS, open_adapter, read_adapter
+from lora_jax.peft._file import CONFIG, TENSORS, open_adapter
 from lora_jax.peft._patterns import Budget, SafePattern
 
 NAME = "net_lora"
@@ -45,6 +45,11 @@ def rewritten(folder, change):
     """The tensors' file with another header."""
     header, body = header_of((folder / TENSORS).read_bytes())
     (folder / TENSORS).write_bytes(packed(change(header) or header, body))
+
+
+def read_adapter(folder):
+    file = open_adapter(folder)
+    return file.config, {name: file.read(name) for name in file.tensors}
 
 
 def test_what_was_written_is_read(folder):
