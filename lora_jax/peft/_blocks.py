@@ -266,7 +266,11 @@ def own_factors(
     mine = own_b.any(axis=(0, 1))
     keep: Any = own_a.any(axis=(0, 2)) | mine
     if len(regions) > 1:
-        used = np.array([torch_b(b, x).any(axis=(0, 1)) for x in _whole(regions.values())])
+        # Over all of the stack.
+        axes = node.geometry.batch_axes
+        index = lambda x: tuple(None if d in axes else i for d, i in enumerate(x.index))
+        whole = [Block(x.leaf, index(x)) for x in regions.values()]
+        used = np.array([torch_b(b, x).any(axis=(0, 1)) for x in whole])
         # Block-diagonal: each rank is of one region.
         if (used.sum(axis=0) <= 1).all():
             keep = mine
@@ -287,16 +291,6 @@ def changes_outside(node: LowRank, blocks: Iterable[Block], magnitude: Any = Non
     for block in blocks:
         changed[block.region((*g.batch_axes, *g.out_axes))] = False
     return bool(changed.any())
-
-
-def _whole(regions: Iterable[Block]) -> list[Block]:
-    """The same out axes for all of the stack."""
-    return [
-        Block(
-            b.leaf, tuple(None if d in b.leaf.axes.batch_axes else i for d, i in enumerate(b.index))
-        )
-        for b in regions
-    ]
 
 
 def together(

@@ -279,8 +279,16 @@ def _is_rank(x: Any) -> bool:
     return type(x) is int and 1 <= x < 1 << 24
 
 
+def _is_place(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 1 << 32
+
+
 def _is_places(x: Any) -> bool:
-    return isinstance(x, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in x)
+    return isinstance(x, list) and all(_is_place(i) and i < 1 << 31 for i in x)
+
+
+def _is_strings(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(i, str) for i in x)
 
 
 def _is_number(x: Any) -> bool:
@@ -333,72 +341,64 @@ class _Checks:
         self.failures.append(f"{name}: expected {expected}, found {text}")
         return default
 
-    def value(self, name: str, kind: type, default: Any) -> Any:
+    def read(self, name: str, fits: Callable[[Any], bool], expected: str, default: Any) -> Any:
+        """A setting; `default` where it is not there, or null."""
         found = self.raw.get(name)
-        if found is None:
-            return default
-        return found if isinstance(found, kind) else self.wrong(name, kind.__name__, default)
+        return (
+            default
+            if found is None
+            else found
+            if fits(found)
+            else self.wrong(name, expected, default)
+        )
+
+    def value(self, name: str, kind: type, default: Any) -> Any:
+        return self.read(name, lambda x: isinstance(x, kind), kind.__name__, default)
 
     def number(self, name: str, default: float) -> float:
-        found = self.raw.get(name)
-        if found is None:
-            return default
-        return found if _is_number(found) else self.wrong(name, "a number", default)
+        return self.read(name, _is_number, "a number", default)
 
     def rank(self, name: str, unused: bool = False) -> int:
-        found = self.raw.get(name)
-        if found is None or unused:
-            return 8
-        return found if _is_rank(found) else self.wrong(name, "an integer >= 1", 8)
+        return 8 if unused else self.read(name, _is_rank, "an integer >= 1", 8)
 
     def strings(self, name: str) -> tuple[str, ...]:
-        found = self.raw.get(name)
-        if found is None:
-            return ()
-        if isinstance(found, list) and all(isinstance(x, str) for x in found):
-            return tuple(found)
-        return self.wrong(name, "a list of strings", ())
+        return tuple(self.read(name, _is_strings, "a list of strings", ()))
+
+    def expression(self, name: str) -> SafePattern | None:
+        try:
+            return SafePattern(self.raw[name], name, self.budget)
+        except LoRAError as e:
+            self.failures.append(str(e))
+            return None
 
     def own(self, kind: str) -> tuple[Mapping[str, Any], SafePattern | None]:
         """The settings of one of `OTHERS`, and feedforward_modules where it is an expression."""
         found: dict[str, Any] = {}
+        pattern = None
         # What is asked of a setting follows from the type of PEFT's default.
         for name, default in OTHERS.get(kind, ("", {}))[1].items():
-            if name == "feedforward_modules":
-                text = isinstance(self.raw.get(name), str)
-                found[name] = () if text else self.strings(name)
-            elif name == "init_weights":
-                found[name] = self.raw.get(name, default)
-                if found[name] not in (True, False, "bat", "mini"):
-                    self.wrong(name, "True, False, 'bat' or 'mini'", default)
+            if name == "init_weights":
+                fits = lambda x: x in (True, False, "bat", "mini")
+                found[name] = self.read(name, fits, "True, False, 'bat' or 'mini'", default)
+            elif isinstance(default, tuple) and isinstance(self.raw.get(name), str):
+                found[name], pattern = (), self.expression(name)
+            elif isinstance(default, tuple):
+                found[name] = self.strings(name)
             elif type(default) is int:
-                found[name] = self.raw.get(name, default)
-                if type(found[name]) is not int or not 0 <= found[name] < 1 << 32:
-                    found[name] = self.wrong(name, "an integer >= 0", default)
+                found[name] = self.read(name, _is_place, "an integer >= 0", default)
+            elif isinstance(default, float):
+                found[name] = self.number(name, default)
             else:
-                number = isinstance(default, float)
-                found[name] = (
-                    self.number(name, default) if number else self.value(name, bool, default)
-                )
-        text = self.raw.get("feedforward_modules")
-        if kind == "IA3" and isinstance(text, str):
-            try:
-                return found, SafePattern(text, "feedforward_modules", self.budget)
-            except LoRAError as e:
-                self.failures.append(str(e))
-        return found, None
+                found[name] = self.value(name, bool, default)
+        return found, pattern
 
     def targets(self) -> tuple[str | tuple[str, ...] | None, SafePattern | None, frozenset[str]]:
         """(the setting, its expression, its names)."""
-        found, target = self.raw.get("target_modules"), None
+        found = self.raw.get("target_modules")
         if not isinstance(found, str):
             names = None if found is None else self.strings("target_modules")
             return names, None, frozenset(names or ())
-        try:
-            if found != "all-linear":
-                target = SafePattern(found, "target_modules", self.budget)
-        except LoRAError as e:
-            self.failures.append(str(e))
+        target = None if found == "all-linear" else self.expression("target_modules")
         return found, target, frozenset()
 
     def parameters(self) -> Mapping[str, tuple[tuple[int, str], ...]]:
@@ -435,10 +435,9 @@ class _Checks:
 
     def invocation(self) -> None:
         """An aLoRA's tokens, which `PeftAdapter.active` compares with those of a batch."""
-        name = "alora_invocation_tokens"
-        found = self.raw.get(name)
-        if found is not None and not (_is_places(found) and len(found) <= MAX_INVOCATION):
-            self.wrong(name, f"at most {MAX_INVOCATION} token numbers", None)
+        fits = lambda x: _is_places(x) and len(x) <= MAX_INVOCATION
+        expected = f"at most {MAX_INVOCATION} token numbers"
+        self.read("alora_invocation_tokens", fits, expected, None)
 
     def version(self) -> tuple[int, ...] | None:
         found = self.value("peft_version", str, None)

@@ -177,7 +177,7 @@ class Finder:
             if needed:
                 self.failures.append(f"'{name}' {shape}: {_unknown(leaf)}")
         # torch's tables are (rows, features), as Flax's.
-        elif len(fits) > 1 and blocks[0].leaf.kind == "embedding":
+        elif len(fits) > 1 and leaf.kind == "embedding":
             fits = ["in_out"]
         # The setting says that there is a Conv1D; experts are stored in either order.
         elif len(fits) > 1 and conv1d is None and (fan_in_fan_out or blocks[0].n_batch > 1):
@@ -220,13 +220,10 @@ class Finder:
         # The better kind of match first: where one fits, a worse one is not looked at.
         for group in self._candidates(update.name):
             fits = [c for c in group if not _update_problem(update, c)]
+            if len(fits) == 1:
+                return Entry(update.name, fits[0], "experts", swapped=swapped), update
             if fits:
-                alone = len(fits) == 1
-                return (
-                    (Entry(update.name, fits[0], "experts", None, None, swapped), update)
-                    if alone
-                    else None
-                )
+                break
         return None
 
     def _one(

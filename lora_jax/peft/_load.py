@@ -80,8 +80,7 @@ class PeftAdapter:
 
     @property
     def invocation_tokens(self) -> tuple[int, ...] | None:
-        found = self.config.get("alora_invocation_tokens")
-        return tuple(found) if isinstance(found, list) and found else None
+        return tuple(self.config.get("alora_invocation_tokens") or ()) or None
 
     def active(self, ids: chex.Array) -> chex.Array:
         """For which tokens an aLoRA is active: from the last place of its invocation tokens on.

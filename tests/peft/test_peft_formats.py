@@ -21,6 +21,7 @@ from test_peft_kinds import tree_of
 
 import lora_jax as lora
 from lora_jax._core.paths import flatten, nest
+from lora_jax.peft._config import OTHERS
 from lora_jax.peft._file import TENSORS
 
 FOLDER = g.GOLDEN.parent / "formats"
@@ -432,6 +433,22 @@ def test_damaged_files(tmp_path, name, config, change, match):
     rank = {} if name not in DELTAS else {"rank": 2}
     with fails(f"(?s){re.escape(str(tmp_path))}.*({match})"):
         opened(name, folder=folder / FILES.get(name, "."), **rank)
+
+
+@pytest.mark.parametrize(
+    "name, setting",
+    [
+        ("loha", "alpha"),
+        ("miss", "mini_r"),
+        ("miss", "init_weights"),
+        ("fourierft", "random_loc_seed"),
+    ],
+)
+def test_a_setting_that_is_null_is_peft_s_default(tmp_path, name, setting):
+    folder = damaged(tmp_path, name, {setting: None})
+    given = damaged(tmp_path / "given", name, {setting: OTHERS[name.upper()][1][setting]})
+    found, want = (opened(name, folder=f, rank=2)[1].adapters for f in (folder, given))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
 @pytest.mark.parametrize("name", ["loha", "mlx", "kohya", "diffusers"])
