@@ -107,7 +107,7 @@ def load_base(
     kind = as_float(dtype)
     chosen, how = _to_quantise(params, quantize, survey)
     bad: list[str] = []
-    # For a tensor that is turned over into its leaf; what is not used of it takes no memory
+    # For a tensor that is turned over into its leaf; what is not used of it takes no memory.
     room = np.empty(max((t.nbytes for t in base.tensors.values()), default=0), np.uint8)
 
     def leaf(path: str, like: Any) -> Any:
