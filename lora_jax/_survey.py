@@ -12,10 +12,11 @@ from flax import linen as nn
 
 from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.fold import folded
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import is_module, map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest
-from lora_jax._core.table import table
+from lora_jax._core.table import html_table, table
 from lora_jax._interpret.coverage import LOW_RANK, Use, by_leaf
 from lora_jax._interpret.interpreter import Interpreter
 from lora_jax._interpret.reach import LOOK_UP, Flow
@@ -70,6 +71,9 @@ class Leaf:
 class Survey:
     """How a function uses each leaf of its first argument. Print it for a table.
 
+    Leaves that differ in numbers alone, such as those of repeated layers, and agree in all columns
+    are one line of the table, `layers_{0..23}/q/kernel`; each by itself is in `leaves`.
+
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {"params": {"w": jnp.ones((4, 3))}}
     >>> found = lora.survey(lambda v, x: x @ v["params"]["w"], params, jnp.ones((2, 4)))
@@ -108,7 +112,7 @@ class Survey:
         part = "" if "" in fits else fits[0]
         return Survey({p: self.leaves[part + p] for p in paths})
 
-    def __str__(self):
+    def _table(self) -> tuple[Sequence[str], Sequence[tuple]]:
         rows = [
             (
                 path,
@@ -119,7 +123,13 @@ class Survey:
             )
             for path, leaf in self.leaves.items()
         ]
-        return table(("leaf", "shape", "kind", "primitives", "in", "out", "batch"), rows)
+        return folded(("leaf", "shape", "kind", "primitives", "in", "out", "batch"), rows)
+
+    def __str__(self):
+        return table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
 
 
 def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.fold import fold, folded
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten
 from lora_jax._core.plain import fields_of, plain, written
-from lora_jax._core.table import table
+from lora_jax._core.table import html_table, table
 from lora_jax._nodes.adapters import LowRank
 from lora_jax._nodes.node import is_node
 
@@ -46,6 +47,10 @@ class Target:
 @dataclasses.dataclass(frozen=True)
 class Targets:
     """What a configuration selects of a parameter tree: look at it, count it, assert on it.
+
+    Printed, leaves that differ in numbers alone, such as those of repeated layers, and agree in all
+    columns are one line, `layers_{0..23}/q/kernel`, with their count and the parameters of all;
+    each by itself is in the mapping: `for path in targets: print(path, targets[path])`.
 
     Attributes:
       lora: {path: `Target`} of the adapted leaves.
@@ -165,8 +170,9 @@ class Targets:
             "make them by lora.init(key, params, targets), or select what they were made for",
         )
 
-    def __str__(self):
-        rows = [
+    def _table(self) -> tuple[Sequence[str], Sequence[tuple], list[str]]:
+        """The head, the rows, and the lines below."""
+        adapted = [
             (
                 path,
                 t.shape,
@@ -180,26 +186,26 @@ class Targets:
             )
             for path, t in self.lora.items()
         ]
-        rows += [
-            (path, shape, "full", (), (), (), "", "", math.prod(shape))
-            for path, shape in self.full.items()
-        ]
-        rows += [
-            (
-                path,
-                shape,
-                f"{len(index)} rows",
-                (),
-                (),
-                (),
-                "",
-                "",
-                len(index) * math.prod(shape[1:]),
-            )
-            for path, (shape, index) in self.rows.items()
-        ]
-        head = ("leaf", "shape", "primitive", "in", "out", "batch", "rank", "alpha", "parameters")
+        whole = [(p, s, "full", s) for p, s in self.full.items()]
+        parts = [(p, s, f"{len(i)} rows", (len(i), *s[1:])) for p, (s, i) in self.rows.items()]
+        full, some = (
+            [(path, s, how, (), (), (), "", "", math.prod(trained)) for path, s, how, trained in x]
+            for x in (whole, parts)
+        )
+        names = ("leaf", "shape", "primitive", "in", "out", "batch", "rank", "alpha", "parameters")
+        head, rows = folded(names, adapted, full, some, summed="parameters")
         share = f" ({self.parameters / self.total:.3%})" if self.total else ""
         trained = f"trained: {self.parameters:,} of {self.total:,}{share}"
-        left = (f"left out: {path}, {reason}" for path, reason in self.left.items())
-        return "\n".join([table(head, rows), *left, trained])
+        left = [
+            f"left out: {path}{f' ({len(path)} leaves)' if len(path) > 1 else ''}, {reason}"
+            for path, reason in fold(self.left)
+        ]
+        return head, rows, [*left, trained]
+
+    def __str__(self):
+        head, rows, below = self._table()
+        return "\n".join([table(head, rows), *below])
+
+    def _repr_html_(self) -> str:
+        head, rows, below = self._table()
+        return html_table(head, rows, *below)

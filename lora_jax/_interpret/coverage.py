@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from lora_jax._core.errors import raise_all
-from lora_jax._core.table import table
+from lora_jax._core.fold import folded
+from lora_jax._core.table import html_table, table
 
 LOW_RANK, MATERIALISED = "low-rank", "materialised"
 
@@ -54,6 +55,8 @@ def by_leaf(paths: Iterable[str], events: Mapping[tuple, Use]) -> dict[str, tupl
 @dataclasses.dataclass(frozen=True)
 class Coverage:
     """Each adapted leaf with every use that a function makes of it.
+
+    Printed, leaves that differ in numbers alone and agree in all columns are one line.
 
     Attributes:
       shapes: {path: shape} of the adapted leaves.
@@ -125,7 +128,8 @@ class Coverage:
             "`lora.coverage(fn, *args)` shows every use.",
         )
 
-    def __str__(self):
+    def _table(self) -> tuple[Sequence[str], Sequence[tuple], str]:
+        """The head, the rows, and the line below."""
         rows = [
             (
                 path,
@@ -141,4 +145,11 @@ class Coverage:
             f"{len(self.low_rank)} low-rank, {len(self.materialised)} materialised, "
             f"{len(self.unused)} unused"
         )
-        return table(("leaf", "shape", "status", "plan", "uses"), rows) + "\n" + total
+        return *folded(("leaf", "shape", "status", "plan", "uses"), rows), total
+
+    def __str__(self):
+        head, rows, total = self._table()
+        return f"{table(head, rows)}\n{total}"
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
