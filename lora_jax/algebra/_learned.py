@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import functools
-import html
-import io
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,6 +15,7 @@ import numpy as np
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.figures import Shown, needs_matplotlib, written
 from lora_jax._core.mesh import anywhere
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
@@ -95,7 +92,7 @@ class Change:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Learned:
+class Learned(Shown):
     """What adapters have learned, leaf by leaf. Print it for a table (of a stack, the means), plot
     it for a figure; a notebook shows both.
 
@@ -148,11 +145,13 @@ class Learned:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike | None = None) -> Figure:
-        """A figure: ‖ΔW‖ / ‖W‖ (‖ΔW‖ where no base is known) and the effective rank of each
-        layer and target, and the singular spectra, a faint line a weight, a bold one the median.
+        """A figure: ‖ΔW‖ / ‖W‖ (‖ΔW‖ where no base is known) and the effective rank of each target
+        (a row) and layer (a column), and the singular spectra, a faint line a weight, a bold one
+        the median. Where there are no layers, bars take the place of rows.
 
         The layer is the number in a path (layers_3, h/3), or else the first axis of a stack; what
         else a leaf stacks, such as experts, is one cell: √Σ‖ΔW‖² / √Σ‖W‖², the mean effective rank.
+        A target outside of the layers, such as the head, is one cell as wide as all of them.
 
         Args:
           path: where to write it too, in the format of the suffix, such as .png or .pdf. A file
@@ -161,46 +160,14 @@ class Learned:
         Raises:
           LoRAError: matplotlib is not installed, or there is nothing to plot.
         """
-        try:
+        with needs_matplotlib():
             from lora_jax.algebra._learned_plot import figure
-        except ImportError as e:
-            if (e.name or "").partition(".")[0] != "matplotlib":
-                raise
-            raise LoRAError("a plot needs matplotlib: pip install 'lora_jax[plot]'") from e
         if not self.leaves:
             raise LoRAError(
                 f"nothing to plot: the changes of {', '.join(self.unknown)} are not known; pass "
                 "the base's values: lora.algebra.learned(params, adapters)"
             )
-        drawn = figure(self.leaves)
-        if path is not None:
-            path = Path(path)
-            # Beside the target, so that the replacement is atomic; the suffix says the format.
-            new = path.with_name(f".{os.getpid()}.{path.name}")
-            try:
-                drawn.savefig(new)
-                os.replace(new, path)
-            finally:
-                new.unlink(missing_ok=True)
-        return drawn
-
-    def _repr_png_(self) -> bytes | None:
-        try:
-            drawn = self.plot()
-        # Without matplotlib, say, a notebook shows the table alone.
-        except LoRAError:
-            return None
-        out = io.BytesIO()
-        drawn.savefig(out, format="png")
-        return out.getvalue()
-
-    def _repr_html_(self) -> str:
-        png = self._repr_png_()
-        text = f"<pre>{html.escape(str(self))}</pre>"
-        if png is None:
-            return text
-        data = base64.b64encode(png).decode()
-        return f'{text}<img alt="what the adapters learned" src="data:image/png;base64,{data}">'
+        return written(figure(self.leaves), path)
 
 
 def learned(params: Any, adapters: Any) -> Learned:

@@ -1,12 +1,12 @@
-"""The figure of what adapters have learned: layer × target, and spectra. It needs matplotlib."""
+"""The figure of what adapters have learned: target × layer, and spectra. It needs matplotlib."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.textpath import TextToPath
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
-# The parts of a path that say a layer: layers_3, layers3, 3.
-NUMBERED = re.compile(r"(.*?)(\d+)")
+from lora_jax._core.fold import NUMBERED, natural
 
 # Perceptually uniform: equal steps of the value look equal.
 MAP = "viridis"
@@ -25,11 +28,18 @@ MAP = "viridis"
 # A heat map of at most so many cells has a number in each.
 WRITTEN = 48
 
-# The legend names at most so many targets.
-NAMED = 24
+# An axis has at most so many labels, and the legend.
+ROWS, COLUMNS, NAMED = 120, 48, 24
+
+# Points of the labels of rows; inches of a row, and of the figure at most.
+FONT, ROW, WIDEST, HIGHEST = 8, 0.24, 24, 40
+DPI = 120
+
+# Ticks are multiples of these.
+STEPS = [1, 2, 5, 10]
 
 # Where the largest value is so many times the smallest, a scale is logarithmic.
-SPREAD = 30
+SPREAD = 10
 
 # Below this share of σ₁, a singular value is fp32's rounding and is not drawn.
 FLOOR = 1e-6
@@ -49,41 +59,68 @@ class Cell:
 def figure(leaves: Mapping[str, Any]) -> Figure:
     """The figure of {path: `Change`}."""
     relative = any(c.ratio is not None for c in leaves.values())
-    cells = [cell for path, change in leaves.items() for cell in cells_of(path, change, relative)]
+    cells = [c for path in natural(leaves) for c in cells_of(path, leaves[path], relative)]
     in_layers = {c.target for c in cells if c.layer is not None}
     # Stable: those in layers first, each group in the order of the model.
     targets = sorted(dict.fromkeys(c.target for c in cells), key=lambda t: t not in in_layers)
-    rows: list = sorted({c.layer for c in cells if c.layer is not None})
-    # One more row, "no layer", for what stands outside of the layers, such as the head.
-    rows += [None] if len(in_layers) < len(targets) else []
-    names = short_names(targets, in_layers)
+    names = dict(zip(targets, short_names(targets, in_layers)))
+    layers = sorted({c.layer for c in cells if c.layer is not None})
+    low_rank = {c.target for c in cells if c.spectra is not None}
     ranks = [c.rank for c in leaves.values() if c.kind == "lora"]
-    titles = (
-        "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖",
-        f"effective rank of ΔW (of {max(ranks)})" if ranks else "effective rank of ΔW",
-    )
-    if in_layers:
-        # Inches: a column is wider where a number is written in it.
-        wide = 0.45 if len(rows) * len(targets) <= WRITTEN else 0.32
-        width, height = wide * len(targets) + 1.8, 0.24 * len(rows) + 0.09 * max(map(len, names))
-    else:
-        width, height = 3.2 + 0.07 * max(map(len, names)), 0.26 * len(targets)
-    width, height = min(max(width, 3.6), 24), min(max(height + 1, 3.4), 14 if in_layers else 40)
-    out = Figure((2 * width + 5, height), dpi=120)
-    out.set_layout_engine("constrained", wspace=0.04)
-    *panels, right = out.subplots(1, 3, width_ratios=[width, width, 3.6])
-    for axes, title, key in zip(panels, titles, ("size", "effective")):
-        value = {(c.layer, c.target): getattr(c, key) for c in cells}
+    panels = [("size", "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖", targets)]
+    if ranks:
+        shown = [t for t in targets if t in low_rank or not in_layers]
+        panels.append(("effective", f"effective rank of ΔW (of {max(ranks)})", shown))
+    out, axes, right = _panels(panels, names, len(layers))
+    for panel, (key, title, rows) in zip(axes, panels):
+        value = {(c.target, c.layer): getattr(c, key) for c in cells}
+        labels = [names[t] for t in rows]
         if in_layers:
-            grid = [[value.get((row, t), np.nan) for t in targets] for row in rows]
-            _heat_map(axes, np.array(grid), rows, names, title, key == "size")
+            # What stands outside of the layers is as wide as all of them.
+            grid = [[value.get((t, i if t in in_layers else None), np.nan) for i in layers]
+                    for t in rows]  # fmt: skip
+            across = [t not in in_layers for t in rows]
+            last = panel is axes[-1]
+            _heat_map(panel, np.array(grid), across, labels, layers, title, key == "size", last)
         else:
-            _bars(axes, [value[None, t] for t in targets], names, title)
-    # The first panel says it.
-    panels[1].set_ylabel("")
-    _spectra(right, cells, dict(zip(targets, names)))
-    if height > 7:
-        right.set(box_aspect=1.6, anchor="N")
+            _bars(panel, [value[t, None] for t in rows], labels, title, panel is axes[0])
+    if right is not None:
+        _spectra(right, cells, names)
+    return out
+
+
+def _panels(
+    panels: Sequence[tuple[str, str, Sequence[str]]], names: Mapping[str, str], layers: int
+) -> tuple[Figure, list[Axes], Axes | None]:
+    """The figure with axes for each panel, heat maps one below the other, bars side by side; and
+    for the spectra, where there are any."""
+    spectra = len(panels) > 1
+    label = max(_width(n) for n in names.values()) / 72
+    if layers:
+        rows = [len(targets) for *_, targets in panels]
+        # A column is wider where a number is written in it.
+        column = 0.46 if max(rows) * layers <= WRITTEN else 0.24 if layers <= COLUMNS else 0.13
+        width = min(max(column * layers + 0.9, 3.6), WIDEST - 5)
+        height = ROW * sum(rows) + 0.35 * len(rows) + 0.4
+        out = _figure(label + width + (5 if spectra else 0), height)
+        grid = out.add_gridspec(
+            len(rows), 1 + spectra, width_ratios=[label + width, 4.6][: 1 + spectra],
+            height_ratios=[n + 1 for n in rows],
+        )  # fmt: skip
+        axes = [out.add_subplot(grid[i, 0]) for i in range(len(rows))]
+        return out, axes, out.add_subplot(grid[:, 1]) if spectra else None
+    # Names stand beside the first panel alone.
+    widths = [3.2] * len(panels) + [4.6] * spectra
+    out = _figure(label + sum(widths), ROW * len(names) + 0.8)
+    *axes, last = [
+        out.add_subplot(x) for x in out.add_gridspec(1, len(widths), width_ratios=widths)
+    ]
+    return out, axes if spectra else [*axes, last], last if spectra else None
+
+
+def _figure(width: float, height: float) -> Figure:
+    out = Figure((min(width, WIDEST + 8), min(max(height, 3.2), HIGHEST)), dpi=DPI)
+    out.set_layout_engine("constrained", wspace=0.04)
     return out
 
 
@@ -128,12 +165,15 @@ def layer_of(path: str, stacked: bool) -> tuple[str, int | None]:
 
 
 def short_names(targets: Sequence[str], in_layers: Collection[str]) -> list[str]:
-    """The targets without the parts that those in layers share, and what most of them end with, as
-    far as they still differ.
+    """The targets without the parts that those in layers share, that stand for the layer's number,
+    and that most of them end with, as far as they still differ.
 
     >>> layered = ["model/layers/*/mlp/up/kernel", "model/layers/*/q/kernel"]
     >>> short_names([*layered, "head/bias"], layered)
     ['mlp/up', 'q', 'head/bias']
+    >>> layered = ["encoder/h_*/q/kernel", "decoder/h_*/q/kernel"]
+    >>> short_names(layered, layered)
+    ['encoder/q', 'decoder/q']
     """
     # The leaf's own name is never cut from the front.
     alike = [t.split("/")[:-1] for t in in_layers or targets]
@@ -142,6 +182,9 @@ def short_names(targets: Sequence[str], in_layers: Collection[str]) -> list[str]
         shared += 1
     cut = lambda t: t.split("/", shared)[-1] if t in in_layers or not in_layers else t
     names = _distinct([cut(t) for t in targets], targets)
+    plain = lambda n: "/".join(p for p in n.split("/") if not p.endswith("*"))
+    bare = [plain(n) if t in in_layers and "/" in plain(n) else n for n, t in zip(names, targets)]
+    names = _distinct(bare, names)
     (last, count), *_ = Counter(n.rpartition("/")[2] for n in names).most_common(1)
     # Most end alike, in "kernel" say.
     if 2 * count >= len(names):
@@ -155,37 +198,54 @@ def _distinct(names: Sequence[str], otherwise: Sequence[str]) -> list[str]:
 
 
 def _heat_map(
-    axes: Axes, grid: np.ndarray, rows: Sequence, names: Sequence[str], title: str, from_zero: bool
-) -> None:
-    """Rows are layers, columns are targets; what there is not stays grey."""
-    norm = _scale(grid, from_zero)
+    axes: Axes, grid: np.ndarray, across: Sequence[bool], names: Sequence[str],
+    layers: Sequence[int], title: str, from_zero: bool, last: bool,
+) -> None:  # fmt: skip
+    """Rows are targets, columns are layers; what there is not stays grey."""
+    norm, (rows, columns) = _scale(grid, from_zero), grid.shape
     shown = axes.imshow(grid, MAP, norm, aspect="auto", interpolation="nearest")
     # imshow draws nothing for NaN: this shows through.
     axes.set_facecolor("0.92")
-    labels = ["no layer" if r is None else str(r) for r in rows]
-    flat = len(names) * max(map(len, names)) <= 40
-    _ticks(axes.set_xticks, names, 72, rotation=0 if flat else 90)
-    _ticks(axes.set_yticks, labels, 64)
-    # Minor ticks lie between the cells, for the white lines of the grid.
-    axes.set_xticks(np.arange(len(names) + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=0.6)
-    axes.tick_params(which="both", length=0)
-    axes.set_ylabel("layer")
-    axes.set_title(title, fontsize="medium")
+    _rows(axes, names)
+    step = math.ceil(columns / COLUMNS)
+    labels = [str(i) for i in layers[::step]] if last else []
+    axes.set_xticks(range(0, columns, step) if last else [], labels, fontsize=FONT)
+    axes.set_xlabel("layer" if last else "", fontsize=9)
+    # White lines between the cells, but for a cell as wide as the row.
+    axes.hlines(np.arange(1, rows) - 0.5, -0.5, columns - 0.5, color="white", linewidth=0.6)
+    for i, whole in enumerate(across):
+        if not whole:
+            axes.vlines(np.arange(1, columns) - 0.5, i - 0.5, i + 0.5, color="white", linewidth=0.6)
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    axes.tick_params(length=0)
+    axes.set_title(title, fontsize="medium", loc="left")
     axes.spines[:].set_visible(False)
-    bar = axes.figure.colorbar(shown, ax=axes, pad=0.02, fraction=0.06, aspect=30, anchor=(0, 1))
-    bar.set_label(title + (" (log scale)" if isinstance(norm, LogNorm) else ""))
+    # Inches, whatever the width of the cells: beside them, and as high.
+    wide = axes.get_window_extent().width / DPI
+    beside = axes.inset_axes((1.008, 0, 0.12 / max(wide, 1), 1))
+    bar = axes.figure.colorbar(shown, cax=beside)
     bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=FONT)
+    if isinstance(norm, LogNorm):
+        axes.set_title(f"{title} (log scale)", fontsize="medium", loc="left")
+        low, high = norm.vmin or 1, norm.vmax or 1
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+        bar.ax.yaxis.set_major_formatter("{x:g}")
+    else:
+        bar.ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     for (i, j), x in np.ndenumerate(grid):
-        if math.isinf(x) or (grid.size <= WRITTEN and not math.isnan(x)):
+        # One number for a cell as wide as the row.
+        if across[i] and j != (columns - 1) // 2:
+            continue
+        if math.isinf(x) or ((across[i] or grid.size <= WRITTEN) and not math.isnan(x)):
             # Viridis begins dark.
             dark = math.isfinite(x) and norm(x) < 0.6
-            color = "white" if dark else "black"
-            axes.text(j, i, _text(x), ha="center", va="center", color=color, fontsize=7)
+            at, color = (columns - 1) / 2 if across[i] else j, "white" if dark else "black"
+            axes.text(at, i, _text(x), ha="center", va="center", color=color, fontsize=7)
 
 
-def _bars(axes: Axes, values: Sequence, names: Sequence[str], title: str) -> None:
+def _bars(axes: Axes, values: Sequence, names: Sequence[str], title: str, first: bool) -> None:
     """Where there are no layers: a bar for each leaf, from the top on."""
     at, finite = np.arange(len(names)), np.array([x if math.isfinite(x) else 0.0 for x in values])
     axes.barh(at, finite, color=colormaps[MAP](0.35), height=0.7)
@@ -194,13 +254,50 @@ def _bars(axes: Axes, values: Sequence, names: Sequence[str], title: str) -> Non
             axes.annotate(
                 _text(x), (length, y), (3, 0), textcoords="offset points", va="center", fontsize=7
             )
-    _ticks(axes.set_yticks, names, 150)
-    # Upside down: the first leaf is on top.
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    _rows(axes, names if first else [])
+    # Upside down: the first leaf is on top. Room for six, so that a bar stays a bar.
+    spare = max(6 - len(names), 0) / 2
+    axes.set_ylim(len(names) - 0.5 + spare, -0.5 - spare)
     axes.set_xlim(0, 1.18 * (finite.max() or 1))
-    axes.set_xlabel(title)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+    axes.set_title(title, fontsize="medium", loc="left")
     axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=FONT)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names beside the rows; what stands before the last / once for all rows below each other."""
+    step = math.ceil(len(names) / ROWS) or 1
+    # Whole where nothing is shared, or where there are more than can be read: each k-th.
+    split = [n.rpartition("/") if step == 1 else ("", "", n) for n in names]
+    if len({group for group, *_ in split}) == len(names):
+        split = [("", "", n) for n in names]
+    axes.set_yticks(range(0, len(names), step), [x for *_, x in split[::step]], fontsize=FONT)
+    beside = 8 + max((_width(x) for *_, x in split), default=0)
+    left = axes.figure.dpi_scale_trans
+    for group, run in itertools.groupby(enumerate(split), lambda x: x[1][0]):
+        (first, _), *rest = run
+        if not group:
+            continue
+        at = (first + first + len(rest)) / 2
+        axes.annotate(
+            group, (0, at), (-beside - 5, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", va="center", fontsize=FONT,
+        )  # fmt: skip
+        if rest:
+            shift = ScaledTranslation(-(beside + 1) / 72, 0, left)
+            at = blended_transform_factory(axes.transAxes, axes.transData) + shift
+            ends = [first - 0.35, first + len(rest) + 0.35]
+            axes.add_line(
+                Line2D([0, 0], ends, transform=at, clip_on=False, color="0.6", linewidth=1)
+            )
+
+
+def _width(text: str) -> float:
+    """Points that a label takes."""
+    font = FontProperties(size=FONT)
+    return TextToPath().get_text_width_height_descent(text, font, ismath=False)[0]
 
 
 def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> None:
@@ -210,9 +307,10 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
         for s in () if c.spectra is None else c.spectra:
             if s[0] > 0:
                 curves.setdefault(c.target, []).append(s / s[0])
-    axes.set_title("spectrum of ΔW", fontsize="medium")
-    axes.set_xlabel("index of the singular value")
-    axes.set_ylabel("σ / σ₁")
+    axes.set_title("spectrum of ΔW", fontsize="medium", loc="left")
+    axes.set_xlabel("index of the singular value", fontsize=9)
+    axes.set_ylabel("σ / σ₁", fontsize=9)
+    axes.tick_params(labelsize=FONT)
     axes.spines[["top", "right"]].set_visible(False)
     if not curves:
         axes.text(
@@ -226,6 +324,7 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
         axes.set(xticks=[], yticks=[])
         return
     longest = max(len(s) for of in curves.values() for s in of)
+    faint = min(max(40 / sum(map(len, curves.values())), 0.08), 0.35)
     for color, (target, lines) in zip(_colors(len(curves)), curves.items()):
         # (weights, k); a line ends where NaN begins.
         padded = np.full((len(lines), longest), np.nan)
@@ -233,7 +332,7 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
             row[: len(s)] = np.where(s > FLOOR, s, np.nan)
         at = np.arange(1, longest + 1)
         if len(lines) > 1:
-            axes.plot(at, padded.T, color=color, linewidth=0.5, alpha=0.35)
+            axes.plot(at, padded.T, color=color, linewidth=0.5, alpha=faint)
         # nanmedian warns of a column without a number.
         there = ~np.isnan(padded).all(0)
         middle = np.nanmedian(padded[:, there], 0)
@@ -245,6 +344,7 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
             label=names[target],
             marker="o" if longest <= 16 else None,
             markersize=3,
+            zorder=3,
         )
     lowest = min(s[s > FLOOR].min() for of in curves.values() for s in of)
     axes.set_yscale("log")
@@ -255,7 +355,11 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
     axes.set_xlim(0.5, longest + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.grid(color="0.92")
+    if axes.get_window_extent().height > 5.4 * DPI:
+        axes.set(box_aspect=1.5, anchor="N")
     handles, labels = axes.get_legend_handles_labels()
+    if len(labels) == 1:
+        return
     title = None if len(labels) <= NAMED else f"{NAMED} of {len(labels)}"
     axes.legend(
         handles[:NAMED],
@@ -279,14 +383,6 @@ def _scale(grid: np.ndarray, from_zero: bool) -> Normalize:
         return LogNorm(low, high)
     # An effective rank is at least 1: its colours need not begin at 0.
     return Normalize(0.0, high) if from_zero else Normalize(math.ceil(known.min()) - 1, high)
-
-
-def _ticks(place: Callable, labels: Sequence[str], most: int, **kwargs: Any) -> None:
-    """A label for each, or for each k-th where there are more than can be read."""
-    step = math.ceil(len(labels) / most)
-    place(
-        range(0, len(labels), step), labels[::step], fontsize=8 if len(labels) > 8 else 9, **kwargs
-    )
 
 
 def _colors(n: int) -> np.ndarray:

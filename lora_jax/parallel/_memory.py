@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.figures import Shown, needs_matplotlib, written
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized
 from lora_jax.parallel._state_shardings import state_shardings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lora_jax.parallel._forecast import Forecast
 
 PARTS = ("base", "constants", "adapters", "gradients", "optimizer")
 
@@ -34,11 +41,12 @@ class Bytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """What the arrays of a training step take; print it, or assert on it.
+class Memory(Shown):
+    """What the arrays of a training step take; print it, plot it, or assert on it.
 
     Attributes:
-      parts: {"base", "constants" (of quantisation), "adapters", "gradients", "optimizer": `Bytes`}.
+      parts: {"base", "constants" (of quantisation), "adapters", "gradients", "optimizer": `Bytes`},
+        and "activations" where a forecast was given.
       leaves: {path: (shape, type or format, bytes of the base, bytes of constants)}.
       parameters: how many the base has.
 
@@ -61,6 +69,49 @@ class Memory:
         """Bytes on one device, the one that holds most."""
         return sum(part.device for part in self.parts.values())
 
+    def plot(
+        self,
+        path: str | os.PathLike | None = None,
+        *,
+        name: str | None = None,
+        beside: Mapping[str, Memory] | None = None,
+    ) -> Figure:
+        """A figure: the parts as a stacked bar, of the device that holds most.
+
+        Args:
+          path: where to write it too, in the format of the suffix, such as .png or .pdf. A file
+            there is replaced once the new one is complete.
+          name: of the bar; None: "LoRA", "QLoRA", "full" or "base", by what is there.
+          beside: other ways to train, {name: `Memory`}, a bar each.
+
+        Raises:
+          LoRAError: matplotlib is not installed, or two bars have the same name.
+
+        >>> import jax, optax, lora_jax as lora
+        >>> params, tx = {"w": jax.ShapeDtypeStruct((4096, 4096), "bfloat16")}, optax.adam(1e-3)
+        >>> config = lora.LoRAConfig(rank=8, targets="w")
+        >>> adapters = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, config), params)
+        >>> base = jax.eval_shape(lambda p: lora.quant.quantize(p, "w"), params)
+        >>> ways = {
+        ...     "QLoRA": lora.parallel.memory(base, adapters, tx),
+        ...     "full": lora.parallel.memory(params, None, tx),
+        ... }
+        >>> figure = lora.parallel.memory(params, adapters, tx).plot(beside=ways)
+        """
+        with needs_matplotlib():
+            from lora_jax.parallel._memory_plot import figure
+        name, others = self._name() if name is None else name, beside or {}
+        if name in others:
+            raise LoRAError(
+                f"two bars would have the name '{name}': found.plot(name=..., beside={{...}})"
+            )
+        return written(figure({name: self, **others}), path)
+
+    def _name(self) -> str:
+        if not self.parts["adapters"].total:
+            return "full" if self.parts["gradients"].total else "base"
+        return "QLoRA" if self.parts["constants"].total else "LoRA"
+
     def __str__(self):
         mega = lambda n: f"{n / 1e6:,.2f}"
         rows = [(name, mega(x.total), mega(x.device)) for name, x in self.parts.items()]
@@ -73,26 +124,37 @@ class Memory:
         return f"{table(head, aligned)}\nbase: {self.parameters:,} parameters, {bits:.4g} bits each"
 
 
-def memory(params: Any, adapters: Any, optimizer: Any = None, *, shardings: Any = None) -> Memory:
+def memory(
+    params: Any,
+    adapters: Any,
+    optimizer: Any = None,
+    *,
+    shardings: Any = None,
+    forecast: Forecast | None = None,
+) -> Memory:
     """Bytes of the base, of its constants of quantisation, of adapters, gradients and optimiser.
 
-    These are what the arrays of a step take; activations and temporaries are the compiler's, see
-    `forecast`. MB are 10⁶ bytes.
+    These are what the arrays of a step take; activations are the compiler's, and are known from a
+    `forecast` of the step. MB are 10⁶ bytes.
 
     Args:
       params: the base, or an NNX module: arrays or shapes, quantised or not, as of
         `jax.eval_shape(lambda p: lora.quant.quantize(p, targets), shapes)`. Where a leaf has a
         sharding, the device holds its part.
-      adapters: as from `init`, arrays or shapes; None for a base alone.
-      optimizer: an optax transformation, for the adapters; None: no state.
+      adapters: as from `init`, arrays or shapes. None: the base alone, or, where there is an
+        optimiser, full fine-tuning, whose gradients and state are of the parameters themselves.
+      optimizer: an optax transformation, for what is trained; None: no state.
       shardings: of the adapters, as from `lora.parallel.shardings`; the gradients and the state
         are sharded alike, see `state_shardings`. None: the arrays' own, or whole on each device.
+      forecast: of the step, for its "activations": the compiler's temporaries less the gradients,
+        which are among them, so everything else that it keeps in between. None: not known.
 
     Returns:
       A `Memory`.
 
     Raises:
-      LoRAError: a tree without arrays in the place of the base, or of the adapters.
+      LoRAError: a tree without arrays in the place of the base, or of the adapters; a quantised
+        base that is to be trained itself; a forecast of a step that the compiler refused.
 
     >>> import jax, optax, lora_jax as lora
     >>> shapes = {"w": jax.ShapeDtypeStruct((4096, 4096), "bfloat16")}
@@ -123,8 +185,31 @@ def memory(params: Any, adapters: Any, optimizer: Any = None, *, shardings: Any 
         name = x.format if is_quantized(x) else str(x.dtype)
         leaves[path] = (tuple(x.shape), name, codes.total, rest.total)
         base, constants, count = base + codes, constants + rest, count + math.prod(x.shape)
-    parts = dict(zip(PARTS, (base, constants, *_trained(adapters, optimizer, shardings))))
+    if adapters is None and optimizer is not None:
+        if codes := [path for path, x in found.items() if is_quantized(x)]:
+            raise LoRAError(
+                f"full fine-tuning trains the parameters, and '{codes[0]}' is quantised: "
+                "lora.parallel.memory(lora.quant.dequantize(params), None, tx)"
+            )
+        trained = Bytes(), *_beside(state_of(params), optimizer, shardings)
+    else:
+        trained = _trained(adapters, optimizer, shardings)
+    parts = dict(zip(PARTS, (base, constants, *trained)))
+    if forecast is not None:
+        parts["activations"] = _activations(forecast, parts["gradients"])
     return Memory(parts, leaves, count)
+
+
+def _activations(forecast: Forecast, gradients: Bytes) -> Bytes:
+    """What a step keeps beside its arguments and gradients."""
+    if forecast.temporaries is None:
+        raise LoRAError(
+            "the forecast is of a step that does not fit, so its temporaries are not known: leave "
+            "it out, or forecast the step for more devices"
+        )
+    # The compiler may have less than all gradients at a time.
+    device = max(forecast.temporaries - gradients.device, 0)
+    return Bytes(device * forecast.devices, device)
 
 
 def _trained(adapters: Any, optimizer: Any, shardings: Any) -> tuple[Bytes, Bytes, Bytes]:
@@ -135,18 +220,24 @@ def _trained(adapters: Any, optimizer: Any, shardings: Any) -> tuple[Bytes, Byte
         raise LoRAError(
             "expected adapters, as from lora.init: lora.parallel.memory(params, adapters, tx)"
         )
+    own, state = _beside(adapters, optimizer, shardings)
+    return own, own, state
+
+
+def _beside(trained: Any, optimizer: Any, shardings: Any) -> tuple[Bytes, Bytes]:
+    """The bytes of the gradients of what is trained, and of the optimiser's state."""
     if shardings is None:
-        shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), adapters)
+        shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), trained)
         # Where one array has no sharding, all are taken to be whole on each device.
-        placed = all(isinstance(s, Sharding) for s in _each(shardings, adapters))
+        placed = all(isinstance(s, Sharding) for s in _each(shardings, trained))
         shardings = shardings if placed else None
     # A gradient has the shape, type and sharding of what it is of.
-    own = _sum(adapters, shardings)
+    own = _sum(trained, shardings)
     if optimizer is None:
-        return own, own, Bytes()
-    state = jax.eval_shape(optimizer.init, adapters)
-    at = None if shardings is None else state_shardings(state, adapters, shardings)
-    return own, own, _sum(state, at)
+        return own, Bytes()
+    state = jax.eval_shape(optimizer.init, trained)
+    at = None if shardings is None else state_shardings(state, trained, shardings)
+    return own, _sum(state, at)
 
 
 def _each(tree: Any, like: Any) -> list:

@@ -1,13 +1,16 @@
 """The bytes of a training step by arithmetic: as the arrays have them, and as a paper does."""
 
+import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from common import fails
+from figures import apart
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -106,6 +109,104 @@ def test_of_one_device():
 def test_errors(call):
     with fails("expected parameters"):
         call()
+
+
+def test_full_fine_tuning():
+    """Gradients and state are of the parameters; as a step's arguments have them, sharded too."""
+    params, tx = llama(layers=2, d=64, hidden=128, vocab=256), optax.adam(1e-3)
+    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    found = lora.parallel.memory(params, None, tx)
+    parts = {name: part.total for name, part in found.parts.items()}
+    state = size(jax.eval_shape(tx.init, params))
+    assert list(parts.values()) == [size(params), 0, 0, size(params), state]
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    at = NamedSharding(mesh, P("fsdp"))
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+                          {"a": params["head"], "b": params["embed"]})  # fmt: skip
+    sharded = lora.parallel.memory(placed, None, optax.sgd(1.0, momentum=0.9)).parts
+    assert all(
+        sharded[n].total == 8 * sharded[n].device for n in ("base", "gradients", "optimizer")
+    )
+    base = quantised(params, ["layers/*/kernel"])
+    with fails(r"trains the parameters, and 'layers/.*' is quantised: .*dequantize\(params\)"):
+        lora.parallel.memory(base, None, tx)
+
+
+def forecast(temporaries, devices=1):
+    return lora.parallel.Forecast(
+        "cpu", devices, 0, 0, 0, temporaries, 0, None, None, None, (), 0.0
+    )
+
+
+def test_activations_of_a_forecast():
+    """The temporaries of a step hold the gradients; what is left is on each device."""
+    params, tx = llama(layers=2, d=64, hidden=128, vocab=256), optax.adam(1e-3)
+    plain = lora.parallel.memory(params, None, tx)
+    gradients = plain.parts["gradients"].device
+    found = lora.parallel.memory(params, None, tx, forecast=forecast(gradients + 1000, 4))
+    more = found.parts["activations"]
+    assert (more.total, more.device, found.device - plain.device) == (4000, 1000, 1000)
+    assert "activations" in str(found) and "activations" not in str(plain)
+    none = lora.parallel.memory(params, None, tx, forecast=forecast(gradients - 1))
+    assert none.parts["activations"].device == 0
+    with fails("a step that does not fit"):
+        lora.parallel.memory(params, None, tx, forecast=forecast(None))
+
+
+@functools.cache
+def ways():
+    shapes, tx = llama(layers=4, d=256, hidden=512, vocab=1024), optax.adam(1e-3)
+    config = lora.LoRAConfig(rank=8, targets=["layers/*/kernel"], rules=STACKED)
+    adapters = jax.eval_shape(lambda p: lora.init(KEY, p, config), shapes)
+    base = quantised(shapes, ["layers/*/kernel"], double=True)
+    each = functools.partial(lora.parallel.memory, optimizer=tx)
+    return {
+        "LoRA": each(shapes, adapters),
+        "QLoRA": each(base, adapters),
+        "full": each(shapes, None),
+    }
+
+
+def test_a_stacked_bar_for_each_way(tmp_path):
+    """The lengths of a bar's parts are its bytes, and its number their sum."""
+    one, *_ = found = [*ways().values()]
+    figure = one.plot(
+        tmp_path / "memory.png", beside={k: v for k, v in ways().items() if k != "LoRA"}
+    )
+    (axes,) = figure.axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["LoRA", "QLoRA", "full"]
+    lengths = [[bar.get_width() for bar in bars] for bars in axes.containers]
+    legend = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert legend == ["base", "constants", "adapters", "gradients", "optimizer"]
+    np.testing.assert_allclose(
+        lengths, [[m.parts[p].device / 1e6 for m in found] for p in legend], rtol=1e-6
+    )
+    ends = [bar.get_x() + bar.get_width() for bar in axes.containers[-1]]
+    np.testing.assert_allclose(ends, [m.device / 1e6 for m in found], rtol=1e-6)
+    assert {f"{m.device / 1e6:.3g} MB" for m in found} <= {t.get_text() for t in axes.texts}
+    apart(figure)
+    assert (tmp_path / "memory.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_bar_says_what_it_leaves_out():
+    memories = {"base": lora.parallel.memory(llama(2, 64, 128, 256), None)}
+    known = dataclasses.replace(
+        ways()["QLoRA"],
+        parts=ways()["QLoRA"].parts | {"activations": memories["base"].parts["base"]},
+    )
+    figure = known.plot(beside=memories)
+    shown = [t.get_text() for t in figure.axes[0].texts]
+    assert sum("+ activations" in t for t in shown) == 1
+    apart(figure)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "QLoRA", "full"])
+def test_names_of_bars_and_notebooks(name):
+    found = ways()[name]
+    assert [t.get_text() for t in found.plot().axes[0].get_yticklabels()] == [name]
+    assert str(found) in found._repr_html_() and "data:image/png;base64," in found._repr_html_()
+    with fails(f"two bars would have the name '{name}': found.plot"):
+        found.plot(beside=ways())
 
 
 def test_what_is_no_adapter():
