@@ -24,10 +24,11 @@ os.environ |= {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
+import charts
 import jax
 from measure import table
 from pod import ARMS, SHAPES, step
-from weak_scaling import plot, weak_scaling
+from weak_scaling import weak_scaling
 
 import lora_jax as lora
 
@@ -93,7 +94,8 @@ def main() -> None:
         rows = weak_scaling(arguments.layers)
         print(table(list(rows[0]), [tuple(r.values()) for r in rows]))
         if arguments.plot:
-            plot(rows, arguments.plot)
+            what = "7B shape, FSDP on TPU v5e, 256 tokens a chip"
+            charts.weak_scaling(rows, what).savefig(arguments.plot)
     else:
         rows = [r for name in arguments.topology for r in report(name, arguments.model, arguments)]
     if arguments.json:

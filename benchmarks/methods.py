@@ -26,6 +26,7 @@ from types import SimpleNamespace
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads and XLA's: one too many
 
+import charts
 import fetch
 import flax.linen as nn
 import jax
@@ -256,24 +257,6 @@ def rows_of(names, best, args, found):
         yield name, test.mean(), sd, count, f"{rate:.2g}", time_ratio, step, state
 
 
-def draw(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = sorted(rows, key=lambda row: row[1])
-    figure, axes = plt.subplots(figsize=(6, 0.28 * len(rows) + 1))
-    y = np.arange(len(rows))
-    axes.errorbar([r[1] for r in rows], y, xerr=[r[2] for r in rows], fmt="o", capsize=3)
-    axes.set_yticks(y, [f"{r[0]} ({r[3]:,})" for r in rows])
-    axes.set_xlabel("test accuracy, mean and standard deviation of the seeds")
-    axes.set_title("Method (trained parameters)", loc="left", fontsize=9)
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=6, help="trained, from the top")
@@ -303,7 +286,9 @@ def main():
         (name, f"{mean:.3f} ± {sd:.3f}", f"{count:,}", rate, time, f"{step:.1f}", f"{state:.2f}")
         for name, mean, sd, count, rate, time, step, state in rows
     ]))  # fmt: skip
-    draw(rows, args.out.with_suffix(".png"))
+    data = f"Film reviews ({args.test:,} test snippets), all-MiniLM-L6-v2"
+    chart = charts.methods([row[:4] for row in rows], data, args.seeds)
+    chart.savefig(args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ a chip constant, a layer takes the same on each chip whatever their number.)
 
 from __future__ import annotations
 
-import pathlib
-
+from charts import COSTS
 from pod import SHAPES, step
 
 import lora_jax as lora
@@ -18,7 +17,6 @@ import lora_jax as lora
 CHIPS = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 ARMS = ("lora", "full")
 LENGTH, MEASURED = 256, 16
-COSTS = ("TFLOPs", "GB accessed", "GB in collectives")
 
 
 def weak_scaling(layers: int | None = None) -> list[dict]:
@@ -55,26 +53,3 @@ def _other_layers(arm: str, shape: dict) -> tuple[float, float]:
     one, two = (_plan(arm, MEASURED, shape | {"unroll": n}) for n in (1, 2))
     others = shape["layers"] - 1
     return others * (two.flops - one.flops), others * (two.bytes_accessed - one.bytes_accessed)
-
-
-def plot(rows: list[dict], path: pathlib.Path) -> None:
-    """Log-log, one panel for each cost, on a shared axis of chips."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(COSTS), figsize=(9, 3), sharex=True)
-    for panel, cost in zip(panels, COSTS):
-        for arm, marker in zip(ARMS, "os"):
-            points = [(r["chips"], r[cost]) for r in rows if r["arm"] == arm and r[cost]]
-            panel.loglog(*zip(*points), marker=marker, label=arm)
-        known = [r[cost] for r in rows if r[cost]]
-        panel.set(title=f"{cost} per chip", xlabel="chips", xticks=list(CHIPS))
-        panel.set_ylim(min(known) / 4, max(known) * 4)
-        panel.set_xticks([], minor=True)
-        panel.set_xticklabels(map(str, CHIPS))
-        panel.grid(alpha=0.3)
-    panels[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
