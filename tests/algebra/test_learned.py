@@ -265,7 +265,12 @@ def png_size(data):
     return struct.unpack(">II", data[16:24])
 
 
-@pytest.mark.parametrize("name", FIGURES)
+LARGE = ("a hundred targets", "16 layers and a head")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] if n in LARGE else []) for n in FIGURES]
+)
 def test_a_figure(name, tmp_path):
     path = tmp_path / "learned.png"
     figure = found(name).plot(path)
@@ -309,6 +314,7 @@ def test_what_the_cells_show():
     )
 
 
+@pytest.mark.long
 def test_rows_and_layers_in_the_order_of_the_model():
     """Layer 2 stands before layer 10; each name once, what several begin with before them all."""
     names = ["attn/k", "attn/q", "experts_2", "experts_10", "mlp/up"]
@@ -331,6 +337,7 @@ def test_rows_and_layers_in_the_order_of_the_model():
     apart(figure)
 
 
+@pytest.mark.long
 def test_scanned_or_not_the_figure_is_the_same():
     """Layers × 7 projections: the same cells, names and numbers."""
     names = [f"attn/{n}/kernel" for n in "qkvo"] + [
