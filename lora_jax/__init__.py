@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from lora_jax._survey import Survey, survey
     from lora_jax._targets import Target, Targets
 
-__version__ = "0.1.0"
+# Here alone: the build reads it as text, and the metadata have it from there.
+__version__ = "0.2.0"
 
 # The same again, for `__getattr__`; what is not here is a namespace.
 _HOMES = {

@@ -3,8 +3,11 @@
 import inspect
 import os
 import pickle
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +73,16 @@ def test_a_name_that_there_is_not():
 def test_public_classes_and_functions_can_be_pickled():
     for name, value in public(lora, "lora"):
         assert pickle.loads(pickle.dumps(value)) is value, name
+
+
+def test_the_version_stands_in_one_place_and_has_its_changes():
+    root = Path(lora.__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"] and "version" not in project["project"]
+    source = root / project["tool"]["hatch"]["version"]["path"]
+    assert source == Path(lora.__file__)
+    assert re.findall(r'^__version__ = "(.*)"$', source.read_text(), re.M) == [lora.__version__]
+    released = re.findall(
+        r"^## \[(\S+)\] - \d{4}-\d\d-\d\d$", (root / "CHANGELOG.md").read_text(), re.M
+    )
+    assert released[0] == lora.__version__
