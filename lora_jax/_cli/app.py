@@ -270,7 +270,8 @@ def merge(
         )
     if left:
         typer.echo(f"left out: {', '.join(map(str, left))}", err=True)
-    typer.echo(f"{out}: {len(placed.parts)} tensors of {base} changed")
+    count = len(placed.parts)
+    typer.echo(f"{out}: {count} tensor{'s' * (count != 1)} of {base} changed")
 
 
 @app.command(
@@ -330,7 +331,7 @@ def combine(
     ranks = combine_folders(out, folders, weights, dtype=jnp.dtype(DTYPES[dtype]), **kept)
     # "8", or "4–16" where they differ.
     span = "–".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))
-    typer.echo(f"{out}: {len(ranks)} updates of rank {span}")
+    typer.echo(f"{out}: {len(ranks)} update{'s' * (len(ranks) != 1)} of rank {span}")
 
 
 def _weighted(text: str) -> tuple[str, float]:

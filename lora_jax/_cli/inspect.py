@@ -119,7 +119,13 @@ def kind_of(path: str | os.PathLike) -> Kind:
     if path.exists() and not path.is_dir():
         # It raises, and says that it is a pipe or a device.
         opened(path).close()
-    found = "there is nothing" if not path.exists() else "" if path.is_dir() else "it is a file"
+    found = (
+        "there is nothing"
+        if not path.exists()
+        else ""
+        if path.is_dir()
+        else f"a file; its folder is {path.parent}"
+    )
     found = found or ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
     raise_all(f"{path}: it is no adapter itself; give the path of one that is in it:", _below(path))
     raise LoRAError(

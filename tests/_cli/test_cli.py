@@ -290,6 +290,8 @@ def test_inspect_a_base(tmp_path):
 
 def test_errors_are_the_librarys_text(tmp_path):
     assert "error: " in run("inspect", tmp_path / "no", code=1)
+    file = g.folder("mha") / "adapter_model.safetensors"
+    assert f"found: a file; its folder is {file.parent}" in run("inspect", file, code=1)
     folder = changed(tmp_path, "mha", {"later": 1})
     text = run("inspect", folder, code=1)
     assert "'later' is not a setting of PEFT" in text and "--ignore later" in text
