@@ -109,3 +109,13 @@ def test_thirty_names_at_the_top_each_with_one_home():
     names += [(getattr(lora, space), n) for space in spaces for n in getattr(lora, space).__all__]
     homes = [id(getattr(home, name)) for home, name in names]
     assert len(homes) == len(set(homes))
+
+
+def test_what_checkers_read_at_the_top_is_what_is_imported_when_it_is_used():
+    """The imports under TYPE_CHECKING, those of `__getattr__`, and `__all__` are one list."""
+    top = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    (block,) = (x for x in top if isinstance(x, ast.If) and ast.unparse(x.test) == "TYPE_CHECKING")
+    read = {(x.module, name.name) for x in block.body for name in x.names}
+    used = {(f"lora_jax.{home}", n) for home, names in lora._HOMES.items() for n in names}
+    assert read == used | {("lora_jax", n) for n in lora.__all__ if (PACKAGE / n).is_dir()}
+    assert {name for _, name in read} == set(lora.__all__)

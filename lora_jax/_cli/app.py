@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import warnings
-from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from lora_jax._cli.flags import in_flags
+from lora_jax._cli.terminal import merging, say
 from lora_jax._core.errors import LoRAError
+
+# This file imports no JAX outside of the commands: `--help` does not wait for it.
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -43,12 +44,23 @@ class _Group(TyperGroup):
         raise typer.Exit(1)
 
 
+def _examples(*lines: str) -> str:
+    """The end of a help, a line each."""
+    # One newline is a space there.
+    return "\n\n".join(("Examples:", *lines))
+
+
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="LoRA adapters on disk: look at them, convert, merge, combine and compare them.",
+    epilog=_examples(
+        "lora-jax inspect adapter/",
+        "lora-jax merge --help          # the options of a command, and examples",
+        "lora-jax --install-completion  # once: your shell completes what you type",
+    ),
 )
 
 
@@ -125,42 +137,40 @@ def _names(text: str | None) -> list[str] | None:
     return [] if text == "none" else [part.strip() for part in text.split(",") if part.strip()]
 
 
-@contextlib.contextmanager
-def _progress(what: str) -> Generator[Callable[[int, int], None], None, None]:
-    """A bar on stderr, if a person sees it; yields progress(done, total)."""
-    # In a log the bar would be a line a step.
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    # Only where a bar is drawn.
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@app.command()
+@app.command(
+    epilog=_examples(
+        "lora-jax inspect adapter/",
+        "lora-jax inspect runs/mine/        # says where in it the checkpoints are",
+        "lora-jax inspect checkpoints/300 --json",
+    )
+)
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(help="A PEFT folder, a checkpoint directory (or a step), or a base model."),
+        typer.Argument(
+            help="A PEFT folder, a checkpoint directory (or a step in it), a base model, or a "
+            "folder with some of these in it."
+        ),
     ],
     as_json: Json = False,
     ignore: Ignore = None,
     rename: Rename = None,
 ) -> None:
     """Show what is in an adapter: leaves, ranks, alphas, norms, sizes. No base model is needed."""
-    # In the command: `--help` does not wait for orbax.
     from lora_jax._cli.inspect import inspect
 
     found = inspect(path, ignore or (), _renamed(rename))
-    typer.echo(json.dumps(found.as_json()) if as_json else str(found))
+    say(*([json.dumps(found.as_json())] if as_json else found.blocks()))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "lora-jax convert adapter/ run/ --params model.safetensors",
+        "lora-jax convert adapter/ run/ --params mymodel:params --mapping names.json",
+        "lora-jax convert run/ adapter/                      # what `convert` wrote",
+        "lora-jax convert checkpoints/300 adapter/ --torch model.safetensors",
+    )
+)
 def convert(
     src: Annotated[Path, typer.Argument(help="A PEFT folder, or a checkpoint directory.")],
     dst: Annotated[Path, typer.Argument(help="The new one; it must not exist.")],
@@ -183,30 +193,44 @@ def convert(
         ),
     ] = None,
     to: Annotated[
-        str | None, typer.Option(help="peft or orbax; what SRC is not.", metavar="FORM")
+        Literal["peft", "orbax"] | None, typer.Option(help="What SRC is not; not needed.")
     ] = None,
     experts: Experts = None,
     experts_a: Annotated[
-        str | None,
-        typer.Option(metavar="SIDE", help="What PEFT's lora_A of experts runs along: in or out."),
+        Literal["in", "out"] | None,
+        typer.Option(help="What PEFT's lora_A of experts runs along."),
     ] = None,
     conv1d: Conv1d = None,
     keep_base: KeepBase = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the LoRA that a type of PEFT's that is none (LoHa, LoKr, …) becomes."
+        ),
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Or the smallest ranks that keep this share of ‖Δ‖².")
+    ] = None,
     ignore: Ignore = None,
     rename: Rename = None,
 ) -> None:
     """Convert a PEFT folder to a checkpoint directory of lora_jax, or back; prints the mapping."""
-    if to not in (None, "peft", "orbax"):
-        raise typer.BadParameter("expected peft or orbax", param_hint="--to")
     from lora_jax._cli.convert import convert
 
     along = (_names(experts), experts_a)
     # Only the way from PEFT has a use for these.
-    more = {"rename": _renamed(rename), "conv1d": _names(conv1d), "keep_base": keep_base}
-    typer.echo(str(convert(src, dst, params, mapping, torch, to, ignore or (), *along, **more)))
+    more: dict[str, Any] = {"rename": _renamed(rename), "rank": rank, "energy": energy}
+    more |= {"conv1d": _names(conv1d), "keep_base": keep_base}
+    say(str(convert(src, dst, params, mapping, torch, to, ignore or (), *along, **more)))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "lora-jax merge base/ adapter/ merged/",
+        "lora-jax merge base.safetensors adapter/ merged.safetensors",
+        "lora-jax merge base/ adapter/ merged/ --mapping names.json",
+    )
+)
 def merge(
     base: Annotated[Path, typer.Argument(help="A safetensors file, or a folder of transformers.")],
     adapter: Annotated[Path, typer.Argument(help="A PEFT folder.")],
@@ -218,23 +242,18 @@ def merge(
     conv1d: Conv1d = None,
     experts: Experts = None,
     experts_a: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AXIS",
-            help="What lora_A of experts runs along: the first or the last axis of their weights.",
-        ),
+        Literal["first", "last"] | None,
+        typer.Option(help="Which axis of their weights lora_A of experts runs along."),
     ] = None,
     keep_base: KeepBase = False,
     ignore: Ignore = None,
     rename: Rename = None,
 ) -> None:
     """Merge a PEFT adapter into a base model, one tensor at a time."""
-    if experts_a not in (None, "first", "last"):
-        raise typer.BadParameter("expected first or last", param_hint="--experts-a")
     from lora_jax._cli.merge import merge_files
     from lora_jax.peft._file import read_json
 
-    with _progress("merging") as progress:
+    with merging() as bar:
         placed, left = merge_files(
             base,
             adapter,
@@ -246,14 +265,21 @@ def merge(
             ignore=ignore or (),
             rename=_renamed(rename),
             mapping=None if mapping is None else read_json(mapping),
-            progress=progress,
+            progress=bar.bytes,
+            starts=bar.tensor,
         )
     if left:
         typer.echo(f"left out: {', '.join(map(str, left))}", err=True)
-    typer.echo(f"{out}: {len(placed.parts)} tensors of {base} changed")
+    count = len(placed.parts)
+    typer.echo(f"{out}: {count} tensor{'s' * (count != 1)} of {base} changed")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "lora-jax combine sum/ one/:0.5 two/:-1 --rank 16",
+        "lora-jax combine soup/ one/ two/ three/ --method ties --energy 0.95",
+    )
+)
 def combine(
     out: Annotated[Path, typer.Argument(help="The new PEFT folder; it must not exist.")],
     adapters: Annotated[
@@ -265,7 +291,7 @@ def combine(
         float | None, typer.Option(help="Or the smallest ranks that keep this share of ‖Δ‖².")
     ] = None,
     method: Annotated[
-        str, typer.Option(metavar="METHOD", help="sum, ties, dare or knots, of updates.")
+        Literal["sum", "ties", "dare", "knots"], typer.Option(help="What is made of the updates.")
     ] = "sum",
     density: Annotated[
         float | None, typer.Option(help="The share of elements that these keep.", min=0, max=1)
@@ -274,17 +300,18 @@ def combine(
     uniform: Annotated[
         bool, typer.Option("--uniform", help="One rank and alpha for all, as vLLM needs.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="The tensors' type: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="The tensors' type.")
+    ] = "fp32",
     ignore: Ignore = None,
     rename: Rename = None,
 ) -> None:
     """Write the weighted sum of adapters' updates, or a soup, exactly or of a smaller rank."""
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"expected {', '.join(DTYPES)}", param_hint="--dtype")
     if rank is not None and energy is not None:
         raise typer.BadParameter("expected one of --rank and --energy", param_hint="--energy")
-    if method not in ("sum", "ties", "dare", "knots"):
-        raise typer.BadParameter("expected sum, ties, dare or knots", param_hint="--method")
+    # `min` includes 0, which the library would refuse by the name of its own argument.
+    if density == 0:
+        raise typer.BadParameter("expected more than 0", param_hint="--density")
     # The library would give leaves in full, base + Δ; here there is no base.
     if method in ("ties", "dare") and rank is None and energy is None:
         message = f"{method} is of full rank; give --rank or --energy"
@@ -304,7 +331,7 @@ def combine(
     ranks = combine_folders(out, folders, weights, dtype=jnp.dtype(DTYPES[dtype]), **kept)
     # "8", or "4–16" where they differ.
     span = "–".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))
-    typer.echo(f"{out}: {len(ranks)} updates of rank {span}")
+    typer.echo(f"{out}: {len(ranks)} update{'s' * (len(ranks) != 1)} of rank {span}")
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -317,7 +344,12 @@ def _weighted(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "lora-jax diff one/ two/",
+        "lora-jax diff one/ two/ --tolerance 1e-3 --json",
+    )
+)
 def diff(
     first: Annotated[Path, typer.Argument(help="A PEFT folder.")],
     second: Annotated[Path, typer.Argument(help="Another one of the same base.")],
@@ -338,5 +370,5 @@ def diff(
     except (LoRAError, OSError) as e:
         typer.echo(f"error: {in_flags(str(e))}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(json.dumps(found.as_json()) if as_json else str(found))
+    say(*([json.dumps(found.as_json())] if as_json else found.blocks()))
     raise typer.Exit(0 if found.equal else 1)

@@ -122,14 +122,14 @@ def _unfit(adapters: Sequence[TorchAdapter]) -> list[str]:
         if a.config.dora:
             lines.append(
                 f"{a.file.folder}: is a DoRA, whose change is no sum of updates and depends on the "
-                "base; merge it (lora-jax merge), and take lora.algebra.extract of what was merged"
+                "base; merge it (lora-jax merge), and in Python take lora.algebra.extract of both"
             )
         for name, (entry, what) in a.parts.items():
             if not isinstance(what, Update):
                 how = "is saved in full" if entry.kind == "value" else "has new rows"
                 lines.append(
-                    f"{a.file.folder}: '{name}' {how}; its change is known beside the base alone, "
-                    "lora.algebra.combine(adapters, weights, base=params)"
+                    f"{a.file.folder}: '{name}' {how}; its change is known beside the base alone: "
+                    "in Python, lora.algebra.combine(adapters, weights, base=params)"
                 )
         # Up to 0.19.0 lora_A runs along another axis of the experts' weights.
         if a.parsed.experts and (a.config.version or (0,)) < (0, 19, 1):

@@ -57,7 +57,7 @@ def to_orbax(
     Args:
       folder, params, survey, mapping, ignore, experts, experts_a: as in `lora.peft.load`.
       out: a new directory.
-      options: `rename`, `conv1d` and `keep_base` of `lora.peft.load`.
+      options: `rename`, `conv1d`, `keep_base`, `rank` and `energy` of `lora.peft.load`.
 
     Returns:
       The mapping that was found.

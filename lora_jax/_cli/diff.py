@@ -61,7 +61,8 @@ class Difference:
         near = all(d <= self.tolerance for d in self.distances.values())
         return near and not (self.first or self.second or self.config.keys() - {*CHOOSING})
 
-    def __str__(self):
+    def blocks(self) -> list[str]:
+        """A table, if there are updates, and the lines below it."""
         # What one has alone is said below, of all kinds of parameters.
         bare = dataclasses.replace(self.updates, first=(), second=())
         lines = [str(bare)] if self.updates.leaves else []
@@ -71,8 +72,10 @@ class Difference:
         lines += [f"{n}: differs by up to {d:.4g}" for n, d in rest.items() if d > self.tolerance]
         for name, paths in (("first", self.first), ("second", self.second)):
             lines += [f"in the {name} alone: {', '.join(paths)}"] if paths else []
-        lines += [f"config: {k}: {a!r} and {b!r}" for k, (a, b) in self.config.items()]
-        return "\n".join(lines)
+        return lines + [f"config: {k}: {a!r} and {b!r}" for k, (a, b) in self.config.items()]
+
+    def __str__(self):
+        return "\n".join(self.blocks())
 
     def as_json(self) -> dict[str, Any]:
         likeness = {

@@ -9,7 +9,9 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-CALL = re.compile(r"lora\.peft\.(?:load|mapping|save)\(\.\.\., ")
+CALL = re.compile(
+    r"lora\.(?:peft\.(?:load|mapping|save)\(\.\.\., |algebra\.resize\(adapters, (?=\w+=))"
+)
 
 
 # What is said in other words than by a call.
@@ -18,7 +20,30 @@ WORDS = (
     (re.compile(r"\bdtype='float32'()"), "--dtype fp32"),
     (re.compile(r"\bconv1d=\[\]()"), "--conv1d none"),
     (re.compile(r"\bconv1d=\['([\w.]+)'\]"), "--conv1d {}"),
+    (re.compile(r"\b(?:rank|energy)=None, ()"), ""),
+    (re.compile(r", (?:rank|energy)=None\b()"), ""),
+    (re.compile(r"(?<!\()\brank=(-?\d+)"), "--rank {}"),
+    (re.compile(r"(?<!\()\benergy=([-\d.e]+\d)"), "--energy {}"),
+    (re.compile(r"(?<!\()\bdensity=([-\d.e]+\d)"), "--density {}"),
     (re.compile(r"pass its values in `params`()"), "load it in Python, with the values of params"),
+    (
+        re.compile(r"lora\.peft\.load\(\.\.\., rank=\) and written as one by lora\.peft\.save()"),
+        "`lora-jax convert --rank 16`, and written as one by `lora-jax convert` of that",
+    ),
+    (
+        re.compile(r"lora\.algebra\.resize\(adapters, rank\)()"),
+        "lora-jax combine OUT SRC --rank 16",
+    ),
+    (
+        re.compile(r"found = (--ignore alora_invocation_tokens), then for each batch .*"),
+        "{}, which takes it as active for all tokens",
+    ),
+    (
+        re.compile(
+            r"restore (?:one|another step) by lora\.checkpoint\.restore\(\.\.\., step=\.\.\.\)()"
+        ),
+        "name another step, as FOLDER/STEP",
+    ),
 )
 
 
@@ -57,6 +82,8 @@ def _calls(text: str) -> Iterator[tuple[int, int, str]]:
 
 def _flag(argument: ast.keyword) -> str:
     name = str(argument.arg)
+    if name == "base":
+        return "in Python, lora.peft.load(..., base=params)"
     flag = "--" + name.replace("_", "-")
     try:
         value = ast.literal_eval(argument.value)

@@ -7,14 +7,14 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
 from lora_jax._cli.torch_adapter import TorchAdapter, norm, open_torch
-from lora_jax._core.errors import LoRAError, quoted
+from lora_jax._core.errors import LoRAError, quoted, raise_all
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._nodes.adapters import LoRA, LowRank, Rows
@@ -33,6 +33,8 @@ SHOWN = 160
 # Settings with these values say nothing.
 EMPTY = (None, [], {}, "", False)
 
+Kind = Literal["peft", "orbax", "base"]
+
 HEADS = ("name", "kind", "shape", "rank", "alpha", "scale", "norm", "dtype", "parameters", "bytes")
 
 
@@ -44,11 +46,13 @@ class Inspection:
       what: "peft", "orbax" or "base".
       rows: a dict for each parameter or leaf, with the keys of `HEADS` that apply.
       about: settings, step, metadata.
+      below: other adapters and models in the folder.
     """
 
-    what: Literal["peft", "orbax", "base"]
+    what: Kind
     rows: Sequence[Mapping[str, Any]]
     about: Mapping[str, Any]
+    below: Sequence[str] = ()
 
     @property
     def parameters(self) -> int:
@@ -62,14 +66,18 @@ class Inspection:
         totals = {"parameters": self.parameters, "bytes": self.bytes}
         return {"what": self.what, **self.about, **totals, "leaves": list(self.rows)}
 
-    def __str__(self):
+    def blocks(self) -> list[str]:
+        """A table, and the lines below it."""
         heads = [h for h in HEADS if any(h in row for row in self.rows)]
-        lines = [table(heads, [[_shown(row.get(h)) for h in heads] for row in self.rows])]
-        lines.append(
+        blocks = [table(heads, [[_shown(row.get(h)) for h in heads] for row in self.rows])]
+        blocks.append(
             f"{len(self.rows)} in all: {self.parameters:,} parameters, {self.bytes:,} bytes"
         )
-        lines += [f"{k}: {_said(v)}" for k, v in self.about.items() if v not in EMPTY]
-        return "\n".join(lines)
+        blocks += [f"{k}: {_said(v)}" for k, v in self.about.items() if v not in EMPTY]
+        return blocks + [f"in it: {text}" for text in self.below]
+
+    def __str__(self):
+        return "\n".join(self.blocks())
 
 
 def _said(value: Any) -> str:
@@ -92,10 +100,41 @@ def _shown(cell: Any) -> Any:
     return tuple(cell) if isinstance(cell, list) else cell
 
 
-def kind_of(path: str | os.PathLike) -> Literal["peft", "orbax", "base"]:
+# How many levels below a run's folder an adapter is looked for.
+DEEP = 3
+
+
+def kind_of(path: str | os.PathLike) -> Kind:
     """Whether a path is an adapter's folder (of PEFT, mlx-lm or diffusers), a checkpoint directory
-    of ours (or a step in it), or a base model in safetensors."""
+    of ours (or a step in it), or a base model in safetensors.
+
+    Raises:
+      LoRAError: it is none of them. What is below it is named, as a run's folder has its
+        checkpoints in it.
+    """
     path = Path(path)
+    kind = _kind(path)
+    if kind is not None:
+        return kind
+    if path.exists() and not path.is_dir():
+        # It raises, and says that it is a pipe or a device.
+        opened(path).close()
+    found = (
+        "there is nothing"
+        if not path.exists()
+        else ""
+        if path.is_dir()
+        else f"a file; its folder is {path.parent}"
+    )
+    found = found or ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
+    raise_all(f"{path}: it is no adapter itself; give the path of one that is in it:", _below(path))
+    raise LoRAError(
+        f"{path}: expected a PEFT folder ({CONFIG}), a checkpoint directory of "
+        f"lora.checkpoint.save, or a base model in safetensors; found: {found}"
+    )
+
+
+def _kind(path: Path) -> Kind | None:
     if path.is_file() and path.name not in (CONFIG, TENSORS):
         return "base"
     # A pickle counts too, so that it is refused as one, by name.
@@ -106,17 +145,22 @@ def kind_of(path: str | os.PathLike) -> Literal["peft", "orbax", "base"]:
     steps = [path] if _is_step(path) else path.glob("*")
     if any(_is_step(p) for p in steps):
         return "orbax"
-    if any(path.glob("*.safetensors")):
-        return "base"
-    if path.exists() and not path.is_dir():
-        # It raises, and says that it is a pipe or a device.
-        opened(path).close()
-    found = "there is nothing" if not path.exists() else "" if path.is_dir() else "it is a file"
-    found = found or ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
-    raise LoRAError(
-        f"{path}: expected a PEFT folder ({CONFIG}), a checkpoint directory of "
-        f"lora.checkpoint.save, or a base model in safetensors; found: {found}"
-    )
+    return "base" if any(path.glob("*.safetensors")) else None
+
+
+def _below(path: Path) -> Iterator[str]:
+    """The folders of a kind below a path, and what they are; a run keeps them near the top."""
+    for root, folders, _ in os.walk(path):
+        here = Path(root)
+        kind = None if here == path else _kind(here)
+        if kind == "orbax":
+            steps = sorted(int(p.name) for p in here.glob("*") if _is_step(p))
+            yield f"{here}: checkpoints, of which {here / str(steps[-1])} is the latest"
+        elif kind is not None:
+            yield f"{here}: {'an adapter' if kind == 'peft' else 'a base model'}"
+        deep = len(here.relative_to(path).parts) >= DEEP
+        # In place: `os.walk` goes only into what is left.
+        folders[:] = [] if kind or deep else sorted(f for f in folders if not f.startswith("."))
 
 
 def _is_step(path: Path) -> bool:
@@ -175,7 +219,8 @@ def inspect(
         ]
         rows.sort(key=_natural)
         settings = {k: v for k, v in adapter.file.config.items() if v not in EMPTY}
-        return Inspection("peft", rows, {"config": settings, "unclear": list(adapter.unclear)})
+        about = {"config": settings, "unclear": list(adapter.unclear)}
+        return Inspection("peft", rows, about, [*_below(Path(path))])
     if kind == "orbax":
         return _of_checkpoint(path)
     base = open_base(path)
@@ -189,7 +234,7 @@ def inspect(
         }
         for n, t in base.tensors.items()
     ]
-    return Inspection("base", rows, {"files": [f.name for f in base.files]})
+    return Inspection("base", rows, {"files": [f.name for f in base.files]}, [*_below(Path(path))])
 
 
 def _natural(row: Mapping[str, Any]) -> list:

@@ -18,13 +18,11 @@ def main() -> None:
     except ModuleNotFoundError:
         print("the command line needs typer: pip install 'lora_jax[cli]'", file=sys.stderr)
         raise SystemExit(1) from None
-    import jax
-
     from lora_jax._cli.app import app
 
-    # The work is the disk's: the accelerator is left alone, and its memory to others.
-    if "JAX_PLATFORMS" not in os.environ:
-        jax.config.update("jax_platforms", "cpu")
+    # The work is the disk's: the accelerator is left alone, and its memory to others. JAX reads it
+    # when a command imports it, which `--help` does not.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stopped)
     # Orbax logs what it raises, and what is raised is said below.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ def merge_files(
     rename: Mapping[str, str] | None = None,
     mapping: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    starts: Callable[[str, int, int], None] = lambda name, number, of: None,
 ) -> tuple[TorchAdapter, list[Path]]:
     """Writes the base with the adapter's changes in it, one tensor at a time.
 
@@ -51,6 +53,7 @@ def merge_files(
       mapping: {torch name of the adapter, or regular expression: name in the base}, of a parameter
         or of a module for its weight; what it does not name is found by its own name.
       progress: is told (bytes written, bytes in all).
+      starts: is told (tensor that is merged next, its number, how many there are).
 
     Returns:
       (the adapter as it was placed, files of the base that were left out).
@@ -72,7 +75,13 @@ def merge_files(
     # All that can fail has failed by here; from now on a tensor at a time is read, and written.
     _check(placed, model, keep_base)
     # {tensor: old value to new}; each is called when the copy comes to its place.
-    changed = {n: functools.partial(_merged, placed, n) for n in placed.parts}
+    numbers = itertools.count(1)
+
+    def merged(name: str, value: np.ndarray) -> np.ndarray:
+        starts(name, next(numbers), len(placed.parts))
+        return merge({name: value}, {name: placed.node(name, value)})[name]
+
+    changed = {n: functools.partial(merged, n) for n in placed.parts}
     return placed, write_copy(model, out, changed, progress)
 
 
@@ -121,7 +130,3 @@ def _copies(base: Base, table: str) -> list[str]:
                 "they are tied, PEFT changes both; leave it out of the base"
             )
     return found
-
-
-def _merged(placed: TorchAdapter, name: str, value: np.ndarray) -> np.ndarray:
-    return merge({name: value}, {name: placed.node(name, value)})[name]

@@ -1,8 +1,11 @@
 """The command line: what it prints, what it writes, what it exits with."""
 
+import io
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -16,6 +19,7 @@ from common import fails
 from safetensors.numpy import save_file
 from test_merge_files import EXPERTS, base_file, hf_folder, saved
 from test_peft import MODELS, assert_same_tensors, changed, delta, pair, stored, written
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import lora_jax as lora
@@ -26,8 +30,10 @@ from lora_jax._cli.combine import combine_folders
 from lora_jax._cli.convert import mapping_from_json, mapping_to_json, read_params
 from lora_jax._cli.diff import diff_folders
 from lora_jax._cli.merge import merge_files
+from lora_jax._cli.terminal import merging, say
 from lora_jax._cli.torch_adapter import norm, open_torch
 from lora_jax._core.paths import flatten
+from lora_jax._core.table import table
 
 
 def run(*args, code=0):
@@ -61,6 +67,78 @@ def test_usage():
     run("combine", "out", "a", "--dtype", "int8", code=2)
     run("combine", "out", "a", "--rank", "1", "--energy", "0.5", code=2)
     run("convert", "a", "b", "--to", "torch", code=2)
+
+
+COMMANDS = get_command(app).commands
+
+HELP = """
+import sys
+from lora_jax._cli.main import main
+for args in {args}:
+    sys.argv[1:] = args
+    try:
+        main()
+    except SystemExit as e:
+        assert not e.code, args
+print("imported:", *{{"jax", "jaxlib", "numpy", "flax", "orbax", "optax"}} & {{*sys.modules}})
+"""
+
+
+def in_a_process(code, **env):
+    folder = os.path.dirname(os.path.dirname(lora.__file__))
+    env = os.environ | {"PYTHONPATH": folder, "COLUMNS": "200"} | env
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def test_help_does_not_wait_for_jax():
+    """Nor do the version and what a shell asks for: none of them imports JAX or what uses it."""
+    args = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+    done = in_a_process(HELP.format(args=args))
+    assert done.returncode == 0, done.stderr
+    assert "Show what is in an adapter" in done.stdout
+    assert done.stdout.splitlines()[-1] == "imported:"
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_examples_of_help(name):
+    """Each is taken by the command that it is of."""
+    command = COMMANDS[name] if name else get_command(app)
+    title, *lines = command.epilog.split("\n\n")
+    assert title == "Examples:" and lines and all(len(line) < 79 for line in lines)
+    for line in lines:
+        lora_jax, *args = shlex.split(line, comments=True)
+        assert lora_jax == "lora-jax" and name in (None, args[0])
+        if args[0] in COMMANDS and "--help" not in args:
+            COMMANDS[args[0]].make_context(args[0], args[1:])
+
+
+@pytest.mark.parametrize(
+    "words, want",
+    {
+        "ins": "inspect",
+        "combine --en": "--energy",
+        "combine --method k": "knots",
+        "convert --to o": "orbax",
+        "": "inspect\nconvert\nmerge\ncombine\ndiff",
+    }.items(),
+)
+def test_a_shell_completes(words, want):
+    env = {"COMP_WORDS": f"lora-jax {words}", "COMP_CWORD": str(len(words.split()) or 1)}
+    env["_LORA_JAX_COMPLETE"] = "complete_bash"
+    done = in_a_process("from lora_jax._cli.main import main; main()", **env)
+    assert (done.stdout.strip(), done.stderr) == (want, "")
+
+
+@pytest.mark.parametrize("option", ["--show-completion", "--install-completion"])
+def test_the_script_of_a_shell(tmp_path, option):
+    """Shown, or written where the shell reads it. The shell is named, as none runs this test."""
+    code = f"import sys; from lora_jax._cli.main import main; sys.argv[1:] = ['{option}', 'bash']; main()"
+    env = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", "HOME": str(tmp_path)}
+    done = in_a_process(code, **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    written = "".join(p.read_text() for p in tmp_path.rglob("*.sh"))
+    script = done.stdout if option == "--show-completion" else written
+    assert "complete -o default -F _lora_jax_completion lora-jax" in script
 
 
 def test_without_typer(monkeypatch, capsys):
@@ -158,6 +236,50 @@ def test_inspect_a_checkpoint(tmp_path):
     assert "step: 7" in text and "base: leaves=2, parameters=64" in text
 
 
+def test_inspect_a_runs_folder(tmp_path):
+    """What is in it is named, to a depth; a folder that is itself something is shown, and says so."""
+    checkpoint(tmp_path / "run" / "checkpoints")
+    written(tmp_path / "run" / "out" / "best", pair("q", 6, 8))
+    written(tmp_path / "run" / "a" / "b" / "c" / "deep", pair("q", 6, 8))
+    text = run("inspect", tmp_path / "run", code=1)
+    found = text.splitlines()[1:]
+    at = tmp_path / "run" / "checkpoints"
+    assert found[0] == f"  - {at}: checkpoints, of which {at / '7'} is the latest"
+    assert found[1] == f"  - {tmp_path / 'run' / 'out' / 'best'}: an adapter" and len(found) == 2
+    assert text.startswith(f"error: {tmp_path / 'run'}: it is no adapter itself; give the path")
+    saved(tmp_path / "run" / "model.safetensors", {"q": np.ones((6, 8), "f4")})
+    text, found = run("inspect", tmp_path / "run"), rows(tmp_path / "run")[1]
+    assert f"in it: {at}: checkpoints" in text and {*found} == {
+        "what", "files", "parameters", "bytes", "leaves",
+    }  # fmt: skip
+
+
+def shown(monkeypatch, width, *blocks):
+    """What a person sees whose terminal is that wide, without its styles."""
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", str(width))
+    say(*blocks)
+    return re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
+
+
+def test_tables_at_a_terminal(monkeypatch):
+    """Ruled, with all that the plain one has; names fold; plain where it is too narrow, or a text."""
+    name = "base_model.layers.10.q_proj[x].weight"
+    plain = table(("name", "shape", "rank"), [(name, (6, 4), 12), ("k", (6, 14), 4)])
+    wide = shown(monkeypatch, 100, plain, "2 in all")
+    assert wide != plain and "─" in wide and wide.rstrip().endswith("2 in all")
+    assert [w.split() for w in plain.splitlines() if "--" not in w] == [
+        w.split() for w in wide.splitlines()[:-1] if w.strip() and "─" not in w
+    ]
+    narrow = shown(monkeypatch, 60, plain)
+    assert max(map(len, narrow.splitlines())) <= 60 and "(6, 14)" in narrow
+    assert "".join(w.split()[0] for w in narrow.splitlines()[3:5]).startswith(name[:30])
+    assert shown(monkeypatch, 30, plain) == plain + "\n"
+    assert shown(monkeypatch, 100, "a\nb") == "a\nb\n"
+
+
 def test_inspect_a_base(tmp_path):
     leaves, found = rows(base_file("mha"))
     assert found["what"] == "base" and leaves["attn.in_proj_weight"]["shape"] == [24, 8]
@@ -168,6 +290,8 @@ def test_inspect_a_base(tmp_path):
 
 def test_errors_are_the_librarys_text(tmp_path):
     assert "error: " in run("inspect", tmp_path / "no", code=1)
+    file = g.folder("mha") / "adapter_model.safetensors"
+    assert f"found: a file; its folder is {file.parent}" in run("inspect", file, code=1)
     folder = changed(tmp_path, "mha", {"later": 1})
     text = run("inspect", folder, code=1)
     assert "'later' is not a setting of PEFT" in text and "--ignore later" in text
@@ -193,6 +317,27 @@ def test_merge(tmp_path):
     folder = hf_folder(tmp_path / "hf", g.base("mha"))
     run("merge", folder, g.folder("mha"), tmp_path / "new", "--conv1d", "none")
     assert (tmp_path / "new" / "config.json").is_file()
+
+
+def test_a_bar_of_a_merge(tmp_path, monkeypatch):
+    """At a terminal: how many bytes, and which tensor; stdout is as without. In a log: nothing."""
+    drawn = io.StringIO()
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys, "stderr", drawn if is_terminal else io.StringIO())
+        monkeypatch.setattr(sys.stderr, "isatty", lambda t=is_terminal: t, raising=False)
+        with merging() as bar:
+            told = []
+            starts = lambda *x, told=told, bar=bar: (told.append(x), bar.tensor(*x))
+            args = (
+                base_file("llama_default"),
+                g.folder("llama_default"),
+                tmp_path / f"{is_terminal}",
+            )
+            merge_files(*args, progress=bar.bytes, starts=starts)
+        names = [f"model.layers.{i}.self_attn.{n}_proj.weight" for i in range(2) for n in "qv"]
+        assert sorted(told, key=lambda x: x[1]) == told and {n for n, *_ in told} == {*names}
+        assert [x[1:] for x in told] == [(i + 1, 4) for i in range(4)]
+    assert "merging" in drawn.getvalue() and sys.stderr.getvalue() == ""
 
 
 def test_ctrl_c(tmp_path, monkeypatch):

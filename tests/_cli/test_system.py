@@ -2,22 +2,26 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import tracemalloc
 
 import damage_cli
 import golden_models as g
+import jax
 import kills
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_cli import params_file, rows, run
+from test_cli import COMMANDS, params_file, rows, run
 from test_merge_files import hf_folder
 from test_peft import changed, delta, pair, stored, written
 
+import lora_jax as lora
 from lora_jax._cli.flags import in_flags
 from lora_jax._cli.torch_adapter import narrow, norm, open_torch
+from lora_jax._core.paths import nest
 from lora_jax.peft._file import partial
 
 
@@ -305,6 +309,57 @@ def test_settings_of_a_newer_peft_are_kept(tmp_path):
     assert json.loads((tmp_path / "back" / "adapter_config.json").read_text())["newer"] == "auto"
 
 
+FORMATS = sorted(p for p in (g.GOLDEN.parent / "formats").iterdir() if p.is_dir())
+
+
+def test_messages_name_flags_that_there_are(tmp_path):
+    """Of adapters of all kinds: what is asked for is a flag of some command, not a call of Python."""
+    flags = {o for c in COMMANDS.values() for p in c.params for o in p.opts}
+    said = set()
+    for folder in FORMATS:
+        base = folder / "base.safetensors"
+        for args in (("inspect",), ("merge", base), ("convert",)):
+            after = {"inspect": (), "merge": (tmp_path / args[0] / folder.name,)}
+            more = after.get(args[0], (tmp_path / folder.name, "--params", base))
+            done = damage_cli.CliRunner().invoke(
+                damage_cli.app, [*map(str, (*args, folder, *more))]
+            )
+            text = done.stderr if done.exit_code else ""
+            assert done.exit_code in (0, 1) and "lora.peft.load" not in text, text
+            assert not re.search(r"\b(rank|energy|ignore|mapping)=", text), text
+            said |= {*re.findall(r"--\w[\w-]*", text)}
+    assert {"--rank", "--energy", "--ignore", "--params", "--mapping"} <= said <= flags
+
+
+def test_a_type_that_is_no_lora_is_converted_to_a_rank(tmp_path):
+    folder = FORMATS[0].parent / "miss"
+    base = {k: np.asarray(v) for k, v in g.tensors(folder / "base.safetensors").items()}
+    params = {"c1d/kernel": base["c1d.weight"], "emb/embedding": base["emb.weight"]}
+    params |= {f"{n}/kernel": np.ascontiguousarray(base[f"{n}.weight"].T) for n in ("head", "lin")}
+    save_file(params, tmp_path / "params")
+    args = ("convert", folder, tmp_path / "run", "--params", tmp_path / "params")
+    assert "--rank 16, or --energy 0.99" in run(*args, code=1)
+    assert "--rank 0" in run(*args, "--rank", 0, code=1)
+    run(*args, "--rank", 2)
+    tree = nest(params)
+    want = lora.merge(tree, lora.peft.load(folder, tree, rank=2).adapters)
+    got = lora.merge(tree, lora.checkpoint.restore(tmp_path / "run", base=tree).adapters)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    run("convert", tmp_path / "run", tmp_path / "back")
+    assert {r["rank"] for r in rows(tmp_path / "back")[0].values()} == {2}
+    args = ("convert", g.folder("net_lora"), tmp_path / "x", "--params", tmp_path / "params")
+    assert "lora-jax combine OUT SRC --rank 16" in run(*args, "--rank", 2, code=1)
+
+
+def test_numbers_of_combine(tmp_path):
+    args = ("combine", tmp_path / "out", g.folder("llama_default"))
+    text = run(*args, "--energy", 2, code=1)
+    assert "found --energy 2.0: --rank 8 or --energy 0.95" in text
+    assert "found --rank 0: --rank 8" in run(*args, "--rank", 0, code=1)
+    run(*args, "--method", "dare", "--rank", 2, "--density", 0, code=2)
+    run(*args, "--method", "other", code=2)
+
+
 def test_messages_name_flags():
     for text, want in {
         "lora.peft.load(..., ignore=['a b', 'c'])": "--ignore 'a b' --ignore c",
@@ -313,6 +368,9 @@ def test_messages_name_flags():
         "lora.peft.load(..., survey=lora.survey(fn, params, x))": "--params module:function, "
         "which returns (params, survey)",
         "lora.peft.load(..., mapping={'(a)': 'b'})": '--mapping FILE, with {"(a)": "b"}',
+        "lora.peft.load(..., base=params)": "in Python, lora.peft.load(..., base=params)",
+        "restore one by lora.checkpoint.restore(..., step=...)": "name another step, as FOLDER/STEP",
+        "LoRAConfig(rank=8)": "LoRAConfig(rank=8)",
         "lora.peft.load(..., broken": "lora.peft.load(..., broken",
         "conv1d=[] or conv1d=['q']": "--conv1d none or --conv1d q",
     }.items():
