@@ -31,6 +31,8 @@ NF4 = (
 
 # E2M1 (OCP Microscaling Formats v1.0, 5.3.3): sign, two bits of exponent, one of mantissa; by 6.
 E2M1 = tuple(x / 6 for x in (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6))
+# The same by their bits, sign first, as NVFP4 has them.
+E2M1_BITS = tuple(s * x for s in (1.0, -1.0) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +42,11 @@ class Format:
     Attributes:
       name: such as "nf4".
       block: how many numbers share a constant; None: all of an output unit (per channel).
-      levels: the values of the codes, ascending, of a format of four bits; else None.
+      levels: the values of the codes of a format of four bits; else None.
       dtype: of the codes, where they are numbers: level(code) = code / top.
       top: the largest code.
       power: whether constants are powers of two, of 8 bits (times 6, the largest level).
+      whole: whether constants are E4M3, times one fp32 number of the whole weight.
       parts: how many numbers stand for a constant: 2, scale and offset, w = level(code)·d + m; 16,
         bytes of Q4_K for eight blocks, see `_scales`.
     """
@@ -54,6 +57,7 @@ class Format:
     dtype: Any = None
     top: float = 1.0
     power: bool = False
+    whole: bool = False
     parts: int = 1
 
     @property
@@ -70,6 +74,7 @@ FORMATS = {
         Format("nf4", 64, NF4),
         Format("int4", 64, _INT4),
         Format("mxfp4", 32, E2M1, power=True),
+        Format("nvfp4", 16, E2M1_BITS, whole=True),
         Format("int8", None, dtype=jnp.int8, top=127.0),
         Format("int8_block", 64, dtype=jnp.int8, top=127.0),
         Format("fp8", None, dtype=jnp.float8_e4m3fn, top=448.0),
@@ -91,14 +96,21 @@ STORED = FORMATS | {
 }
 
 
-def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(codes, constants) of blocks: w (..., block) gives (..., block) and (...).
+def encode(fmt: Format, w: jax.Array, scale: Any = 1.0) -> tuple[jax.Array, jax.Array]:
+    """(codes, constants) of blocks: w (..., block) gives (..., block) and (...); `scale` as from
+    `whole_scale`, with as many axes as the constants.
 
     The constant of a block that holds NaN or infinity is NaN, and so is all that is read of it.
     """
     w = w.astype(jnp.float32)
-    # said in so many words: the maximum that XLA computes on CPUs may pass over a NaN
-    top = jnp.where(jnp.isfinite(w).all(-1), jnp.max(jnp.abs(w), -1), jnp.nan)
+    top = _top(w)
+    if fmt.whole:
+        # by reciprocals, written out: a quotient of arrays that are broadcast may be one or not
+        constants = (top * np.float32(1 / 6) * (1 / scale)).astype(jnp.float8_e4m3fn)
+        step = constants.astype(jnp.float32) * scale
+        unit = jnp.abs(w) * jnp.where(step > 0, 1 / step, 0)[..., None]
+        sign = jnp.where(jnp.signbit(w), 8, 0).astype(jnp.uint8)
+        return _nearest_even(E2M1_BITS[:8], unit) | sign, constants
     if fmt.power:
         assert fmt.levels is not None  # as such a format has
         # The least power of two by which 6, the largest level, reaches the block's maximum.
@@ -114,6 +126,29 @@ def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     if jnp.issubdtype(fmt.dtype, jnp.integer):
         return jnp.round(unit * fmt.top).astype(fmt.dtype), top
     return (unit * fmt.top).astype(fmt.dtype), top
+
+
+def whole_scale(w: jax.Array, stack: int) -> jax.Array:
+    """The fp32 number of each weight of a stack, of blocks (*stack, ..., block): (*stack,). By it
+    the largest block's constant is 448, the largest of E4M3, where its largest code is 6."""
+    top = _top(w.astype(jnp.float32))
+    top = jnp.where(jnp.isnan(top), 0, top)  # a block that is not finite spoils no other
+    return jnp.maximum(jnp.max(top, range(stack, top.ndim)) * np.float32(1 / 2688), 2.0**-100)
+
+
+def _top(w: jax.Array) -> jax.Array:
+    """max|w| of each block, NaN where it is not finite."""
+    # said in so many words: the maximum that XLA computes on CPUs may pass over a NaN
+    return jnp.where(jnp.isfinite(w).all(-1), jnp.max(jnp.abs(w), -1), jnp.nan)
+
+
+def _nearest_even(levels: Sequence[float], x: jax.Array) -> jax.Array:
+    """The number of the nearest level; half way, the even one, as a cast does."""
+    values = np.asarray(levels, np.float32)
+    middle = (values[1:] + values[:-1]) / 2
+    # above an odd number half way is up: the bound is the number before it
+    middle[1::2] = np.nextafter(middle[1::2], np.float32(0))
+    return jnp.searchsorted(jnp.asarray(middle), x, side="left").astype(jnp.uint8)
 
 
 def _nearest(levels: Sequence[float], x: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ def _splits(q: Quantized, axis: int, parts: int = 1) -> bool:
     if fmt.block is None or axis < q.stack:
         return True
     per_row = math.ceil(q.stored[-1] / fmt.block)
-    if q.second is not None:
+    if q.double:
         # One row of constants after the other, in groups: only whole groups can be apart.
         rows = math.prod(q.stored[q.stack : -1])
         return axis == q.stack < q.codes.ndim - 1 and rows * per_row % (parts * SECOND) == 0

@@ -35,6 +35,7 @@ from lora_jax._quantized.formats import (
     pack,
     read,
     undoubled,
+    whole_scale,
 )
 
 
@@ -47,8 +48,8 @@ class Quantized:
       codes: (*shape[:-1], n), of four bits two in a byte; the last axis padded to whole blocks.
       constants: (*shape[:-1], blocks), or, per channel, `shape` with ones along the in axes. With
         double quantisation (*shape[:stack], groups, 256) codes of 8 bits.
-      second: with it, (maxima (*shape[:stack], groups), means (*shape[:stack])) of the constants,
-        else None.
+      second: with it, (maxima (*shape[:stack], groups), means (*shape[:stack])) of the constants;
+        for NVFP4 what they are multiplied by, (scales (*shape[:stack]),); else None.
       format: a key of `FORMATS`.
       stored_dtype: of the weight that it stands for.
       pad: how much the last axis was padded.
@@ -144,6 +145,11 @@ class Quantized:
         return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
 
     @property
+    def double(self) -> bool:
+        """Whether the constants are quantised as well."""
+        return self.second is not None and not STORED[self.format].whole
+
+    @property
     def storable(self) -> bool:
         """Whether other numbers can be stored in the same way, see `of`."""
         return not self.moves and self.format in FORMATS
@@ -154,8 +160,8 @@ class Quantized:
         per_channel = fmt.block is None
         # Per channel the in axes are those along which constants have size 1.
         in_axes = tuple(d for d, n in enumerate(shape) if n == 1) if per_channel else (-2,)
-        double = self.second is not None
-        return _jitted(w, self.format, in_axes=in_axes, stack=self.stack, double=double)
+        how = dict(in_axes=in_axes, stack=self.stack, double=self.double)
+        return _jitted(w, self.format, **how)
 
     @property
     def sliceable(self) -> bool:
@@ -211,7 +217,9 @@ class Quantized:
         arrays: dict[str, Any] = dict(
             codes=fit(self.codes, own), constants=fit(self.constants, own)
         )
-        if self.second is not None:
+        if self.second is not None and not self.double:
+            arrays["second"] = (fit(self.second[0], stack),)
+        elif self.second is not None:
             top, mean = self.second
             arrays["constants"] = fit(self.constants, [*stack, first, None])
             arrays["second"] = fit(top, [*stack, first]), fit(mean, stack)
@@ -286,7 +294,7 @@ class Quantized:
         found = tuple(self.constants.shape)
         if fmt.block is None:
             good = all(c in (1, d) for c, d in zip(found, self.stored))
-        elif self.second is not None:
+        elif self.double:
             groups = math.ceil(math.prod(lead[self.stack :]) * n / SECOND)
             good = found == (*lead[: self.stack], groups, SECOND) and n * block == last + self.pad
         else:
@@ -330,6 +338,10 @@ class Quantized:
         """The constant of each block, read where it is in codes; by `level`, see `undoubled`."""
         if self.second is None:
             return self.constants
+        if not self.double:
+            scale = self.second[0]
+            more = range(scale.ndim, self.constants.ndim)
+            return self.constants.astype(jnp.float32) * jnp.expand_dims(scale, more)
         *rest, last = self.stored
         shape = (*rest, blocks_of(last, STORED[self.format].block)[0])
         return undoubled(self.constants, self.second, shape, self.stack, *level)
@@ -384,7 +396,7 @@ def quantized(
         raise LoRAError(f"cannot quantise {w.shape} {w.dtype}: expected floats of two axes or more")
     if double and fmt.block is None:
         raise LoRAError(f"double quantisation is for blocks; {format!r} has a constant per channel")
-    if double and fmt.power:
+    if double and (fmt.power or fmt.whole):
         raise LoRAError(f"double=True: the constants of {format!r} are of 8 bits without it")
     shape, dtype = tuple(w.shape), np.dtype(w.dtype)
     if fmt.block is None:
@@ -400,10 +412,18 @@ def quantized(
     n, block = blocks_of(shape[-1], fmt.block)
     # Zeros fill the last block; a block is (..., n, block).
     w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, n * block - shape[-1])])
-    codes, constants = encode(fmt, w.reshape(*shape[:-1], n, block))
+    blocks = w.reshape(*shape[:-1], n, block)
+    second: Any = None
+    if fmt.whole:
+        second = (whole_scale(blocks, stack),)
+        scale = jnp.expand_dims(second[0], range(stack, w.ndim))  # as the constants
+        codes, constants = encode(fmt, blocks, scale)
+    else:
+        codes, constants = encode(fmt, blocks)
     codes = codes.reshape(*shape[:-1], n * block)
     codes = pack(codes) if fmt.bits == 4 else codes
-    constants, second = doubled(constants, stack) if double else (constants, None)
+    if double:
+        constants, second = doubled(constants, stack)
     return Quantized(codes, constants, second, format, dtype, n * block - shape[-1], stack)
 
 

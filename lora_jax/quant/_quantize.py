@@ -51,8 +51,9 @@ def quantize(
       targets: which leaves: patterns as those of `LoRAConfig`, such as "all-linear", or `Targets`,
         as `select` returns them, of which the adapted leaves are meant.
       format: "nf4" (4 bits, the quantiles of a normal distribution), "int4" (symmetric), "mxfp4",
-        in blocks of 64, 64 and 32 along the last axis; "int8", "fp8" (e4m3), with a constant for
-        each output unit; "int8_block", "fp8_block", in blocks of 64.
+        in blocks of 64, 64 and 32 along the last axis; "nvfp4" (E2M1 in blocks of 16, each with a
+        constant in E4M3, and one fp32 number for each weight of a stack); "int8", "fp8" (e4m3),
+        with a constant for each output unit; "int8_block", "fp8_block", in blocks of 64.
       survey: how the function uses each leaf, as in `select`.
       double: quantise the constants of blocks as well, in groups of 256: 4.5 bits become 4.127.
       load: reads a leaf by its path, where `params` are shapes: the model is never there whole.

@@ -102,6 +102,7 @@ def test_equal_to_bitsandbytes():
         ((32, 512, 512), "nf4", True, 4.127),
         ((4096, 4096), "int8", False, 8 + 32 / 4096),
         ((4096, 4096), "mxfp4", False, 4.25),
+        ((8, 256, 512), "nvfp4", False, 4.5 + 32 / 2**17),
         ((100, 100), "nf4", False, 4 * 1.28 + 64 / 100),
     ],
 )
@@ -370,6 +371,10 @@ def test_other_nodes_on_a_quantised_base():
             "are of 8 bits without it",
         ),
         (
+            lambda: lora.quant.quantize({"w": W}, "w", "nvfp4", double=True),
+            "'nvfp4' are of 8 bits without it",
+        ),
+        (
             lambda: lora.quant.quantize(lora.quant.quantize({"w": W}, "w"), "w"),
             "quantised already:\n  - 'w'",
         ),
@@ -380,7 +385,9 @@ def test_errors(call, match):
         call()
 
 
-@pytest.mark.parametrize("format, double", [("nf4", True), ("int8", False), ("mxfp4", False)])
+@pytest.mark.parametrize(
+    "format, double", [("nf4", True), ("int8", False), ("mxfp4", False), ("nvfp4", False)]
+)
 def test_merging_into_codes_again(format, double):
     """As quantising what was merged; leaves without an adapter are the same arrays."""
     params = {"w": jax.random.normal(KEY, (3, 64, 64)), "v": jnp.eye(64), "norm": jnp.ones(4)}
