@@ -7,6 +7,7 @@ bits lie two in a byte, the first one in the upper half, as in bitsandbytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,6 +50,8 @@ class Format:
       whole: whether constants are E4M3, times one fp32 number of the whole weight.
       parts: how many numbers stand for a constant: 2, scale and offset, w = level(code)·d + m; 16,
         bytes of Q4_K for eight blocks, see `_scales`.
+      tiles: whether constants, of the weight's number of axes, stand for equal parts of any of
+        them: w = (level(code) − zero) · c, computed in c's type.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Format:
     power: bool = False
     whole: bool = False
     parts: int = 1
+    tiles: bool = False
 
     @property
     def bits(self) -> int:
@@ -92,6 +96,11 @@ STORED = FORMATS | {
         Format("q4_1", 32, tuple(float(i) for i in range(16)), parts=2),
         Format("q8_0", 32, dtype=jnp.int8),
         Format("q4_k", 32, tuple(float(i) for i in range(16)), parts=16),
+        # of qwix: codes of 8 bits as they are, those of 4 bits by their bits
+        Format("qwix", None, dtype=jnp.int8, tiles=True),
+        Format("qwix_int4", None, tuple(float((i + 8) % 16 - 8) for i in range(16)), tiles=True),
+        Format("qwix_nf4", None, NF4, tiles=True),
+        Format("qwix_e2m1", None, E2M1_BITS, tiles=True),
     )
 }
 
@@ -148,16 +157,20 @@ def _nearest_even(levels: Sequence[float], x: jax.Array) -> jax.Array:
     middle = (values[1:] + values[:-1]) / 2
     # above an odd number half way is up: the bound is the number before it
     middle[1::2] = np.nextafter(middle[1::2], np.float32(0))
-    return jnp.searchsorted(jnp.asarray(middle), x, side="left").astype(jnp.uint8)
+    return _above(middle, x)
 
 
 def _nearest(levels: Sequence[float], x: jax.Array) -> jax.Array:
     """The number of the nearest level; half way, the lower one."""
     values = np.asarray(levels, np.float32)
     # middle[i] is the border between levels i and i + 1.
-    middle = (values[1:] + values[:-1]) / 2
-    # of so few, to compare with all is twelve times as fast as to search, and takes no memory
-    return jnp.searchsorted(jnp.asarray(middle), x, method="compare_all").astype(jnp.uint8)
+    return _above((values[1:] + values[:-1]) / 2, x)
+
+
+def _above(bounds: np.ndarray, x: jax.Array) -> jax.Array:
+    """How many of a few bounds are below x."""
+    # Of so few, to compare with all is twelve times as fast as to search, and takes no memory.
+    return jnp.searchsorted(jnp.asarray(bounds), x, method="compare_all").astype(jnp.uint8)
 
 
 def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> jax.Array:
@@ -314,6 +327,25 @@ def undoubled(
     flat = level(codes) * top[..., None]
     flat = flat.reshape(*lead, -1)[..., : math.prod(rest)] + mean[..., None]
     return flat.reshape(shape)
+
+
+def read_tiles(
+    fmt: Format, codes: jax.Array, constants: jax.Array, zero: jax.Array | None, last: int
+) -> jax.Array:
+    """The weight from constants, and numbers that stand for zero, of equal parts of its axes."""
+    if fmt.levels is not None:
+        codes = level(fmt.levels, unpack(codes)[..., :last])
+    w = codes.astype(constants.dtype)
+    w = w if zero is None else _by_tiles(lax.sub, w, zero)
+    return _by_tiles(lax.mul, w, constants)
+
+
+def _by_tiles(op: Callable, w: jax.Array, of: jax.Array) -> jax.Array:
+    """op(w, of): n of axis d are d / n of `of`."""
+    pairs = [(n, d // n) for d, n in zip(w.shape, of.shape)]
+    parts = w.reshape([n for pair in pairs for n in pair])
+    of = of.reshape([n for pair in pairs for n in (pair[0], 1)])
+    return op(parts, jnp.broadcast_to(of, parts.shape)).reshape(w.shape)
 
 
 def read(

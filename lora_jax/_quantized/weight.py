@@ -34,14 +34,16 @@ from lora_jax._quantized.formats import (
     encode,
     pack,
     read,
+    read_tiles,
     undoubled,
     whole_scale,
 )
+from lora_jax._quantized.waiting import Waiting
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Quantized:
+class Quantized(Waiting):
     """A weight of `shape` in codes; `quantize` makes them, and `dequantize` reads them.
 
     Attributes:
@@ -49,7 +51,8 @@ class Quantized:
       constants: (*shape[:-1], blocks), or, per channel, `shape` with ones along the in axes. With
         double quantisation (*shape[:stack], groups, 256) codes of 8 bits.
       second: with it, (maxima (*shape[:stack], groups), means (*shape[:stack])) of the constants;
-        for NVFP4 what they are multiplied by, (scales (*shape[:stack]),); else None.
+        for NVFP4 what they are multiplied by, (scales (*shape[:stack]),); of a qwix array what is
+        subtracted from the codes, (zeros,), as constants; else None.
       format: a key of `FORMATS`.
       stored_dtype: of the weight that it stands for.
       pad: how much the last axis was padded.
@@ -87,12 +90,6 @@ class Quantized:
         return (*lead, n * (2 if STORED[self.format].bits == 4 else 1) - self.pad)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        # `moved_to` is the whole's, and stays so where a scan or shard_map cuts the arrays.
-        order = self.order
-        return self.moved_to[0] if order is None else tuple(self.stored[d] for d in order)
-
-    @property
     def sharding(self) -> Any:
         """That of the codes, in the order of the weight's axes; None where it is not known."""
         # A tracer has that of its type, an array its own.
@@ -106,21 +103,9 @@ class Quantized:
         return NamedSharding(found.mesh, PartitionSpec(*(spec.get(d) for d in self.order)))
 
     @property
-    def dtype(self) -> Any:
-        return self.moved_to[1] if self.moves else self.stored_dtype
-
-    @property
     def abstract(self) -> jax.ShapeDtypeStruct:
         """What a function is traced with; shardings and manual axes that are in types are kept."""
         return compat.abstract(self.shape, self.dtype, self.sharding, jax.tree.leaves(self))
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -132,22 +117,11 @@ class Quantized:
         """Bits per parameter."""
         return 8 * self.nbytes / math.prod(self.stored)
 
-    def moved(self, eqn: Any) -> Quantized | None:
-        """The weight after an equation that only moves or casts it; None if that cannot wait."""
-        # Moves are static, part of the tree's structure, which jit hashes.
-        move = (eqn.primitive, tuple(sorted(eqn.params.items())))
-        try:
-            hash(move)
-        except TypeError:
-            return None
-        aval = eqn.outvars[0].aval
-        to = (tuple(aval.shape), np.dtype(aval.dtype))
-        return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
-
     @property
     def double(self) -> bool:
         """Whether the constants are quantised as well."""
-        return self.second is not None and not STORED[self.format].whole
+        fmt = STORED[self.format]
+        return self.second is not None and not (fmt.whole or fmt.tiles)
 
     @property
     def storable(self) -> bool:
@@ -167,25 +141,15 @@ class Quantized:
     def sliceable(self) -> bool:
         """Whether the parts of axis 0 are those of each array."""
         order = self.order
-        # Constants that are quantised twice keep the weight's axis 0 only if it is a stack's.
-        each = self.stack > 0 or (self.second is None and len(self.constants) == len(self.codes))
+        if STORED[self.format].tiles:
+            # A constant may be of all parts.
+            each = len({len(x) for x in jax.tree.leaves(self)}) == 1
+        else:
+            # Constants quantised twice keep the weight's axis 0 only if it is a stack's.
+            one = self.second is None and len(self.constants) == len(self.codes)
+            each = self.stack > 0 or one
         whole = self.codes.ndim > 1 and each
         return whole and order is not None and order[0] == 0
-
-    @property
-    def order(self) -> tuple[int, ...] | None:
-        """For each axis that of the codes, if moves are transposes and casts alone; else None."""
-        return self._order(self.codes.ndim)
-
-    def _order(self, ndim: int) -> tuple[int, ...] | None:
-        order = tuple(range(ndim))
-        for primitive, params in self.moves:
-            if primitive.name == "transpose":
-                # Axis d of what comes out is axis permutation[d] of what went in.
-                order = tuple(order[d] for d in dict(params)["permutation"])
-            elif primitive.name != "convert_element_type":
-                return None
-        return order
 
     def specs(self, spec: Iterable, mesh: Any = None) -> Quantized:
         """The PartitionSpecs of the arrays, where `spec` is the weight's.
@@ -218,7 +182,8 @@ class Quantized:
             codes=fit(self.codes, own), constants=fit(self.constants, own)
         )
         if self.second is not None and not self.double:
-            arrays["second"] = (fit(self.second[0], stack),)
+            tiles = STORED[self.format].tiles
+            arrays["second"] = (fit(self.second[0], own if tiles else stack),)
         elif self.second is not None:
             top, mean = self.second
             arrays["constants"] = fit(self.constants, [*stack, first, None])
@@ -232,24 +197,7 @@ class Quantized:
         )
         stack = max(self.stack - 1, 0)
         part = dataclasses.replace(self, stack=stack, read_at=at, moves=(), moved_to=None)
-        # All transposes as one, of the weight before it was sliced: only together do they keep axis
-        # 0 in front, see `sliceable`. It is gone, and the others are numbered anew.
-        order = self._order(self.codes.ndim + 1)
-        assert order is not None and order[0] == 0
-        if order != tuple(range(len(order))):
-            part = part.transposed([d - 1 for d in order[1:]])
-        for primitive, params in self.moves:
-            if primitive.name == "convert_element_type":
-                moves = (*part.moves, (primitive, params))
-                to = (part.shape, np.dtype(dict(params)["new_dtype"]))
-                part = dataclasses.replace(part, moves=moves, moved_to=to)
-        return part
-
-    def transposed(self, order: Sequence[int]) -> Quantized:
-        """The weight with its axes in this order, when it is read."""
-        move = (lax.transpose_p, (("permutation", tuple(order)),))
-        to = (tuple(self.shape[d] for d in order), np.dtype(self.dtype))
-        return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
+        return part._moving(self.moves)
 
     def rows(self, eqn: Any, indices: jax.Array) -> jax.Array | None:
         """What a gather along other axes than the last picks; None if it is another one."""
@@ -292,7 +240,10 @@ class Quantized:
         fmt, (*lead, last) = STORED[self.format], self.stored
         n, block = blocks_of(last, fmt.block)
         found = tuple(self.constants.shape)
-        if fmt.block is None:
+        if fmt.tiles:
+            parts = [self.constants.shape, *(x.shape for x in self.second or ())]
+            good = all(d % c == 0 for shape in parts for c, d in zip(shape, self.stored))
+        elif fmt.block is None:
             good = all(c in (1, d) for c, d in zip(found, self.stored))
         elif self.double:
             groups = math.ceil(math.prod(lead[self.stack :]) * n / SECOND)
@@ -320,6 +271,10 @@ class Quantized:
         """The weight as an array; with `after`, read anew and no sooner than that is there."""
         q = self._there(after)
         fmt = STORED[self.format]
+        if fmt.tiles:
+            zero = None if q.second is None else q.second[0]
+            w = read_tiles(fmt, q.codes, q.constants, zero, q.stored[-1])
+            return self._moved(w.astype(q.dtype))
         return self._moved(read(fmt, q.codes, q.block_constants(), q.stored, q.dtype))
 
     def each_half(self, after: jax.Array | None = None) -> list[jax.Array]:
@@ -336,7 +291,7 @@ class Quantized:
 
     def block_constants(self, *level: Callable) -> jax.Array:
         """The constant of each block, read where it is in codes; by `level`, see `undoubled`."""
-        if self.second is None:
+        if self.second is None or STORED[self.format].tiles:
             return self.constants
         if not self.double:
             scale = self.second[0]
@@ -355,11 +310,6 @@ class Quantized:
         # Under shard_map the arrays are one device's part, and lie where they are.
         return q if self.read_at is None or compat.manual(codes) else lie(q, self.read_at)
 
-    def _moved(self, w: jax.Array) -> jax.Array:
-        for primitive, params in self.moves:
-            w = primitive.bind(w, **primitive.get_bind_params(dict(params)))
-        return w
-
 
 def lie(q: Quantized, sharding: NamedSharding) -> Quantized:
     """The weight with its arrays where a sharding of it says."""
@@ -367,11 +317,6 @@ def lie(q: Quantized, sharding: NamedSharding) -> Quantized:
     explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
     place = jax.sharding.reshard if explicit else lax.with_sharding_constraint
     return jax.tree.map(lambda x, s: place(x, NamedSharding(sharding.mesh, s)), q, specs)
-
-
-def value(base: Any, after: jax.Array | None = None) -> jax.Array:
-    """The array that a base is, or stands for."""
-    return base.value(after) if isinstance(base, Quantized) else base
 
 
 def quantized(

@@ -144,7 +144,7 @@ def _arrays(path: str, x: Any) -> list[tuple[str, Any]]:
     if not is_quantized(x):
         return [(path, x)]
     # In the order of the fields.
-    names = ("codes", "constants", *(("maxima", "means") if x.double else ("scales",)))
+    names = ("codes", "constants", *(("maxima", "means") if x.double else ("second",)))
     return list(zip([f"{path}/{name}" for name in names], jax.tree.leaves(x)))
 
 
