@@ -124,28 +124,27 @@ def test_one_weight_at_a_time():
 
 
 def test_training_lowers_the_loss_that_is_deployed():
-    """A few steps of gradient descent on a target: what is merged into codes has the same loss."""
-    import optax
-
+    """Gradient descent on a target: what is merged into codes has the loss that was trained."""
     base = lora.quant.quantize(PARAMS, ["up", "down"], "int4")
     config = lora.LoRAConfig(rank=4, targets=["up", "down"])
     start = lora.init(KEY, base, config, lora.survey(NET, PARAMS, X))
     target = NET(PARAMS, X)
     error = lambda y: jnp.mean((y - target) ** 2)
-    f, tx = lora.adapt(NET, merge_aware="int4"), optax.adam(1e-2)
+    f = lora.adapt(NET, merge_aware="int4")
 
     @jax.jit
-    def step(ad, state):
-        value, grads = jax.value_and_grad(lambda ad: error(f(lora.bind(base, ad), X)))(ad)
-        updates, state = tx.update(grads, state)
-        return optax.apply_updates(ad, updates), state, value
+    def step(ad):
+        grads = jax.grad(lambda ad: error(f(lora.bind(base, ad), X)))(ad)
+        return jax.tree.map(lambda a, g: a - 0.01 * g / (1e-6 + jnp.abs(g).max()), ad, grads)
 
-    ad, state = start, tx.init(start)
+    ad = start
     for _ in range(60):
-        ad, state, _ = step(ad, state)
+        ad = step(ad)
     deployed = lora.adapt(NET)(lora.bind(lora.merge(base, ad, requantize=True), None), X)
-    assert_close(error(deployed), error(f(lora.bind(base, ad), X)), factor=2**14)
-    assert error(deployed) < 0.7 * error(NET(lora.quant.dequantize(base), X))
+    trained, before = error(f(lora.bind(base, ad), X)), error(NET(lora.quant.dequantize(base), X))
+    # to a rounding: a number half way between two levels may fall to either side
+    assert abs(error(deployed) - trained) < 0.02 * trained
+    assert error(deployed) < 0.9 * before, (error(deployed), before)
 
 
 def call(
@@ -166,7 +165,7 @@ ERRORS = {
     "dora": (dict(make=lora.methods.dora), "'down' is scaled by a magnitude"),
     "other codes": (dict(params=CODED), "'down' is a Quantized.*'int8'.*expected an array, or 'nf4'"),
     "look-up": (
-        dict(fn=lambda p, x: p["up"][jnp.arange(6)] + x @ p["up"]),
+        dict(fn=lambda p, x: p["up"][jnp.arange(6)] + x @ p["up"], targets=("up",)),
         "(?s)for matrix products.*'up' is used by gather",
     ),
     "sum": (
