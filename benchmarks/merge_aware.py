@@ -54,7 +54,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def run(seed: int, format: str, rank: int, steps: int, rate: float) -> dict[str, tuple[float, float, float]]:
+def run(
+    seed: int, format: str, rank: int, steps: int, rate: float
+) -> dict[str, tuple[float, float, float]]:
     """{method: (accuracy as trained, as deployed, milliseconds a step)}."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
