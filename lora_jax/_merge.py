@@ -17,10 +17,10 @@ from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._core.placement import away, near
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node
-from lora_jax._nodes.stored import check_format, layout, stored
+from lora_jax._nodes.stored import check_format, layout
 from lora_jax._nodes.weight import is_weight
 from lora_jax._quantized.waiting import value
-from lora_jax._quantized.weight import is_quantized
+from lora_jax._quantized.weight import is_quantized, quantized
 
 
 def merge(
@@ -156,10 +156,11 @@ def _codes(merged: Any, node: Node, format: str) -> Any:
     weight = node.weight(merged, "")
     if not is_weight(weight) or weight.ndim < 2:
         return merged
-    return _stored(jnp.asarray(merged), None, format, *layout(weight))
+    in_axes, stack = layout(weight)
+    return _stored(jnp.asarray(merged), format, in_axes=in_axes, stack=stack)
 
 
-_stored = jax.jit(stored, static_argnums=(1, 2, 3, 4))
+_stored = jax.jit(quantized, static_argnames=("format", "in_axes", "stack"))
 
 
 def _check_storable(params: Any, nodes: Mapping[str, Node], format: bool | str) -> None:

@@ -12,7 +12,7 @@ from lora_jax._core.order import ordered
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._quantized.formats import FORMATS
 from lora_jax._quantized.waiting import Waiting
-from lora_jax._quantized.weight import Quantized, is_quantized, quantized
+from lora_jax._quantized.weight import is_quantized, rounded
 
 
 @jax.tree_util.register_dataclass
@@ -83,8 +83,10 @@ class Stored(Waiting):
             late = ordered(after, base.codes if is_quantized(base) else base)
             base = dataclasses.replace(base, codes=late) if is_quantized(base) else late
             w = dataclasses.replace(w, base=base, a=Factor(ordered(after, w.a.value), w.a.dims))
-        merged = w.materialise()
-        return self._moved(stored(merged, w.base, self.format, self.in_axes, self.stack).value())
+        merged, how = w.materialise(), dict(in_axes=self.in_axes, stack=self.stack)
+        if is_quantized(w.base):
+            return self._moved(w.base.rounded(merged))
+        return self._moved(rounded(merged, self.format, **how, double=False))
 
 
 def layout(w: AdaptedWeight) -> tuple[tuple[int, ...], int]:
@@ -92,15 +94,6 @@ def layout(w: AdaptedWeight) -> tuple[tuple[int, ...], int]:
     batch = sorted(d for d in w.a.dims if d != RANK and w.b.has(d))
     in_axes = tuple(d for d in w.a.dims if d != RANK and d not in batch)
     return in_axes, len(batch) if batch == [*range(len(batch))] else 0
-
-
-def stored(
-    merged: jax.Array, base: Any, format: str, in_axes: tuple[int, ...], stack: int
-) -> Quantized:
-    """The merged leaf in codes: as the base is, where that is in codes."""
-    if is_quantized(base):
-        return base.of(merged)
-    return quantized(merged, format, in_axes=in_axes, stack=stack)
 
 
 def problems(w: AdaptedWeight, format: str) -> list[str]:

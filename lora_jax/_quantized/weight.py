@@ -27,6 +27,7 @@ from lora_jax._quantized.formats import (
     FORMATS,
     SECOND,
     STORED,
+    Format,
     blocks_of,
     decode,
     doubled,
@@ -74,7 +75,7 @@ class Quantized(Waiting):
 
     codes: jax.Array
     constants: jax.Array
-    second: tuple[jax.Array, jax.Array] | None
+    second: tuple[jax.Array, ...] | None
     format: str = static()
     stored_dtype: Any = static()  # noqa: RUF009
     pad: int = static(default=0)
@@ -130,12 +131,19 @@ class Quantized(Waiting):
 
     def of(self, w: jax.Array) -> Quantized:
         """Other numbers of the same shape, stored in the same way."""
+        return _jitted(w, self.format, **self._how)
+
+    def rounded(self, w: jax.Array) -> jax.Array:
+        """What other numbers become when they are stored in the same way."""
+        return rounded(w, self.format, **self._how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
         fmt, shape = STORED[self.format], self.constants.shape
         per_channel = fmt.block is None
         # Per channel the in axes are those along which constants have size 1.
         in_axes = tuple(d for d, n in enumerate(shape) if n == 1) if per_channel else (-2,)
-        how = dict(in_axes=in_axes, stack=self.stack, double=self.double)
-        return _jitted(w, self.format, **how)
+        return dict(in_axes=in_axes, stack=self.stack, double=self.double)
 
     @property
     def sliceable(self) -> bool:
@@ -343,7 +351,6 @@ def quantized(
         raise LoRAError(f"double quantisation is for blocks; {format!r} has a constant per channel")
     if double and (fmt.power or fmt.whole):
         raise LoRAError(f"double=True: the constants of {format!r} are of 8 bits without it")
-    shape, dtype = tuple(w.shape), np.dtype(w.dtype)
     if fmt.block is None:
         axes = tuple(d % w.ndim for d in in_axes)
         # (*rest, *in axes), then (*rest, in): one constant for each row
@@ -353,7 +360,24 @@ def quantized(
         # Back to the weight's axes; constants have ones where the in axes are.
         codes = jnp.moveaxis(codes.reshape(front.shape), range(-len(axes), 0), axes)
         constants = jnp.expand_dims(constants, sorted(axes))
-        return Quantized(codes, constants, None, format, dtype, stack=stack)
+        return Quantized(codes, constants, None, format, np.dtype(w.dtype), stack=stack)
+    return _in_blocks(w, fmt, stack, double)[0]
+
+
+def rounded(w: jax.Array, format: str, *, in_axes: Any, stack: int, double: bool) -> jax.Array:
+    """What `quantized` makes of an array, read again: without codes that are packed and taken
+    apart, which on CPUs takes five times as long as all else."""
+    fmt = FORMATS[format]
+    if fmt.block is None:
+        return quantized(w, format, in_axes=in_axes, stack=stack).value()
+    q, codes = _in_blocks(w, fmt, stack, double)
+    read = decode(fmt, codes, q.block_constants(), w.dtype)
+    return read.reshape(*w.shape[:-1], -1)[..., : w.shape[-1]]
+
+
+def _in_blocks(w: jax.Array, fmt: Format, stack: int, double: bool) -> tuple[Quantized, jax.Array]:
+    """(the weight, its codes as numbers of their own, (..., blocks, block))."""
+    shape, dtype = tuple(w.shape), np.dtype(w.dtype)
     n, block = blocks_of(shape[-1], fmt.block)
     # Zeros fill the last block; a block is (..., n, block).
     w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, n * block - shape[-1])])
@@ -365,11 +389,11 @@ def quantized(
         codes, constants = encode(fmt, blocks, scale)
     else:
         codes, constants = encode(fmt, blocks)
-    codes = codes.reshape(*shape[:-1], n * block)
-    codes = pack(codes) if fmt.bits == 4 else codes
     if double:
         constants, second = doubled(constants, stack)
-    return Quantized(codes, constants, second, format, dtype, n * block - shape[-1], stack)
+    flat = codes.reshape(*shape[:-1], n * block)
+    flat, pad = pack(flat) if fmt.bits == 4 else flat, n * block - shape[-1]
+    return Quantized(flat, constants, second, fmt.name, dtype, pad, stack), codes
 
 
 _jitted = jax.jit(quantized, static_argnames=("format", "in_axes", "stack", "double"))
