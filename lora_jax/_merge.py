@@ -20,7 +20,7 @@ from lora_jax._nodes.node import Node
 from lora_jax._nodes.stored import check_format, layout
 from lora_jax._nodes.weight import is_weight
 from lora_jax._quantized.waiting import value
-from lora_jax._quantized.weight import is_quantized, quantized
+from lora_jax._quantized.weight import in_codes, is_quantized
 
 
 def merge(
@@ -42,8 +42,9 @@ def merge(
       requantize: store each leaf that was quantised in its format again, and leave those without
         an adapter in their codes. It rounds a second time, and an update smaller than the codes'
         distance is lost: `lora.quant.errors(lora.merge(params, adapters), requantised)` says how
-        much, leaf by leaf. A format, such as "nf4": that of these leaves, in which adapted arrays
-        are stored as well; with what was trained by `adapt(fn, merge_aware="nf4")` nothing is lost.
+        much, leaf by leaf. A format, such as "nf4": that of these leaves, in which arrays with
+        factors (not `Full` or `Rows`) are stored as well; of adapters that were trained by
+        `adapt(fn, merge_aware="nf4")` nothing is lost.
 
     Returns:
       A tree of the same structure, types, shapes, dtypes, boxes and shardings. Leaves without an
@@ -152,15 +153,12 @@ _value = jax.jit(value)
 
 
 def _codes(merged: Any, node: Node, format: str) -> Any:
-    """A merged leaf in a format, where it has in axes and out axes to be stored along."""
+    """A merged leaf in a format; the array itself, where the node is no product of factors."""
     weight = node.weight(merged, "")
-    if not is_weight(weight) or weight.ndim < 2:
+    if not is_weight(weight) or weight.rows is not None or weight.ndim < 2:
         return merged
     in_axes, stack = layout(weight)
-    return _stored(jnp.asarray(merged), format, in_axes=in_axes, stack=stack)
-
-
-_stored = jax.jit(quantized, static_argnames=("format", "in_axes", "stack"))
+    return in_codes(near(jnp.asarray(merged)), format, in_axes=in_axes, stack=stack)
 
 
 def _check_storable(params: Any, nodes: Mapping[str, Node], format: bool | str) -> None:

@@ -35,8 +35,6 @@ class Stored(Waiting):
     format: str = static()
     in_axes: tuple[int, ...] = static()
     stack: int = static()
-    moves: tuple = static(default=())
-    moved_to: Any = static(default=None)  # noqa: RUF009
 
     @classmethod
     def of(cls, w: AdaptedWeight, format: str) -> Stored:

@@ -7,7 +7,6 @@ bits lie two in a byte, the first one in the upper half, as in bitsandbytes.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -315,7 +314,7 @@ def doubled(constants: jax.Array, stack: int) -> tuple[jax.Array, tuple[jax.Arra
 
 def undoubled(
     codes: jax.Array,
-    second: tuple[jax.Array, jax.Array],
+    second: tuple[jax.Array, ...],
     shape: Sequence[int],
     stack: int,
     level: Callable[[jax.Array], jax.Array] = dynamic_look_up,

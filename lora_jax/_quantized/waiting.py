@@ -5,30 +5,43 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import numpy as np
 from jax import lax
 
+from lora_jax._core.geometry import static
 
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Waiting:
     """A weight that is made where it is used: transposes, reshapes, casts of it are kept until
-    then. A dataclass with these fields or properties:
+    then.
 
     Attributes:
       stored, stored_dtype: shape and type as it lies there.
       moves: what is done to it when it is read, as (primitive, parameters), and moved_to, its shape
         and type then.
       updated: whether what is read holds the update of an adapter.
-      value: fn(after) -> the weight as an array; `after`: not before that is there.
     """
 
-    stored: Any
-    stored_dtype: Any
-    moves: Any
-    moved_to: Any
     updated: ClassVar[bool] = False
+
+    moves: tuple = static(default=())
+    moved_to: Any = static(default=None)  # noqa: RUF009
+
+    if TYPE_CHECKING:  # properties or fields of each kind
+
+        @property
+        def stored(self) -> tuple[int, ...]: ...
+
+        @property
+        def stored_dtype(self) -> Any: ...
+
+    def value(self, after: jax.Array | None = None) -> jax.Array:
+        """The weight as an array; with `after`, made anew and no sooner than that is there."""
+        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,9 +67,6 @@ class Waiting:
         None."""
         return _order(self.moves, len(self.stored))
 
-    def value(self, after: jax.Array | None = None) -> jax.Array:
-        raise NotImplementedError
-
     def moved(self, eqn: Any) -> Self | None:
         """The weight after an equation that only moves or casts it; None if that cannot wait."""
         # Moves are static, part of the tree's structure, which jit hashes.
@@ -74,8 +84,7 @@ class Waiting:
         return self._with(move, (tuple(self.shape[d] for d in order), np.dtype(self.dtype)))
 
     def _with(self, move: tuple, to: tuple) -> Self:
-        new: Any = dict(moves=(*self.moves, move), moved_to=to)
-        return dataclasses.replace(self, **new)  # type: ignore[type-var]
+        return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
 
     def _moving(self, moves: Sequence) -> Self:
         """This part of a weight that waits for nothing, after what waited for the whole."""

@@ -81,8 +81,6 @@ class Quantized(Waiting):
     pad: int = static(default=0)
     stack: int = static(default=0)
     read_at: NamedSharding | None = static(default=None)  # noqa: RUF009
-    moves: tuple = static(default=())
-    moved_to: Any = static(default=None)  # noqa: RUF009
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -131,7 +129,7 @@ class Quantized(Waiting):
 
     def of(self, w: jax.Array) -> Quantized:
         """Other numbers of the same shape, stored in the same way."""
-        return _jitted(w, self.format, **self._how)
+        return in_codes(w, self.format, **self._how)
 
     def rounded(self, w: jax.Array) -> jax.Array:
         """What other numbers become when they are stored in the same way."""
@@ -396,7 +394,7 @@ def _in_blocks(w: jax.Array, fmt: Format, stack: int, double: bool) -> tuple[Qua
     return Quantized(flat, constants, second, fmt.name, dtype, pad, stack), codes
 
 
-_jitted = jax.jit(quantized, static_argnames=("format", "in_axes", "stack", "double"))
+in_codes = jax.jit(quantized, static_argnames=("format", "in_axes", "stack", "double"))
 
 
 def _unread(self: Quantized, *_: Any, **__: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._quantized.formats import FORMATS
-from lora_jax._quantized.weight import Quantized, is_quantized, quantized
+from lora_jax._quantized.weight import Quantized, in_codes, is_quantized
 from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
@@ -131,14 +130,8 @@ def stacked(g: Geometry) -> int:
 
 
 def quantize_leaf(w: Any, g: Geometry, format: str, double: bool) -> Quantized:
-    return _quantized(jnp.asarray(w), format, g.in_axes, stacked(g), double)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantized(
-    w: jax.Array, format: str, in_axes: tuple[int, ...], stack: int, double: bool
-) -> Quantized:
-    return quantized(w, format, in_axes=in_axes, stack=stack, double=double)
+    how = dict(in_axes=g.in_axes, stack=stacked(g), double=double)
+    return in_codes(jnp.asarray(w), format, **how)
 
 
 def dequantize(params: Any) -> Any:
