@@ -55,6 +55,7 @@ class Stored(Waiting):
         base = self.weight.base
         order = self.order
         first = order is not None and order[:1] == (0,) and self.stack > 0
+        first = first and all(f.dims[:1] == (0,) for f in (self.weight.a, self.weight.b))
         return first and (not is_quantized(base) or base.sliceable)
 
     def part(self) -> Stored:
@@ -99,6 +100,8 @@ def problems(w: AdaptedWeight, format: str) -> list[str]:
     base, found = w.base, []
     if w.drops:
         found.append(f"has dropout {w.dropout}, and what is stored has none")
+    if w.tokens is not None:
+        found.append("is adapted for some tokens alone, and what is stored serves all")
     if w.gain is not None:
         found.append("is scaled by a magnitude (DoRA), whose gradient needs what is not rounded")
     if w.rows is not None:

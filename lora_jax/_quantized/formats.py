@@ -110,15 +110,15 @@ def encode(fmt: Format, w: jax.Array, scale: Any = 1.0) -> tuple[jax.Array, jax.
 
     The constant of a block that holds NaN or infinity is NaN, and so is all that is read of it.
     """
-    w = w.astype(jnp.float32)
+    w = _exactly(w)
     top = _top(w)
     if fmt.whole:
         # by reciprocals, written out: a quotient of arrays that are broadcast may be one or not
-        constants = (top * np.float32(1 / 6) * (1 / scale)).astype(jnp.float8_e4m3fn)
-        step = constants.astype(jnp.float32) * scale
+        constants = _e4m3(top * np.float32(1 / 6) * (1 / scale))
+        step = constants * scale
         unit = jnp.abs(w) * jnp.where(step > 0, 1 / step, 0)[..., None]
         sign = jnp.where(jnp.signbit(w), 8, 0).astype(jnp.uint8)
-        return _nearest_even(E2M1_BITS[:8], unit) | sign, constants
+        return _nearest_even(E2M1_BITS[:8], unit) | sign, constants.astype(jnp.float8_e4m3fn)
     if fmt.power:
         assert fmt.levels is not None  # as such a format has
         # The least power of two by which 6, the largest level, reaches the block's maximum.
@@ -130,16 +130,29 @@ def encode(fmt: Format, w: jax.Array, scale: Any = 1.0) -> tuple[jax.Array, jax.
     unit = w * down * (1.0 / (jnp.maximum(top, 1e-38)[..., None] * down))
     if fmt.levels is not None:
         return _nearest(fmt.levels, jnp.clip(unit, -1, 1)), top
-    # Integers are rounded here; a float type rounds in its cast.
-    if jnp.issubdtype(fmt.dtype, jnp.integer):
-        return jnp.round(unit * fmt.top).astype(fmt.dtype), top
-    return (unit * fmt.top).astype(fmt.dtype), top
+    whole = jnp.issubdtype(fmt.dtype, jnp.integer)
+    return (jnp.round if whole else _e4m3)(unit * fmt.top).astype(fmt.dtype), top
+
+
+def _exactly(w: jax.Array) -> jax.Array:
+    """w in fp32, of the values that its type has. XLA leaves out casts to a narrower float and
+    back, and what is read where it was made would not be what is stored."""
+    bits = jnp.finfo(w.dtype).nmant
+    wide = w.astype(jnp.float32)
+    return lax.reduce_precision(wide, 8, bits) if bits < 23 else wide
+
+
+def _e4m3(x: jax.Array) -> jax.Array:
+    """The nearest number of float8_e4m3fn, |x| ≤ 448, as its cast gives it; see `_exactly`."""
+    # Below 2^-6 they are multiples of 2^-9, above they have three bits after the first.
+    small = jnp.round(x * 512) * np.float32(1 / 512)
+    return jnp.where(jnp.abs(x) < 2.0**-6, small, lax.reduce_precision(x, 8, 3))
 
 
 def whole_scale(w: jax.Array, stack: int) -> jax.Array:
     """The fp32 number of each weight of a stack, of blocks (*stack, ..., block): (*stack,). By it
     the largest block's constant is 448, the largest of E4M3, where its largest code is 6."""
-    top = _top(w.astype(jnp.float32))
+    top = _top(_exactly(w))
     top = jnp.where(jnp.isnan(top), 0, top)  # a block that is not finite spoils no other
     return jnp.maximum(jnp.max(top, range(stack, top.ndim)) * np.float32(1 / 2688), 2.0**-100)
 
