@@ -1,16 +1,19 @@
 """NVFP4: E2M1 in blocks of 16, a constant in E4M3 for each, one fp32 number for each weight."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from common import adapted, assert_close, noisy, value_and_grad
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax._quantized.formats import unpack
+from lora_jax._quantized.formats import _e4m3, unpack
 from lora_jax._quantized.weight import quantized
 
 KEY = jax.random.key(0)
@@ -41,6 +44,18 @@ def test_equal_to_ml_dtypes(dtype):
     np.testing.assert_array_equal(np.asarray(q.constants).view(np.uint8), constants.view(np.uint8))
     np.testing.assert_array_equal(unpack(q.codes), codes.reshape(w.shape).view(np.uint8))
     np.testing.assert_array_equal(q.value(), values.astype(w.dtype))
+    assert 8 * q.nbytes == 4 * w.size + 8 * w.size / 16 + 32  # bits
+
+
+def test_e4m3_is_the_cast():
+    """Each number of it, those half way between two, and the neighbours of these in fp32."""
+    to = np.sort(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    to = to[np.isfinite(to)]
+    middle = (to[1:] + to[:-1]) / 2
+    near = [np.nextafter(middle, np.float32(end)) for end in (-500, 500)]
+    x = np.concatenate([to, middle, *near, np.array([np.nan, -0.0, 1e-30, 448.0001], np.float32)])
+    want = x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(_e4m3)(x).view(np.uint32), want.view(np.uint32))
 
 
 def test_half_way_is_even():
@@ -93,6 +108,32 @@ def test_named_sharded_and_gathered():
     place = lambda x, s: jax.device_put(x, NamedSharding(where.mesh, s))
     q = lora.quant.gathered({"w": jax.tree.map(place, base["w"], specs)}, "d")["w"]
     np.testing.assert_array_equal(jax.jit(lambda q: q.value())(q), base["w"].value())
+
+
+@pytest.mark.parametrize("spec", [P("d", None), P(None, "d")], ids=["rows", "columns"])
+def test_a_step_under_fsdp(spec):
+    """As on one device; what is gathered are codes and constants, no float of the weight's size."""
+    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T
+    base = {"w": quantized(jax.random.normal(KEY, (64, 256)), "nvfp4")}
+    f, adapters = adapted(fn, lora.quant.dequantize(base), jnp.ones((8, 64)), targets="w")
+    x = jax.random.normal(KEY, (8, 64))
+    loss = lambda ad, q, x: jnp.mean(jnp.sin(f(lora.bind(q, ad), x)))
+    step = jax.jit(jax.value_and_grad(loss))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    place = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
+    spread = {"w": jax.tree.map(place, base["w"], base["w"].specs(spec, mesh))}
+    given = lora.quant.gathered(spread, "d")
+    ours = jax.device_put(adapters, lora.parallel.shardings(spread, adapters))
+    compiled = step.lower(ours, given, place(x, P("d"))).compile()
+    assert_close(compiled(ours, given, place(x, P("d"))), step(adapters, base, x), factor=256)
+    lines = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
+    sizes = [
+        (kind, math.prod(map(int, shape.split(","))))
+        for line in lines
+        for kind, shape in re.findall(r"(\w+)\[([\d,]+)\]", line.split("all-gather(")[0])
+    ]
+    assert any(kind == "u8" and n == base["w"].codes.size for kind, n in sizes), sizes
+    assert not [n for kind, n in sizes if kind[0] in "fb" and n >= base["w"].size], sizes
 
 
 def test_loftq_leaves_less():

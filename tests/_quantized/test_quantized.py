@@ -304,6 +304,25 @@ def test_training_saving_restoring(tmp_path):
         lora.checkpoint.restore(tmp_path, base=other)
 
 
+def test_orbax_keeps_a_base_in_codes(tmp_path):
+    """Of every format, spread over devices: bits and shardings."""
+    import orbax.checkpoint as ocp
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    w = jax.random.normal(KEY, (64, 128))
+    base = {name: quantized(w, name) for name in FORMATS} | {"2": quantized(w, double=True)}
+    place = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
+    base = {k: jax.tree.map(place, q, q.specs(P("d", None), mesh)) for k, q in base.items()}
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "base", base)
+        saver.wait_until_finished()
+        back = saver.restore(tmp_path / "base", jax.tree.map(ocp.utils.to_shape_dtype_struct, base))
+    assert jax.tree.structure(back) == jax.tree.structure(base)
+    for got, want in zip(jax.tree.leaves(back), jax.tree.leaves(base)):
+        assert got.dtype == want.dtype and got.sharding == want.sharding
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
 def test_leaf_by_leaf():
     """From shapes and a reader: never more than one leaf at once."""
     values = {"a": {"w": W}, "b": W.T, "norm": jnp.ones(6)}
