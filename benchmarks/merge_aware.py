@@ -1,8 +1,8 @@
 """What merging into codes costs in accuracy: plain QLoRA, LoftQ, and training merge-aware.
 
 An MLP that reads scikit-learn's digits upright learns to read them turned by 90 degrees, by LoRA on
-a base in few bits. Then the adapter is merged and stored in the base's format again. Test accuracy
-before merging (as trained) and after (as deployed), seeds 0, 1 and 2.
+a base in few bits, or on one in fp32. Then the adapter is merged and stored in that format. Test
+accuracy before merging (as trained) and after (as deployed), seeds 0, 1 and 2.
 
     python benchmarks/merge_aware.py             # --help for the options
 """
@@ -78,7 +78,13 @@ def run(
     start = lora.init(keys[-1], base, config, survey)
     fitted = lora.quant.loftq(params, start, chosen, format)
     aware = dict(merge_aware=format)
-    arms = {"QLoRA": (base, start, {}), "LoftQ": (*fitted, {}), "merge-aware": (base, start, aware)}
+    arms = {
+        "QLoRA": (base, start, {}),
+        "LoftQ": (*fitted, {}),
+        "merge-aware": (base, start, aware),
+        "LoRA on fp32": (params, start, {}),
+        "merge-aware on fp32": (params, start, aware),
+    }
     data, found = (turned[train], y[train]), {}
     accuracy = lambda logits: float((logits.argmax(-1) == y[test]).mean())
     for name, (base, adapters, how) in arms.items():
@@ -88,7 +94,7 @@ def run(
         )
         adapters, seconds = fit(loss, adapters, data, rate, steps, seed)
         trained = apply(lora.bind(base, adapters), turned[test])
-        stored = lora.merge(base, adapters, requantize=True)
+        stored = lora.merge(base, adapters, requantize=format)
         deployed = lora.adapt(model)(lora.bind(stored, None), turned[test])
         found[name] = accuracy(trained), accuracy(deployed), 1e3 * seconds
     return found
@@ -109,7 +115,7 @@ def main() -> None:
             (a, b, ms), (sa, sb, _) = each.mean(0), each.std(0, ddof=min(1, len(runs) - 1))
             seeds = ", ".join(f"{x:.3f}" for x in each[:, 1])
             print(
-                f"{format:6} {name:12} trained {a:.3f} ± {sa:.3f}   deployed {b:.3f} ± {sb:.3f} "
+                f"{format:6} {name:19} trained {a:.3f} ± {sa:.3f}   deployed {b:.3f} ± {sb:.3f} "
                 f"({seeds})   {ms:.2f} ms a step",
                 flush=True,
             )
