@@ -73,18 +73,19 @@ def adapt(
         `lora.merge(params, adapters, requantize=merge_aware)` is the function that was trained.
         The gradient of A and B passes straight through Q (arXiv:1308.3432): it is that of
         W + scale·A·B; that of x is through the weight that x met. One weight is there at a time,
-        as in the plan "merged". On arrays, or on a base in codes of this format. For matrix
-        products alone, of leaves that are moved on their way there, not looked up or added to.
+        as in the plan "merged". On arrays, where small updates add up, or on a base in codes of
+        this format. For matrix products alone, of leaves that are moved on their way there.
       static_argnums, static_argnames: as in `jax.jit`, for arguments that hold arrays or objects
         and are still constants.
 
     Raises:
       LoRAError: an unknown plan or `save`; or "merged" with dropout, which is on the input of the
         branch; or `merge_aware` with an unknown format, another plan, or, when called, with
-        dropout, DoRA, rows, a base in other codes, and leaves that are used by anything but a
-        matrix product. When called, if strict: lists every leaf that was materialised (with the
-        primitive and its source line) or unused. When called, if Variables of NNX are changed that
-        are not arguments, or were made outside of the `jax` transform around the call.
+        dropout, DoRA, rows, some tokens alone, a base in other codes, and leaves that are used by
+        anything but a matrix product. When called, if strict: lists every leaf that was
+        materialised (with the primitive and its source line) or unused. When called, if Variables
+        of NNX are changed that are not arguments, or were made outside of the `jax` transform
+        around the call.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((4, 3))}
