@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,12 +13,13 @@ import jax
 
 from lora_jax._core import compat, nnx
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._interpret.coverage import Coverage
+from lora_jax._interpret.coverage import Coverage, Use
 from lora_jax._interpret.interpreter import Interpreter
 from lora_jax._interpret.saving import has_own, policy
 from lora_jax._interpret.trace import Constants, Traceable
+from lora_jax._nodes.stored import Stored, check_format, problems
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, is_weight
-from lora_jax._products.plan import PLANS
+from lora_jax._products.plan import AWARE, PLANS
 
 
 def adapt(
@@ -27,6 +28,7 @@ def adapt(
     strict: bool = True,
     plan: str = "auto",
     save: str | Callable | None = None,
+    merge_aware: str | None = None,
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
 ) -> Callable:
@@ -66,14 +68,24 @@ def adapt(
         these element by element is made again, and so is (x·A)·B. Or a policy of
         `jax.checkpoint_policies`. It is applied to each step of a `scan` over layers, or, where
         there is none, to `fn` as a whole. What has `jax.checkpoint` in it is left as it is.
+      merge_aware: a format of `lora.quant.quantize`, such as "nf4": each product is that with
+        Q(W + scale·A·B), what the merged weight becomes in that format, so that
+        `lora.merge(params, adapters, requantize=merge_aware)` is the function that was trained.
+        The gradient of A and B passes straight through Q (arXiv:1308.3432): it is that of
+        W + scale·A·B; that of x is through the weight that x met. One weight is there at a time,
+        as in the plan "merged". On arrays, where small updates add up, or on a base in codes of
+        this format. For matrix products alone, of leaves that are moved on their way there.
       static_argnums, static_argnames: as in `jax.jit`, for arguments that hold arrays or objects
         and are still constants.
 
     Raises:
       LoRAError: an unknown plan or `save`; or "merged" with dropout, which is on the input of the
-        branch. When called, if strict: lists every leaf that was materialised (with the primitive
-        and its source line) or unused. When called, if Variables of NNX are changed that are not
-        arguments, or were made outside of the `jax` transform around the call.
+        branch; or `merge_aware` with an unknown format, another plan, or, when called, with
+        dropout, DoRA, rows, some tokens alone, a base in other codes, and leaves that are used by
+        anything but a matrix product. When called, if strict: lists every leaf that was
+        materialised (with the primitive and its source line) or unused. When called, if Variables
+        of NNX are changed that are not arguments, or were made outside of the `jax` transform
+        around the call.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((4, 3))}
@@ -94,7 +106,7 @@ def adapt(
         raise LoRAError(
             f"lora.adapt takes a function, found a {type(fn).__name__}: lora.adapt({call})"
         )
-    call = Adapted(fn, strict, plan, save, static_argnums, static_argnames)
+    call = Adapted(fn, strict, plan, save, static_argnums, static_argnames, merge_aware)
 
     @functools.wraps(fn, updated=())
     def adapted(*args: Any, **kwargs: Any) -> Any:
@@ -119,6 +131,7 @@ class Adapted(Traceable):
         save: str | Callable | None = None,
         static_argnums: int | Sequence[int] = (),
         static_argnames: str | Sequence[str] = (),
+        merge_aware: str | None = None,
         *,
         part: bool = False,
         allow: str = "lora.adapt(fn, strict=False)",
@@ -132,7 +145,16 @@ class Adapted(Traceable):
                 f'save={save!r} is neither None, "products" nor a policy of '
                 'jax.checkpoint_policies: lora.adapt(fn, save="products")'
             )
+        if merge_aware is not None and plan != "auto":
+            raise LoRAError(
+                f"plan={plan!r} with merge_aware={merge_aware!r}, which has a plan of its own: "
+                f"lora.adapt(fn, merge_aware={merge_aware!r})"
+            )
+        wrong = merge_aware is not None and check_format(merge_aware, "merge_aware")
+        if wrong:
+            raise LoRAError(wrong)
         self.strict, self.plan, self.policy = strict, plan, policy(save)
+        self.merge_aware = merge_aware
         # One object for the lifetime of the transform: the cache of make_jaxpr is keyed by it.
         self._transform = functools.partial(_transformed, self)
 
@@ -167,8 +189,11 @@ class Adapted(Traceable):
         """The outputs with adapted weights, what became of each leaf, and whether what is kept is
         decided within: by the policy in the steps of a loop, or by `fn` itself."""
         jaxpr, shapes = self.jaxpr(constants, arrays)
+        told = list(_told_apart(arrays))
+        if self.merge_aware is not None:
+            told = list(_as_stored(told, self.merge_aware))
         # A base whose gradient is stopped has no tangent, so no gradient of its size is formed.
-        frozen = [_frozen(x) if is_weight(x) else x for x in _told_apart(arrays)]
+        frozen = [_frozen(x) if is_weight(x) else x for x in told]
         adapted = [x for x in frozen if isinstance(x, AdaptedWeight)]
         apart = [x for x in adapted if x.apart] if self.plan == "merged" else []
         # x·(W + s·A·B) has no input of the branch alone that could be dropped.
@@ -181,7 +206,8 @@ class Adapted(Traceable):
             ],
             'lora.bind(params, adapters) without a dropout_key, or lora.adapt(fn, plan="auto")',
         )
-        interpreter = Interpreter(self.plan, self.policy)
+        plan = self.plan if self.merge_aware is None else AWARE
+        interpreter = Interpreter(plan, self.policy)
         fixed = self.parameters(constants, arrays)
         # Without dead equations: a use that no output depends on is no use.
         outs = interpreter.run(*compat.live(jaxpr), frozen, fixed=fixed)
@@ -191,11 +217,38 @@ class Adapted(Traceable):
             interpreter.returned(o, moved=id(o) not in untouched) if is_weight(o) else o
             for o in outs
         ]
+        if self.merge_aware is not None:
+            _check_products(interpreter.events, self.merge_aware)
         # Codes without an adapter may be unused, and are no part of the coverage.
         leaves = {x.origin: x.shape for x in frozen if is_weight(x) and not isinstance(x, Coded)}
         coverage = Coverage.of(leaves, interpreter.events)
         out = jax.tree.unflatten(jax.tree.structure(shapes), outs)
         return out, coverage, interpreter.saves or has_own(compat.opened(jaxpr)[0])
+
+
+def _as_stored(arrays: Sequence, format: str) -> Iterator:
+    """The arrays, with each adapted weight on a base that is read as it will be stored."""
+    adapted = [x for x in arrays if isinstance(x, AdaptedWeight)]
+    raise_all(
+        f"these leaves cannot be trained as they will be stored in {format!r}:",
+        (p for x in adapted for p in problems(x, format)),
+        "lora.adapt(fn), without merge_aware, or adapters without these leaves",
+    )
+    for x in arrays:
+        yield x.with_base(Stored.of(x, format)) if isinstance(x, AdaptedWeight) else x
+
+
+def _check_products(events: Mapping[tuple, Use], format: str) -> None:
+    """That each adapted leaf met its input as it will be stored, and nothing else."""
+    raise_all(
+        f"merge_aware={format!r} is for matrix products, of weights that are moved on their way:",
+        (
+            f"'{leaf}' is used by {use.primitive} ({use.source})"
+            for (leaf, *_), use in events.items()
+            if not use.plan.startswith(AWARE)
+        ),
+        "lora.adapt(fn), without merge_aware, or adapters without these leaves",
+    )
 
 
 def _frozen(w: Followed) -> Followed:

@@ -16,7 +16,7 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import check_placed, near
 from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
-from lora_jax._quantized.weight import value
+from lora_jax._quantized.waiting import value
 from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets

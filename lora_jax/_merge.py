@@ -17,10 +17,15 @@ from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._core.placement import away, near
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node
-from lora_jax._quantized.weight import is_quantized, value
+from lora_jax._nodes.stored import check_format, layout
+from lora_jax._nodes.weight import is_weight
+from lora_jax._quantized.waiting import value
+from lora_jax._quantized.weight import in_codes, is_quantized
 
 
-def merge(params: Any, adapters: Any, *, donate: bool = False, requantize: bool = False) -> Any:
+def merge(
+    params: Any, adapters: Any, *, donate: bool = False, requantize: bool | str = False
+) -> Any:
     """W + scale·A·B (arXiv:2106.09685, section 4.1), and what other nodes make of W, as plain
     parameters for the plain model.
 
@@ -37,7 +42,9 @@ def merge(params: Any, adapters: Any, *, donate: bool = False, requantize: bool 
       requantize: store each leaf that was quantised in its format again, and leave those without
         an adapter in their codes. It rounds a second time, and an update smaller than the codes'
         distance is lost: `lora.quant.errors(lora.merge(params, adapters), requantised)` says how
-        much, leaf by leaf.
+        much, leaf by leaf. A format, such as "nf4": that of these leaves, in which arrays with
+        factors (not `Full` or `Rows`) are stored as well; of adapters that were trained by
+        `adapt(fn, merge_aware="nf4")` nothing is lost.
 
     Returns:
       A tree of the same structure, types, shapes, dtypes, boxes and shardings. Leaves without an
@@ -47,7 +54,7 @@ def merge(params: Any, adapters: Any, *, donate: bool = False, requantize: bool 
     Raises:
       LoRAError: as `bind`; or a merged leaf is not finite (all of them are listed). Under jit the
         values are not known, and only the first is checked. With `requantize`, a leaf in a
-        format that is only read, as those of GGUF files.
+        format that is only read, as those of GGUF files, or in another one than it says.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.zeros((2, 2))}
@@ -84,7 +91,7 @@ def unmerge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
 
 
 def _each(
-    params: Any, adapters: Any, verb: str, sign: float, donate: bool, requantize: bool = False
+    params: Any, adapters: Any, verb: str, sign: float, donate: bool, requantize: bool | str = False
 ) -> Any:
     nodes = without_frozen(adapter_nodes(params, adapters, verb), verb)
     if sign < 0:
@@ -94,7 +101,7 @@ def _each(
             "keep the base parameters, or take these leaves from them",
         )
     if requantize:
-        _check_storable(params, nodes)
+        _check_storable(params, nodes, requantize)
     bad: list[str] = []
 
     def leaf(path: str, base: Any) -> Any:
@@ -104,7 +111,9 @@ def _each(
         # `not finite` waits for the device, so that only one leaf is in work at a time.
         if not isinstance(finite, jax.core.Tracer) and not finite:
             bad.append(f"'{path}' {tuple(base.shape)} holds NaN or infinity after merging")
-        return base.of(merged) if requantize and is_quantized(base) else merged
+        if is_quantized(base):
+            return base.of(merged) if requantize else merged
+        return _codes(merged, nodes[path], requantize) if isinstance(requantize, str) else merged
 
     out = map_state(lambda tree: map_with_path(leaf, tree), params)
     raise_all(
@@ -143,8 +152,27 @@ def _merged(base: Any, node: Node, sign: float, donate: bool) -> tuple[Any, Any]
 _value = jax.jit(value)
 
 
-def _check_storable(params: Any, nodes: Mapping[str, Node]) -> None:
+def _codes(merged: Any, node: Node, format: str) -> Any:
+    """A merged leaf in a format; the array itself, where the node is no product of factors."""
+    weight = node.weight(merged, "")
+    if not is_weight(weight) or weight.rows is not None or weight.ndim < 2:
+        return merged
+    in_axes, stack = layout(weight)
+    return in_codes(near(jnp.asarray(merged)), format, in_axes=in_axes, stack=stack)
+
+
+def _check_storable(params: Any, nodes: Mapping[str, Node], format: bool | str) -> None:
     leaves = flatten(state_of(params))
+    if isinstance(format, str):
+        wrong = check_format(format, "requantize")
+        if wrong:
+            raise LoRAError(wrong)
+        other = [p for p in nodes if is_quantized(leaves[p]) and leaves[p].format != format]
+        raise_all(
+            f"these leaves are in codes already, and not in {format!r}:",
+            (f"'{p}' is a {leaves[p]}" for p in other),
+            "lora.merge(params, adapters, requantize=True), each leaf in its own format",
+        )
     raise_all(
         "these leaves cannot be stored as they were:",
         (

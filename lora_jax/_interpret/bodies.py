@@ -18,7 +18,7 @@ from lora_jax._core.geometry import Factor, spec_along
 from lora_jax._interpret.rule import Context, Equation, Rule, every, read_first
 from lora_jax._nodes.weight import Coded, Followed, is_weight
 from lora_jax._quantized.sending import cut
-from lora_jax._quantized.weight import is_quantized, value
+from lora_jax._quantized.waiting import is_waiting, value
 
 
 def forwarded(jaxpr: Any) -> list[int | None]:
@@ -129,7 +129,7 @@ def _cond(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
 
 def _cuttable(arg: Any, spec: PartitionSpec, mesh: Any) -> Any:
     """The argument, read first where it is quantised and the parts would not be."""
-    if not is_weight(arg) or not is_quantized(arg.base) or cut(arg.base, spec, mesh) is not None:
+    if not is_weight(arg) or not is_waiting(arg.base) or cut(arg.base, spec, mesh) is not None:
         return arg
     # An adapter stays beside what was read; a weight in codes alone is an array then.
     return arg.array() if isinstance(arg, Coded) else arg.with_base(value(arg.base))
@@ -144,7 +144,7 @@ def _shard_map(ctx: Context, eqn: Equation, args: Sequence) -> list:
     def spec(arg: Any, s: PartitionSpec) -> Any:
         if not is_weight(arg):
             return s
-        base = cut(arg.base, s, p["mesh"]) if is_quantized(arg.base) else s
+        base = cut(arg.base, s, p["mesh"]) if is_waiting(arg.base) else s
         return _like(arg, base, lambda f: spec_along(f.dims, s))
 
     fn = jax.shard_map(

@@ -18,7 +18,7 @@ from lora_jax._interpret.repeats import Body, Repeats
 from lora_jax._interpret.rule import Equation, no_rule
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, has_seed, is_weight, origins
 from lora_jax._quantized.sending import sent
-from lora_jax._quantized.weight import is_quantized, value
+from lora_jax._quantized.waiting import is_waiting, value
 
 # No primitive is in two of them.
 RULES = moves.RULES | joins.RULES | uses.RULES | lookups.RULES | bodies.RULES | loops.RULES
@@ -206,7 +206,7 @@ class Interpreter:
     def _is_plain(self, eqn: Equation) -> bool:
         # What the run itself makes is not there yet; plain equations make no weights.
         values = [self._body.env.get(v) for v in eqn.invars if not isinstance(v, compat.Literal)]
-        return not eqn.effects and not any(is_weight(v) or is_quantized(v) for v in values)
+        return not eqn.effects and not any(is_weight(v) or is_waiting(v) for v in values)
 
     def _repeated(self, run: list, body: Body, first: Body) -> None:
         """A run that equals an earlier one, by the function of that: JAX keeps its derivative."""
@@ -314,12 +314,12 @@ class Interpreter:
             plain = [self.materialise(v, eqn, why=outs) if is_weight(v) else v for v in values]
             outs = self.bind(eqn, plain)
         # What moves codes may have to read them: an array then, and no weight any more.
-        read = lambda v: isinstance(v, Coded) and not is_quantized(v.base)
+        read = lambda v: isinstance(v, Coded) and not is_waiting(v.base)
         return [v.base if read(v) else v for v in outs]
 
     def bind(self, eqn: Equation, values: list) -> list:
         """The equation itself, on arrays; what only moves a quantised weight waits."""
-        if any(map(is_quantized, values)):
+        if any(map(is_waiting, values)):
             alone = len(values) == 1
             # A gather over devices or a new sharding: codes are sent, and not what they stand for.
             elsewhere = sent(values[0], eqn) if alone else None
@@ -330,7 +330,7 @@ class Interpreter:
             moved = values[0].moved(eqn) if alone and _moves(eqn) else None
             if moved is not None:
                 return [moved]
-            if eqn.primitive.name == "gather" and is_quantized(values[0]):
+            if eqn.primitive.name == "gather" and is_waiting(values[0]):
                 # Only the rows that are looked up are read.
                 rows = values[0].rows(eqn, values[1])
                 if rows is not None:

@@ -17,7 +17,7 @@ from lora_jax._interpret.bodies import arrays, forwarded
 from lora_jax._interpret.rule import Context, Equation, Rule, every
 from lora_jax._interpret.saving import has_own
 from lora_jax._nodes.weight import Coded, Followed, has_seed, is_weight
-from lora_jax._quantized.weight import is_quantized
+from lora_jax._quantized.waiting import is_waiting
 
 
 class Part(enum.Enum):
@@ -40,7 +40,7 @@ class Operand:
         if not is_weight(w):
             return w
         # lax.scan slices axis 0 of each array: codes that cannot be cut so are read before it.
-        base = w.base if not is_quantized(w.base) or w.base.sliceable else w.base.value()
+        base = w.base if not is_waiting(w.base) or w.base.sliceable else w.base.value()
         return [base, *(_lead(f).value for f in w.parts.values() if f.has(0))]
 
     def at_step(self, carry: Iterator, xs: Iterator) -> Any:
@@ -56,7 +56,7 @@ def _slice_of(w: Followed, leaves: Sequence) -> Followed:
     """One weight of a stack, in a step that got its part of `Operand.whole`."""
     base, *values = leaves
     factors = iter(values)
-    base = base.part() if is_quantized(base) else base
+    base = base.part() if is_waiting(base) else base
     return w.moved(base, lambda f: _part(f, factors), w.axes[1:], w.axes[0])
 
 

@@ -23,7 +23,8 @@ from lora_jax._core.keys import path_key
 from lora_jax._core.placement import near
 from lora_jax._nodes.node import Node
 from lora_jax._nodes.weight import AdaptedWeight, own_axes
-from lora_jax._quantized.weight import is_quantized, value
+from lora_jax._quantized.waiting import value
+from lora_jax._quantized.weight import is_quantized
 
 if TYPE_CHECKING:
     import chex

@@ -27,7 +27,7 @@ from jax.lax import Precision
 from lora_jax._core.einsum import cast, contract, gained, holding, plus, times, wide
 from lora_jax._core.errors import LoRAError, refuse_use
 from lora_jax._core.geometry import RANK, SEED_IMPL, Factor, static
-from lora_jax._quantized.weight import value
+from lora_jax._quantized.waiting import is_waiting, value
 
 
 def _unadapted(self: Any, *_: Any, **__: Any) -> Any:
@@ -251,6 +251,9 @@ class AdaptedWeight(Followed):
 
     def _sum(self, dtype: Any, precision: Any) -> jax.Array:
         base = cast(value(self.base), dtype)
+        if is_waiting(self.base) and self.base.updated:  # the update is for its gradient alone
+            delta = self.delta(dtype, precision)
+            return plus(base, delta - jax.lax.stop_gradient(delta))
         if self.rows is None:
             return plus(base, self.delta(dtype, precision))
         # Not W + (v − W): where W is much larger than v, that has lost v.

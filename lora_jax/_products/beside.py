@@ -18,7 +18,7 @@ from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, along, cast
 from lora_jax._core.geometry import RANK
 from lora_jax._products.group import Group, gradient
-from lora_jax._quantized.weight import is_quantized, value
+from lora_jax._quantized.waiting import is_waiting, value
 
 JOINED = "joined"  # the label of axes that are made one, along which arrays are put side by side
 
@@ -72,7 +72,7 @@ def backward(
 
 
 def _read(w: Any) -> jax.Array:
-    return _value(w) if is_quantized(w) else w
+    return _value(w) if is_waiting(w) else w
 
 
 _value = jax.jit(value, inline=compat.INLINED)  # weights that are alike share a trace

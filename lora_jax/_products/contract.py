@@ -22,9 +22,9 @@ from lora_jax._core.geometry import RANK, SEED_IMPL, Factor
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._products.group import Group, Member
 from lora_jax._products.linear import adapted
-from lora_jax._products.plan import Plan, planned
+from lora_jax._products.plan import AWARE, Plan, planned
 from lora_jax._quantized.dot import read_whole
-from lora_jax._quantized.weight import is_quantized
+from lora_jax._quantized.waiting import is_waiting
 
 Labelled = tuple[jax.Array, tuple[Hashable, ...]]  # an array, and the labels of its axes
 
@@ -193,7 +193,8 @@ def _plan(
         for p, ((_, al), (_, bl)) in zip(products, parts)
     )
     local = all(map(compat.one_device, jax.tree.leaves((x, [p.w.base for p in products]))))
-    if not whole or (mode == "beside" and not joinable):
+    updated = all(is_waiting(p.w.base) and p.w.base.updated for p in products)
+    if not whole or (mode == "beside" and not joinable) or (mode == AWARE and not updated):
         mode = "factored"
     return planned(
         mode,
@@ -205,7 +206,7 @@ def _plan(
         mergeable=apart and local and all(_keeps_all_bits(p, x) for p in products),
         joinable=joinable and local and compat.platform(x) == "gpu",
         # what is read from codes is written for the product anyway
-        copied=sum(k for k, p in zip(outs, products) if not is_quantized(p.w.base)),
+        copied=sum(k for k, p in zip(outs, products) if not is_waiting(p.w.base)),
     )
 
 

@@ -39,9 +39,9 @@ from lora_jax._products.group import (
     up,
 )
 from lora_jax._products.merged import through_merged
-from lora_jax._products.plan import Plan
+from lora_jax._products.plan import AWARE, MERGING, Plan
 from lora_jax._quantized.dot import Whole, dot
-from lora_jax._quantized.weight import is_quantized, value
+from lora_jax._quantized.waiting import is_waiting, value
 
 
 def adapted(
@@ -52,7 +52,7 @@ def adapted(
     w: Sequence = (),
 ) -> list[jax.Array]:
     """The outputs of a group; without `w`, the updates alone."""
-    if any(map(is_quantized, w)):
+    if any(map(is_waiting, w)):
         group = dataclasses.replace(group, bases=jax.tree.structure(list(w)))
     return _of_group(group)(*compat.same_vma(x, *a, *b, *jax.tree.leaves(list(w))))
 
@@ -66,7 +66,7 @@ def _of_group(group: Group):
 
 def _adapted(*args: jax.Array, group: Group) -> list[jax.Array]:
     x, a, b, w = group.split(args)
-    if group.plan.infer == "merged":
+    if group.plan.infer in MERGING:
         return _by_merged(group, x, a, b, w)
     return _by_way(group, group.plan.infer, x, hidden(group, x, a), b, w)
 
@@ -88,8 +88,8 @@ def _adapted_jvp(primals: Sequence, tangents: Sequence, *, group: Group) -> tupl
     x, a, b, w = group.split(primals)
     tx, ta, tb, tw = group.split(tangents)
     h = hidden(group, x, a)
-    if group.plan.forward == "merged":
-        plan = dataclasses.replace(group.plan, infer="merged")
+    if group.plan.forward in MERGING:
+        plan = dataclasses.replace(group.plan, infer=group.plan.forward)
         ys = adapted_p.bind(*primals, group=dataclasses.replace(group, plan=plan))
     else:  # as plain equations, that a policy of jax.checkpoint sees its products
         ys = _by_way(group, group.plan.forward, x, h, b, w)
@@ -125,7 +125,8 @@ def _tangent(
     """tx·W + (tx·A + x·tA)·B + (x·A)·tB of each member; `merge`: tx by the merged weight."""
     (tx, ta, tb), h, x, a, b, w = _parts(group, active, args)
     based = w[0] is not None
-    merge = based and (group.plan.backward == "merged" if merge is None else merge)
+    either = group.plan.backward == AWARE if merge is False else group.plan.backward in MERGING
+    merge = based and (merge or either)
     terms, th = [], []  # of y, of x·A
     if tx is not None and merge:
         ys = _by_merged(group, tx, a, b, w)
@@ -170,7 +171,7 @@ def _gradients(
     to_x, to_a, to_b = active
     members, hl, xl, al = group.members, group.hl, group.xl, group.al
     based = w[0] is not None
-    merge, join = (based and group.plan.backward == way for way in ("merged", "beside"))
+    merge, join = (based and group.plan.backward in ways for ways in (MERGING, ("beside",)))
     dx = da = db = None
     dh: list[jax.Array] = []
     dtype, x = x.dtype, cast(x, group.dtype)
@@ -241,7 +242,8 @@ def _adapted_batch(
         )
         for m in group.members
     )
-    plan = Plan(shared=group.plan.shared) if factors or weights else group.plan
+    keeps = group.plan.infer == AWARE or not (factors or weights)
+    plan = group.plan if keeps else Plan(shared=group.plan.shared)
     whole = dataclasses.replace(
         group,
         xl=lead(group.xl, of_x),
@@ -263,7 +265,7 @@ def _adapted_batch(
 
 def _read(w: Any, batched: Any) -> tuple[jax.Array, bool]:
     """A weight as an array, and whether it is batched, from which of its arrays are."""
-    if not is_quantized(w):
+    if not is_waiting(w):
         return w, batched
     if not any(jax.tree.leaves(batched)):
         return value(w), False
@@ -272,7 +274,9 @@ def _read(w: Any, batched: Any) -> tuple[jax.Array, bool]:
 
 
 def _by_factors(*args: jax.Array, group: Group) -> list[jax.Array]:
-    plan = dataclasses.replace(group.plan, infer="factored")
+    plan = group.plan
+    if plan.infer != AWARE:
+        plan = dataclasses.replace(plan, infer="factored")
     return _adapted(*args, group=dataclasses.replace(group, plan=plan))
 
 

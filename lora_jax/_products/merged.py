@@ -13,7 +13,8 @@ from jax import lax
 from lora_jax._core.einsum import Labels, along, cast, contract, times, wide
 from lora_jax._core.order import ordered
 from lora_jax._products.group import Group, Member
-from lora_jax._quantized.weight import value
+from lora_jax._products.plan import AWARE
+from lora_jax._quantized.waiting import value
 
 
 def through_merged(
@@ -34,7 +35,8 @@ def through_merged(
     for m, x, w_, a_, b_ in zip(group.members, inputs, w, a, b):
         last = outs[-1] if outs else x
         a_, w_ = ordered(last, a_), value(w_, last)
-        outs.append(product(m, x, _merged_weight(group.al, m, w_, a_, b_)))
+        holds = group.plan.infer == AWARE
+        outs.append(product(m, x, w_ if holds else _merged_weight(group.al, m, w_, a_, b_)))
     return outs
 
 

@@ -47,11 +47,13 @@ BALANCE = 16  # FLOPs a byte; whole, as sizes of symbolic shapes take no fractio
 
 WAYS = ("factored", "merged", "beside")
 PLANS = ("auto", *WAYS)
+AWARE = "merge-aware"  # as merged, by a base that holds the update and rounds what it merges
+MERGING = ("merged", AWARE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The way of each pass, one of WAYS, and whether the products with A are made as one.
+    """The way of each pass, one of WAYS or AWARE, and whether the products with A are made as one.
 
     Attributes:
       infer: of a forward pass that is not differentiated.
@@ -67,7 +69,7 @@ class Plan:
 
     def __str__(self) -> str:
         passes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:3]}
-        found = [way for way in WAYS if way in passes.values()]
+        found = [way for way in (*WAYS, AWARE) if way in passes.values()]
         if len(found) == 1:
             how = found
         else:  # what is not said is factored

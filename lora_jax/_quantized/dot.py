@@ -21,7 +21,8 @@ from jax import lax
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, cast, contract
 from lora_jax._quantized.formats import STORED
-from lora_jax._quantized.weight import Quantized, is_quantized, value
+from lora_jax._quantized.waiting import value
+from lora_jax._quantized.weight import Quantized, is_quantized
 
 # A table of LARGE numbers or more, and of TALL rows or more for each column, is read in parts: of
 # PART numbers at most each, and at most MOST of them.
@@ -61,7 +62,7 @@ def dot(
     """The product of x and a weight that may be quantised: `whole(x, array)`, or the same sum in
     halves or by rows. The weight is read when x is there, and for this product alone."""
     if not is_quantized(w):
-        return whole(x, w)
+        return whole(x, value(w, x))
     parts = _parts(w, x)
     # The rows are summed (x has them) or free (the result has them); a batch axis is both.
     if parts > 1 and (_label(w, wl, 0) in xl) != (_label(w, wl, 0) in out):
@@ -103,7 +104,9 @@ def read_whole(x: jax.Array, w: Any) -> bool:
 def _in_halves(q: Quantized) -> bool:
     # A padded axis has no whole pairs; one with an explicit sharding cannot be split in two.
     explicit = compat.explicit_sharding(q.codes) is not None
-    return STORED[q.format].bits == 4 and q.pad == 0 and q.order is not None and not explicit
+    fmt = STORED[q.format]
+    halved = fmt.bits == 4 and not fmt.tiles and q.pad == 0
+    return halved and q.order is not None and not explicit
 
 
 def halves(
@@ -142,6 +145,8 @@ def _label(q: Quantized, wl: Labels, axis: int) -> Hashable:
 
 def _parts(q: Quantized, x: jax.Array) -> int:
     """In how many equal parts of rows a table is read; 1 for what is no table."""
+    if STORED[q.format].tiles:
+        return 1
     if q.codes.ndim != 2 or q.order is None or q.read_at is not None:
         return 1
     rows, columns = q.stored

@@ -31,6 +31,8 @@ NF4 = (
 
 # E2M1 (OCP Microscaling Formats v1.0, 5.3.3): sign, two bits of exponent, one of mantissa; by 6.
 E2M1 = tuple(x / 6 for x in (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6))
+# The same by their bits, sign first, as NVFP4 has them.
+E2M1_BITS = tuple(s * x for s in (1.0, -1.0) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +42,15 @@ class Format:
     Attributes:
       name: such as "nf4".
       block: how many numbers share a constant; None: all of an output unit (per channel).
-      levels: the values of the codes, ascending, of a format of four bits; else None.
+      levels: the values of the codes of a format of four bits; else None.
       dtype: of the codes, where they are numbers: level(code) = code / top.
       top: the largest code.
       power: whether constants are powers of two, of 8 bits (times 6, the largest level).
+      whole: whether constants are E4M3, times one fp32 number of the whole weight.
       parts: how many numbers stand for a constant: 2, scale and offset, w = level(code)·d + m; 16,
         bytes of Q4_K for eight blocks, see `_scales`.
+      tiles: whether constants, of the weight's number of axes, stand for equal parts of any of
+        them: w = (level(code) − zero) · c, computed in c's type.
     """
 
     name: str
@@ -54,7 +59,9 @@ class Format:
     dtype: Any = None
     top: float = 1.0
     power: bool = False
+    whole: bool = False
     parts: int = 1
+    tiles: bool = False
 
     @property
     def bits(self) -> int:
@@ -70,6 +77,7 @@ FORMATS = {
         Format("nf4", 64, NF4),
         Format("int4", 64, _INT4),
         Format("mxfp4", 32, E2M1, power=True),
+        Format("nvfp4", 16, E2M1_BITS, whole=True),
         Format("int8", None, dtype=jnp.int8, top=127.0),
         Format("int8_block", 64, dtype=jnp.int8, top=127.0),
         Format("fp8", None, dtype=jnp.float8_e4m3fn, top=448.0),
@@ -87,18 +95,30 @@ STORED = FORMATS | {
         Format("q4_1", 32, tuple(float(i) for i in range(16)), parts=2),
         Format("q8_0", 32, dtype=jnp.int8),
         Format("q4_k", 32, tuple(float(i) for i in range(16)), parts=16),
+        # of qwix: codes of 8 bits as they are, those of 4 bits by their bits
+        Format("qwix", None, dtype=jnp.int8, tiles=True),
+        Format("qwix_int4", None, tuple(float((i + 8) % 16 - 8) for i in range(16)), tiles=True),
+        Format("qwix_nf4", None, NF4, tiles=True),
+        Format("qwix_e2m1", None, E2M1_BITS, tiles=True),
     )
 }
 
 
-def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(codes, constants) of blocks: w (..., block) gives (..., block) and (...).
+def encode(fmt: Format, w: jax.Array, scale: Any = 1.0) -> tuple[jax.Array, jax.Array]:
+    """(codes, constants) of blocks: w (..., block) gives (..., block) and (...); `scale` as from
+    `whole_scale`, with as many axes as the constants.
 
     The constant of a block that holds NaN or infinity is NaN, and so is all that is read of it.
     """
-    w = w.astype(jnp.float32)
-    # said in so many words: the maximum that XLA computes on CPUs may pass over a NaN
-    top = jnp.where(jnp.isfinite(w).all(-1), jnp.max(jnp.abs(w), -1), jnp.nan)
+    w = _exactly(w)
+    top = _top(w)
+    if fmt.whole:
+        # by reciprocals, written out: a quotient of arrays that are broadcast may be one or not
+        constants = _e4m3(top * np.float32(1 / 6) * (1 / scale))
+        step = constants * scale
+        unit = jnp.abs(w) * jnp.where(step > 0, 1 / step, 0)[..., None]
+        sign = jnp.where(jnp.signbit(w), 8, 0).astype(jnp.uint8)
+        return _nearest_even(E2M1_BITS[:8], unit) | sign, constants.astype(jnp.float8_e4m3fn)
     if fmt.power:
         assert fmt.levels is not None  # as such a format has
         # The least power of two by which 6, the largest level, reaches the block's maximum.
@@ -110,19 +130,59 @@ def encode(fmt: Format, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     unit = w * down * (1.0 / (jnp.maximum(top, 1e-38)[..., None] * down))
     if fmt.levels is not None:
         return _nearest(fmt.levels, jnp.clip(unit, -1, 1)), top
-    # Integers are rounded here; a float type rounds in its cast.
-    if jnp.issubdtype(fmt.dtype, jnp.integer):
-        return jnp.round(unit * fmt.top).astype(fmt.dtype), top
-    return (unit * fmt.top).astype(fmt.dtype), top
+    whole = jnp.issubdtype(fmt.dtype, jnp.integer)
+    return (jnp.round if whole else _e4m3)(unit * fmt.top).astype(fmt.dtype), top
+
+
+def _exactly(w: jax.Array) -> jax.Array:
+    """w in fp32, of the values that its type has. XLA leaves out casts to a narrower float and
+    back, and what is read where it was made would not be what is stored."""
+    bits = jnp.finfo(w.dtype).nmant
+    wide = w.astype(jnp.float32)
+    return lax.reduce_precision(wide, 8, bits) if bits < 23 else wide
+
+
+def _e4m3(x: jax.Array) -> jax.Array:
+    """The nearest number of float8_e4m3fn, |x| ≤ 448, as its cast gives it; see `_exactly`."""
+    # Below 2^-6 they are multiples of 2^-9, above they have three bits after the first.
+    small = jnp.round(x * 512) * np.float32(1 / 512)
+    return jnp.where(jnp.abs(x) < 2.0**-6, small, lax.reduce_precision(x, 8, 3))
+
+
+def whole_scale(w: jax.Array, stack: int) -> jax.Array:
+    """The fp32 number of each weight of a stack, of blocks (*stack, ..., block): (*stack,). By it
+    the largest block's constant is 448, the largest of E4M3, where its largest code is 6."""
+    top = _top(_exactly(w))
+    top = jnp.where(jnp.isnan(top), 0, top)  # a block that is not finite spoils no other
+    return jnp.maximum(jnp.max(top, range(stack, top.ndim)) * np.float32(1 / 2688), 2.0**-100)
+
+
+def _top(w: jax.Array) -> jax.Array:
+    """max|w| of each block, NaN where it is not finite."""
+    # said in so many words: the maximum that XLA computes on CPUs may pass over a NaN
+    return jnp.where(jnp.isfinite(w).all(-1), jnp.max(jnp.abs(w), -1), jnp.nan)
+
+
+def _nearest_even(levels: Sequence[float], x: jax.Array) -> jax.Array:
+    """The number of the nearest level; half way, the even one, as a cast does."""
+    values = np.asarray(levels, np.float32)
+    middle = (values[1:] + values[:-1]) / 2
+    # above an odd number half way is up: the bound is the number before it
+    middle[1::2] = np.nextafter(middle[1::2], np.float32(0))
+    return _above(middle, x)
 
 
 def _nearest(levels: Sequence[float], x: jax.Array) -> jax.Array:
     """The number of the nearest level; half way, the lower one."""
     values = np.asarray(levels, np.float32)
     # middle[i] is the border between levels i and i + 1.
-    middle = (values[1:] + values[:-1]) / 2
-    # of so few, to compare with all is twelve times as fast as to search, and takes no memory
-    return jnp.searchsorted(jnp.asarray(middle), x, method="compare_all").astype(jnp.uint8)
+    return _above((values[1:] + values[:-1]) / 2, x)
+
+
+def _above(bounds: np.ndarray, x: jax.Array) -> jax.Array:
+    """How many of a few bounds are below x."""
+    # Of so few, to compare with all is twelve times as fast as to search, and takes no memory.
+    return jnp.searchsorted(jnp.asarray(bounds), x, method="compare_all").astype(jnp.uint8)
 
 
 def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> jax.Array:
@@ -267,7 +327,7 @@ def doubled(constants: jax.Array, stack: int) -> tuple[jax.Array, tuple[jax.Arra
 
 def undoubled(
     codes: jax.Array,
-    second: tuple[jax.Array, jax.Array],
+    second: tuple[jax.Array, ...],
     shape: Sequence[int],
     stack: int,
     level: Callable[[jax.Array], jax.Array] = dynamic_look_up,
@@ -279,6 +339,25 @@ def undoubled(
     flat = level(codes) * top[..., None]
     flat = flat.reshape(*lead, -1)[..., : math.prod(rest)] + mean[..., None]
     return flat.reshape(shape)
+
+
+def read_tiles(
+    fmt: Format, codes: jax.Array, constants: jax.Array, zero: jax.Array | None, last: int
+) -> jax.Array:
+    """The weight from constants, and numbers that stand for zero, of equal parts of its axes."""
+    if fmt.levels is not None:
+        codes = level(fmt.levels, unpack(codes)[..., :last])
+    w = codes.astype(constants.dtype)
+    w = w if zero is None else _by_tiles(lax.sub, w, zero)
+    return _by_tiles(lax.mul, w, constants)
+
+
+def _by_tiles(op: Callable, w: jax.Array, of: jax.Array) -> jax.Array:
+    """op(w, of): n of axis d are d / n of `of`."""
+    pairs = [(n, d // n) for d, n in zip(w.shape, of.shape)]
+    parts = w.reshape([n for pair in pairs for n in pair])
+    of = of.reshape([n for pair in pairs for n in (pair[0], 1)])
+    return op(parts, jnp.broadcast_to(of, parts.shape)).reshape(w.shape)
 
 
 def read(

@@ -12,14 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core.geometry import names
 from lora_jax._quantized.formats import SECOND, STORED
-from lora_jax._quantized.weight import Quantized, lie
+from lora_jax._quantized.weight import Quantized, is_quantized, lie
 
 
 def sent(q: Quantized, eqn: Any) -> Quantized | None:
     """The weight after an equation that only sends it; None if it must be read for that."""
     name, p = eqn.primitive.name, eqn.params
     # After a reshape no axis of the weight is one of the codes.
-    if q.order is None:
+    if not is_quantized(q) or q.order is None:
         return None
     if name == "all_gather":
         return _gathered(q, p)
@@ -33,6 +33,8 @@ def _gathered(q: Quantized, p: Mapping[str, Any]) -> Quantized | None:
     """Each array gathered along an axis of the weight, from devices with a part as of `cut`."""
     assert q.order is not None  # as `sent` has seen
     axis = q.order[p["all_gather_dimension"]]
+    if STORED[q.format].tiles:  # one constant may be of the whole, or of each part
+        return None
     if not p["tiled"] or p["axis_index_groups"] is not None or not _splits(q, axis):
         return None
     # Per channel the constants have size 1 along the in axes: each device has them all.
@@ -49,7 +51,7 @@ def _gathered(q: Quantized, p: Mapping[str, Any]) -> Quantized | None:
 def cut(q: Quantized, spec: PartitionSpec, mesh: Any) -> Quantized | None:
     """The PartitionSpecs by which each device gets a part that is a quantised weight itself, if the
     weight is cut along `spec`; None where that would cut a block or a group."""
-    if q.order is None:
+    if not is_quantized(q) or q.order is None:
         return None
     parts = dict(zip(q.order, (math.prod(mesh.shape[n] for n in names(e)) for e in spec)))
     fits = all(_splits(q, axis, n) for axis, n in parts.items() if n > 1)
@@ -59,10 +61,14 @@ def cut(q: Quantized, spec: PartitionSpec, mesh: Any) -> Quantized | None:
 def _splits(q: Quantized, axis: int, parts: int = 1) -> bool:
     """Whether an axis of the codes can be cut into so many parts, or parts be put together."""
     fmt = STORED[q.format]
+    if fmt.tiles:
+        whole = axis < q.codes.ndim - 1 or q.pad == 0
+        arrays = jax.tree.leaves((q.constants, q.second))
+        return whole and all(x.shape[axis] == 1 or x.shape[axis] % parts == 0 for x in arrays)
     if fmt.block is None or axis < q.stack:
         return True
     per_row = math.ceil(q.stored[-1] / fmt.block)
-    if q.second is not None:
+    if q.double:
         # One row of constants after the other, in groups: only whole groups can be apart.
         rows = math.prod(q.stored[q.stack : -1])
         return axis == q.stack < q.codes.ndim - 1 and rows * per_row % (parts * SECOND) == 0

@@ -27,6 +27,7 @@ from lora_jax._quantized.formats import (
     FORMATS,
     SECOND,
     STORED,
+    Format,
     blocks_of,
     decode,
     doubled,
@@ -34,21 +35,25 @@ from lora_jax._quantized.formats import (
     encode,
     pack,
     read,
+    read_tiles,
     undoubled,
+    whole_scale,
 )
+from lora_jax._quantized.waiting import Waiting
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Quantized:
+class Quantized(Waiting):
     """A weight of `shape` in codes; `quantize` makes them, and `dequantize` reads them.
 
     Attributes:
       codes: (*shape[:-1], n), of four bits two in a byte; the last axis padded to whole blocks.
       constants: (*shape[:-1], blocks), or, per channel, `shape` with ones along the in axes. With
         double quantisation (*shape[:stack], groups, 256) codes of 8 bits.
-      second: with it, (maxima (*shape[:stack], groups), means (*shape[:stack])) of the constants,
-        else None.
+      second: with it, (maxima (*shape[:stack], groups), means (*shape[:stack])) of the constants;
+        for NVFP4 what they are multiplied by, (scales (*shape[:stack]),); of a qwix array what is
+        subtracted from the codes, (zeros,), as constants; else None.
       format: a key of `FORMATS`.
       stored_dtype: of the weight that it stands for.
       pad: how much the last axis was padded.
@@ -70,26 +75,18 @@ class Quantized:
 
     codes: jax.Array
     constants: jax.Array
-    second: tuple[jax.Array, jax.Array] | None
+    second: tuple[jax.Array, ...] | None
     format: str = static()
     stored_dtype: Any = static()  # noqa: RUF009
     pad: int = static(default=0)
     stack: int = static(default=0)
     read_at: NamedSharding | None = static(default=None)  # noqa: RUF009
-    moves: tuple = static(default=())
-    moved_to: Any = static(default=None)  # noqa: RUF009
 
     @property
     def stored(self) -> tuple[int, ...]:
         """The shape of the weight as it lies there; of a part, where the arrays are of a part."""
         *lead, n = self.codes.shape
         return (*lead, n * (2 if STORED[self.format].bits == 4 else 1) - self.pad)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        # `moved_to` is the whole's, and stays so where a scan or shard_map cuts the arrays.
-        order = self.order
-        return self.moved_to[0] if order is None else tuple(self.stored[d] for d in order)
 
     @property
     def sharding(self) -> Any:
@@ -105,21 +102,9 @@ class Quantized:
         return NamedSharding(found.mesh, PartitionSpec(*(spec.get(d) for d in self.order)))
 
     @property
-    def dtype(self) -> Any:
-        return self.moved_to[1] if self.moves else self.stored_dtype
-
-    @property
     def abstract(self) -> jax.ShapeDtypeStruct:
         """What a function is traced with; shardings and manual axes that are in types are kept."""
         return compat.abstract(self.shape, self.dtype, self.sharding, jax.tree.leaves(self))
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -131,17 +116,11 @@ class Quantized:
         """Bits per parameter."""
         return 8 * self.nbytes / math.prod(self.stored)
 
-    def moved(self, eqn: Any) -> Quantized | None:
-        """The weight after an equation that only moves or casts it; None if that cannot wait."""
-        # Moves are static, part of the tree's structure, which jit hashes.
-        move = (eqn.primitive, tuple(sorted(eqn.params.items())))
-        try:
-            hash(move)
-        except TypeError:
-            return None
-        aval = eqn.outvars[0].aval
-        to = (tuple(aval.shape), np.dtype(aval.dtype))
-        return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
+    @property
+    def double(self) -> bool:
+        """Whether the constants are quantised as well."""
+        fmt = STORED[self.format]
+        return self.second is not None and not (fmt.whole or fmt.tiles)
 
     @property
     def storable(self) -> bool:
@@ -150,36 +129,33 @@ class Quantized:
 
     def of(self, w: jax.Array) -> Quantized:
         """Other numbers of the same shape, stored in the same way."""
+        return in_codes(w, self.format, **self._how)
+
+    def rounded(self, w: jax.Array) -> jax.Array:
+        """What other numbers become when they are stored in the same way."""
+        return rounded(w, self.format, **self._how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
         fmt, shape = STORED[self.format], self.constants.shape
         per_channel = fmt.block is None
         # Per channel the in axes are those along which constants have size 1.
         in_axes = tuple(d for d, n in enumerate(shape) if n == 1) if per_channel else (-2,)
-        double = self.second is not None
-        return _jitted(w, self.format, in_axes=in_axes, stack=self.stack, double=double)
+        return dict(in_axes=in_axes, stack=self.stack, double=self.double)
 
     @property
     def sliceable(self) -> bool:
         """Whether the parts of axis 0 are those of each array."""
         order = self.order
-        # Constants that are quantised twice keep the weight's axis 0 only if it is a stack's.
-        each = self.stack > 0 or (self.second is None and len(self.constants) == len(self.codes))
+        if STORED[self.format].tiles:
+            # A constant may be of all parts.
+            each = len({len(x) for x in jax.tree.leaves(self)}) == 1
+        else:
+            # Constants quantised twice keep the weight's axis 0 only if it is a stack's.
+            one = self.second is None and len(self.constants) == len(self.codes)
+            each = self.stack > 0 or one
         whole = self.codes.ndim > 1 and each
         return whole and order is not None and order[0] == 0
-
-    @property
-    def order(self) -> tuple[int, ...] | None:
-        """For each axis that of the codes, if moves are transposes and casts alone; else None."""
-        return self._order(self.codes.ndim)
-
-    def _order(self, ndim: int) -> tuple[int, ...] | None:
-        order = tuple(range(ndim))
-        for primitive, params in self.moves:
-            if primitive.name == "transpose":
-                # Axis d of what comes out is axis permutation[d] of what went in.
-                order = tuple(order[d] for d in dict(params)["permutation"])
-            elif primitive.name != "convert_element_type":
-                return None
-        return order
 
     def specs(self, spec: Iterable, mesh: Any = None) -> Quantized:
         """The PartitionSpecs of the arrays, where `spec` is the weight's.
@@ -211,7 +187,10 @@ class Quantized:
         arrays: dict[str, Any] = dict(
             codes=fit(self.codes, own), constants=fit(self.constants, own)
         )
-        if self.second is not None:
+        if self.second is not None and not self.double:
+            tiles = STORED[self.format].tiles
+            arrays["second"] = (fit(self.second[0], own if tiles else stack),)
+        elif self.second is not None:
             top, mean = self.second
             arrays["constants"] = fit(self.constants, [*stack, first, None])
             arrays["second"] = fit(top, [*stack, first]), fit(mean, stack)
@@ -224,24 +203,7 @@ class Quantized:
         )
         stack = max(self.stack - 1, 0)
         part = dataclasses.replace(self, stack=stack, read_at=at, moves=(), moved_to=None)
-        # All transposes as one, of the weight before it was sliced: only together do they keep axis
-        # 0 in front, see `sliceable`. It is gone, and the others are numbered anew.
-        order = self._order(self.codes.ndim + 1)
-        assert order is not None and order[0] == 0
-        if order != tuple(range(len(order))):
-            part = part.transposed([d - 1 for d in order[1:]])
-        for primitive, params in self.moves:
-            if primitive.name == "convert_element_type":
-                moves = (*part.moves, (primitive, params))
-                to = (part.shape, np.dtype(dict(params)["new_dtype"]))
-                part = dataclasses.replace(part, moves=moves, moved_to=to)
-        return part
-
-    def transposed(self, order: Sequence[int]) -> Quantized:
-        """The weight with its axes in this order, when it is read."""
-        move = (lax.transpose_p, (("permutation", tuple(order)),))
-        to = (tuple(self.shape[d] for d in order), np.dtype(self.dtype))
-        return dataclasses.replace(self, moves=(*self.moves, move), moved_to=to)
+        return part._moving(self.moves)
 
     def rows(self, eqn: Any, indices: jax.Array) -> jax.Array | None:
         """What a gather along other axes than the last picks; None if it is another one."""
@@ -284,9 +246,12 @@ class Quantized:
         fmt, (*lead, last) = STORED[self.format], self.stored
         n, block = blocks_of(last, fmt.block)
         found = tuple(self.constants.shape)
-        if fmt.block is None:
+        if fmt.tiles:
+            parts = [self.constants.shape, *(x.shape for x in self.second or ())]
+            good = all(d % c == 0 for shape in parts for c, d in zip(shape, self.stored))
+        elif fmt.block is None:
             good = all(c in (1, d) for c, d in zip(found, self.stored))
-        elif self.second is not None:
+        elif self.double:
             groups = math.ceil(math.prod(lead[self.stack :]) * n / SECOND)
             good = found == (*lead[: self.stack], groups, SECOND) and n * block == last + self.pad
         else:
@@ -312,6 +277,10 @@ class Quantized:
         """The weight as an array; with `after`, read anew and no sooner than that is there."""
         q = self._there(after)
         fmt = STORED[self.format]
+        if fmt.tiles:
+            zero = None if q.second is None else q.second[0]
+            w = read_tiles(fmt, q.codes, q.constants, zero, q.stored[-1])
+            return self._moved(w.astype(q.dtype))
         return self._moved(read(fmt, q.codes, q.block_constants(), q.stored, q.dtype))
 
     def each_half(self, after: jax.Array | None = None) -> list[jax.Array]:
@@ -328,8 +297,12 @@ class Quantized:
 
     def block_constants(self, *level: Callable) -> jax.Array:
         """The constant of each block, read where it is in codes; by `level`, see `undoubled`."""
-        if self.second is None:
+        if self.second is None or STORED[self.format].tiles:
             return self.constants
+        if not self.double:
+            scale = self.second[0]
+            more = range(scale.ndim, self.constants.ndim)
+            return self.constants.astype(jnp.float32) * jnp.expand_dims(scale, more)
         *rest, last = self.stored
         shape = (*rest, blocks_of(last, STORED[self.format].block)[0])
         return undoubled(self.constants, self.second, shape, self.stack, *level)
@@ -343,11 +316,6 @@ class Quantized:
         # Under shard_map the arrays are one device's part, and lie where they are.
         return q if self.read_at is None or compat.manual(codes) else lie(q, self.read_at)
 
-    def _moved(self, w: jax.Array) -> jax.Array:
-        for primitive, params in self.moves:
-            w = primitive.bind(w, **primitive.get_bind_params(dict(params)))
-        return w
-
 
 def lie(q: Quantized, sharding: NamedSharding) -> Quantized:
     """The weight with its arrays where a sharding of it says."""
@@ -355,11 +323,6 @@ def lie(q: Quantized, sharding: NamedSharding) -> Quantized:
     explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
     place = jax.sharding.reshard if explicit else lax.with_sharding_constraint
     return jax.tree.map(lambda x, s: place(x, NamedSharding(sharding.mesh, s)), q, specs)
-
-
-def value(base: Any, after: jax.Array | None = None) -> jax.Array:
-    """The array that a base is, or stands for."""
-    return base.value(after) if isinstance(base, Quantized) else base
 
 
 def quantized(
@@ -384,9 +347,8 @@ def quantized(
         raise LoRAError(f"cannot quantise {w.shape} {w.dtype}: expected floats of two axes or more")
     if double and fmt.block is None:
         raise LoRAError(f"double quantisation is for blocks; {format!r} has a constant per channel")
-    if double and fmt.power:
+    if double and (fmt.power or fmt.whole):
         raise LoRAError(f"double=True: the constants of {format!r} are of 8 bits without it")
-    shape, dtype = tuple(w.shape), np.dtype(w.dtype)
     if fmt.block is None:
         axes = tuple(d % w.ndim for d in in_axes)
         # (*rest, *in axes), then (*rest, in): one constant for each row
@@ -396,18 +358,43 @@ def quantized(
         # Back to the weight's axes; constants have ones where the in axes are.
         codes = jnp.moveaxis(codes.reshape(front.shape), range(-len(axes), 0), axes)
         constants = jnp.expand_dims(constants, sorted(axes))
-        return Quantized(codes, constants, None, format, dtype, stack=stack)
+        return Quantized(codes, constants, None, format, np.dtype(w.dtype), stack=stack)
+    return _in_blocks(w, fmt, stack, double)[0]
+
+
+def rounded(w: jax.Array, format: str, *, in_axes: Any, stack: int, double: bool) -> jax.Array:
+    """What `quantized` makes of an array, read again: without codes that are packed and taken
+    apart, which on CPUs takes five times as long as all else."""
+    fmt = FORMATS[format]
+    if fmt.block is None:
+        return quantized(w, format, in_axes=in_axes, stack=stack).value()
+    q, codes = _in_blocks(w, fmt, stack, double)
+    read = decode(fmt, codes, q.block_constants(), w.dtype)
+    return read.reshape(*w.shape[:-1], -1)[..., : w.shape[-1]]
+
+
+def _in_blocks(w: jax.Array, fmt: Format, stack: int, double: bool) -> tuple[Quantized, jax.Array]:
+    """(the weight, its codes as numbers of their own, (..., blocks, block))."""
+    shape, dtype = tuple(w.shape), np.dtype(w.dtype)
     n, block = blocks_of(shape[-1], fmt.block)
     # Zeros fill the last block; a block is (..., n, block).
     w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, n * block - shape[-1])])
-    codes, constants = encode(fmt, w.reshape(*shape[:-1], n, block))
-    codes = codes.reshape(*shape[:-1], n * block)
-    codes = pack(codes) if fmt.bits == 4 else codes
-    constants, second = doubled(constants, stack) if double else (constants, None)
-    return Quantized(codes, constants, second, format, dtype, n * block - shape[-1], stack)
+    blocks = w.reshape(*shape[:-1], n, block)
+    second: Any = None
+    if fmt.whole:
+        second = (whole_scale(blocks, stack),)
+        scale = jnp.expand_dims(second[0], range(stack, w.ndim))  # as the constants
+        codes, constants = encode(fmt, blocks, scale)
+    else:
+        codes, constants = encode(fmt, blocks)
+    if double:
+        constants, second = doubled(constants, stack)
+    flat = codes.reshape(*shape[:-1], n * block)
+    flat, pad = pack(flat) if fmt.bits == 4 else flat, n * block - shape[-1]
+    return Quantized(flat, constants, second, fmt.name, dtype, pad, stack), codes
 
 
-_jitted = jax.jit(quantized, static_argnames=("format", "in_axes", "stack", "double"))
+in_codes = jax.jit(quantized, static_argnames=("format", "in_axes", "stack", "double"))
 
 
 def _unread(self: Quantized, *_: Any, **__: Any) -> None:

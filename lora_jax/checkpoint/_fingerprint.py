@@ -135,7 +135,7 @@ def lasting(params: Any, kind: Any) -> dict[str, Any]:
 
 
 def _type(x: Any) -> str:
-    how = f" as {x.format}{', twice' if x.second else ''}" if is_quantized(x) else ""
+    how = f" as {x.format}{', twice' if x.double else ''}" if is_quantized(x) else ""
     return f"{x.dtype}{how}"
 
 
@@ -143,8 +143,8 @@ def _arrays(path: str, x: Any) -> list[tuple[str, Any]]:
     """The arrays of a leaf, by path: several of one that is quantised."""
     if not is_quantized(x):
         return [(path, x)]
-    names = ("codes", "constants", "maxima", "means")
-    # In the order of the fields; without double quantisation the last two are not there.
+    # In the order of the fields.
+    names = ("codes", "constants", *(("maxima", "means") if x.double else ("second",)))
     return list(zip([f"{path}/{name}" for name in names], jax.tree.leaves(x)))
 
 

@@ -21,7 +21,7 @@ from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import near
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.indirect import Indirect
-from lora_jax._quantized.weight import value
+from lora_jax._quantized.waiting import value
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
 from lora_jax.algebra._svd import best_svd

@@ -19,7 +19,7 @@ from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
-from lora_jax._quantized.weight import value
+from lora_jax._quantized.waiting import value
 from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Target

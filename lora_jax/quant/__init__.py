@@ -6,6 +6,7 @@ from lora_jax.quant._gathered import gathered
 from lora_jax.quant._gguf import gguf_weight
 from lora_jax.quant._loftq import loftq
 from lora_jax.quant._quantize import dequantize, errors, quantize
+from lora_jax.quant._qwix import from_qwix
 
 __all__ = [
     "quantize",
@@ -14,6 +15,7 @@ __all__ = [
     "loftq",
     "gguf_weight",
     "bitsandbytes_weight",
+    "from_qwix",
     "gathered",
     "Quantized",
 ]

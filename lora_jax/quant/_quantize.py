@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._quantized.formats import FORMATS
-from lora_jax._quantized.weight import Quantized, is_quantized, quantized
+from lora_jax._quantized.weight import Quantized, in_codes, is_quantized
 from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
@@ -51,8 +50,9 @@ def quantize(
       targets: which leaves: patterns as those of `LoRAConfig`, such as "all-linear", or `Targets`,
         as `select` returns them, of which the adapted leaves are meant.
       format: "nf4" (4 bits, the quantiles of a normal distribution), "int4" (symmetric), "mxfp4",
-        in blocks of 64, 64 and 32 along the last axis; "int8", "fp8" (e4m3), with a constant for
-        each output unit; "int8_block", "fp8_block", in blocks of 64.
+        in blocks of 64, 64 and 32 along the last axis; "nvfp4" (E2M1 in blocks of 16, each with a
+        constant in E4M3, and one fp32 number for each weight of a stack); "int8", "fp8" (e4m3),
+        with a constant for each output unit; "int8_block", "fp8_block", in blocks of 64.
       survey: how the function uses each leaf, as in `select`.
       double: quantise the constants of blocks as well, in groups of 256: 4.5 bits become 4.127.
       load: reads a leaf by its path, where `params` are shapes: the model is never there whole.
@@ -130,14 +130,8 @@ def stacked(g: Geometry) -> int:
 
 
 def quantize_leaf(w: Any, g: Geometry, format: str, double: bool) -> Quantized:
-    return _quantized(jnp.asarray(w), format, g.in_axes, stacked(g), double)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantized(
-    w: jax.Array, format: str, in_axes: tuple[int, ...], stack: int, double: bool
-) -> Quantized:
-    return quantized(w, format, in_axes=in_axes, stack=stack, double=double)
+    how = dict(in_axes=g.in_axes, stack=stacked(g), double=double)
+    return in_codes(jnp.asarray(w), format, **how)
 
 
 def dequantize(params: Any) -> Any:

@@ -103,6 +103,7 @@ def test_equal_to_bitsandbytes():
         ((32, 512, 512), "nf4", True, 4.127),
         ((4096, 4096), "int8", False, 8 + 32 / 4096),
         ((4096, 4096), "mxfp4", False, 4.25),
+        ((8, 256, 512), "nvfp4", False, 4.5 + 32 / 2**17),
         ((100, 100), "nf4", False, 4 * 1.28 + 64 / 100),
     ],
 )
@@ -305,6 +306,25 @@ def test_training_saving_restoring(tmp_path):
         lora.checkpoint.restore(tmp_path, base=other)
 
 
+def test_orbax_keeps_a_base_in_codes(tmp_path):
+    """Of every format, spread over devices: bits and shardings."""
+    import orbax.checkpoint as ocp
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    w = jax.random.normal(KEY, (64, 128))
+    base = {name: quantized(w, name) for name in FORMATS} | {"2": quantized(w, double=True)}
+    place = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
+    base = {k: jax.tree.map(place, q, q.specs(P("d", None), mesh)) for k, q in base.items()}
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "base", base)
+        saver.wait_until_finished()
+        back = saver.restore(tmp_path / "base", jax.tree.map(ocp.utils.to_shape_dtype_struct, base))
+    assert jax.tree.structure(back) == jax.tree.structure(base)
+    for got, want in zip(jax.tree.leaves(back), jax.tree.leaves(base)):
+        assert got.dtype == want.dtype and got.sharding == want.sharding
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
 def test_leaf_by_leaf():
     """From shapes and a reader: never more than one leaf at once."""
     values = {"a": {"w": W}, "b": W.T, "norm": jnp.ones(6)}
@@ -372,6 +392,10 @@ def test_other_nodes_on_a_quantised_base():
             "are of 8 bits without it",
         ),
         (
+            lambda: lora.quant.quantize({"w": W}, "w", "nvfp4", double=True),
+            "'nvfp4' are of 8 bits without it",
+        ),
+        (
             lambda: lora.quant.quantize(lora.quant.quantize({"w": W}, "w"), "w"),
             "quantised already:\n  - 'w'",
         ),
@@ -382,7 +406,9 @@ def test_errors(call, match):
         call()
 
 
-@pytest.mark.parametrize("format, double", [("nf4", True), ("int8", False), ("mxfp4", False)])
+@pytest.mark.parametrize(
+    "format, double", [("nf4", True), ("int8", False), ("mxfp4", False), ("nvfp4", False)]
+)
 def test_merging_into_codes_again(format, double):
     """As quantising what was merged; leaves without an adapter are the same arrays."""
     params = {"w": jax.random.normal(KEY, (3, 64, 64)), "v": jnp.eye(64), "norm": jnp.ones(4)}
