@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import compat
-from lora_jax._core.geometry import RANK, Factor
+from lora_jax._core.geometry import Factor
 from lora_jax._interpret.bodies import arrays, forwarded
 from lora_jax._interpret.rule import Context, Equation, Rule, every
 from lora_jax._interpret.saving import has_own
@@ -68,7 +68,7 @@ def _lead(f: Factor) -> Factor:
 def _part(f: Factor, values: Iterator) -> Factor:
     """One layer's factor: the next of the sliced values, or the one that all layers share."""
     value, dims = (next(values), _lead(f).dims[1:]) if f.has(0) else (f.value, f.dims)
-    return Factor(value, tuple(d if d == RANK else d - 1 for d in dims))  # axis 0 is gone
+    return Factor(value, tuple(d if d < 0 else d - 1 for d in dims))  # axis 0 is gone
 
 
 def _carry(

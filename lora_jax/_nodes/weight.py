@@ -174,9 +174,10 @@ class AdaptedWeight(Followed):
         is labelled with, and an axis RANK of size 1; or None.
       rows: of a table some rows of which are trained, what stands in their place, labelled as b;
         a is then one-hot and b the rows' change. What is looked up is this, and no sum.
-      tokens: booleans, for which positions of the input there is an update at all: one for each
-        along the axes of x that the weight lacks; or None, for all. It does not move along with the
-        base, and there is no W + scale·A·B then.
+      tokens: integers, which slot of the factors each position of the input has: one for each
+        along the axes of x that the weight lacks, where a size of 1 is one for all; -1 has no
+        update. a and b have an axis SLOT then, and there is no W + scale·A·B. Or None. It does not
+        move along with the base.
       scale: the constant in front of the update.
       dropout: the rate on the input of the low-rank branch, used only with a seed.
 
@@ -228,9 +229,9 @@ class AdaptedWeight(Followed):
         """scale · A·B in the weight's shape, computed in `dtype`."""
         if self.tokens is not None:
             raise LoRAError(
-                f"'{self.origin}' is adapted for some tokens alone, by the mask of "
+                f"'{self.origin}' is adapted token by token, by the slots or the mask of "
                 "lora.algebra.choose, and that only products of matrices can do: leave it out of "
-                "the adapters, or choose without a mask"
+                "the adapters, or choose one slot, under jax.vmap for each example"
             )
         # Along axes that neither factor has the update repeats.
         out = tuple(d for d in range(self.ndim) if self.a.has(d) or self.b.has(d))
