@@ -9,7 +9,7 @@ slots, or not where the result has them: the transpose of each kind is the other
 ways to it, of which `plan.by_slot` takes one:
 
 * gathered: M[s], a copy for each group of rows, and one batched product;
-* one by one: a loop that reads M[s_t] where it lies;
+* one by one: a loop that reads M[s_t] where it lies, once for a run of rows of one slot;
 * concatenated: one product with all the matrices side by side, of which each row keeps its own.
 """
 
@@ -30,6 +30,8 @@ from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, cast, contract
 from lora_jax._core.geometry import SLOT
 from lora_jax._products.plan import by_slot
+
+RUN = 32  # rows that "one by one" looks at together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +136,25 @@ def _one_by_one(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Ar
         y = jnp.moveaxis(y, how.yl.index(SLOT), 0)
         out = tuple(d for d in how.out if d not in how.sl)
 
-        def one(_: None, row: tuple) -> tuple[None, jax.Array]:
-            k, x = row
+        def product(x: jax.Array, k: jax.Array, many: tuple = ()) -> jax.Array:
             m = lax.dynamic_index_in_dim(y, k, keepdims=False)
-            return None, how.contract(x, xl, m, yl, out)
+            return how.contract(x, (*many, *xl), m, yl, (*many, *out))
 
-        z = lax.scan(one, None, (at, x))[1]
-        z = z.reshape(*sizes, *z.shape[1:])
+        def each(x: jax.Array, at: jax.Array) -> jax.Array:
+            return lax.scan(lambda _, row: (None, product(*row)), None, (x, at))[1]
+
+        def run(x: jax.Array, at: jax.Array) -> jax.Array:
+            # of packed sequences most runs are of one slot
+            one = lambda x, at: product(x, at[0], ("row",))
+            return lax.cond(jnp.all(at == at[0]), one, each, x, at)
+
+        if len(at) >= 4 * RUN and len(at) % RUN == 0:
+            runs = (v.reshape(-1, RUN, *v.shape[1:]) for v in (x, at))
+            z = lax.scan(lambda _, rows: (None, run(*rows)), None, tuple(runs))[1]
+        else:
+            z = each(x, at)
+        # (groups, …) or (groups / RUN, RUN, …)
+        z = z.reshape(*sizes, *z.shape[z.ndim - len(out) :])
         own = (*how.sl, *out)
         return _without(jnp.transpose(z, [own.index(d) for d in how.out]), s, how)
     y, yl = _rows(y, how.yl, how.sl)
