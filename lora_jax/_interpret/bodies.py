@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_jax._core import compat
 from lora_jax._core.geometry import RANK, Factor, spec_along
 from lora_jax._interpret.rule import Context, Equation, Rule, every, read_first
-from lora_jax._nodes.weight import Coded, Followed, is_weight
+from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, is_weight
 from lora_jax._quantized.sending import cut
 from lora_jax._quantized.weight import is_quantized, value
 
@@ -90,11 +90,10 @@ def _like(arg: Followed, base: Any, of: Callable[[Factor], Any]) -> Any:
     """What is said of a weight, in its own structure: of the base, and `of` each factor."""
     # The same tree structure as the weight's, with specs for arrays.
     new = arg.moved(base, lambda f: Factor(of(f), f.dims), arg.axes)
-    tokens = getattr(arg, "tokens", None)
-    if tokens is None:
+    if not isinstance(new, AdaptedWeight) or new.tokens is None:
         return new
     # along no axis of the weight
-    return dataclasses.replace(new, tokens=of(Factor(tokens, (RANK,) * tokens.ndim)))
+    return dataclasses.replace(new, tokens=of(Factor(new.tokens, (RANK,) * new.tokens.ndim)))
 
 
 def _remat(ctx: Context, eqn: Equation, args: Sequence) -> list:

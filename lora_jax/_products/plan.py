@@ -44,10 +44,10 @@ two factors, (d, k) say, is one of K matrices, and more than nothing is
   concatenated    2·T·K·d·k     b·K·(d·k + 2·T·min(d, k))   all matrices side by side, and x or the
                                                         result at each slot
 
-Measured on two CPU cores, d = 512, r = 8: 8 or more rows of one group are better gathered than one
-by one from about 16 rows a group on; concatenated wins for K·r up to about 64. `ragged_dot` of rows
-that are sorted takes 10 times the whole base product there, as XLA makes it of K masked ones. Where
-there are matrix units, a byte is worth more FLOPs.
+Measured on two CPU cores, d = 512, r = 8: gathered wins from about 16 rows a group on, and
+concatenated where K·r is below about 64. `ragged_dot` of rows that are sorted is none of them: XLA
+makes K masked products of it on CPUs and GPUs, and on a TPU v5e it moves more bytes than
+concatenated. Where there are matrix units, a byte is worth more FLOPs.
 """
 
 from __future__ import annotations

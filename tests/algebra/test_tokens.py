@@ -173,7 +173,7 @@ def test_another_choice_compiles_nothing_and_has_its_plan():
     call = jax.jit(ours)
     call(stacked, SLOTS, X), call(stacked, SLOTS[::-1], X)
     assert call._cache_size() == 1
-    bound = lora.bind(PARAMS, lora.algebra.choose(stacked, slots))
+    bound = lora.bind(PARAMS, lora.algebra.choose(stacked, SLOTS))
     assert "by slot: concatenated" in str(lora.coverage(fn, bound, X))
 
 
