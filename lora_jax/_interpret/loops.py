@@ -16,7 +16,7 @@ from lora_jax._core.geometry import Factor
 from lora_jax._interpret.bodies import arrays, forwarded
 from lora_jax._interpret.rule import Context, Equation, Rule, every
 from lora_jax._interpret.saving import has_own
-from lora_jax._nodes.weight import Coded, Followed, has_seed, is_weight
+from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, has_seed, is_weight
 from lora_jax._quantized.weight import is_quantized
 
 
@@ -105,7 +105,15 @@ def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list:
     n_consts, n_carry = compat.scan_counts(p)
     came = forwarded(jaxpr)
 
-    read = lambda a: a.array() if isinstance(a, Coded) and not a.base.sliceable else a
+    tokens: dict[int, Any] = {}
+
+    def read(a: Any) -> Any:
+        if isinstance(a, AdaptedWeight):
+            few = a.narrowed()
+            # one array for all: by it products of one input are seen to go together
+            return dataclasses.replace(few, tokens=tokens.setdefault(id(a.tokens), few.tokens))
+        return a.array() if isinstance(a, Coded) and not a.base.sliceable else a
+
     constants = [Operand(a, Part.SAME) for a in args[:n_consts]]
     carry = _carry(ctx, eqn, args[n_consts:][:n_carry], came, n_consts)
     stacks = [Operand(read(a), Part.SLICED) for a in args[n_consts + n_carry :]]

@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
+from lora_jax._core.compat import less
 from lora_jax._core.einsum import cast, contract, gained, holding, plus, times, wide
 from lora_jax._core.errors import LoRAError, refuse_use
-from lora_jax._core.geometry import RANK, SEED_IMPL, Factor, static
+from lora_jax._core.geometry import RANK, SEED_IMPL, SLOT, Factor, static
 from lora_jax._quantized.weight import value
 
 
@@ -213,6 +214,22 @@ class AdaptedWeight(Followed):
     def scaled(self, base: Any, scale: Callable[[jax.Array], jax.Array]) -> AdaptedWeight:
         a = Factor(scale(self.a.value), self.a.dims)  # of A·B one factor is enough
         return dataclasses.replace(self, base=base, a=a)
+
+    def narrowed(self) -> AdaptedWeight:
+        """With the slots alone that tokens name, where these are fewer: what reads all of a stack,
+        as a loop over layers does, reads no more then."""
+        slots, many = self.tokens, self.a.size(SLOT) if self.a.has(SLOT) else 0
+        if slots is None or not less(slots.size, many):
+            return self
+
+        def move(f: Factor) -> Factor:
+            at = f.dims.index(SLOT)
+            return Factor(jnp.take(f.value, slots.reshape(-1), at, mode="clip"), f.dims)
+
+        own = jnp.arange(slots.size, dtype=slots.dtype).reshape(slots.shape)
+        none = jnp.where(slots == -1, -1, slots.size)  # past the end: NaN
+        tokens = jnp.where((slots >= 0) & (slots < many), own, none)
+        return dataclasses.replace(self, a=move(self.a), b=move(self.b), tokens=tokens)
 
     def folded(self, n: Any) -> AdaptedWeight:
         """The weight with other dropout masks: one for each n, and for each weight of the stack."""

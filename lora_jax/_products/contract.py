@@ -16,14 +16,14 @@ import numpy as np
 from jax.lax import Precision
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, along, cast, holding, meeting, plus, times
+from lora_jax._core.einsum import Labels, along, cast, holding, meeting, plus
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK, SEED_IMPL, SLOT, Factor
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._products.group import Group, Member
 from lora_jax._products.linear import adapted
 from lora_jax._products.plan import Plan, planned
-from lora_jax._products.slots import Choice, chosen
+from lora_jax._products.slots import Choice, Pair, by_slot
 from lora_jax._quantized.dot import read_whole
 from lora_jax._quantized.weight import is_quantized
 
@@ -107,8 +107,9 @@ def contracted(
     for i, (p, ((_, al), (_, bl))) in enumerate(zip(products, parts)):
         left = tuple(d for d in xl if d in p.out or d in bl)
         # Not beside others: what has a mask of its own, and A along other axes than x's.
-        alone = i if p.w.apart or not {*al} <= {*xl, RANK} else None
-        key = (al, left, p.params["precision"], p.whole, p.meeting(x), alone)
+        alone = i if p.w.drops or not {*al} <= {*xl, RANK, SLOT} else None
+        slots = None if p.w.tokens is None else id(p.w.tokens)
+        key = (al, left, p.params["precision"], p.whole, p.meeting(x), alone, slots)
         groups.setdefault(key, []).append(i)
     done: dict[int, tuple] = {}
     for members in groups.values():
@@ -130,7 +131,7 @@ def _multiplied(
     """The results of one group, and its plan."""
     first = products[0]
     if first.w.tokens is not None:
-        return [_by_slot(x, xl, first, *parts[0])]
+        return _by_slot(x, xl, products, parts)
     whole = first.whole and not first.w.apart
     (_, al), _ = parts[0]
     plan = _plan(x, xl, products, parts, mode, whole)
@@ -223,26 +224,33 @@ def _keeps_all_bits(p: Product, x: jax.Array) -> bool:
 
 
 def _by_slot(
-    x: jax.Array, xl: Labels, p: Product, first: Labelled, second: Labelled
-) -> tuple[jax.Array, str]:
-    """x·W, and beside it x times the factors of each position's own slot; and how."""
-    (a, al), (b, bl) = first, second
-    y, (s, sl) = p.base(), _slots(x, xl, p)
-    dtype, precision = p.meeting(x), p.params["precision"]
-    if not dtype == x.dtype == p.w.dtype and not isinstance(precision, Precision | tuple):
+    x: jax.Array,
+    xl: Labels,
+    products: Sequence[Product],
+    parts: Sequence[tuple[Labelled, Labelled]],
+) -> list[tuple[jax.Array, Plan | str]]:
+    """x·W of each, and beside it x times the factors of each position's own slot; and how."""
+    first = products[0]
+    bases, (s, sl) = [p.base() for p in products], _slots(x, xl, first)
+    dtype, precision = first.meeting(x), first.params["precision"]
+    if not dtype == x.dtype == first.w.dtype and not isinstance(precision, Precision | tuple):
         precision = None  # as in `_multiplied`
-    x = dropout(cast(x, dtype), p.w, p.use)
-    left = dict.fromkeys((*xl, *al))
-    hl = (*(d for d in left if d not in (RANK, SLOT) and (d in p.out or d in bl)), RANK)
-    count = a.shape[al.index(SLOT)]
-    down = Choice(tuple(xl), al, sl, hl, count, dtype, precision)
-    h = times(chosen(x, cast(a, dtype), s, down), p.w.scale)
-    have = tuple(d for d in p.out if d in hl or d in bl)
-    up = Choice(hl, bl, sl, have, count, holding(p.dtype), precision)
-    b = cast(b, dtype)
-    delta = along(chosen(h, b, s, up), have, p.out, y.shape)
-    ways = dict.fromkeys((down.planned(x, a, s), up.planned(h, b, s)))
-    return plus(y, delta), "by slot: " + ", ".join(ways)
+    x = dropout(cast(x, dtype), first.w, first.use)
+    pairs: list[Pair] = []
+    for p, ((a, al), (_, bl)) in zip(products, parts):
+        left = dict.fromkeys((*xl, *al))
+        hl = (*(d for d in left if d not in (RANK, SLOT) and (d in p.out or d in bl)), RANK)
+        count = a.shape[al.index(SLOT)]
+        down = Choice(tuple(xl), al, sl, hl, count, dtype, precision)
+        out = tuple(d for d in p.out if d in hl or d in bl)
+        up = Choice(hl, bl, sl, out, count, holding(p.dtype), precision)
+        pairs.append(Pair(down, up, p.w.scale))
+    factors = [(cast(a, dtype), cast(b, dtype)) for (a, _), (b, _) in parts]
+    deltas = by_slot(x, s, factors, pairs)
+    return [
+        (plus(y, along(d, pair.up.out, p.out, y.shape)), "by slot: " + pair.plan(x, *f, s))
+        for p, y, d, pair, f in zip(products, bases, deltas, pairs, factors)
+    ]
 
 
 def _slots(x: jax.Array, xl: Labels, p: Product) -> tuple[jax.Array, tuple]:

@@ -170,7 +170,7 @@ def planned(
 SLOT_WAYS = ("gathered", "one by one", "concatenated")
 
 
-def by_slot(
+def way_by_slot(
     groups: int,
     rows: int,
     inner: int,
@@ -191,6 +191,7 @@ def by_slot(
         way, least = "concatenated", all_slots
     # A loop over rows that lie on several devices would send them to each other.
     loop = 4 * flops + groups * (byte * numbers + STEP)
-    if platform == "cpu" and local and less(loop, least):
+    whole = isinstance(groups, int)  # no loop of as many steps as a symbol says
+    if whole and platform == "cpu" and local and less(loop, least):
         way = "one by one"
     return way

@@ -6,7 +6,7 @@ alone. Axes are labelled, as in `group`, so T, in and out are any number of axes
 
 With the gradient of M, (slots, in, out), it is one sum, Σ x·y·[s = k], over k where y has the
 slots, or not where the result has them: the transpose of each kind is the other. There are three
-ways to it, of which `plan.by_slot` takes one:
+ways to it, of which `plan.way_by_slot` takes one:
 
 * gathered: M[s], a copy for each group of rows, and one batched product;
 * one by one: a loop that reads M[s_t] where it lies, once for a run of rows of one slot;
@@ -27,9 +27,9 @@ import numpy as np
 from jax import lax
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, cast, contract
+from lora_jax._core.einsum import Labels, cast, contract, times, wide
 from lora_jax._core.geometry import SLOT
-from lora_jax._products.plan import by_slot
+from lora_jax._products.plan import way_by_slot
 
 RUN = 32  # rows that "one by one" looks at together
 
@@ -73,14 +73,16 @@ class Choice:
         rows = [d for d in self.xl if d not in self.sl and d not in inner]
         return of(self.sl), of(rows), of(inner), of(outer)
 
-    def planned(self, x: Any, y: Any, s: Any) -> str:
+    def planned(self, x: Any, y: Any, s: Any, like: Any = None) -> str:
+        """The way; `like`: an array that lies as x does, where x is a shape alone."""
+        like = x if like is None else like
         if {*self.sl} & {*(self.yl if self.sums else self.out)}:
             return "concatenated"  # a stack for each row is none that could be looked up in
         if self.way != "auto":
             return self.way
-        local = all(map(compat.one_device, (x, y, s)))
+        local = all(map(compat.one_device, (like, y, s)))
         itemsize = jnp.dtype(self.dtype).itemsize
-        return by_slot(*self.sizes(x, y), self.slots, itemsize, compat.platform(x), local)
+        return way_by_slot(*self.sizes(x, y), self.slots, itemsize, compat.platform(like), local)
 
     def contract(self, x: Any, xl: Labels, y: Any, yl: Labels, out: Labels) -> jax.Array:
         how = dict(precision=self.precision, preferred_element_type=self.dtype)
@@ -93,7 +95,10 @@ def chosen(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
 
 
 def _chosen(x: jax.Array, y: jax.Array, s: jax.Array, *, how: Choice) -> list[jax.Array]:
-    return [_WAYS[how.planned(x, y, s)](x, y, s, how)]
+    way, dtype = _WAYS[how.planned(x, y, s)], how.dtype
+    if not how.sums:  # rows are added one after another: in fp32, and rounded once
+        how = dataclasses.replace(how, dtype=wide(dtype))
+    return [cast(way(x, y, s, how), dtype)]
 
 
 def _along(v: jax.Array, have: Labels, out: Labels, like: jax.Array) -> jax.Array:
@@ -128,7 +133,6 @@ def _gathered(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Arra
 
 
 def _one_by_one(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
-    sizes = s.shape
     x, xl = _rows(x, how.xl, how.sl)
     at = jnp.clip(s, 0, how.slots - 1).reshape(-1)
     if how.sums:
@@ -153,10 +157,7 @@ def _one_by_one(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Ar
             z = lax.scan(lambda _, rows: (None, run(*rows)), None, tuple(runs))[1]
         else:
             z = each(x, at)
-        # (groups, …) or (groups / RUN, RUN, …)
-        z = z.reshape(*sizes, *z.shape[z.ndim - len(out) :])
-        own = (*how.sl, *out)
-        return _without(jnp.transpose(z, [own.index(d) for d in how.out]), s, how)
+        return _in_place(z, s, how)
     y, yl = _rows(y, how.yl, how.sl)
     out = tuple(d for d in how.out if d != SLOT)
     exists = ((s >= 0) & (s < how.slots)).reshape(-1)
@@ -173,6 +174,14 @@ def _one_by_one(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Ar
     total = compat.same_vma(total, x, y, s)[0]
     total, _ = lax.scan(add, total, (at, exists, x, y))
     return jnp.moveaxis(total, 0, how.out.index(SLOT))
+
+
+def _in_place(z: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
+    """The result from one for each row, (T, …) or (T / RUN, RUN, …)."""
+    rest = [d for d in how.out if d not in how.sl]
+    z = z.reshape(*s.shape, *z.shape[z.ndim - len(rest) :])
+    own = [*how.sl, *rest]
+    return _without(jnp.transpose(z, [own.index(d) for d in how.out]), s, how)
 
 
 def _rows(x: jax.Array, xl: Labels, sl: Labels) -> tuple[jax.Array, tuple]:
@@ -284,3 +293,66 @@ def _batch(
 _chosen_p = compat.primitive(
     "product_by_slot", _chosen, jvp=_jvp, transpose=_transpose, batch=_batch
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """All that is static of s·(x·A)·B: the product with A, that with B, and the scale."""
+
+    down: Choice
+    up: Choice
+    scale: float
+
+    def plan(self, x: jax.Array, a: jax.Array, b: jax.Array, s: jax.Array) -> str:
+        h = jax.eval_shape(functools.partial(chosen, how=self.down), x, a, s)
+        ways = self.down.planned(x, a, s), self.up.planned(h, b, s, x)
+        return ", ".join(dict.fromkeys(ways))
+
+
+def by_slot(
+    x: jax.Array,
+    s: jax.Array,
+    factors: Sequence[tuple[jax.Array, jax.Array]],
+    pairs: Sequence[Pair],
+) -> list[jax.Array]:
+    """s·(x·A)·B for all the (A, B) that multiply one x."""
+    flat = compat.same_vma(x, s, *(v for pair in factors for v in pair))
+    return _pairs_p.bind(*flat, pairs=tuple(pairs))
+
+
+def _in_turn(x: jax.Array, s: jax.Array, *ab: jax.Array, pairs: Sequence[Pair]) -> list[jax.Array]:
+    def one(pair: Pair, a: jax.Array, b: jax.Array) -> jax.Array:
+        return chosen(times(chosen(x, a, s, pair.down), pair.scale), b, s, pair.up)
+
+    return [one(*args) for args in zip(pairs, ab[::2], ab[1::2])]
+
+
+def _pairs(x: jax.Array, s: jax.Array, *ab: jax.Array, pairs: Sequence[Pair]) -> list[jax.Array]:
+    """Where each A is read one by one, a single loop does it for all of them and their B."""
+    loop = all(p.down.planned(x, a, s) == "one by one" for p, a in zip(pairs, ab[::2]))
+    if not loop or s.size >= 4 * RUN:
+        return _in_turn(x, s, *ab, pairs=pairs)
+    stacks = [
+        jnp.moveaxis(v, how.yl.index(SLOT), 0)
+        for p, *pair in zip(pairs, ab[::2], ab[1::2])
+        for how, v in zip((p.down, p.up), pair)
+    ]
+    sl = pairs[0].down.sl
+    rest = lambda labels: tuple(d for d in labels if d not in sl and d != SLOT)
+    x, _ = _rows(x, pairs[0].down.xl, sl)
+
+    def product(how: Choice, x: jax.Array, k: jax.Array, stack: jax.Array) -> jax.Array:
+        m = lax.dynamic_index_in_dim(stack, k, keepdims=False)
+        return how.contract(x, rest(how.xl), m, rest(how.yl), rest(how.out))
+
+    def one(_: None, row: tuple) -> tuple[None, list]:
+        k, x = row
+        h = [times(product(p.down, x, k, a), p.scale) for p, a in zip(pairs, stacks[::2])]
+        return None, [product(p.up, *v) for p, *v in zip(pairs, h, [k] * len(h), stacks[1::2])]
+
+    at = jnp.clip(s, 0, pairs[0].down.slots - 1).reshape(-1)
+    _, ys = lax.scan(one, None, (at, x))
+    return [_in_place(y, s, p.up) for p, y in zip(pairs, ys)]
+
+
+_pairs_p = compat.primitive("update_by_slot", _pairs, derived=_in_turn)

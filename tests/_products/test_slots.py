@@ -9,7 +9,7 @@ import pytest
 from common import assert_close
 
 from lora_jax._core.geometry import SLOT
-from lora_jax._products.plan import SLOT_WAYS, by_slot
+from lora_jax._products.plan import SLOT_WAYS, way_by_slot
 from lora_jax._products.slots import RUN, Choice, chosen
 
 KEY = jax.random.key(0)
@@ -125,9 +125,21 @@ def test_what_has_no_slot_and_what_is_not_finite(way, sizes):
     assert not slots.any()  # a row of the base
 
 
+@pytest.mark.parametrize("way", SLOT_WAYS)
+def test_sums_of_16_bit_rows_are_wide(way):
+    """The gradient of one slot over more rows than bf16 can count to."""
+    s, x = jnp.full(600, 2), jnp.ones((600, 1, IN), "bfloat16")
+    how = Choice(
+        ("t", "g", "i"), (SLOT, "i", "o"), ("t",), ("t", "g", "o"), SLOTS, x.dtype, None, way
+    )
+    loss = lambda m: jnp.sum(chosen(x, m, s, how).astype(jnp.float32))
+    got = jax.jit(jax.grad(loss))(jnp.ones((SLOTS, IN, OUT), "bfloat16"))
+    np.testing.assert_array_equal(got[2].astype(jnp.float32), np.full((IN, OUT), 600.0))
+
+
 def test_plan():
     """By shape and platform; see the table in `plan`."""
-    way = functools.partial(by_slot, itemsize=4, platform="cpu", local=True)
+    way = functools.partial(way_by_slot, itemsize=4, platform="cpu", local=True)
     # rows with one each, of few large matrices or of many
     assert (
         way(64, 1, 512, 8, 64) == way(64, 1, 512, 8, 512) == way(8, 1, 8, 512, 64) == "one by one"

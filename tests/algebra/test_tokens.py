@@ -131,7 +131,9 @@ def value_and_gradients(f):
 
 
 def test_a_model_with_a_scan_and_experts():
-    stacked = lora.algebra.stack(ZOO)
+    stacked = lora.algebra.stack(
+        ZOO, capacity=6
+    )  # of more slots than examples, and fewer than tokens
     got = value_and_gradients(ours)(stacked, SLOTS, X)
     assert_close(got, value_and_gradients(merged)(stacked, SLOTS, X), factor=1024)
     by_vmap = jax.vmap(lambda s, slot, x: ours(s, slot[None], x[None])[0], (None, 0, 0))
@@ -223,3 +225,30 @@ def test_what_is_no_product():
     with fails("is a DoRA, which changes more than an update"):
         stacked = lora.algebra.stack([dora], base=PARAMS)
         lora.bind(PARAMS, lora.algebra.choose(stacked, slots))
+
+
+def test_weights_of_one_input_share_a_loop():
+    """Rows with large factors of their own: q, k and v as the dense weights of each."""
+    sizes = {"q": (128, 9), "k": (128, 5), "v": (128, 7)}
+    params = {n: drawn(i, *s) / 11 for i, (n, s) in enumerate(sizes.items())}
+    zoo = [{n: node(7 * i + j, s, 8) for j, (n, s) in enumerate(sizes.items())} for i in range(3)]
+    stacked = lora.algebra.stack(zoo, capacity=40)
+    x, slots = drawn(9, 4, 2, 128), jnp.array([[0, 2], [-1, 1], [1, 1], [2, 0]])
+    f = lora.adapt(lambda p, x: [x @ p[n] for n in sizes])
+
+    def ours(stacked, slots, x):
+        return f(lora.bind(params, lora.algebra.choose(stacked, slots)), x)
+
+    want = lambda stacked, slots, x: [dense(x, params[n], stacked[n], slots) for n in params]
+    loss = lambda f: lambda *args: sum(jnp.sum(jnp.sin(y / 9)) for y in f(*args))
+    both = lambda f: jax.jit(lambda *args: (f(*args), jax.grad(loss(f), (0, 2))(*args)))
+    assert_close(both(ours)(stacked, slots, x), both(want)(stacked, slots, x), factor=256)
+    jaxpr = str(jax.make_jaxpr(lambda: ours(stacked, slots, x))())
+    assert jaxpr.count("= update_by_slot") == 1
+    bound = lora.bind(params, lora.algebra.choose(stacked, slots))
+    assert str(lora.coverage(f.__wrapped__, bound, x)).count("by slot: one by one") == 3
+    alone = jax.jit(ours)(stacked, slots.at[3, 1].set(77), x)
+    for y in alone:
+        np.testing.assert_array_equal(
+            np.isnan(y).all(-1), jnp.zeros((4, 2), bool).at[3, 1].set(True)
+        )
