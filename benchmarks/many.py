@@ -1,12 +1,14 @@
-"""One adapter for each example, of 64: `python benchmarks/many.py`.
+"""One adapter for each example or token, of many: `python benchmarks/many.py`.
 
 A Llama-style model of two layers (d = 512, feed-forward 1408), rank 8 on all linears; the time of a
-forward pass as a ratio to the base model's, medians of interleaved rounds in one process.
+forward pass as a ratio to the base model's, medians of interleaved rounds in one process. "By hand"
+gathers each example's factors and multiplies by them in the model's own modules.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 
 import jax
@@ -17,38 +19,55 @@ from measure import in_turns, ratio, table
 import lora_jax as lora
 
 SHAPES = ((8, 1), (8, 128), (64, 1))
-COUNT, RANK = 64, 8
+RANK, LAYERS = 8, 2
+CONFIG = llama.Config(width=512, hidden=1408, heads=8, layers=LAYERS, dtype=jnp.float32)
 
 
-def arms(batch: int, length: int):
+def arms(batch: int, length: int, count: int):
     """{name: a compiled call without arguments}."""
-    model = llama.Llama(llama.Config(width=512, hidden=1408, heads=8, layers=2, dtype=jnp.float32))
+    model = llama.Llama(CONFIG)
     ids = jax.random.randint(jax.random.key(0), (batch, length), 0, 256)
     params = jax.jit(model.init)(jax.random.key(1), ids)["params"]
     config = lora.LoRAConfig(rank=RANK, targets=llama.ALL)
     survey = lora.survey(model.apply, {"params": params}, ids)
-    zoo = []
-    for i in range(COUNT):
-        fresh = lora.init(jax.random.key(i), params, config, survey)
-        zoo.append(jax.tree.map(lambda x: x + 0.01, fresh))
-    stacked = lora.algebra.stack(zoo)
-    index = jax.random.randint(jax.random.key(2), (batch,), 0, COUNT)
+    first = lora.init(jax.random.key(0), params, config, survey)
+    # other values for each, without as many compiled initialisations
+    zoo = [jax.tree.map(lambda x, i=i: x * (1 + i / count) + 0.01, first) for i in range(count)]
+    stacked = jax.jit(lora.algebra.stack)(zoo)
+    index = jax.random.randint(jax.random.key(2), (batch,), 0, count)
     apply = lora.adapt(model.apply)
 
-    def each(stacked, params, ids, index):
+    def by_vmap(stacked, params, ids, index):
         def one(number, ids):
             adapters = lora.algebra.choose(stacked, number)
             return apply({"params": lora.bind(params, adapters)}, ids[None])[0]
 
         return jax.vmap(one)(index, ids)
 
+    def by_slot(stacked, params, ids, index):
+        return shared(lora.algebra.choose(stacked, index), params, ids)
+
     def shared(adapters, params, ids):
         return apply({"params": lora.bind(params, adapters)}, ids)
+
+    def by_hand(stacked, params, ids, index):
+        own = dataclasses.replace(CONFIG, by_hand=llama.ALL, scale=1.0)
+        factors = {
+            layer: {
+                name: {"a": node["kernel"].a[index], "b": node["kernel"].b[index]}
+                for name, node in nodes.items()
+            }
+            for layer, nodes in stacked.items()
+        }
+        return llama.Llama(own).apply({"params": params, "lora": factors}, ids)
 
     calls = {
         "base": (lambda params, ids: model.apply({"params": params}, ids), params, ids),
         "one for all": (shared, zoo[0], params, ids),
-        "one for each": (each, stacked, params, ids, index),
+        "for each, vmap": (by_vmap, stacked, params, ids, index),
+        "for each": (by_slot, stacked, params, ids, index[:, None]),
+        "by hand": (by_hand, stacked, params, ids, index),
+        "for each token": (by_slot, stacked, params, ids, jnp.repeat(index[:, None], length, 1)),
     }
     compiled = {n: (jax.jit(f).lower(*args).compile(), args) for n, (f, *args) in calls.items()}
     return {n: functools.partial(_waited, f, args) for n, (f, args) in compiled.items()}
@@ -62,9 +81,12 @@ def _waited(f, args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--slots", type=int, nargs="*", default=[64, 512])
+    args = parser.parse_args()
     rows = []
-    for batch, length in SHAPES:
-        times = in_turns(arms(batch, length), rounds)
-        rows.append((f"{batch} × {length}", *(ratio(t, times["base"]) for t in times.values())))
-    print(table(["batch × length", "base", "one for all", "one for each"], rows))
+    for count in args.slots:
+        for batch, length in SHAPES:
+            times = in_turns(arms(batch, length, count), args.rounds)
+            ratios = (ratio(t, times["base"]) for t in times.values())
+            rows.append((count, f"{batch} × {length}", *ratios))
+    print(table(["slots", "batch × length", *times], rows))

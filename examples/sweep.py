@@ -91,7 +91,8 @@ def data(seed, steps, pretraining=200):
 
 def start(firsts):
     """All adapters, padded to one rank, (8, ...), and their state; rates and scales, (8,)."""
-    many = lora.algebra.choose(lora.algebra.stack(firsts), jnp.arange(len(firsts)))
+    stacked = lora.algebra.stack(firsts)
+    many = jax.vmap(lambda i: lora.algebra.choose(stacked, i))(jnp.arange(len(firsts)))
     rates, scales = zip(*((s.rate, s.alpha / s.rank) for s in SWEEP))
     return many, jax.vmap(init)(many), jnp.array(rates), jnp.array(scales)
 

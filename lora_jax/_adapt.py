@@ -201,7 +201,7 @@ class Adapted(Traceable):
             'plan="merged" cannot drop inputs of the low-rank branch:',
             [
                 f"'{x.origin}' "
-                + (f"has dropout {x.dropout}" if x.drops else "is adapted for some tokens alone")
+                + (f"has dropout {x.dropout}" if x.drops else "is adapted token by token")
                 for x in apart
             ],
             'lora.bind(params, adapters) without a dropout_key, or lora.adapt(fn, plan="auto")',

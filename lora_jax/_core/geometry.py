@@ -33,6 +33,7 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 RANK = -1  # the label of a factor's rank axis, and of a seed's words
+SLOT = -2  # of the axis of many adapters, each for some tokens; both are < 0, no axes of a weight
 
 
 # The kind of the keys of dropout masks, whatever kind the user's key is of.
@@ -159,9 +160,9 @@ class Factor:
     def relabel(self, label: Mapping[int, int]) -> Factor:
         """Renames the axes; those of size 1 without a new name are squeezed out."""
         # squeeze refuses a longer axis, along which something would be lost.
-        gone = tuple(i for i, d in enumerate(self.dims) if d != RANK and d not in label)
+        gone = tuple(i for i, d in enumerate(self.dims) if d >= 0 and d not in label)
         value = jax.lax.squeeze(self.value, gone) if gone else self.value
-        label = {**label, RANK: RANK}
+        label = {**label, RANK: RANK, SLOT: SLOT}
         return Factor(value, tuple(label[d] for d in self.dims if d in label))
 
     def spread(self, sizes: Mapping[int, int]) -> Factor:

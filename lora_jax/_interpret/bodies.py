@@ -6,6 +6,7 @@ in `loops`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
-from lora_jax._core.geometry import Factor, spec_along
+from lora_jax._core.geometry import RANK, Factor, spec_along
 from lora_jax._interpret.rule import Context, Equation, Rule, every, read_first
-from lora_jax._nodes.weight import Coded, Followed, is_weight
+from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, is_weight
 from lora_jax._quantized.sending import cut
 from lora_jax._quantized.waiting import is_waiting, value
 
@@ -88,7 +89,11 @@ def _sharding_of(sharding: Any, arg: Any) -> Any:
 def _like(arg: Followed, base: Any, of: Callable[[Factor], Any]) -> Any:
     """What is said of a weight, in its own structure: of the base, and `of` each factor."""
     # The same tree structure as the weight's, with specs for arrays.
-    return arg.moved(base, lambda f: Factor(of(f), f.dims), arg.axes)
+    new = arg.moved(base, lambda f: Factor(of(f), f.dims), arg.axes)
+    if not isinstance(new, AdaptedWeight) or new.tokens is None:
+        return new
+    # along no axis of the weight
+    return dataclasses.replace(new, tokens=of(Factor(new.tokens, (RANK,) * new.tokens.ndim)))
 
 
 def _remat(ctx: Context, eqn: Equation, args: Sequence) -> list:

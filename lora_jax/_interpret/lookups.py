@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._core.geometry import RANK, Factor
+from lora_jax._core.geometry import Factor
 from lora_jax._interpret.rule import INDEX, Context, Equation, Function, Rule, read_first
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight
 
@@ -121,7 +121,7 @@ def _gather_factor(
     """The factor looked up as the weight is. indices: (*lead, n), n positions in a weight of ndim
     axes; the result has the axes of `lead`, those of the factor that are left, and the rank."""
     dn, f = p["dimension_numbers"], f.sorted()
-    sizes = [f.size(RANK) if d == RANK else p["slice_sizes"][d] for d in f.dims]
+    sizes = [f.size(d) if d < 0 else p["slice_sizes"][d] for d in f.dims]
     rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
     label = dict(zip(rest, dn.offset_dims))
     # Which of the n positions are along axes that this factor has.
@@ -150,7 +150,7 @@ def _gather_factor(
         indices_are_sorted=p["indices_are_sorted"] and every,
     )
     batch = [d for d in range(out_ndim) if d not in dn.offset_dims]
-    return Factor(value, (*batch, *(d if d == RANK else label[d] for d in kept)))
+    return Factor(value, (*batch, *(d if d < 0 else label[d] for d in kept)))
 
 
 def _dynamic_slice(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
@@ -163,8 +163,8 @@ def _dynamic_slice(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
 
     def move(f: Factor) -> Factor:
         # All of the rank. Starts are clamped for a factor as they are for the base.
-        at = [jnp.zeros_like(starts[0]) if d == RANK else starts[d] for d in f.dims]
-        size = [f.size(RANK) if d == RANK else sizes[d] for d in f.dims]
+        at = [jnp.zeros_like(starts[0]) if d < 0 else starts[d] for d in f.dims]
+        size = [f.size(d) if d < 0 else sizes[d] for d in f.dims]
         return Factor(lax.dynamic_slice(f.value, at, size), f.dims)
 
     cut = tuple(d for d, n in enumerate(sizes) if n < w.shape[d])

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import compat
-from lora_jax._core.geometry import RANK, Factor
+from lora_jax._core.geometry import Factor
 from lora_jax._interpret.bodies import arrays, forwarded
 from lora_jax._interpret.rule import Context, Equation, Rule, every
 from lora_jax._interpret.saving import has_own
-from lora_jax._nodes.weight import Coded, Followed, has_seed, is_weight
+from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, has_seed, is_weight
 from lora_jax._quantized.waiting import is_waiting
 
 
@@ -68,7 +68,7 @@ def _lead(f: Factor) -> Factor:
 def _part(f: Factor, values: Iterator) -> Factor:
     """One layer's factor: the next of the sliced values, or the one that all layers share."""
     value, dims = (next(values), _lead(f).dims[1:]) if f.has(0) else (f.value, f.dims)
-    return Factor(value, tuple(d if d == RANK else d - 1 for d in dims))  # axis 0 is gone
+    return Factor(value, tuple(d if d < 0 else d - 1 for d in dims))  # axis 0 is gone
 
 
 def _carry(
@@ -105,7 +105,15 @@ def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list:
     n_consts, n_carry = compat.scan_counts(p)
     came = forwarded(jaxpr)
 
-    read = lambda a: a.array() if isinstance(a, Coded) and not a.base.sliceable else a
+    tokens: dict[int, Any] = {}
+
+    def read(a: Any) -> Any:
+        if isinstance(a, AdaptedWeight):
+            few = a.narrowed()
+            # one array for all: by it products of one input are seen to go together
+            return dataclasses.replace(few, tokens=tokens.setdefault(id(a.tokens), few.tokens))
+        return a.array() if isinstance(a, Coded) and not a.base.sliceable else a
+
     constants = [Operand(a, Part.SAME) for a in args[:n_consts]]
     carry = _carry(ctx, eqn, args[n_consts:][:n_carry], came, n_consts)
     stacks = [Operand(read(a), Part.SLICED) for a in args[n_consts + n_carry :]]

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import times
-from lora_jax._core.geometry import RANK, Factor, blocks_of, spec_along
+from lora_jax._core.geometry import RANK, SLOT, Factor, blocks_of, spec_along
 from lora_jax._interpret.rule import (
     TOGETHER,
     Context,
@@ -122,11 +122,12 @@ def _reshape_factor(
     f = f.sorted(rank_first=f.dims[0] == RANK)
     # The rank stays first or last, where it was: between axes that are merged it could not.
     dims = [d for old, new in blocks if _runs_along(f, shape, old) for d in new]
-    sizes = [new_shape[d] for d in dims]
-    rank = f.value.shape[f.dims.index(RANK)]
-    if f.dims[0] == RANK:
-        return Factor(lax.reshape(f.value, [rank, *sizes]), (RANK, *dims))
-    return Factor(lax.reshape(f.value, [*sizes, rank]), (*dims, RANK))
+    # Slots, in front of the weight's own axes, are no part of it either.
+    at = [i for i, d in enumerate(f.dims) if d >= 0] or [len(f.dims)]
+    dims = [*f.dims[: at[0]], *dims, *f.dims[at[-1] + 1 :]]
+    return Factor(
+        lax.reshape(f.value, [f.size(d) if d < 0 else new_shape[d] for d in dims]), (*dims,)
+    )
 
 
 def _slice(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
@@ -136,8 +137,12 @@ def _slice(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     def move(f: Factor) -> Factor:
         # From 0 to r by 1 along the rank: all of it.
         start, limit, step = (
-            [r if d == RANK else q[d] for d in f.dims]
-            for q, r in ((p["start_indices"], 0), (p["limit_indices"], f.size(RANK)), (strides, 1))
+            [r(d) if d < 0 else q[d] for d in f.dims]
+            for q, r in (
+                (p["start_indices"], lambda d: 0),
+                (p["limit_indices"], f.size),
+                (strides, lambda d: 1),
+            )
         )
         return Factor(lax.slice(f.value, start, limit, step), f.dims)
 
@@ -308,7 +313,7 @@ def _tile(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     reps = eqn.params["reps"]
 
     def move(f: Factor) -> Factor:
-        return Factor(lax.tile(f.value, [1 if d == RANK else reps[d] for d in f.dims]), f.dims)
+        return Factor(lax.tile(f.value, [1 if d < 0 else reps[d] for d in f.dims]), f.dims)
 
     return w.moved(base(), move, w.axes)
 
@@ -326,7 +331,7 @@ def _reduce_sum(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Follo
         return f"it is summed {BOTH}"
     kept = [d for d in range(w.ndim) if d not in gone]
     # The axes that are left, renumbered.
-    label = {RANK: RANK} | {d: i for i, d in enumerate(kept)}
+    label = {RANK: RANK, SLOT: SLOT} | {d: i for i, d in enumerate(kept)}
     # Along an axis that neither factor has the update repeats: the sum is a multiple of it.
     many = math.prod(w.shape[d] for d in gone if not w.a.has(d) and not w.b.has(d))
 

@@ -22,7 +22,7 @@ Function: TypeAlias = Callable[[Context, Equation, Sequence], Sequence | str]
 TOGETHER = "another weight enters it as well"
 INDEX = "it is used as an index"
 
-TOKENS = "it is adapted for some tokens alone"
+TOKENS = "it is adapted token by token"
 
 
 def no_rule(name: str) -> str:

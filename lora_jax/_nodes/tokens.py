@@ -1,4 +1,4 @@
-"""Adapters that are active for some tokens alone, as an activated LoRA (aLoRA) is."""
+"""Adapters of each token's own, of a stack; one for some tokens alone is a stack of one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.geometry import SLOT, Factor
 from lora_jax._nodes.node import Node
 from lora_jax._nodes.weight import AdaptedWeight, is_weight
 
@@ -18,37 +19,48 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class ForTokens(Node):
-    """A node, and for which tokens its update is there; `lora.algebra.choose` makes them.
+    """A stack of nodes of one leaf, and which of them each token has; `lora.algebra.choose` makes
+    them.
 
     Attributes:
-      node: such as a `LoRA`.
-      tokens: booleans, one for each position of the inputs of the leaf's products.
+      node: such as a `LoRA`, each array with an axis of slots in front.
+      slots: integers, one for each position of the inputs of the leaf's products; -1 is no update.
     """
 
     node: Any
-    tokens: jax.Array
+    slots: jax.Array
+
+    @property
+    def _one(self) -> Any:
+        return jax.eval_shape(lambda node: jax.tree.map(lambda x: x[0], node), self.node)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.node.shape
+        return self._one.shape
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        return self.node.misfit(shape)
-
-    def factors(self, frozen: Any = None) -> ForTokens:
-        return dataclasses.replace(self, node=self.node.factors(frozen))
+        return self._one.misfit(shape)
 
     def weight(self, base: Any, path: str, key: chex.PRNGKey | None = None) -> AdaptedWeight:
-        weight = self.node.weight(base, path, key)
-        if not is_weight(weight) or weight.rows is not None or weight.gain is not None:
-            raise LoRAError(
-                f"'{path}' is a {type(self.node).__name__}, which changes more than an update that "
-                "some tokens can do without: choose with a mask adapters that are LoRA alone"
-            )
-        return dataclasses.replace(weight, tokens=self.tokens)
+        made: list[AdaptedWeight] = []
+
+        def one(node: Any) -> tuple[jax.Array, jax.Array]:
+            w = node.weight(base, path)
+            if not is_weight(w) or w.rows is not None or w.gain is not None:
+                raise LoRAError(
+                    f"'{path}' is a {type(node).__name__}, which changes more than an update that "
+                    "some tokens can do without: choose for tokens adapters that are LoRA alone"
+                )
+            made.append(w)
+            return w.a.value, w.b.value
+
+        a, b = jax.vmap(one)(self.node)
+        front = lambda value, f: Factor(value, (SLOT, *f.dims))
+        w = made[0]
+        return dataclasses.replace(w, a=front(a, w.a), b=front(b, w.b), tokens=self.slots)
 
     def merged(self, base: Any, sign: float = 1.0) -> jax.Array:
         raise LoRAError(
-            "adapters that were chosen for some tokens cannot be merged, which would be for all: "
-            "lora.merge(params, lora.algebra.choose(stacked, index))"
+            "adapters that were chosen token by token cannot be merged, which would be for all: "
+            "lora.merge(params, lora.algebra.choose(stacked, index)), with one number"
         )

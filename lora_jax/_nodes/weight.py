@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
+from lora_jax._core.compat import less
 from lora_jax._core.einsum import cast, contract, gained, holding, plus, times, wide
 from lora_jax._core.errors import LoRAError, refuse_use
-from lora_jax._core.geometry import RANK, SEED_IMPL, Factor, static
+from lora_jax._core.geometry import RANK, SEED_IMPL, SLOT, Factor, static
 from lora_jax._quantized.waiting import is_waiting, value
 
 
@@ -174,9 +175,10 @@ class AdaptedWeight(Followed):
         is labelled with, and an axis RANK of size 1; or None.
       rows: of a table some rows of which are trained, what stands in their place, labelled as b;
         a is then one-hot and b the rows' change. What is looked up is this, and no sum.
-      tokens: booleans, for which positions of the input there is an update at all: one for each
-        along the axes of x that the weight lacks; or None, for all. It does not move along with the
-        base, and there is no W + scale·A·B then.
+      tokens: integers, which slot of the factors each position of the input has: one for each
+        along the axes of x that the weight lacks, where a size of 1 is one for all; -1 has no
+        update. a and b have an axis SLOT then, and there is no W + scale·A·B. Or None. It does not
+        move along with the base.
       scale: the constant in front of the update.
       dropout: the rate on the input of the low-rank branch, used only with a seed.
 
@@ -213,6 +215,22 @@ class AdaptedWeight(Followed):
         a = Factor(scale(self.a.value), self.a.dims)  # of A·B one factor is enough
         return dataclasses.replace(self, base=base, a=a)
 
+    def narrowed(self) -> AdaptedWeight:
+        """With the slots alone that tokens name, where these are fewer: what reads all of a stack,
+        as a loop over layers does, reads no more then."""
+        slots, many = self.tokens, self.a.size(SLOT) if self.a.has(SLOT) else 0
+        if slots is None or not less(slots.size, many):
+            return self
+
+        def move(f: Factor) -> Factor:
+            at = f.dims.index(SLOT)
+            return Factor(jnp.take(f.value, slots.reshape(-1), at, mode="clip"), f.dims)
+
+        own = jnp.arange(slots.size, dtype=slots.dtype).reshape(slots.shape)
+        none = jnp.where(slots == -1, -1, slots.size)  # past the end: NaN
+        tokens = jnp.where((slots >= 0) & (slots < many), own, none)
+        return dataclasses.replace(self, a=move(self.a), b=move(self.b), tokens=tokens)
+
     def folded(self, n: Any) -> AdaptedWeight:
         """The weight with other dropout masks: one for each n, and for each weight of the stack."""
         if self.seed is None:
@@ -228,9 +246,9 @@ class AdaptedWeight(Followed):
         """scale · A·B in the weight's shape, computed in `dtype`."""
         if self.tokens is not None:
             raise LoRAError(
-                f"'{self.origin}' is adapted for some tokens alone, by the mask of "
+                f"'{self.origin}' is adapted token by token, by the slots or the mask of "
                 "lora.algebra.choose, and that only products of matrices can do: leave it out of "
-                "the adapters, or choose without a mask"
+                "the adapters, or choose one slot, under jax.vmap for each example"
             )
         # Along axes that neither factor has the update repeats.
         out = tuple(d for d in range(self.ndim) if self.a.has(d) or self.b.has(d))

@@ -16,13 +16,14 @@ import numpy as np
 from jax.lax import Precision
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, cast, holding, meeting, plus
+from lora_jax._core.einsum import Labels, along, cast, holding, meeting, plus
 from lora_jax._core.errors import LoRAError
-from lora_jax._core.geometry import RANK, SEED_IMPL, Factor
+from lora_jax._core.geometry import RANK, SEED_IMPL, SLOT, Factor
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._products.group import Group, Member
 from lora_jax._products.linear import adapted
 from lora_jax._products.plan import AWARE, Plan, planned
+from lora_jax._products.slots import Choice, Pair, by_slot
 from lora_jax._quantized.dot import read_whole
 from lora_jax._quantized.waiting import is_waiting
 
@@ -71,9 +72,9 @@ class Product:
 
         The one that makes the cheaper first product comes first.
         """
-        label = dict(enumerate(self.wl)) | {RANK: RANK}
+        label = dict(enumerate(self.wl)) | {RANK: RANK, SLOT: SLOT}
         size = dict(zip(xl, x.shape)) | dict(zip(self.wl, self.w.shape))
-        size[RANK] = self.w.a.size(RANK)
+        size |= {d: self.w.a.size(d) for d in self.w.a.dims if d < 0}
 
         def flops(first: Factor, second: Factor) -> int:
             fl, sl = ([label[d] for d in f.dims] for f in (first, second))
@@ -99,15 +100,16 @@ def _labelled(f: Factor, label: Mapping[int, Hashable]) -> Labelled:
 
 def contracted(
     x: jax.Array, xl: Labels, products: Sequence[Product], mode: str
-) -> list[tuple[jax.Array, Plan]]:
+) -> list[tuple[jax.Array, Plan | str]]:
     """(result, plan) of each product. Those whose A run along the same axes of x are one group."""
     groups: dict[Any, list[int]] = {}
     parts = [p.factors(x, xl) for p in products]
     for i, (p, ((_, al), (_, bl))) in enumerate(zip(products, parts)):
         left = tuple(d for d in xl if d in p.out or d in bl)
         # Not beside others: what has a mask of its own, and A along other axes than x's.
-        alone = i if p.w.apart or not {*al} <= {*xl, RANK} else None
-        key = (al, left, p.params["precision"], p.whole, p.meeting(x), alone)
+        alone = i if p.w.drops or not {*al} <= {*xl, RANK, SLOT} else None
+        slots = None if p.w.tokens is None else id(p.w.tokens)
+        key = (al, left, p.params["precision"], p.whole, p.meeting(x), alone, slots)
         groups.setdefault(key, []).append(i)
     done: dict[int, tuple] = {}
     for members in groups.values():
@@ -125,9 +127,11 @@ def _multiplied(
     products: Sequence[Product],
     parts: Sequence[tuple[Labelled, Labelled]],
     mode: str,
-) -> list[tuple[jax.Array, Plan]]:
+) -> list[tuple[jax.Array, Plan | str]]:
     """The results of one group, and its plan."""
     first = products[0]
+    if first.w.tokens is not None:
+        return _by_slot(x, xl, products, parts)
     whole = first.whole and not first.w.apart
     (_, al), _ = parts[0]
     plan = _plan(x, xl, products, parts, mode, whole)
@@ -138,7 +142,7 @@ def _multiplied(
     if not whole:
         # x·W as the model wrote it, and the update of x as floats beside it
         bases = [p.base() for p in products]
-        x = for_tokens(dropout(cast(x, dtype), first.w, first.use), xl, first)
+        x = dropout(cast(x, dtype), first.w, first.use)
     members = tuple(
         Member(
             tuple(p.wl) if whole else (),
@@ -220,20 +224,50 @@ def _keeps_all_bits(p: Product, x: jax.Array) -> bool:
     return wide and (full or compat.platform(x) == "cpu")
 
 
-def for_tokens(x: jax.Array, xl: Labels, p: Product) -> jax.Array:
-    """x where the weight's mask of tokens is true, and zero elsewhere."""
-    if p.w.tokens is None:
-        return x
+def _by_slot(
+    x: jax.Array,
+    xl: Labels,
+    products: Sequence[Product],
+    parts: Sequence[tuple[Labelled, Labelled]],
+) -> list[tuple[jax.Array, Plan | str]]:
+    """x·W of each, and beside it x times the factors of each position's own slot; and how."""
+    first = products[0]
+    bases, (s, sl) = [p.base() for p in products], _slots(x, xl, first)
+    dtype, precision = first.meeting(x), first.params["precision"]
+    if not dtype == x.dtype == first.w.dtype and not isinstance(precision, Precision | tuple):
+        precision = None  # as in `_multiplied`
+    x = dropout(cast(x, dtype), first.w, first.use)
+    pairs: list[Pair] = []
+    for p, ((a, al), (_, bl)) in zip(products, parts):
+        left = dict.fromkeys((*xl, *al))
+        hl = (*(d for d in left if d not in (RANK, SLOT) and (d in p.out or d in bl)), RANK)
+        count = a.shape[al.index(SLOT)]
+        down = Choice(tuple(xl), al, sl, hl, count, dtype, precision)
+        out = tuple(d for d in p.out if d in hl or d in bl)
+        up = Choice(hl, bl, sl, out, count, holding(p.dtype), precision)
+        pairs.append(Pair(down, up, p.w.scale))
+    factors = [(cast(a, dtype), cast(b, dtype)) for (a, _), (b, _) in parts]
+    deltas = by_slot(x, s, factors, pairs)
+    return [
+        (plus(y, along(d, pair.up.out, p.out, y.shape)), "by slot: " + pair.plan(x, *f, s))
+        for p, y, d, pair, f in zip(products, bases, deltas, pairs, factors)
+    ]
+
+
+def _slots(x: jax.Array, xl: Labels, p: Product) -> tuple[jax.Array, tuple]:
+    """The slots of the positions of x, and the labels of their axes: those of x that the weight
+    lacks, less those along which all have the same."""
+    assert p.w.tokens is not None
     free = [i for i, d in enumerate(xl) if d not in p.wl]
     sizes, found = tuple(x.shape[i] for i in free), tuple(p.w.tokens.shape)
-    if sizes != found:
+    if len(sizes) != len(found) or any(n not in (1, size) for n, size in zip(found, sizes)):
         raise LoRAError(
             f"'{p.w.origin}' is multiplied by inputs of shape {tuple(x.shape)}, which have {sizes} "
-            f"positions; expected a mask of that shape, found {found}: "
-            "lora.algebra.choose(stacked, index, mask), (tokens,) for each example under jax.vmap"
+            f"positions; expected slots or a mask of that shape, or of 1 in places, found {found}: "
+            "lora.algebra.choose(stacked, slots), with slots (batch, tokens) or (batch, 1)"
         )
-    where = jax.lax.broadcast_in_dim(p.w.tokens, x.shape, free)
-    return jnp.where(where, x, jnp.zeros((), x.dtype))
+    own = [i for i, n in enumerate(found) if n != 1]
+    return p.w.tokens.reshape([found[i] for i in own]), tuple(xl[free[i]] for i in own)
 
 
 def dropout(x: jax.Array, w: AdaptedWeight, use: int) -> jax.Array:

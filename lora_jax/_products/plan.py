@@ -33,6 +33,21 @@ FLOPs are made comparable with bytes by a machine balance of 16 FLOPs a byte: fp
 (100 GFLOP/s, 6 GB/s a core when all are busy) and on an H100 outside of its tensor cores (67
 TFLOP/s, 3.35 TB/s). The choice depends on it little, as merging changes FLOPs and bytes alike, and
 "beside" has the FLOPs of the factors.
+
+Rows with an adapter each, of K, are another matter: T rows in G groups that share one. Each of the
+two factors, (d, k) say, is one of K matrices, and more than nothing is
+
+                  FLOPs         bytes moved
+  gathered        2·T·d·k       3·b·G·d·k               each group's matrix read, written and read
+  one by one      4·2·T·d·k     b·G·d·k                 where it lies, in a loop of G steps, by one
+                                                        core: on one device of a CPU alone
+  concatenated    2·T·K·d·k     b·K·(d·k + 2·T·min(d, k))   all matrices side by side, and x or the
+                                                        result at each slot
+
+Measured on two CPU cores, d = 512, r = 8: gathered wins from about 16 rows a group on, and
+concatenated where K·r is below about 64. `ragged_dot` of rows that are sorted is none of them: XLA
+makes K masked products of it on CPUs and GPUs, and on a TPU v5e it moves more bytes than
+concatenated. Where there are matrix units, a byte is worth more FLOPs.
 """
 
 from __future__ import annotations
@@ -43,6 +58,8 @@ from collections.abc import Sequence
 from lora_jax._core.compat import less
 
 BALANCE = 16  # FLOPs a byte; whole, as sizes of symbolic shapes take no fractions
+MATRIX_UNITS = 200  # the same of bf16 on an H200 or a TPU v5e: 206 and 240
+STEP = 100_000  # FLOPs in the time of one step of a loop on a CPU, about 1 µs
 
 
 WAYS = ("factored", "merged", "beside")
@@ -150,3 +167,33 @@ def planned(
         cheapest(c.down, c.join_back),
         shared,
     )
+
+
+SLOT_WAYS = ("gathered", "one by one", "concatenated")
+
+
+def way_by_slot(
+    groups: int,
+    rows: int,
+    inner: int,
+    outer: int,
+    slots: int,
+    itemsize: int,
+    platform: str,
+    local: bool,
+) -> str:
+    """The way to a product of rows with a matrix (inner, outer) of their own, one of `slots`; see
+    the table above. `groups` of `rows` rows each have one; `local`: on one device."""
+    byte = itemsize * (BALANCE if platform == "cpu" else MATRIX_UNITS)
+    numbers, flops = inner * outer, 2 * groups * rows * inner * outer
+    way, least = "gathered", flops + byte * 3 * groups * numbers
+    small = inner if less(inner, outer) else outer
+    all_slots = slots * flops + byte * slots * (numbers + 2 * groups * rows * small)
+    if less(all_slots, least):
+        way, least = "concatenated", all_slots
+    # A loop over rows that lie on several devices would send them to each other.
+    loop = 4 * flops + groups * (byte * numbers + STEP)
+    whole = isinstance(groups, int)  # no loop of as many steps as a symbol says
+    if whole and platform == "cpu" and local and less(loop, least):
+        way = "one by one"
+    return way

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core.errors import LoRAError, raise_all
@@ -94,54 +95,82 @@ def stack(
 
 
 def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None) -> Any:
-    """The adapters under a number, or under an array of them, one for each example; -1 is none.
+    """The adapters under a number, or, of an array of them, those of each token; -1 is none.
 
     Args:
       stacked: as from `stack`.
-      index: an integer, or (B,) integers, traced ones too: another choice never recompiles. -1 is
-        the base; every other number that has no slot, such as -2 or the capacity, gives NaN.
+      index: an integer, under `jax.vmap` also one for each example. Or an array of integers, one
+        for each position of the inputs of every adapted product, along the axes that its weight
+        lacks: (B, T), as of packed sequences, or (B, 1), one for each example; no `vmap` is needed.
+        Traced or not, another choice never recompiles. -1 is the base; every other number that has
+        no slot, such as -2 or the capacity, gives NaN.
       mask: booleans, for which tokens the adapters are active, as aLoRA's are from its invocation
-        tokens on; elsewhere the model is the base. (T,), or, for `jax.vmap`, (B, T): one for each
-        position of the inputs of every adapted product, along the axes that its weight lacks. None:
-        for all tokens.
+        tokens on; elsewhere the model is the base. Of the same shape as an array of numbers would
+        be, (B, T), or (T,) for each example under `jax.vmap`. None: for all tokens.
 
     Returns:
-      Adapters for `bind`; of an array, with an axis of B in front, for `jax.vmap`.
+      Adapters for `bind`; of an array, or with a mask, for nothing else.
 
     Raises:
-      LoRAError: an index that is no integer, a mask that is not boolean. When the model is called:
-        a mask of another shape than the inputs', a leaf that is used otherwise than in products of
-        matrices.
+      LoRAError: an index that is no integer, an array with a number that has no slot and is not
+        traced, a mask that is not boolean. When the model is called: numbers or a mask of another
+        shape than the inputs', a leaf that is used otherwise than in products of matrices.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> def node(x):
     ...     b = jnp.full((1, 2), x)
     ...     return {"w": lora.LoRA(jnp.ones((2, 1)), b, 1.0, lora.Geometry((0,), (1,)))}
     >>> stacked = lora.algebra.stack([node(1.0), node(10.0)])
-    >>> lora.algebra.choose(stacked, jnp.array([1, 0, -1]))["w"].b
-    Array([[[10., 10.]],
-           [[ 1.,  1.]],
-           [[ 0.,  0.]]], dtype=float32)
+    >>> lora.algebra.choose(stacked, 1)["w"].b
+    Array([[10., 10.]], dtype=float32)
+
+    >>> params, fn = {"w": jnp.eye(2)}, lora.adapt(lambda p, x: x @ p["w"])
+    >>> packed = lora.algebra.choose(stacked, jnp.array([[1, 0, -1]]))
+    >>> fn(lora.bind(params, packed), jnp.ones((1, 3, 2)))
+    Array([[[21., 21.],
+            [ 3.,  3.],
+            [ 1.,  1.]]], dtype=float32)
 
     >>> some = lora.algebra.choose(stacked, 1, jnp.array([False, True]))
-    >>> params, fn = {"w": jnp.eye(2)}, lora.adapt(lambda p, x: x @ p["w"])
     >>> fn(lora.bind(params, some), jnp.ones((2, 2)))
     Array([[ 1.,  1.],
            [21., 21.]], dtype=float32)
     """
-    chosen = _chosen(stacked, index)
-    if mask is None:
-        return chosen
-    if jnp.result_type(mask) != jnp.bool_:
+    if mask is None and jnp.ndim(index) == 0:
+        return _taken(stacked, index)
+    if mask is not None and jnp.result_type(mask) != jnp.bool_:
         raise LoRAError(
             f"mask: expected booleans, found {jnp.result_type(mask)}: "
             "lora.algebra.choose(stacked, index, mask > 0)"
         )
-    mask = jnp.asarray(mask)
-    return jax.tree.map(lambda node: ForTokens(node, mask), chosen, is_leaf=is_node)
+    if jnp.ndim(index) == 0:  # for some tokens one of them: a stack of one
+        stacked, slots = _taken(stacked, jnp.asarray(index)[None]), jnp.zeros((), jnp.int32)
+    else:
+        count, index = len(jax.tree.leaves(stacked)[0]), jnp.asarray(index)
+        _check_slots(index, count - 1)
+        slots = _at(index, count)
+        slots = jnp.where(slots == count - 1, -1, slots)
+    if mask is not None:
+        slots = jnp.where(jnp.asarray(mask), slots, -1)
+    return jax.tree.map(lambda node: ForTokens(node, slots), stacked, is_leaf=is_node)
 
 
-def _chosen(stacked: Any, index: int | chex.Array) -> Any:
+def _check_slots(index: chex.Array, capacity: int) -> None:
+    if isinstance(index, jax.core.Tracer) or not jnp.issubdtype(index.dtype, jnp.integer):
+        return
+    # Not of what is spread over several processes: it cannot be read here, and is NaN.
+    if not getattr(index, "is_fully_addressable", True):
+        return
+    numbers = np.unique(np.asarray(index))
+    wrong = numbers[(numbers < -1) | (numbers >= capacity)]
+    if len(wrong):
+        raise LoRAError(
+            f"no slot has the number {', '.join(map(str, wrong[:8]))}: expected -1, the base, or 0 "
+            f"to {capacity - 1}: lora.algebra.choose(stacked, jnp.where(known, slots, -1))"
+        )
+
+
+def _taken(stacked: Any, index: int | chex.Array) -> Any:
     return jax.tree.map(lambda x: jnp.take(x, _at(index, len(x)), axis=0, mode="fill"), stacked)
 
 

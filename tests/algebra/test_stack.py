@@ -67,10 +67,15 @@ def each(stacked, index, ids):
     return jax.vmap(one)(index, ids)
 
 
+def taken(stacked, index):
+    """(B, ...) adapters."""
+    return jax.vmap(lora.algebra.choose, (None, 0))(stacked, index)
+
+
 def gathered(stacked, index, ids):
     """By all numbers at once, in front of it."""
     one = lambda adapters, ids: APPLY(lora.bind(PARAMS, adapters), ids)
-    return jax.vmap(one)(lora.algebra.choose(stacked, index), ids)
+    return jax.vmap(one)(taken(stacked, index), ids)
 
 
 ZOO = [
@@ -166,7 +171,7 @@ def test_the_base_is_multiplied_once():
     stacked = lora.algebra.stack([node] * 16)
     f = lora.adapt(lambda p, x: x @ p["w"])
     one = lambda adapters, x: f(lora.bind(params, adapters), x)
-    run = lambda index, x: jax.vmap(one)(lora.algebra.choose(stacked, index), x)
+    run = lambda index, x: jax.vmap(one)(taken(stacked, index), x)
     cost = jax.jit(run).lower(jnp.zeros(16, int), jnp.ones((16, 8, 64))).compile().cost_analysis()
     base, factors = 2 * 16 * 8 * 64 * 48, 2 * 16 * 8 * 2 * (64 + 48)
     assert cost["flops"] <= 1.1 * (base + factors)
@@ -190,9 +195,7 @@ def test_sharded():
     stacked = jax.device_put(stacked, jax.tree.map(lambda s: on(P(None, *s.spec)), own))
     index, ids = jnp.array([3, 0, -1, 2, 1, 0]), jax.device_put(IDS, on(P("d")))
     one = lambda params, adapters, ids: APPLY(lora.bind(params, adapters), ids)
-    run = jax.jit(
-        lambda p, s, i, ids: jax.vmap(one, (None, 0, 0))(p, lora.algebra.choose(s, i), ids)
-    )
+    run = jax.jit(lambda p, s, i, ids: jax.vmap(one, (None, 0, 0))(p, taken(s, i), ids))
     assert_close(
         jax.device_get(run(params, stacked, index, ids)),
         jax.device_get(each(lora.algebra.stack(ZOO), index, IDS)),
@@ -221,7 +224,7 @@ def test_decoding_with_a_cache():
     @jax.jit
     def decode(cache, x, t):
         one = lambda adapters, cache, x: f(lora.bind(params, adapters), cache, x, t)
-        return jax.vmap(one)(lora.algebra.choose(stacked, index), cache, x)
+        return jax.vmap(one)(taken(stacked, index), cache, x)
 
     def run(decode, cache, x):
         outs = []
@@ -387,17 +390,19 @@ def test_masks_that_do_not_fit():
     chosen = lora.algebra.choose(stacked, 0, MASK[0])
     with fails("cannot be merged, which would be for all"):
         lora.merge(PARAMS, chosen)
-    with fails(r"'layers' is multiplied by .* \(4,\) positions; expected a mask .* found \(5,\)"):
+    with fails(
+        r"'layers' is multiplied by .* \(4,\) positions; expected slots or a mask .* found \(5,\)"
+    ):
         APPLY(lora.bind(PARAMS, chosen), IDS[0, :4])
-    with fails("(?s)'head' is adapted for some tokens alone.*'layers' is adapted"):
+    with fails("(?s)'head' is adapted token by token.*'layers' is adapted"):
         lora.adapt(fn, plan="merged")(lora.bind(PARAMS, chosen), IDS[0])
     table = lora.algebra.choose(lora.algebra.stack([make(1, targets=("table",))]), 0, MASK[0])
     for strict in (True, False):
-        with fails("'table' is adapted for some tokens alone"):
+        with fails("'table' is adapted token by token"):
             lora.adapt(fn, strict=strict)(lora.bind(PARAMS, table), IDS[0])
     full = lora.algebra.stack([make(1, targets=("head",), full="bias")], base=PARAMS)
     with fails("'bias' is a Full, which changes more than an update"):
         lora.bind(PARAMS, lora.algebra.choose(full, 0, MASK[0]))
     both = lambda p, x: x @ jnp.concatenate([p["layers"][0], p["layers"][1]], 1)
-    with fails("adapted for some tokens alone"):
+    with fails("adapted token by token"):
         lora.adapt(both)(lora.bind(PARAMS, {"layers": chosen["layers"]}), jnp.ones((5, D)))

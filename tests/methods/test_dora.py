@@ -163,7 +163,10 @@ def test_a_stack_with_none():
     ]  # fmt: skip
     stacked = lora.algebra.stack(adapters, base={"w": W}, capacity=3)
     each = jax.vmap(lambda ad, x: lora.adapt(fn)(lora.bind({"w": W}, ad), x))
-    got = each(lora.algebra.choose(stacked, jnp.array([1, -1, 0])), jnp.stack([X[0]] * 3))
+    got = each(
+        jax.vmap(lora.algebra.choose, (None, 0))(stacked, jnp.array([1, -1, 0])),
+        jnp.stack([X[0]] * 3),
+    )
     trees = [lora.merge({"w": W}, adapters[1]), {"w": W}, lora.merge({"w": W}, adapters[0])]
     assert_close(got, jnp.stack([fn(p, X[0]) for p in trees]))
     with fails("is a DoRA, and an empty slot holds the base's values"):
