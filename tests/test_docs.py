@@ -1,7 +1,14 @@
 """Pages of the docs that are to be pasted: they run, and print what stands below their snippets."""
 
 import pytest
-from pages import assert_prints, snippets
+from pages import ROOT, assert_prints, snippets
+
+# The short pages: new ones are found.
+SHORT = sorted(
+    str(page.relative_to(ROOT))
+    for folder in ("start", "concepts", "howto")
+    for page in (ROOT / "docs" / folder).glob("*.md")
+)
 
 
 def assert_page(page):
@@ -46,3 +53,9 @@ def test_tenants():
 def test_methods():
     """Each snippet asserts that its loss falls."""
     assert_page("docs/methods.md")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", SHORT)
+def test_page(page):
+    assert_page(page)
