@@ -1,14 +1,16 @@
 """Pages of the docs that are to be pasted: they run, and print what stands below their snippets."""
 
 import pytest
-from pages import ROOT, assert_prints, snippets
+from pages import ROOT, assert_prints, assert_same, run, snippets
 
-# The short pages: new ones are found.
-SHORT = sorted(
-    str(page.relative_to(ROOT))
-    for folder in ("start", "concepts", "howto")
-    for page in (ROOT / "docs" / folder).glob("*.md")
-)
+# Folders of short pages: new pages are found.
+FOLDERS = ("start", "concepts", "howto")
+# Each page with its own names, in one process: most of the time is that of the imports.
+TOGETHER = """
+for page, code in {pages!r}:
+    print("\f")
+    exec(compile(code, page, "exec"), {{"__name__": "__main__"}})
+"""
 
 
 def assert_page(page):
@@ -56,6 +58,11 @@ def test_methods():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("page", SHORT)
-def test_page(page):
-    assert_page(page)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_short_pages(folder):
+    found = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs" / folder).glob("*.md"))
+    pages = {page: snippets(page) for page in found}
+    code = [(page, "\n".join(code for code, _ in of)) for page, of in pages.items()]
+    printed = run(TOGETHER.format(pages=code)).split("\f\n")[1:]
+    for (page, of), got in zip(pages.items(), printed, strict=True):
+        assert_same(got, "".join(want for _, want in of), page)
