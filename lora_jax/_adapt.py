@@ -35,7 +35,7 @@ def adapt(
     The result takes the arguments of `fn`. Where they hold adapted weights, each contraction,
     convolution or look-up x·W becomes x·W + scale·(x·A)·B (arXiv:2106.09685, eq. 3); all else is
     `fn`, unchanged. A weight that `fn` returns as it got it is an array, W + scale·A·B. The result
-    is a pure function, and composes with every JAX transformation. `stop_gradient` of a weight is
+    is a pure function, and composes with JAX's transformations. `stop_gradient` of a weight is
     of its base, which is frozen anyway: the adapter still trains. Without an adapted weight among
     the arguments it is `fn` itself.
 
@@ -71,7 +71,7 @@ def adapt(
 
     Raises:
       LoRAError: an unknown plan or `save`; or "merged" with dropout, which is on the input of the
-        branch. When called, if strict: lists every leaf that was materialised (with the primitive
+        branch. When called, if strict: lists the leaves that were materialised (with the primitive
         and its source line) or unused. When called, if Variables of NNX are changed that are not
         arguments, or were made outside of the `jax` transform around the call.
 
