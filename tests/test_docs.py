@@ -1,5 +1,7 @@
 """Pages of the docs that are to be pasted: they run, and print what stands below their snippets."""
 
+from pathlib import Path
+
 import pytest
 from pages import ROOT, assert_prints, assert_same, run, snippets
 
@@ -66,3 +68,15 @@ def test_short_pages(pages):
     printed = run(TOGETHER.format(pages=code)).split("\f\n")[1:]
     for (page, of), got in zip(of_page.items(), printed, strict=True):
         assert_same(got, "".join(want for _, want in of), page)
+
+
+def test_no_page_is_left_out():
+    """Every page with code is run, here or by tests/test_docs_with.py."""
+    docs = ROOT / "docs"
+    pages = {p for p in docs.rglob("*.md") if snippets(p.relative_to(ROOT))}
+    run_here = {p for pages in SHORT for p in docs.glob(f"{pages}.md")} | set(
+        docs.glob("with/*.md")
+    )
+    named = Path(__file__).read_text()
+    left = [p.name for p in pages - run_here if f'"docs/{p.relative_to(docs)}"' not in named]
+    assert not left
