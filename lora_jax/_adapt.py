@@ -37,7 +37,7 @@ def adapt(
     The result takes the arguments of `fn`. Where they hold adapted weights, each contraction,
     convolution or look-up x·W becomes x·W + scale·(x·A)·B (arXiv:2106.09685, eq. 3); all else is
     `fn`, unchanged. A weight that `fn` returns as it got it is an array, W + scale·A·B. The result
-    is a pure function, and composes with every JAX transformation. `stop_gradient` of a weight is
+    is a pure function, and composes with JAX's transformations. `stop_gradient` of a weight is
     of its base, which is frozen anyway: the adapter still trains. Without an adapted weight among
     the arguments it is `fn` itself.
 
@@ -82,7 +82,7 @@ def adapt(
       LoRAError: an unknown plan or `save`; or "merged" with dropout, which is on the input of the
         branch; or `merge_aware` with an unknown format, another plan, or, when called, with
         dropout, DoRA, rows, some tokens alone, a base in other codes, and leaves that are used by
-        anything but a matrix product. When called, if strict: lists every leaf that was
+        anything but a matrix product. When called, if strict: lists the leaves that were
         materialised (with the primitive and its source line) or unused. When called, if Variables
         of NNX are changed that are not arguments, or were made outside of the `jax` transform
         around the call.

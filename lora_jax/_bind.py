@@ -45,8 +45,8 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
       return what the call changes.
 
     Raises:
-      LoRAError: adapters of another model (lists every path that does not exist and every shape
-        that differs), parameters where adapters belong, or parameters that are bound already;
+      LoRAError: adapters of another model (lists the paths that do not exist and the shapes that
+        differ), parameters where adapters belong, or parameters that are bound already;
         adapters that need frozen arrays, see `factors`; leaves and adapters that do not lie on the
         same devices.
 

@@ -1,7 +1,18 @@
 """Pages of the docs that are to be pasted: they run, and print what stands below their snippets."""
 
+from pathlib import Path
+
 import pytest
-from pages import assert_prints, snippets
+from pages import ROOT, assert_prints, assert_same, run, snippets
+
+# Short pages, by folder: new ones are found.
+SHORT = ("start/*", "concepts/*", "howto/*", "design", "performance", "parallel", "scaling")
+# Each page with its own names, in one process: most of the time is that of the imports.
+TOGETHER = """
+for page, code in {pages!r}:
+    print("\f")
+    exec(compile(code, page, "exec"), {{"__name__": "__main__"}})
+"""
 
 
 def assert_page(page):
@@ -46,3 +57,26 @@ def test_tenants():
 def test_methods():
     """Each snippet asserts that its loss falls."""
     assert_page("docs/methods.md")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pages", SHORT)
+def test_short_pages(pages):
+    found = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob(f"{pages}.md"))
+    of_page = {page: snippets(page) for page in found}
+    code = [(page, "\n".join(code for code, _ in of)) for page, of in of_page.items()]
+    printed = run(TOGETHER.format(pages=code)).split("\f\n")[1:]
+    for (page, of), got in zip(of_page.items(), printed, strict=True):
+        assert_same(got, "".join(want for _, want in of), page)
+
+
+def test_no_page_is_left_out():
+    """Every page with code is run, here or by tests/test_docs_with.py."""
+    docs = ROOT / "docs"
+    pages = {p for p in docs.rglob("*.md") if snippets(p.relative_to(ROOT))}
+    run_here = {p for pages in SHORT for p in docs.glob(f"{pages}.md")} | set(
+        docs.glob("with/*.md")
+    )
+    named = Path(__file__).read_text()
+    left = [p.name for p in pages - run_here if f'"docs/{p.relative_to(docs)}"' not in named]
+    assert not left

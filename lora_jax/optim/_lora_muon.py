@@ -57,7 +57,7 @@ def lora_muon(
     below √(r·ε) of the largest, about 10⁻³, are left out, so that at B = 0 only B moves. So is the
     paper's optional rebalancing of the factors' norms.
 
-    State: (in + out)·r numbers. FLOPs of a step: about 12·(in + out)·r² and four r × r
+    State: (in + out)·r numbers. FLOPs of a step: about 10·(in + out)·r² and four r × r
     eigendecompositions for each weight.
 
     Args:

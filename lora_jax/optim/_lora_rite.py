@@ -75,7 +75,7 @@ def lora_rite(
     use the lost mass unless told to; here nothing is clipped or skipped.
 
     State: mu and basis, 2·(in + out)·r numbers as Adam has, and 2·r². FLOPs of a step: about
-    16·(in + out)·r², and ten r × r eigendecompositions, for each weight.
+    18·(in + out)·r², and ten r × r eigendecompositions, for each weight.
 
     Args:
       learning_rate: a number or a schedule; as Adam's. W' moves by matrices S·U in which S has

@@ -28,6 +28,10 @@ def run(code):
 
 
 def assert_prints(code, want):
-    got = run(code)
+    assert_same(run(code), want)
+
+
+def assert_same(got, want, where=""):
     how = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    assert doctest.OutputChecker().check_output(want, got, how), f"printed:\n{got}\nsaid:\n{want}"
+    same = doctest.OutputChecker().check_output(want, got, how)
+    assert same, f"{where} printed:\n{got}\nsaid:\n{want}"
