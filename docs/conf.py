@@ -44,7 +44,7 @@ nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 copybutton_exclude = ".linenos, .gp, .go"  # of doctests, the code alone
-smartquotes = False  # "all-linear" is code
+smartquotes_action = "D"  # not the quotes: "all-linear" is code
 
 # Docstrings: Google's sections.
 napoleon_numpy_docstring = False
