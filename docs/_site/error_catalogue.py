@@ -122,7 +122,9 @@ def says_something(text: str) -> bool:
 
 def either(a: str, b: str) -> str:
     simple = lambda t: t[1:-1] if own(t) == ["", ""] else t
-    return a if not b or a == b else b if not a else f"‹{simple(a)} | {simple(b)}›"
+    if a == b:
+        return a
+    return f"‹{' | '.join(simple(t) for t in (a, b) if t)}›"
 
 
 def constants(file: Path, node: ast.AST) -> str | None:
@@ -347,7 +349,8 @@ def cause_and_cure(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def messages() -> list[Message]:
+@cache
+def messages() -> tuple[Message, ...]:
     """All of them, by file; a message that stands in several places is one."""
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
@@ -369,7 +372,55 @@ def messages() -> list[Message]:
             at = (file, getattr(top, "name", ""), node.lineno)
             key = (named(text), lines)
             found.setdefault(key, Message(*key, named(fix), *at))
-    return list(found.values())
+    return (*found.values(), *further(tuple(found.values())))
+
+
+# Their texts are results: reasons, tables, differences.
+PRINTERS = ("_propose.py", "inspect.py", "diff.py", "_memory.py", "_learned.py")
+
+
+def further(known: tuple[Message, ...]) -> list[Message]:
+    """Lines that are made elsewhere, and handed to the error: what a function of a file that raises
+    appends, yields or returns as a text with something filled in."""
+    said = {line for m in known for line in (m.text, m.fix, *m.lines)}
+    whole = "\n".join(said)
+    out = []
+    for file in [*dict.fromkeys(m.file for m in known), PACKAGE / "checkpoint/_grow.py"]:
+        if file.name in PRINTERS:
+            continue
+        for node in ast.walk(source(file)):
+            match node:
+                case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name), args=[*_, value]):
+                    if name.strip("_") not in ("append", "add", "wrong"):
+                        continue
+                case ast.Yield(value=value) | ast.Return(value=value):
+                    pass
+                case ast.Assign(targets=[ast.Subscript()], value=value):
+                    pass
+                case ast.Assign(targets=[ast.Name(id="problem" | "why")], value=value):
+                    pass
+                case ast.AugAssign(value=value):
+                    pass
+                case _:
+                    continue
+            function = enclosing(node, ast.FunctionDef)
+            if value is None or (function and (function.name.startswith("__") or _shows(function))):
+                continue
+            top = node
+            while not isinstance(top.parent, ast.Module):
+                top = top.parent
+            for text in map(named, texts_of(file, value)):
+                prose = "".join(own(text))
+                odd = "\n" in text or text[0] in " ;,(<" or text.startswith("Quantized(")
+                if len(prose.split()) >= 3 and text not in whole and text not in said and not odd:
+                    said.add(text)
+                    out.append(Message(text, (), "", file, getattr(top, "name", ""), node.lineno))
+    return out
+
+
+def _shows(function: ast.FunctionDef) -> bool:
+    """Whether it makes what is printed of a result, and no error."""
+    return function.name in ("to_json", "describe", "help") or "_repr" in function.name
 
 
 def named(text: str) -> str:
@@ -377,25 +428,23 @@ def named(text: str) -> str:
     return text.replace("'‹path›'", "'‹leaf›'")
 
 
+@cache
 def pattern(text: str) -> re.Pattern:
-    return re.compile(".+?".join(map(re.escape, own(text))), re.S)
+    return re.compile(".*?".join(map(re.escape, own(text))), re.S)
 
 
-def find(message: str) -> list[str]:
+def missing(message: str) -> list[str]:
     """The lines of a message that the catalogue does not have."""
     known = messages()
-    titles = [pattern(m.text) for m in known]
-    below = [pattern(line) for m in known for line in m.lines] + titles
-    cures = [pattern(m.fix) for m in known if m.fix]
-    if any(t.fullmatch(message) for t in titles):
+    whole = [pattern(m.text) for m in known if says_something(m.text)]
+    texts = [t for m in known for t in (m.fix, *m.lines)]
+    lines = whole + [pattern(t) for t in texts if says_something(t)]
+    if any(p.fullmatch(message) for p in whole):
         return []
-    first, *rest = message.split("\n")
-    missing = [] if any(t.fullmatch(first) for t in titles) else [first]
-    for line in rest:
-        text = line.removeprefix("  - ")
-        if not any(t.fullmatch(text) for t in (below if text != line else cures)):
-            missing.append(line)
-    return missing
+    # "'leaf': what is wrong with it", of which what is wrong may come from elsewhere.
+    ways = lambda line: [line, *(line[m.end() :] for m in re.finditer(r": |' |\) ", line))]
+    own = [line.removeprefix("  - ") for line in message.split("\n")]
+    return [o for o in own if not any(p.fullmatch(w) for p in lines for w in ways(o) if w)]
 
 
 # Which public function raises it.

@@ -38,7 +38,7 @@ ADVICE = {
     "peft/_safetensors": "copy the folder again, with all its files",
     "peft/_load": "say which leaf it is: lora.peft.load(..., mapping={...})",
     "peft/_save": "change the leaves that are named, or leave them out",
-    "peft/_save_base": "give the parameters of `like`: lora.peft.save_base(folder, params, like=...)",
+    "peft/_save_base": "give parameters that `like` has: lora.peft.save_base(out, params, like)",
     "peft": "print the mapping, and say which leaf is meant: mapping={...}",
     "checkpoint": "look at the directory; another step: lora.checkpoint.restore(..., step=...)",
     "quant": "give the parameters as lora.quant.quantize took or returned them",
