@@ -21,22 +21,21 @@ def test_each_namespace_has_its_page_of_the_reference():
     assert sorted(found) == sorted(["lora_jax", *(f"lora_jax.{n}" for n in spaces)])
 
 
-def test_each_error_is_in_the_catalogue():
-    """By the place that raises it; the errors that hand another one's words on aside."""
-    found = {(m.file, m.line) for m in error_catalogue.messages()}
-    said = {(m.text, m.lines) for m in error_catalogue.messages()}
-    for m in error_catalogue.messages():
+def test_each_error_is_in_the_catalogue_once():
+    known = error_catalogue.messages()
+    assert len({(m.text, m.lines) for m in known}) == len(known) > 300
+    for m in known:
         assert error_catalogue.says_something(m.text) or " | " in m.text or m.lines, m
-    raised = [
+    sites = [
         (file, i)
         for file in error_catalogue.PACKAGE.rglob("*.py")
         if file.name != "errors.py"
         for i, line in enumerate(file.read_text().splitlines(), 1)
         if re.search(r"raise LoRAError\(|^\s+raise_all\(", line)
     ]
-    assert len(raised) > 300
-    # The same words in two places are one message; what has none is another error's.
-    assert len(said) == len(found) > len(raised) * 0.9
+    # What is left: the words of a message that is there already, or of another error, handed on.
+    places = {(m.file, m.line) for m in known}
+    assert len(set(sites) - places) < 0.1 * len(sites)
 
 
 W = {"q": np.ones((4, 3), np.float32)}
@@ -58,7 +57,7 @@ MISUSES = {
 
 @pytest.mark.parametrize("misuse", MISUSES)
 def test_what_is_raised_is_found(misuse):
-    with pytest.raises(lora.LoRAError, match=".") as raised:
+    with pytest.raises(lora.LoRAError, match=r"\w") as raised:
         MISUSES[misuse]()
     assert error_catalogue.missing(str(raised.value)) == []
 
