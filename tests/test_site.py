@@ -5,12 +5,17 @@ import sys
 
 import numpy as np
 import pytest
-from pages import ROOT
+from pages import ROOT, assert_prints, snippets
 
 import lora_jax as lora
 
 sys.path.append(str(ROOT / "docs/_site"))
 import error_catalogue
+
+
+def test_the_first_page():
+    ((code, printed),) = snippets("docs/index.md")
+    assert_prints(code, printed)
 
 
 def test_each_namespace_has_its_page_of_the_reference():
