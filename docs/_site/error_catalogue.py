@@ -183,6 +183,7 @@ def placeholder(node: ast.AST) -> str:
 WRAPPERS = "sorted tuple list set map str repr quoted int float min max sum dict".split()
 SHORT = {
     "e": "reason",
+    "cls": "class",
     "p": "leaf",
     "name": "name",
     "n": "number",
