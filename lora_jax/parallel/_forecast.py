@@ -30,15 +30,16 @@ SHOWN = 8
 class Forecast:
     """What a compiled function takes on one device; bytes as the compiler lays arrays out.
 
-    device_kind, devices: what it was compiled for, and how many.
-    arguments, outputs, aliased, temporaries: bytes; aliased are outputs in the place of donated
-      arguments. None where the compiler refused the program for want of memory.
-    peak: arguments + outputs - aliased + temporaries, or the figure with which it was refused.
-    capacity: bytes that a program may use on the device, None where that is not known.
-    flops, bytes_accessed: by XLA's cost analysis, which counts the body of a loop once, whatever
-      its trip count, so of a scan over layers one layer; None where there is none (GPUs).
-    collectives: the most bytes first. Their trip counts are known, other than those of the FLOPs.
-    seconds: to compile.
+    Attributes:
+      device_kind, devices: what it was compiled for, and how many.
+      arguments, outputs, aliased, temporaries: bytes; aliased are outputs in the place of donated
+        arguments. None where the compiler refused the program for want of memory.
+      peak: arguments + outputs - aliased + temporaries, or the figure with which it was refused.
+      capacity: bytes that a program may use on the device, None where that is not known.
+      flops, bytes_accessed: by XLA's cost analysis, which counts the body of a loop once, whatever
+        its trip count, so of a scan over layers one layer; None where there is none (GPUs).
+      collectives: the most bytes first. Their trip counts are known, other than those of the FLOPs.
+      seconds: to compile.
 
     >>> import jax, lora_jax as lora
     >>> plan = lora.parallel.forecast(lambda x: x @ x, jax.ShapeDtypeStruct((8, 8), "float32"))
