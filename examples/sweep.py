@@ -91,8 +91,7 @@ def data(seed, steps, pretraining=200):
 
 def start(firsts):
     """All adapters, padded to one rank, (8, ...), and their state; rates and scales, (8,)."""
-    stacked = lora.algebra.stack(firsts)
-    many = jax.vmap(lambda i: lora.algebra.choose(stacked, i))(jnp.arange(len(firsts)))
+    many = jax.tree.map(lambda x: x[:-1], lora.algebra.stack(firsts))  # without the empty slot
     rates, scales = zip(*((s.rate, s.alpha / s.rank) for s in SWEEP))
     return many, jax.vmap(init)(many), jnp.array(rates), jnp.array(scales)
 

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, cast, contract, times, wide
@@ -45,6 +46,7 @@ class Choice:
       dtype: of the result.
       precision: of the products.
       way: one of `plan.SLOT_WAYS`, or "auto".
+      where: the sharding of the result of a transpose, if that is part of its type.
     """
 
     xl: tuple
@@ -55,6 +57,7 @@ class Choice:
     dtype: Any
     precision: Any = None
     way: str = "auto"
+    where: Any = None
 
     @property
     def sums(self) -> bool:
@@ -78,6 +81,8 @@ class Choice:
         like = x if like is None else like
         if {*self.sl} & {*(self.yl if self.sums else self.out)}:
             return "concatenated"  # a stack for each row is none that could be looked up in
+        if compat.explicit_sharding(s) is not None:
+            return "concatenated"  # a look-up would need to be told the sharding of its result
         if self.way != "auto":
             return self.way
         local = all(map(compat.one_device, (like, y, s)))
@@ -86,7 +91,11 @@ class Choice:
 
     def contract(self, x: Any, xl: Labels, y: Any, yl: Labels, out: Labels) -> jax.Array:
         how = dict(precision=self.precision, preferred_element_type=self.dtype)
-        return contract(x, xl, y, yl, out, **how)
+        if self.where is None:
+            return contract(x, xl, y, yl, out, **how)
+        spec = dict(zip(self.out, self.where.spec))
+        own = self.where.update(spec=PartitionSpec(*(spec.get(d) for d in out)))
+        return contract(x, xl, y, yl, out, own, **how)
 
 
 def chosen(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
@@ -264,7 +273,14 @@ def _transpose(cts: Sequence, x: Any, y: Any, s: jax.Array, *, how: Choice) -> l
             first, other = other, first
     else:
         first, other, labels, like = (how.xl, x), (how.out, ct), how.yl, y
-    new = dataclasses.replace(how, xl=first[0], yl=other[0], out=labels, dtype=like.dtype)
+    new = dataclasses.replace(
+        how,
+        xl=first[0],
+        yl=other[0],
+        out=labels,
+        dtype=like.dtype,
+        where=compat.explicit_sharding(like),
+    )
     d = cast(chosen(first[1], other[1], s, new), like.dtype)
     return [None, d, None] if isinstance(x, jax.Array) else [d, None, None]
 
@@ -286,6 +302,7 @@ def _batch(
         yl=lead(how.yl, of_y),
         sl=lead(how.sl, of_s),
         out=(new, *how.out),
+        where=how.where and how.where.update(spec=PartitionSpec(None, *how.where.spec)),
     )
     return [chosen(x, y, s, how)], [True]
 

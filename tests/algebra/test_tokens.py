@@ -149,9 +149,12 @@ def test_a_model_with_a_scan_and_experts():
     assert_close(APPLY(lora.bind(PARAMS, some), X), want, factor=256)
 
 
-@pytest.mark.parametrize("spec", [P("m"), P(None, "m")], ids=["slots", "axes"])
-def test_sharded(spec):
-    """Along the slots, or along the factors' own first axis, and the batch: as on one device."""
+@pytest.mark.parametrize("spec, kind", [
+    (P("m"), AxisType.Auto), (P(None, "m"), AxisType.Auto), (P(), AxisType.Explicit)
+], ids=["slots", "axes", "typed"])  # fmt: skip
+def test_sharded(spec, kind):
+    """Along the slots, or along the factors' own first axis, and the batch, also where shardings
+    are part of types: as on one device."""
     params = {"w": drawn(1, 16, 8)}
     stacked = lora.algebra.stack([{"w": node(i, (16, 8), 8)} for i in range(6)], capacity=7)
     x, slots = drawn(2, 8, 3, 16), jax.random.randint(KEY, (8, 3), -1, 7)
@@ -164,9 +167,12 @@ def test_sharded(spec):
         return jax.value_and_grad(loss, (0, 1))(stacked, x)
 
     want = jax.jit(run)(params, stacked, slots, x)
-    mesh = jax.make_mesh((8,), ("m",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("m",), axis_types=(kind,))
     on = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
-    got = jax.jit(run)(on(params, P("m")), on(stacked, spec), on(slots, P("m")), on(x, P("m")))
+    base = P("m") if kind is AxisType.Auto else P()
+    with jax.set_mesh(mesh):
+        args = on(params, base), on(stacked, spec), on(slots, P("m")), on(x, P("m"))
+        got = jax.jit(run)(*args)
     assert_close(jax.device_get(got), jax.device_get(want), factor=256)
 
 
