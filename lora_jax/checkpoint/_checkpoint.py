@@ -256,9 +256,9 @@ def restore(
 
     Raises:
       LoRAError: there is no checkpoint, it is not of this library, of a newer format, or damaged;
-        or its base, configuration, adapters or state are others: the differences are listed. A state
-        is compared by its leaves: that of another optimiser with the same leaves passes. Nothing
-        is changed on disk.
+        or its base, configuration, adapters or state are others: the differences are listed. A
+        state is compared by its leaves: that of another optimiser with the same leaves passes.
+        Nothing is changed on disk.
 
     >>> import jax.numpy as jnp, lora_jax as lora, orbax.checkpoint as ocp, tempfile
     >>> base, folder = {"q": jnp.zeros((4, 3))}, tempfile.mkdtemp()

@@ -20,8 +20,9 @@ def dora(params: Any, adapters: Any) -> dict:
     m · V / ‖V‖ with V = W + scale·A·B, and m such that W' = V.
 
     The norm is a constant for the gradient (section 4.3 of the paper). It is computed by `bind`,
-    from the factors: for each leaf 2·in·out·rank FLOPs and two passes over W, whatever the batch. It
-    is that of the arrays given to `bind`: parts of a leaf, inside of `jax.shard_map`, are an error.
+    from the factors: for each leaf 2·in·out·rank FLOPs and two passes over W, whatever the batch.
+    It is that of the arrays given to `bind`: parts of a leaf, inside of `jax.shard_map`, are an
+    error.
 
     Args:
       params: the base parameters.

@@ -79,7 +79,8 @@ def lora_pro(
     the change of the product does not depend on how it is split (with the Sylvester equation's X,
     to first order); with Adam, which rescales entries, it does.
 
-    Costs about (8·in + 10·out)·r² FLOPs and two r × r eigendecompositions for each weight; no state.
+    Costs about (8·in + 10·out)·r² FLOPs and two r × r eigendecompositions for each weight, and no
+    state.
 
     Args:
       delta: added to the diagonals of B·Bᵀ and AᵀA before they are inverted; 1e-8 in the authors'
