@@ -48,9 +48,12 @@ def names_of(target: str, module: str | None) -> list[str]:
     """The full names that `target` may mean, in a docstring of `module`."""
     head, dot, rest = target.partition(".")
     long = LONG.get(head, head) + dot + rest
-    return [public().get(long, long)] + [
-        f"{space}.{target}" for space in (module, "lora_jax") if space
+    near = [f"{space}.{target}" for space in (module, "lora_jax") if space]
+    # A class by its name alone: no word of the text begins so.
+    far = [
+        name for name in public().values() if target[:1].isupper() and name.endswith(f".{target}")
     ]
+    return [public().get(long, long), *near, *far]
 
 
 def resolve(app, env, node, contnode):

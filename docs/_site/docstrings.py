@@ -8,14 +8,19 @@ import dataclasses
 import inspect
 import re
 
+import optax
 from sphinx.domains.python import PyObject
 from sphinx.util.inspect import stringify_signature
+from sphinx.util.typing import stringify_annotation
 
 CODE = re.compile(r"(\w?)`([^`]+)`(\w?)")
 NAME = re.compile(r"[A-Za-z_][\w.]*")
 SPECIAL = re.compile(r"(?<!\\)([*|])|(?<=\w)(_)(?!\w)")
 # Fields and directives that napoleon has written, and doctests.
 KEPT = re.compile(r"\s*(>>>|\.\.\. |\.\. |\.\.\.$)")
+
+
+SCHEDULE = stringify_annotation(optax.ScalarOrSchedule, "smart", short_literals=False)
 
 
 def code(match: re.Match) -> str:
@@ -49,7 +54,9 @@ def rest(lines: list[str]) -> list[str]:
 
 
 def process(app, what, name, obj, options, lines):
-    lines[:] = rest(lines)
+    # "Returns: adapters: what they are" is no type to napoleon's taste, but a sentence.
+    plain = [re.sub(r"^(:returns: )\*(.+?)\* -- ", r"\1\2: ", line) for line in lines]
+    lines[:] = rest(plain)
 
 
 def signature(app, what, name, obj, options, args, returns):
@@ -63,6 +70,7 @@ def signature(app, what, name, obj, options, args, returns):
         return None
     # What is no expression is not parsed, and then every comma begins a line.
     args = re.sub(r"<class '([\w.]+)'>", r"\1", args).replace("<factory>", "...")
+    args = args.replace(SCHEDULE, "~optax.ScalarOrSchedule")
     return re.sub(r"<function (\w+)[^>]*>", r"\1", args), returns
 
 

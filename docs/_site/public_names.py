@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import re
 
 from docstrings import prose
 from sphinx.util.docutils import SphinxDirective
@@ -10,7 +11,7 @@ from sphinx.util.docutils import SphinxDirective
 
 def first_sentence(value) -> str:
     text = " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split())
-    return prose(text.partition(": ")[0] if len(text) > 120 else text)
+    return prose(re.split(r"(?<=[^.]\.) ", text)[0])
 
 
 def kind(value) -> str:
