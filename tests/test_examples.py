@@ -3,14 +3,18 @@
 import ast
 import hashlib
 import http.server
+import importlib.metadata
 import json
 import operator
 import os
+import re
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
+import classify
 import fetch
 import jax
 import jax.numpy as jnp
@@ -39,6 +43,56 @@ def test_scripts_are_short_and_say_what_to_expect(script):
     assert "Expected" in ast.get_docstring(ast.parse(text))
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--seed" in done.stdout
+
+
+def test_the_main_job_needs_its_extra_alone():
+    """What `[examples]` has beyond `[quickstart]` is not imported."""
+    extras = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    names = lambda extra: {
+        re.match(r"[\w-]+", line)[0] for line in extras["optional-dependencies"][extra]
+    }
+    others = names("examples") - names("quickstart")
+    found = importlib.metadata.packages_distributions()
+    modules = [module for module, of in found.items() if others & set(of)]
+    assert {"gguf", "matplotlib", "sklearn"} <= set(modules)
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({modules})); sys.argv[1:] = ['--help'];"
+        "runpy.run_path('reviews_minilm.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("promotes")
+def test_a_classifier_is_trained_saved_and_loaded(tmp_path, capsys):
+    """The bar counts tokens, and says so while it compiles; PEFT's folder gives the same arrays."""
+    config = bert.BertConfig(64, 16, 2, 4, 32, 12)
+    ids, lengths = np.random.default_rng(0).integers(0, 64, (20, 12)), np.arange(20) % 12 + 1
+    mask = (np.arange(12) < lengths[:, None]).astype(np.int32)
+    batches = reviews.batches(ids, mask, ids[:, 0] % 2, 4, (6, 12))
+    model = bert.Classifier(config)
+    params = model.init(jax.random.key(0), *batches[0][:2])["params"]
+    survey = lora.survey(model.apply, {"params": params}, *batches[0][:2])
+    made = lora.LoRAConfig(rank=2, targets=["query", "value"], full="classifier")
+    adapters = lora.init(jax.random.key(1), params, made, survey)
+    apply = lora.adapt(model.apply)
+    adapted = lambda params, ad, *x: apply({"params": lora.bind(params, ad)}, *x)
+    arm = classify.Arm(adapters, adapted, lora.merge)
+    trained = classify.fit("LoRA", arm, params, batches, 1e-2)
+    assert len(trained.losses) == len(batches) == 5 and trained.tokens > 0
+    said = capsys.readouterr().err
+    assert "LoRA: compiling…:   0%" in said and f"LoRA: 100%|██████████| {lengths.sum()}/" in said
+
+    mapping = bert.mapping(params, survey)
+    lora.peft.save(tmp_path, trained.tree, mapping)
+    loaded = lora.peft.load(tmp_path, params, survey, mapping=mapping).adapters
+    jax.tree.map(np.testing.assert_array_equal, loaded, trained.tree)
+    want = classify.predict("merged", model.apply, arm.finish(params, trained.tree), batches)
+    got = classify.predict("loaded", apply, lora.bind(params, loaded), batches)
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.fixture

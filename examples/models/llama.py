@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import lora_jax as lora
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -156,3 +158,21 @@ def generate(apply, params, ids, n, key, temperature=0.0):
 
     T = ids.shape[1]
     return jax.lax.fori_loop(T, T + n, step, jnp.pad(ids, ((0, 0), (0, n))))
+
+
+def mapping_of(params):
+    """Hugging Face's names of the layers, which lie in one stack here."""
+    table = {r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)": "layers/{2}/{3}/kernel[{1}]"}
+    names = {}
+    for block in ("self_attn", "mlp"):
+        for name, leaf in params["layers"][block].items():
+            layers, n_in, n_out = leaf["kernel"].shape
+            names |= {
+                f"model.layers.{i}.{block}.{name}.weight": (n_out, n_in) for i in range(layers)
+            }
+    targets = lora.LoRAConfig(
+        rank=1,
+        targets=["layers/*/kernel"],
+        rules=[lora.Rule("layers/*", batch_axes=(0,), in_axes=(1,), out_axes=(2,))],
+    )
+    return lora.peft.mapping(names, params, lora.select(params, targets), mapping=table)
