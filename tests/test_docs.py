@@ -6,7 +6,16 @@ import pytest
 from pages import ROOT, assert_prints, assert_same, run, snippets
 
 # Short pages, by folder: new ones are found.
-SHORT = ("index", "start/*", "concepts/*", "howto/*", "design", "performance", "parallel", "scaling")
+SHORT = (
+    "index",
+    "start/*",
+    "concepts/*",
+    "howto/*",
+    "design",
+    "performance",
+    "parallel",
+    "scaling",
+)
 # Each page with its own names, in one process: most of the time is that of the imports.
 TOGETHER = """
 for page, code in {pages!r}:
