@@ -28,6 +28,7 @@ def forward(
 ) -> list[jax.Array]:
     """[x, x·A]·[W; B] of each member: one product, whose result is written once. All the x·A stand
     beside x, and zeros meet those of the other members."""
+    # What is summed over, in x's order: x itself is seldom transposed.
     inner = tuple(d for d in group.xl if d not in group.hl)
     x, xl = _as_one(x, group.xl, inner)  # (T, in)
     hl = _with_ranks(xl)
@@ -39,6 +40,7 @@ def forward(
         at = wl.index(JOINED)
         b_ = _placed(cast(b_, x.dtype), m.bl, _with_ranks(wl), w_.shape)
         zeros = [(0, 0, 0)] * w_.ndim
+        # (in + Σr, out): W, B at its own ranks, and zeros where the x·A of the others are.
         zeros[at] = (sum(ranks[:i]), sum(ranks[i + 1 :]), 0)
         w_ = lax.concatenate([w_, lax.pad(b_, np.zeros((), b_.dtype), zeros)], at)
         operands = (w_, wl, x, xl) if m.weight_first else (x, xl, w_, wl)
@@ -66,6 +68,7 @@ def backward(
         ws.append(_placed(w_, own, wl, ()))
     al = _with_ranks(wl)
     a = [_placed(cast(v, x.dtype), group.al, al, ws[0].shape) for v in a]
+    # (T, Σout + Σr) · (Σout + Σr, in)
     left = lax.concatenate([*gs, *dh], len(gl) - 1)
     right = lax.concatenate([*ws, *a], wl.index(JOINED))
     return gradient(left, gl, right, wl, group.xl, x, group.members[0].precision)

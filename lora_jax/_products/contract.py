@@ -105,6 +105,8 @@ def contracted(
     groups: dict[Any, list[int]] = {}
     parts = [p.factors(x, xl) for p in products]
     for i, (p, ((_, al), (_, bl))) in enumerate(zip(products, parts)):
+        # A stands beside another A if both run along the same axes, in the same order, and meet x
+        # in the same arithmetic.
         left = tuple(d for d in xl if d in p.out or d in bl)
         # Not beside others: what has a mask of its own, and A along other axes than x's.
         alone = i if p.w.drops or not {*al} <= {*xl, RANK, SLOT} else None
@@ -129,6 +131,7 @@ def _multiplied(
     mode: str,
 ) -> list[tuple[jax.Array, Plan | str]]:
     """The results of one group, and its plan."""
+    # What they share is in the key of the group, so the first speaks for all.
     first = products[0]
     if first.w.tokens is not None:
         return _by_slot(x, xl, products, parts)
@@ -180,6 +183,7 @@ def _plan(
 ) -> Plan:
     first = products[0]
     size = dict(zip(xl, x.shape)) | dict(zip(first.wl, first.w.shape))
+    # What is summed; rows are what x has beside the weight's own axes.
     inner = {d for d in first.wl if d in xl and d not in first.out}
     rows = math.prod(size[d] for d in xl if d not in first.wl)
     outs = [math.prod(n for d, n in zip(p.wl, p.w.shape) if d not in xl) for p in products]
@@ -196,6 +200,7 @@ def _plan(
         and read_whole(x, p.w.base)
         for p, ((_, al), (_, bl)) in zip(products, parts)
     )
+    # Where the compiler shards, T is of all devices together, and the costs would be wrong.
     local = all(map(compat.one_device, jax.tree.leaves((x, [p.w.base for p in products]))))
     updated = all(is_waiting(p.w.base) and p.w.base.updated for p in products)
     if not whole or (mode == "beside" and not joinable) or (mode == AWARE and not updated):

@@ -64,6 +64,7 @@ def _toward_x(g: jax.Array, w: jax.Array, how: Frozen) -> jax.Array:
 
 def _jvp(primals: Sequence, tangents: Sequence, *, how: Frozen) -> tuple[list, list]:
     y = frozen_p.bind(*primals, how=how)
+    # Codes have no tangent, and their constants are never trained.
     x, arrays = tangents[0], primals[1:]
     return y, [None] if x is None else frozen_p.bind(x, *arrays, how=how)
 

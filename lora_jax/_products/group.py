@@ -48,6 +48,7 @@ class Member:
         if self.where is None:
             return None
         mesh, pairs = self.where
+        # An axis that the result lacks, such as the rank, is not sharded.
         spec = PartitionSpec(*(dict(pairs).get(d) for d in labels))
         return spec if mesh is None else NamedSharding(mesh, spec)
 
@@ -59,6 +60,7 @@ class Member:
         """x·W, to the bit what the model computes."""
         have = tuple(d for d in self.out if d in xl or d in self.wl)
 
+        # Static and hashable: `dot` keeps one trace for all weights that are alike.
         whole = Whole(_as_written, (self, tuple(xl)))
         return dot(whole, x, xl, w, self.wl, have, **self.params), have
 
@@ -74,6 +76,7 @@ class Member:
     def sum(self, terms: Sequence[Term], size: Mapping = MappingProxyType({})) -> jax.Array:
         """The result: the sum of its terms, in its dtype; 8-bit floats are rounded once. `size` is
         of labels that no term may have."""
+        # A term of size 1 along an axis that another has in full is constant there.
         size = dict(size) | {d: n for y, have in terms for d, n in zip(have, y.shape) if n != 1}
         shape, dtype = [size.get(d, 1) for d in self.out], holding(self.dtype)
         whole = (cast(along(y, have, self.out, shape), dtype) for y, have in terms)
@@ -81,6 +84,7 @@ class Member:
 
 
 def _as_written(x: jax.Array, w: jax.Array, m: Member, xl: Labels) -> jax.Array:
+    # After a vmap the model's dimension numbers no longer fit: the labels say the same.
     if m.numbers is None:
         return m.contract(x, xl, w, m.wl, m.precision)[0]
     operands = (w, x) if m.weight_first else (x, w)
@@ -110,6 +114,7 @@ class Group:
         """x, the A, the B and the W (None, for the updates alone) of a flat list."""
         n = len(self.members)
         x, a, b, w = args[0], args[1 : n + 1], args[n + 1 : 2 * n + 1], args[2 * n + 1 :]
+        # flat arrays back to weights in codes
         if self.bases is not None:
             w = jax.tree.unflatten(self.bases, w)
         return x, a, b, w or [None] * n
@@ -145,6 +150,7 @@ def hidden(group: Group, x: jax.Array, a: Sequence[jax.Array]) -> Sequence[jax.A
     late = compat.less(x.size * ranks[0], a[0].size * summed)
     a = a if late else list(map(times, a, scales))
     sharding = group.members[0].sharding(group.hl)
+    # (T, Σr) if shared, else one (T, r) for each
     h = [
         contract(x, group.xl, v, group.al, group.hl, sharding, precision=group.precision)
         for v in group.side_by_side(a, group.al)
@@ -190,6 +196,7 @@ def gradient(
         x, xl, y, yl = y, yl, x, xl
     where = compat.explicit_sharding(like)
     have = tuple(d for d in out if d in xl or d in yl)
+    # The sharding of the axes that the product has; the rest is broadcast below.
     own = where and where.update(spec=PartitionSpec(*(where.spec[out.index(d)] for d in have)))
     z = cast(contract(x, xl, y, yl, have, precision=precision, sharding=own), like.dtype)
     if len(have) == len(out):

@@ -52,6 +52,8 @@ def adapted(
     w: Sequence = (),
 ) -> list[jax.Array]:
     """The outputs of a group; without `w`, the updates alone."""
+    # A weight in codes is several arrays: the primitive takes them flat; how they belong together
+    # is static.
     if any(map(is_waiting, w)):
         group = dataclasses.replace(group, bases=jax.tree.structure(list(w)))
     return _of_group(group)(*compat.same_vma(x, *a, *b, *jax.tree.leaves(list(w))))
@@ -66,6 +68,7 @@ def _of_group(group: Group):
 
 def _adapted(*args: jax.Array, group: Group) -> list[jax.Array]:
     x, a, b, w = group.split(args)
+    # Not differentiated: x·A is not needed for anything else.
     if group.plan.infer in MERGING:
         return _by_merged(group, x, a, b, w)
     return _by_way(group, group.plan.infer, x, hidden(group, x, a), b, w)
@@ -93,6 +96,7 @@ def _adapted_jvp(primals: Sequence, tangents: Sequence, *, group: Group) -> tupl
         ys = adapted_p.bind(*primals, group=dataclasses.replace(group, plan=plan))
     else:  # as plain equations, that a policy of jax.checkpoint sees its products
         ys = _by_way(group, group.plan.forward, x, h, b, w)
+    # A kind without any tangent gets no zeros in its place: no product is made of them.
     pairs = (([x], [tx]), (a, ta), (b, tb))
     active = tuple(any(t is not None for t in ts) for _, ts in pairs)
     if not any(active):
@@ -112,6 +116,7 @@ Active = tuple[bool, bool, bool]  # whether x, any A, any B has a tangent
 
 def _parts(group: Group, active: Active, args: Sequence) -> tuple:
     """(tx, tA, tB), None where they are not active; then x·A, x, A, B, W."""
+    # The linear arguments stand first, as many as `active` says.
     n, rest = len(group.members), iter(args)
     take = lambda size: [next(rest) for _ in range(size)]
     tx, ta, tb = (take(size) if go else None for size, go in zip((1, n, n), active))
@@ -127,6 +132,7 @@ def _tangent(
     based = w[0] is not None
     either = group.plan.backward == AWARE if merge is False else group.plan.backward in MERGING
     merge = based and (merge or either)
+    # tx·A and x·tA, both (T, r), are added before they meet B: one product instead of two.
     terms, th = [], []  # of y, of x·A
     if tx is not None and merge:
         ys = _by_merged(group, tx, a, b, w)
@@ -146,6 +152,7 @@ def _tangent(
 
 def _tangent_transpose(cts: Sequence, *args: Any, group: Group, active: Active) -> list:
     _, h, x, a, b, w = _parts(group, active, args)
+    # An output that nothing uses has no cotangent; its member is left out of all the sums.
     live = [i for i, g in enumerate(cts) if g is not None]
     of_live = lambda values: [values[i] for i in live]
     sub = dataclasses.replace(group, members=tuple(of_live(group.members)))
@@ -187,6 +194,7 @@ def _gradients(
             times(gradient(g_, m.out, cast(b_, h_.dtype), m.bl, hl, h_, group.precision), m.scale)
             for m, h_, g_, b_ in zip(members, h, g, b)
         ]
+        # (T, Σr) where the plan shares: one product gives all dA, and one the update's part of dx.
         dh = group.side_by_side(dh, hl)
     if to_a:
         # xᵀ·(g·Bᵀ): (in, T) · (T, r)
@@ -227,6 +235,7 @@ def _adapted_batch(
     then the plan is factored."""
     x, a, b, w = group.split(args)
     of_x, of_a, of_b, of_w = group.split(batched)
+    # The labels of nested vmaps must differ: they are numbered.
     new = ("batch", sum(d[0] == "batch" for d in group.members[0].out if isinstance(d, tuple)))
     factors, weights = any((*of_a, *of_b)), any(jax.tree.leaves(of_w))
     if weights:
@@ -242,6 +251,7 @@ def _adapted_batch(
         )
         for m in group.members
     )
+    # A mapped x is more rows of one weight; a mapped factor or weight is another weight for each.
     keeps = group.plan.infer == AWARE or not (factors or weights)
     plan = group.plan if keeps else Plan(shared=group.plan.shared)
     whole = dataclasses.replace(
@@ -269,6 +279,7 @@ def _read(w: Any, batched: Any) -> tuple[jax.Array, bool]:
         return w, batched
     if not any(jax.tree.leaves(batched)):
         return value(w), False
+    # Of the arrays of codes some may be mapped and others not, such as a table that all share.
     axes = jax.tree.map(lambda one: 0 if one else None, batched)
     return jax.vmap(value, (axes,))(w), True
 

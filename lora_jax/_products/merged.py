@@ -34,6 +34,7 @@ def through_merged(
     outs: list = []
     for m, x, w_, a_, b_ in zip(group.members, inputs, w, a, b):
         last = outs[-1] if outs else x
+        # It is A, or the codes, that wait: small arrays. No copy of W is made for the barrier.
         a_, w_ = ordered(last, a_), value(w_, last)
         holds = group.plan.infer == AWARE
         outs.append(product(m, x, w_ if holds else _merged_weight(group.al, m, w_, a_, b_)))
@@ -43,6 +44,7 @@ def through_merged(
 def _merged_weight(al: Labels, m: Member, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """W + s·A·B, added in fp32 (or wider) and rounded once."""
     dtype = wide(w.dtype)
+    # Along an axis that neither factor has, such as a broadcast one, the update is constant.
     have = tuple(d for d in m.wl if d in al or d in m.bl)
     a, b = times(cast(a, dtype), m.scale), cast(b, dtype)
     update = contract(a, al, b, m.bl, have, precision=lax.Precision.HIGHEST)

@@ -153,6 +153,7 @@ def planned(
     shared = less(2 * sum(ranks), (len(ranks) - 1) * rows)
     if mode != "auto":
         return Plan(mode, mode, mode, shared)
+    # Merging without a gradient spares x·A as well: `extra`.
     c = Costs.of(rows, inner, outs, ranks, itemsize, copied)
 
     def cheapest(factored: float, joined: float, extra: float = 0) -> str:

@@ -122,6 +122,7 @@ def _only(where: jax.Array, have: Labels, v: jax.Array, labels: Labels) -> jax.A
 
 def _without(z: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
     """The result with its rows without a slot: zero for -1, else NaN."""
+    # (T,): what stands in a row that no slot is for
     none = jnp.where(s == -1, np.zeros((), z.dtype), np.asarray(np.nan, z.dtype))
     along = lambda v: _along(v, how.sl, how.out, z)
     return jnp.where(along((s >= 0) & (s < how.slots)), z, along(none))
@@ -223,6 +224,7 @@ def _concatenated(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.
     kept = [d for d in how.yl if d == SLOT or d in how.sl]
     y, bad = _finite(y, how.yl, kept)
     z = how.contract(*_by_slot(x, how.xl, hot, hl), y, how.yl, how.out)
+    # (T, slots) to (T,): rows of a slot that is not finite
     met = jnp.any(hot & _along(bad, kept, hl, hot), -1)
     return _without(_spoilt(z, how.out, met, how.sl), s, how)
 
@@ -273,6 +275,7 @@ def _transpose(cts: Sequence, x: Any, y: Any, s: jax.Array, *, how: Choice) -> l
             first, other = other, first
     else:
         first, other, labels, like = (how.xl, x), (how.out, ct), how.yl, y
+    # The transpose is such a sum again: the cotangent takes the place of what is wanted.
     new = dataclasses.replace(
         how,
         xl=first[0],
@@ -346,6 +349,7 @@ def _in_turn(x: jax.Array, s: jax.Array, *ab: jax.Array, pairs: Sequence[Pair]) 
 
 def _pairs(x: jax.Array, s: jax.Array, *ab: jax.Array, pairs: Sequence[Pair]) -> list[jax.Array]:
     """Where each A is read one by one, a single loop does it for all of them and their B."""
+    # A loop for each factor would read x and write x·A once for each of its steps.
     loop = all(p.down.planned(x, a, s) == "one by one" for p, a in zip(pairs, ab[::2]))
     if not loop or s.size >= 4 * RUN:
         return _in_turn(x, s, *ab, pairs=pairs)
