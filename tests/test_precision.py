@@ -145,7 +145,7 @@ VALUES = {
 }
 
 NO_PRODUCTS = {  # files, places and names alone
-    "quant.gguf_weight", "quant.bitsandbytes_weight", "quant.gathered", "parallel.shardings",
+    "quant.gguf_weight", "quant.bitsandbytes_weight", "quant.from_qwix", "quant.gathered", "parallel.shardings",
     "parallel.state_shardings", "parallel.topology_mesh", "parallel.memory", "parallel.forecast",
     "checkpoint.save", "checkpoint.restore", "checkpoint.fingerprint", "peft.load", "peft.save",
     "peft.mapping", "peft.load_base", "peft.save_base", "attach", "detach",

@@ -108,7 +108,7 @@ def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list:
     tokens: dict[int, Any] = {}
 
     def read(a: Any) -> Any:
-        if isinstance(a, AdaptedWeight):
+        if isinstance(a, AdaptedWeight) and a.tokens is not None:
             few = a.narrowed()
             # one array for all: by it products of one input are seen to go together
             return dataclasses.replace(few, tokens=tokens.setdefault(id(a.tokens), few.tokens))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SNIPPET = re.compile(r"```python\n(.*?)```(?:\s+```text\n(.*?)```)?", re.S)
-# Flax before 0.12.7 uses deprecated names where JAX is 0.10.
-FLAGS = ("-W", "error", "-W", "ignore:jax.core.")
+# What other packages deprecate among themselves is theirs; what a page calls is ours.
+WARNINGS = ("error", "ignore::DeprecationWarning", "error::DeprecationWarning:__main__")
+FLAGS = tuple(word for flag in WARNINGS for word in ("-W", flag))
 
 
 def snippets(page):
