@@ -72,7 +72,6 @@ def test_the_loop_of_flax_equals_lora_by_hand(name):
         assert_close((node.a, node.b), (layer.a[...], layer.b[...]), factor=256)
 
 
-@pytest.mark.long
 def test_what_a_call_creates_is_created_in_the_model_too():
     model, adapters, x = made("creates")
     adapted = lora.attach(model, adapters)
@@ -155,7 +154,6 @@ def by_parts(model, ids):
     }
 
 
-@pytest.mark.long
 def test_parts_methods_and_properties_are_adapted():
     model, adapters, ids = tied()
     adapted, plain = lora.attach(model, adapters), lora.merge(model, adapters)

@@ -30,7 +30,6 @@ def assert_page(page):
     assert_prints("\n".join(code for code, _ in found), "".join(printed for _, printed in found))
 
 
-@pytest.mark.long
 def test_a_method_of_your_own():
     """`init` and `factors` in at most 40 lines."""
     ((code, _),) = snippets("docs/your_own_method.md")
@@ -38,7 +37,6 @@ def test_a_method_of_your_own():
     assert_page("docs/your_own_method.md")
 
 
-@pytest.mark.long
 def test_a_quantised_base():
     assert_page("docs/quantized.md")
 
@@ -47,17 +45,14 @@ def test_adapters_from_everywhere():
     assert_page("docs/adapters.md")
 
 
-@pytest.mark.long
 def test_a_base_from_hugging_face():
     assert_page("docs/bases.md")
 
 
-@pytest.mark.long
 def test_reinforcement_learning():
     assert_page("docs/rl.md")
 
 
-@pytest.mark.long
 def test_tenants():
     assert_page("docs/tenants.md")
 
@@ -68,7 +63,6 @@ def test_methods():
     assert_page("docs/methods.md")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("pages", SHORT)
 def test_short_pages(pages):
     found = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob(f"{pages}.md"))

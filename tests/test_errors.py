@@ -323,7 +323,6 @@ def kernel_call(x, w):
     return pl.pallas_call(kernel, out_shape=shape, interpret=True)(x, w)
 
 
-@pytest.mark.long
 def test_pallas_kernels_get_the_materialised_weight():
     f = lambda p, x: kernel_call(x, p["up"]["kernel"]) @ p["down"]["kernel"]
     adapters = noisy(ADAPTERS)
@@ -386,7 +385,6 @@ def test_a_path_that_begins_another():
             lora.init(KEY, params, config)
 
 
-@pytest.mark.long
 def test_bound_parameters_sliced_outside_of_the_transform():
     params = {"w": jnp.ones((3, 8, 8))}
     rule = lora.Rule("w", in_axes=(1,), out_axes=(2,), batch_axes=(0,))

@@ -65,7 +65,6 @@ def test_the_main_job_needs_its_extra_alone():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("promotes")
 def test_a_classifier_is_trained_saved_and_loaded(tmp_path, capsys):
     """The bar counts tokens, and says so while it compiles; PEFT's folder gives the same arrays."""
@@ -102,7 +101,6 @@ def promotes():
         yield
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("promotes")
 @pytest.mark.filterwarnings("ignore")
 def test_bert_is_that_of_transformers():
@@ -166,7 +164,6 @@ def test_llama_is_that_of_transformers():
     assert_close(Llama(SMALL).apply({"params": params}, ids), theirs(ids).logits, factor=256)
 
 
-@pytest.mark.long
 def test_llama_samples_and_adapts():
     params, ids = llama_params(), jnp.array([[1, 2, 3]])
     model = Llama(SMALL)
@@ -181,7 +178,6 @@ def test_llama_samples_and_adapts():
     np.testing.assert_array_equal(same, out)
 
 
-@pytest.mark.long
 def test_llama_samples_through_a_cache_as_it_is_trained():
     """Adapted: each log-probability is that of the whole text at once; so is a prompt in parts."""
     params, ids = llama_params(), jnp.array([[1, 2, 3], [4, 5, 6]])
@@ -205,7 +201,6 @@ def test_llama_samples_through_a_cache_as_it_is_trained():
     np.testing.assert_array_equal(cold, greedy[:, 3:])
 
 
-@pytest.mark.long
 def test_convnet_surveys_every_kernel():
     model, x = ConvNet(), jnp.zeros((2, 8, 8, 1))
     variables = model.init(jax.random.key(0), x)
@@ -215,7 +210,6 @@ def test_convnet_surveys_every_kernel():
     assert targets.parameters == 3272
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("promotes")
 def test_a_sweep_is_its_solo_runs(monkeypatch):
     """Other ranks, alphas, rates and data in one step: each as alone, the padding still zero."""
@@ -340,7 +334,6 @@ def server():
     server.server_close()
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("promotes")
 def test_a_server_swaps_versions(server, tmp_path, capsys, monkeypatch):
     """One version is served at any time after the first; what the server has is what was trained."""

@@ -131,7 +131,6 @@ def test_merge_under_jit_and_eval_shape():
     assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, params)
 
 
-@pytest.mark.long
 def test_also_trained_leaves():
     """Biases, leaves in full and rows: in the same tree, with the same bind and merge."""
     params = {

@@ -124,7 +124,6 @@ def test_hugging_face(name):
     check(lambda p, x: model(x, params=p)[0], params, inputs, expect=expect)
 
 
-@pytest.mark.long
 @hugging_face
 def test_gpt2_conv1d_is_stored_out_by_in():
     model, params = from_config("FlaxGPT2LMHeadModel")
@@ -177,7 +176,6 @@ def test_linen_boxes():
 BLOCK = ("attn/query,key,value,out", "up,down")
 
 
-@pytest.mark.long
 def test_linen_scan_and_remat():
     """Stacked kernels have stacked factors, and equal the unrolled model of the same weights."""
     loop = Transformer()
@@ -206,7 +204,6 @@ def test_linen_scan_and_remat():
     assert_close(got, jax.jit(lora.adapt(fn))(lora.bind(params, adapters), IDS))
 
 
-@pytest.mark.long
 def test_linen_tied_head():
     """Embed.attend: one leaf is looked up and contracted, and adapted at both, if asked for."""
     model = Transformer()
@@ -250,7 +247,6 @@ def test_linen_apply_options(options):
     assert ("mutable" in options) == (isinstance(got, tuple) and "batch_stats" in got[1])
 
 
-@pytest.mark.long
 def test_linen_learned_queries():
     model = Latents()
     params = model.init(K, X)["params"]
@@ -259,7 +255,6 @@ def test_linen_learned_queries():
     check(fn, params, X, expect=paths("cross/query,key,value,out"))
 
 
-@pytest.mark.long
 def test_linen_concatenated_kernels():
     """OptimizedLSTMCell concatenates its eight kernels into two, in each step of a scan."""
     model = nn.Sequential([nn.RNN(nn.OptimizedLSTMCell(6)), nn.Dense(3)])

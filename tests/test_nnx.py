@@ -236,7 +236,6 @@ def test_variables_are_shared_but_for_those_with_adapters():
     assert not ids(lora.merge(model, adapters)) & ids(model)
 
 
-@pytest.mark.long
 def test_full_leaves_are_trained_and_nothing_else_has_a_gradient():
     model, _, x = made("sow")
     model.norm = nnx.data(nnx.BatchNorm(WIDTH, rngs=nnx.Rngs(0)))
@@ -410,7 +409,6 @@ def contents(model):
     return {p: kind_of(x) for p, x in nnx.iter_graph(model) if own(p)}
 
 
-@pytest.mark.long
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.lists(st.sampled_from(DEEDS), max_size=4), min_size=1, max_size=3))
 def test_whatever_a_call_does(calls):

@@ -18,7 +18,6 @@ def test_they_are_found():
     assert [p.stem for p in PAGES] == ["llama_to_vllm", "quickstart"]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_notebook(page):
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells(page))

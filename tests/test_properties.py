@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from common import examples, fails
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -80,7 +79,6 @@ def contracted(w, x):
     return jnp.tensordot(x[: w.shape[0]], w, ((0,), (0,)))
 
 
-@pytest.mark.long
 @examples(20)
 @given(moves())
 def test_any_movement_of_a_weight(case):
@@ -93,7 +91,6 @@ def test_any_movement_of_a_weight(case):
     np.testing.assert_allclose(got, want, atol=2e-4 * max(1.0, float(jnp.abs(want).max())))
 
 
-@pytest.mark.long
 @examples(8)
 @given(moves())
 def test_a_reshape_that_joins_axes_of_two_kinds(case):

@@ -87,7 +87,6 @@ def test_a_policy_of_the_model_is_kept():
     assert (LAYERS, ROWS, HIDDEN) not in kept(fn, save="products")
 
 
-@pytest.mark.long
 def test_dora_keeps_what_lora_keeps():
     """Not the output after the gain beside the one before it."""
     p = params()

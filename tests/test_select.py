@@ -315,7 +315,6 @@ def test_what_meets_a_batch_axis_alone_is_a_scale():
     assert list(lora.select(params, lora.LoRAConfig(rank=2), survey)) == ["w"]
 
 
-@pytest.mark.long
 def test_experts_applied_to_all_tokens_have_one_rule():
     def fn(p, x):
         h = jnp.tanh(jnp.einsum("btd,edf->btef", x, p["w1"]))

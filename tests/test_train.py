@@ -131,7 +131,6 @@ def test_processes_stop_together_and_another_number_of_them_goes_on(tmp_path):
     assert next(iter(got)) == (step + 1, "train") and step + 3 == max(got)[0]
 
 
-@pytest.mark.long
 def test_a_mesh_or_batch_that_does_not_fit(tmp_path):
     for flags, words in [
         (["--mesh", "data=3"], "number of devices, 1"),

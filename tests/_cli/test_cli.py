@@ -47,7 +47,6 @@ def run(*args, code=0):
 # The entry
 
 
-@pytest.mark.long
 def test_the_entry_of_a_process():
     """As a person runs it: stdout holds nothing but the answer, stderr nothing."""
     folder = os.path.dirname(os.path.dirname(lora.__file__))
@@ -507,7 +506,6 @@ def test_two_halves_are_the_whole(name, tmp_path, monkeypatch):
         np.testing.assert_allclose(run_fn(make(name), x), want, atol=4 * tol, rtol=0)
 
 
-@pytest.mark.long
 def test_combine(tmp_path):
     one, two = pair("m.q", 6, 4), pair("m.q", 6, 4, seed=1) | pair("m.v", 6, 5, seed=2)
     a = written(tmp_path / "a", one, task_type="CAUSAL_LM", base_model_name_or_path="base")
@@ -692,7 +690,6 @@ def test_experts_that_are_unclear(tmp_path):
 # diff
 
 
-@pytest.mark.long
 def test_diff_exits_as_diff_does(tmp_path):
     same, other = g.folder("net_lora"), g.folder("net_bias_all")
     assert "equal: 4 parameters" in run("diff", other, other)

@@ -29,7 +29,6 @@ def assert_good(args, kind, details):
     assert kind.startswith("exit"), f"{kind}: {' '.join(args)}: {details}"
 
 
-@pytest.mark.long
 def test_runs_on_damaged_input():
     damage_cli.many(40, assert_good)
 

@@ -93,7 +93,6 @@ def test_adapters_that_lie_elsewhere(where, call):
     CALLS[call](params, adapters)  # the corrected call
 
 
-@pytest.mark.long
 def test_what_jax_takes_is_taken():
     """Adapters and a base that are on no device yet, one mesh in two shapes, and what is traced."""
     params, adapters = spread()

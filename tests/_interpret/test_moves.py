@@ -157,7 +157,6 @@ def test_trained_rows_of_joined_tables(name):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.long
 @examples(12)
 @given(st.integers(0, 2**31))
 def test_random_functions(seed):

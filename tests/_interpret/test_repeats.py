@@ -95,7 +95,6 @@ def test_shapes_and_reads_tell_layers_apart():
     assert kinds(wide, params, X) == [0, 0, 0, 0, 4, 4, 4, 4]
 
 
-@pytest.mark.long
 @examples(12)
 @given(
     st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=2, max_size=6),
@@ -161,7 +160,6 @@ def test_each_layer_is_covered_and_has_its_own_dropout():
     np.testing.assert_allclose(still[0], still[1], rtol=1e-6)
 
 
-@pytest.mark.long
 def test_the_program_is_the_same_as_without(monkeypatch):
     """XLA's figures and the gradients of the training step, with and without sharing the trace."""
     config = dict(targets=("q", "v", "down"), rank=4, width=64, hidden=96, heads=4, layers=4)

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
 from common import assert_close, noisy
 
 import lora_jax as lora
@@ -25,7 +24,6 @@ def test_gradients_of_each_example_merge_once():
     assert f"tensor<5x{d}x{d}xf32>" not in each.lower(x, adapters).as_text()
 
 
-@pytest.mark.long
 def test_a_batched_and_an_unbatched_quantised_weight_of_one_input():
     w, v = jax.random.normal(KEY, (3, 64, 64)) / 8, jax.random.normal(KEY, (64, 64)) / 8
     q, other, x = quantized(w, "nf4"), quantized(v, "int8"), jax.random.normal(KEY, (5, 64))

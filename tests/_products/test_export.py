@@ -45,7 +45,6 @@ def test_taylor_mode(plan):
     assert_close(got, want, factor=256)
 
 
-@pytest.mark.long
 def test_dropout_of_a_convolution_on_an_explicit_mesh():
     """The mask lies as the input does, and is that of one device."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))

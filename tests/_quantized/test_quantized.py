@@ -76,7 +76,6 @@ def test_codes_round_trip_exactly(name):
         np.testing.assert_array_equal(unpack(pack(codes)), codes)
 
 
-@pytest.mark.long
 def test_equal_to_bitsandbytes():
     """Codes, constants and values of bitsandbytes 0.50.2 on a CPU, to the bit; its map of 8 bits."""
     golden = np.load(__file__.replace("_quantized/test_quantized.py", "data/bitsandbytes_nf4.npz"))
@@ -146,7 +145,6 @@ def test_equals_the_dequantised_base(name, format):
     assert_close(frozen, fn(plain, x))
 
 
-@pytest.mark.long
 def test_gradient_of_the_input_through_frozen_weights():
     q = {"w": quantized(W, "nf4"), "v": quantized(W.T, "int8")}
     fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]
@@ -216,7 +214,6 @@ def test_nothing_dequantised_is_kept():
     assert abs(bits - 4.127) < 0.01
 
 
-@pytest.mark.long
 def test_a_scan_reads_one_layer():
     """No array of the stack's shape in the compiled program, but codes."""
     stack = jax.random.normal(KEY, (8, 128, 128)) / 16
@@ -229,7 +226,6 @@ def test_a_scan_reads_one_layer():
     assert not re.search(r"(f32|bf16|u8)\[8,128,128\]", text) and "u8[8,128,64]" in text
 
 
-@pytest.mark.long
 def test_sharded():
     """Codes, constants and adapters on eight devices, as on one."""
     params, apply = model(True)
@@ -278,7 +274,6 @@ def test_other_ways_to_spread(how):
         assert_close(got, f(lora.bind(q, adapters), x), factor=256)
 
 
-@pytest.mark.long
 def test_training_saving_restoring(tmp_path):
     import orbax.checkpoint as ocp
 
@@ -342,7 +337,6 @@ def test_leaf_by_leaf():
     assert read == ["a/w", "b", "norm"]
 
 
-@pytest.mark.long
 def test_what_reads_a_quantised_base():
     """The singular vectors of LoRA-XS, the empty slot of a stack, PLoP's norms: those of its
     values. An initialiser cannot take anything out of codes."""
@@ -367,7 +361,6 @@ def test_what_reads_a_quantised_base():
         lora.methods.pissa(small, adapters)
 
 
-@pytest.mark.long
 def test_other_nodes_on_a_quantised_base():
     """Rows of a table and leaves trained in full start from what is read."""
     table = jax.random.normal(KEY, (10, 64))

@@ -99,7 +99,6 @@ def test_an_nnx_module(wrap):
     assert_close(statistics(bound), statistics(merged))
 
 
-@pytest.mark.long
 def test_repeated_layers_and_dropout():
     """Layers that are transformed once, each with its own codes and masks."""
     fn, params = stack([1.0, 1.0])
@@ -224,7 +223,6 @@ def test_gathered_says_what_it_cannot():
         lora.quant.gathered({"w": quantized(W)}, "fsdp")
 
 
-@pytest.mark.long
 def test_where_its_arrays_go():
     """Constants as the codes; quantised twice, along the first axis; even alone, with a mesh."""
     two = mesh(2, 4, names=("d", "t"))

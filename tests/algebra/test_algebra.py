@@ -53,7 +53,6 @@ def assert_updates(adapters, want, factor=64):
         )
 
 
-@pytest.mark.long
 def test_combine_is_a_sum_of_updates():
     """Exactly, with other ranks, scales and targets; and not the product of sums."""
     wide = dataclasses.replace(CONFIG, rank=5, targets=["dense", "heads"], rules=RULES[:1])
@@ -69,7 +68,6 @@ def test_combine_is_a_sum_of_updates():
     assert np.linalg.norm(updates({"w": wrong})["w"] - right) > 0.5 * np.linalg.norm(right)
 
 
-@pytest.mark.long
 def test_scaled():
     one = make(1)
     assert_updates(lora.algebra.scaled(one, -1.0), {p: -d for p, d in updates(one).items()})
@@ -95,7 +93,6 @@ def test_weights_by_leaf_and_layer_can_be_learned():
     np.testing.assert_allclose(grads, want, rtol=1e-4)
 
 
-@pytest.mark.long
 def test_a_mixture_is_learned():
     """LoraHub, LoRA Soups: through combine, bind and adapt, gradients of the weights alone find
     those that made the data, for each leaf and layer."""
@@ -137,7 +134,6 @@ def test_a_mixture_is_learned():
         np.testing.assert_allclose(got, want, atol=1e-3)
 
 
-@pytest.mark.long
 def test_combine_what_is_trained_in_full():
     """There the update is the difference from the base; rows that one of them has alone stay."""
     config = lora.LoRAConfig(
@@ -166,7 +162,6 @@ def test_resize_is_the_best_of_its_rank(rank):
     assert_updates(jax.jit(lambda ad: lora.algebra.resize(ad, rank))(one), want)
 
 
-@pytest.mark.long
 def test_resize_by_energy():
     """The smallest rank that keeps the share, in each weight of a stack."""
     one = make(1)
@@ -180,7 +175,6 @@ def test_resize_by_energy():
     assert lora.algebra.resize(lora.algebra.combine([one, one]), energy=1.0)["layers"].rank == 3
 
 
-@pytest.mark.long
 def test_extract():
     """An update of low rank is found again; one that is not, as well as its singular values say."""
     one = make(1)
@@ -204,7 +198,6 @@ def test_extract():
     )
 
 
-@pytest.mark.long
 def test_extract_also_what_is_trained_in_full():
     config = dataclasses.replace(CONFIG, full="dense/bias", rows={"table": [2]})
     one = make(1, config)
@@ -224,7 +217,6 @@ def test_extract_of_a_leaf_that_is_nan_before_and_after():
         lora.algebra.extract(nan, nan | {"u": jnp.array([jnp.nan, jnp.nan])}, targets)
 
 
-@pytest.mark.long
 def test_compare():
     """Norms, cosines and angles against dense matrices."""
     one, two = make(1), make(2, dataclasses.replace(CONFIG, rank=5))
@@ -253,7 +245,6 @@ def test_compare():
     assert "dense/kernel" in str(some) and "1" in str(some)
 
 
-@pytest.mark.long
 def test_compare_only_directions_that_exist():
     """A zero update has none, one of cancelling factors either; of a stack, each weight has its
     own; angles are those of the space, whatever the rank of the factors."""
@@ -285,7 +276,6 @@ def test_compare_only_directions_that_exist():
     assert np.isnan(found.leaves["w"].input_angles).all() and "none" in str(found)
 
 
-@pytest.mark.long
 @given(data=st.data())
 @examples(5)
 def test_any_combination(data):

@@ -129,7 +129,6 @@ def test_no_comparison_under_jit():
         jax.jit(lambda x: algebra.compare(x, TWO[1]).leaves["w"].norms)(TWO[0])
 
 
-@pytest.mark.long
 @given(st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9), min_size=1))
 def test_rows_that_changed_and_are_not_extracted(changed, taken):
     base = {"table": jnp.zeros((10, 3))}

@@ -81,7 +81,6 @@ def test_equals_the_dense_change(name):
     assert_learned(*pair(*GEOMETRIES[name]))
 
 
-@pytest.mark.long
 @examples(6)
 @given(st.permutations(range(4)), st.integers(0, 2), st.integers(1, 4), st.data())
 def test_equals_the_dense_change_of_any_geometry(order, batch, rank, data):
@@ -177,7 +176,6 @@ def test_without_the_base():
         assert "not known without the base's values: dense/bias, table" in str(found)
 
 
-@pytest.mark.long
 def test_of_boxes_and_modules():
     class Net(nn.Module):
         @nn.compact
@@ -265,12 +263,7 @@ def png_size(data):
     return struct.unpack(">II", data[16:24])
 
 
-LARGE = ("a hundred targets", "16 layers and a head")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.long] if n in LARGE else []) for n in FIGURES]
-)
+@pytest.mark.parametrize("name", FIGURES)
 def test_a_figure(name, tmp_path):
     path = tmp_path / "learned.png"
     figure = found(name).plot(path)
@@ -314,7 +307,6 @@ def test_what_the_cells_show():
     )
 
 
-@pytest.mark.long
 def test_rows_and_layers_in_the_order_of_the_model():
     """Layer 2 stands before layer 10; each name once, what several begin with before them all."""
     names = ["attn/k", "attn/q", "experts_2", "experts_10", "mlp/up"]
@@ -337,7 +329,6 @@ def test_rows_and_layers_in_the_order_of_the_model():
     apart(figure)
 
 
-@pytest.mark.long
 def test_scanned_or_not_the_figure_is_the_same():
     """Layers × 7 projections: the same cells, names and numbers."""
     names = [f"attn/{n}/kernel" for n in "qkvo"] + [
@@ -435,7 +426,6 @@ def test_through_treescope():
     assert "data:image/png;base64" in html  # it shows the figure beside the value
 
 
-@pytest.mark.long
 def test_a_quantised_base():
     """Beside what is read of it."""
     params = {"w": jax.random.normal(jax.random.key(0), (8, 64)), "t": jnp.ones((8, 64)) / 3}

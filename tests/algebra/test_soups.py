@@ -151,7 +151,6 @@ def test_ties(dtype, per_weight):
     assert_updates(pruned, add(vectors))
 
 
-@pytest.mark.long
 def test_trim_is_of_the_whole_vector_or_of_each_weight():
     """A leaf of large elements takes the whole share, unless each weight has its own."""
     one = make(1)
@@ -164,7 +163,6 @@ def test_trim_is_of_the_whole_vector_or_of_each_weight():
     assert apart == {"conv": 58 / 288, "dense/kernel": 48 / 240, "heads": 58 / 288, "experts": 0.2}
 
 
-@pytest.mark.long
 def test_passes():
     """Subspace iteration comes as close to the best of a rank as its singular values allow."""
     trees = pick(zoo(), "heads", "experts")
@@ -219,7 +217,6 @@ def test_equal_magnitudes_are_kept_together():
     np.testing.assert_array_equal(got["w"].value, np.tile([2.0, -2.0], (4, 1)))
 
 
-@pytest.mark.long
 def test_ties_at_a_rank():
     """The best of a rank, of the dense result; the share that is kept is its singular values'."""
     trees = pick(zoo(), "heads", "experts")
@@ -243,7 +240,6 @@ def test_ties_at_a_rank():
     )  # padded: all of it
 
 
-@pytest.mark.long
 def test_what_is_trained_in_full():
     """There the task vector is the difference from the base, of rows, of those that a tree has."""
     trees = pick(zoo("full", "some", "other rows"), "dense", "table")
@@ -266,7 +262,6 @@ def test_what_is_trained_in_full():
             call()
 
 
-@pytest.mark.long
 def test_identities():
     one, two = pick([make(1), make(2, "some")], "experts")
     d, nothing = dense(one), {p: 0 * x for p, x in dense(one).items()}
@@ -372,7 +367,6 @@ def test_knots(density, per_weight):
     np.testing.assert_allclose(b @ b.mT, np.tile(np.eye(8), (3, 1, 1)), atol=1e-5)
 
 
-@pytest.mark.long
 def test_knots_drops():
     """What an adapter has in the shared directions; the mean over keys is the sum of updates."""
     two = [{"dense": {"kernel": make(i)["dense"]["kernel"]}} for i in (1, 2)]
@@ -512,7 +506,6 @@ def test_errors(call, match):
         call()
 
 
-@pytest.mark.long
 def test_more_elements_than_int32_counts(monkeypatch):
     """A leaf is counted in parts, each of which fits, whatever its elements: all may be zeros."""
     found = jax.eval_shape(

@@ -86,7 +86,6 @@ ZOO = [
 ]
 
 
-@pytest.mark.long
 def test_each_example_gets_its_own():
     """Other ranks, scales and targets, and none; under jit, and by one number for all."""
     stacked = lora.algebra.stack(ZOO)
@@ -102,7 +101,6 @@ def test_each_example_gets_its_own():
         assert np.isnan(jax.jit(gathered)(stacked, jnp.array([none] * 6), IDS)).all()
 
 
-@pytest.mark.long
 def test_gradients_of_a_stack():
     """Gradients of the stack and of the input, as by the plain function on each example's merged weights."""
     zoo = ZOO[:2]
@@ -124,7 +122,6 @@ def test_gradients_of_a_stack():
     assert_close(grad, want, factor=256)
 
 
-@pytest.mark.long
 def test_what_is_trained_in_full():
     """An empty slot, and one whose adapter has no such leaf, is the base."""
     both = dict(full="bias", rows={"table": [1, 3]})
@@ -141,7 +138,6 @@ def test_what_is_trained_in_full():
         lora.algebra.stack(zoo)
 
 
-@pytest.mark.long
 def test_nothing_is_compiled_anew():
     """Adding, replacing, removing and choosing: one trace, one program."""
 
@@ -177,7 +173,6 @@ def test_the_base_is_multiplied_once():
     assert cost["flops"] <= 1.1 * (base + factors)
 
 
-@pytest.mark.long
 def test_sharded():
     """Factors and base over a mesh, as on one device."""
     mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(AxisType.Auto,) * 2)
@@ -203,7 +198,6 @@ def test_sharded():
     )
 
 
-@pytest.mark.long
 def test_decoding_with_a_cache():
     """One token at a time, each sequence with its adapter and its own keys and values."""
     params = {
@@ -266,7 +260,6 @@ def test_a_stack_is_not_changed():
     assert {n.scale for n in jax.tree.leaves(stacked, is_leaf=is_node)} == {1.0}
 
 
-@pytest.mark.long
 def test_many_trained_at_once():
     """K adapters over one base by vmap: each becomes what it would have become alone."""
     import optax
@@ -305,7 +298,6 @@ def test_many_trained_at_once():
     assert values[-1, -1] < values[-1, 0]
 
 
-@pytest.mark.long
 @examples(30)
 @given(
     index=st.integers(-300, 300),

@@ -91,7 +91,6 @@ def assert_same(got, want):
 # ---------------------------------------------------------------- saved = restored
 
 
-@pytest.mark.long
 def test_round_trip(tmp_path):
     adapters, opt = trained()
     state = {"opt": opt, "key": jax.random.key(3, impl="rbg"), "old": jax.random.PRNGKey(4), "epoch": 7,
@@ -286,7 +285,6 @@ def test_grow(tmp_path, placed):
         TX.update(grads, got.state)
 
 
-@pytest.mark.long
 def test_grow_an_embedding(tmp_path):
     """There it is B that is drawn, and A that is zero."""
     params = {"table": jnp.ones((10, 8))}
@@ -302,7 +300,6 @@ def test_grow_an_embedding(tmp_path):
     assert_close(lora.merge(params, got), lora.merge(params, small))
 
 
-@pytest.mark.long
 def test_a_grown_run_goes_on(tmp_path):
     """With the configuration that growing returns: its alpha is scale · rank."""
     adapters, opt = trained()
@@ -334,7 +331,6 @@ def test_grow_without_a_lora_keeps_the_configuration(tmp_path):
     assert (found.config.rank, found.config.alpha) == (config.rank, config.alpha)
 
 
-@pytest.mark.long
 def test_grow_with_ranks_of_their_own(tmp_path):
     """Rules become a rule for each leaf; host memory grows as well, and nothing but ranks does."""
     rules = [lora.Rule("down", rank=1, alpha=3)]
@@ -366,7 +362,6 @@ def test_grow_with_ranks_of_their_own(tmp_path):
 # ---------------------------------------------------------------- trees of other kinds
 
 
-@pytest.mark.long
 def test_an_nnx_model_with_random_state(tmp_path):
     """Keys, counters and statistics change with each call, and are no part of what a base is."""
 
@@ -432,7 +427,6 @@ def test_wide_arrays_of_the_host():
     assert checksums({"x": np.zeros((0, 3))}) == {"x": "0" * 16}
 
 
-@pytest.mark.long
 def test_a_state_of_shapes_goes_beside_the_adapters(tmp_path):
     adapters, opt = trained()
     saved(tmp_path, adapters, state=opt)
@@ -682,7 +676,6 @@ def damaged(path, rng):
 
 
 # Orbax leaves event loops and threads behind where a file is damaged.
-@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_damage_is_found(tmp_path):
@@ -724,7 +717,6 @@ def test_every_bit_of_an_array_counts():
     assert checksums({"x": x.T.copy()}) != want
 
 
-@pytest.mark.long
 @given(
     data=st.data(),
     dtype=st.sampled_from(["float32", "bfloat16", "int32", "int8", "bool", "float8_e4m3fn"]),

@@ -110,7 +110,6 @@ time.sleep(600)
 """
 
 
-@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks of fcntl")
 def test_another_process(tmp_path):
     """While it is there nobody else saves; once it is killed, even as it saves, all can go on."""

@@ -65,7 +65,6 @@ def test_the_formula(name):
     assert_close(found, jnp.abs(n.magnitude))
 
 
-@pytest.mark.long
 def test_the_norm_has_no_gradient():
     """Section 4.3: dV is g · dW', as if the norm were a number."""
     w, x = W, X
@@ -110,7 +109,6 @@ def test_a_model(scanned):
     assert_equals_dense(apply, params, IDS, method=lora.methods.dora, factor=256)
 
 
-@pytest.mark.long
 def test_a_small_gain_is_not_rounded_away():
     """In bf16 1.001 is 1; y + 0.001·y is not y for every second y or so, and is right on average."""
     w = jax.random.normal(jax.random.key(0), (64, 64)).astype(jnp.bfloat16)
@@ -140,7 +138,6 @@ def test_norms_in_bf16(shape, axes, jit):
     assert_close(m, np.linalg.norm(v, axis=axes[0] if len(axes[0]) > 1 else axes[0][0]), m.dtype, 2)
 
 
-@pytest.mark.long
 def test_inside_shard_map():
     """A part of a leaf has no norm; the whole leaf may be bound outside."""
     fn = lambda p, x: x @ p["w"]
@@ -156,7 +153,6 @@ def test_inside_shard_map():
         shard(inside, in_specs=(P("d"), specs, P("d")))({"w": W}, adapters, X)
 
 
-@pytest.mark.long
 def test_a_stack_with_none():
     fn, adapters = lambda p, x: x @ p["w"], [
         {"w": node(W, lora.Geometry((0,), (1,)), rank=r)} for r in (2, 3)

@@ -256,7 +256,6 @@ def flat(tree):
     return flatten(tree, is_leaf=is_node)
 
 
-@pytest.mark.long
 def test_lora_ga_takes_either_gradient():
     """And passes make a random start exact, where rank + 10 is not all there is."""
     u, v = (np.linalg.qr(np.asarray(normal(i, 40, 30)))[0] for i in (1, 2))
@@ -358,7 +357,6 @@ def summed(batches):
     return jax.tree.map(jnp.add, *batches[1])
 
 
-@pytest.mark.long
 def test_second_moments_are_those_of_the_rows(batches):
     found = summed(batches)
     assert found.keys() == LEAVES.keys()
@@ -387,7 +385,6 @@ def test_second_moments_of_no_floating_point(dtype):
         lora.methods.second_moments(fn, params, targets, jnp.ones((2, 4), dtype))
 
 
-@pytest.mark.long
 def test_second_moments_scanned_and_spread():
     """A scanned model has those of the loop; a batch on eight devices has those of one."""
     apply, params, targets = transformer(False)
@@ -404,7 +401,6 @@ def test_second_moments_scanned_and_spread():
         near(c, 4 * np.stack(want), 256)
 
 
-@pytest.mark.long
 def test_low_rank_gradients_of_every_kind_of_product():
     """As near to the full gradient as anything of that rank."""
     objective = lambda p, x: sum(jnp.sum(jnp.sin(y)) for y in net(p, x) if y.dtype == x.dtype)
@@ -436,7 +432,6 @@ def test_what_no_output_depends_on_is_refused():
 
 
 # ---------------------------------------------------------------- EVA
-@pytest.mark.long
 def test_eva_has_the_singular_vectors_of_all_rows(batches):
     zero = lora.init(jax.random.key(0), LEAVES, TARGETS)
     adapters = jax.jit(lambda m: lora.methods.eva(zero, m, rho=1.0))(summed(batches))
@@ -448,7 +443,6 @@ def test_eva_has_the_singular_vectors_of_all_rows(batches):
         assert node.rank == RANK and not node.b.any() and node.scale == zero[path].scale
 
 
-@pytest.mark.long
 def test_eva_spends_the_ranks_where_they_explain_most(batches):
     zero = lora.init(jax.random.key(0), LEAVES, TARGETS)
     adapters = lora.methods.eva(zero, summed(batches))
@@ -511,7 +505,6 @@ def test_corda_looks_at_directions_alone():
 
 
 # ---------------------------------------------------------------- models
-@pytest.mark.long
 def test_a_model_begins_as_it_was():
     apply, params, _ = transformer(True)
     config = lora.LoRAConfig(rank=2, targets=["all-linear", "embedding"], full="bias")

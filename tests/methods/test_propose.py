@@ -99,7 +99,6 @@ def test_routers_are_left_out_and_experts_share_the_rank():
         lora.methods.propose(PARAMS, SURVEY, active_experts=2)
 
 
-@pytest.mark.long
 def test_feature_norms():
     """The score is that of the definition, with random weights drawn; the lowest is chosen."""
     x = X * jnp.exp(normal(5, 32))
@@ -128,7 +127,6 @@ def test_feature_norms():
     assert norms[0] > 1.5 and abs(norms[1] - 1) < 0.2
 
 
-@pytest.mark.long
 def test_gradient_norms():
     """Full and low-rank gradients give the same order; what the loss does not see comes last."""
     loss = lambda p, x: jnp.mean(jnp.sin(fn(p, x)[:, :1]))

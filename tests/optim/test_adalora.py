@@ -205,7 +205,6 @@ def test_a_pruned_triplet_can_come_back():
     assert trail[23:] == [([True, False], [True, False])] * 7  # back; then the mask is fixed
 
 
-@pytest.mark.long
 def test_equal_importances_are_counted_too():
     """Gradients of zero: all scores are zero, and still as many are kept as the budget says."""
     adapters = start()
@@ -249,7 +248,6 @@ def masked_adapters():
     return run(1)[-1][2]
 
 
-@pytest.mark.long
 def test_pruned_is_the_masked_adapter():
     adapters = masked_adapters()
     small = lora.methods.pruned(adapters)
@@ -291,7 +289,6 @@ def test_pruned_to_nothing_or_written_for_peft(tmp_path):
     assert_close(lora.merge(params, back), lora.merge(params, small))
 
 
-@pytest.mark.long
 def test_orthogonality():
     """‖PᵀP − I‖² + ‖QQᵀ − I‖², summed over matrices, and its gradient."""
     adapters = start()

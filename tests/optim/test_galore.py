@@ -53,7 +53,6 @@ def reference(gradients, rank, gap, scale, b1=0.9, b2=0.999, eps=1e-8):
 GRADIENTS = [{"wide": normal(i, 12, 20), "tall": normal(9 + i, 20, 12)} for i in range(5)]
 
 
-@pytest.mark.long
 def test_five_steps():
     """A wide and a tall matrix, with new subspaces at steps 0, 2 and 4; moments are kept."""
     tx = lora.optim.scale_by_galore(rank=3, update_proj_gap=2, scale=0.25)
@@ -76,7 +75,6 @@ def test_the_sign_of_a_singular_vector_does_not_matter():
     assert_close(flipped, jax.tree.map(lambda x: -x, got), factor=256)
 
 
-@pytest.mark.long
 def test_full_rank_is_adam():
     tx = lora.optim.galore(0.1, rank=12, scale=0.25)
     got, _ = trajectory(tx, GRADIENTS[0], GRADIENTS)
@@ -101,7 +99,6 @@ CONFIG = lora.LoRAConfig(
 )
 
 
-@pytest.mark.long
 def test_axes_come_from_targets():
     """Heads are merged as the leaf's use says, each of a stack has a subspace of its own, and what
     is no target is trained by plain Adam."""
@@ -159,7 +156,6 @@ def test_a_subspace_only_when_due():
     assert same == [True, True, False, True]
 
 
-@pytest.mark.long
 def test_training():
     """A regression in which every kind of leaf takes part; jit is eager."""
     params = {"up": normal(0, 8, 16) / 3, "stack": normal(1, 2, 16, 16) / 4, "bias": jnp.zeros(16)}
@@ -241,7 +237,6 @@ def test_no_gradient():
     assert all(np.all(np.isfinite(x)) and np.any(x) for x in moved.values())
 
 
-@pytest.mark.long
 def test_bf16_and_masks():
     params = {"w": normal(0, 8, 12).astype(jnp.bfloat16), "table": normal(1, 8, 8)}
     tx = optax.partition(

@@ -59,7 +59,6 @@ def test_labels():
     assert lora.optim.labels(rows)["table"].value == "rows"
 
 
-@pytest.mark.long
 def test_one_tree():
     """Base and adapters in one tree: no state for the base, an update of exactly zero."""
     tree = {"params": PARAMS, "adapters": noisy(make())}
@@ -151,7 +150,6 @@ def test_adam_invariance(p, q):
     assert_close(trajectory(p, q), reference)
 
 
-@pytest.mark.long
 def test_train_state_and_accumulation():
     """Gradients of micro-batches add up to the batch's, as adapter-sized trees."""
     adapters = noisy(make())

@@ -184,7 +184,6 @@ def test_other_optimisers(tx):
     chex.assert_trees_all_close((got, got_state), (adapters, own), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.long
 def test_nothing_is_changed_by_what_does_not_fit():
     stacked, state = start()
     join = functools.partial(lora.optim.join, TX, stacked, state)
@@ -331,7 +330,6 @@ def test_by_slot_takes_one_number_for_each_example(values, slots):
     assert means.tolist() == [0, 1, 0] and active.tolist() == [False, True, False]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("along", ["axes", "slots"])
 def test_a_stack_over_devices(along):
     """FSDP × TP: placed as before after each change, one program, and the values of one device."""

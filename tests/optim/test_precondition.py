@@ -200,7 +200,6 @@ def assert_equivalent(update, want):
     return d
 
 
-@pytest.mark.long
 def test_riemannian_identity():
     """dA·B + A·dB = s·(G·P_B + P_A·G), and with δ the formula of the paper."""
 
@@ -245,7 +244,6 @@ def test_lora_pro_identity(x):
     assert_equivalent(update, want)
 
 
-@pytest.mark.long
 def test_lora_pro_stays_near_the_gradients():
     """The Sylvester equation's X is a minimum of ‖dA − g_A‖² + ‖dB − g_B‖²."""
     with jax.enable_x64():
@@ -357,7 +355,6 @@ def reference_rite(a, bt, ga, gbt, scale, state, t, b1=0.9, b2=0.999, eps=1e-6):
     return out
 
 
-@pytest.mark.long
 def test_rite_is_the_paper_s():
     """In another basis, QR for the polar one, and in fp64, the same steps, over five of them."""
     adapters = {"heads": random_adapters()["heads"]}
@@ -379,7 +376,6 @@ def test_rite_is_the_paper_s():
     assert largest(escaped) > 1e-3 * largest(state.nu)  # the bases did turn
 
 
-@pytest.mark.long
 def test_rite_without_memory_is_muon():
     adapters = random_adapters()
     g = gradients(adapters, some_weights(adapters))
@@ -397,7 +393,6 @@ def test_rite_without_memory_is_muon():
     assert_close(got, map_nodes(leaf, want))
 
 
-@pytest.mark.long
 def test_muon_is_steepest_descent_in_the_spectral_norm():
     """Each half of the product's change is ½·msign of the projected gradient."""
     adapters = random_adapters()
@@ -424,7 +419,6 @@ def test_muon_does_not_see_the_size_of_a_gradient(size):
     assert_close(step(jax.tree.map(lambda x: x * np.float32(size), g)), step(g), factor=64)
 
 
-@pytest.mark.long
 def test_muon_decays_the_product():
     adapters = random_adapters()
     schedule = optax.linear_schedule(0.5, 0.25, 1)
@@ -604,7 +598,6 @@ def test_power_of_a_singular_matrix():
     assert_close(power(jnp.zeros((3, 3)), -1), jnp.zeros((3, 3)))
 
 
-@pytest.mark.long
 def test_masks():
     """Under optax.partition by leaf kinds, and in one tree with frozen leaves."""
     adapters = {name: model_adapters()[name] for name in ("heads", "head")}
@@ -646,7 +639,6 @@ def test_errors():
         lora.optim.lora_pro(x="best")
 
 
-@pytest.mark.long
 def test_eight_devices():
     """Sharded factors, moments and parameters, with the shardings that the library gives them: the
     updates of one device."""

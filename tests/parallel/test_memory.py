@@ -64,7 +64,6 @@ def small():
     return base, lora.init(KEY, params, config)
 
 
-@pytest.mark.long
 def test_the_bytes_of_arrays():
     base, adapters = small()
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
@@ -80,7 +79,6 @@ def test_the_bytes_of_arrays():
     assert lines[-2].split() == ["all", *2 * [f"{found.total / 1e6:,.2f}"]]
 
 
-@pytest.mark.long
 def test_of_one_device():
     """As the shards that device 0 holds, and as XLA says of the arguments of a step."""
     base, adapters = small()
@@ -214,7 +212,6 @@ def test_what_is_no_adapter():
         lora.parallel.memory({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
 
 
-@pytest.mark.long
 def test_an_optimiser_of_8_bits():
     """flashoptim-jax on the adapters of a quantised base: a quarter of Adam's state, its loss."""
     from flashoptim_jax import flash_adamw

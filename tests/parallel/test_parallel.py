@@ -100,7 +100,6 @@ def test_full_fine_tuning_is_weight_sized(name):
     assert parallel.weight_sized(case, parallel.reductions(compiled))
 
 
-@pytest.mark.long
 def test_the_gradient_that_is_too_large():
     """JAX's trap, not ours: under shard_map the gradient of replicated adapters is summed already.
     The mean of the losses, differentiated, is right; a mean of the gradients changes nothing."""

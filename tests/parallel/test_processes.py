@@ -60,7 +60,6 @@ def leaves(directory):
     return list(map(np.asarray, jax.tree.leaves(values(directory).adapters)))
 
 
-@pytest.mark.long
 def test_two_processes_and_another_mesh(tmp_path):
     """Both die after step 3; two others go on, on another mesh; one alone brings it to its end."""
     alone = finished(started(tmp_path / "alone", "--mesh", 1, 8, devices=8))
@@ -115,7 +114,6 @@ def check_kills(tmp_path, kills, steps):
     return resumed
 
 
-@pytest.mark.long
 def test_kill(tmp_path):
     check_kills(tmp_path, kills=2, steps=60)
 

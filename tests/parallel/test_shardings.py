@@ -192,7 +192,6 @@ def test_several_slices():
     assert (got.a.spec, got.b.spec) == (P(("slice", "fsdp"), None), P(None, "tp"))
 
 
-@pytest.mark.long
 @given(data=st.data())
 @examples(60)
 def test_no_axis_is_lost_or_doubled(data):
@@ -330,7 +329,6 @@ GALORE = {  # the leaf's axes but for those that became the rank
 }
 
 
-@pytest.mark.long
 def test_the_state_of_galore():
     """Projector and moments are split as their leaf is, and what plain Adam trains as well; three
     steps, with a new subspace in the third, are those of one device."""
@@ -396,7 +394,6 @@ def test_init_sharded(rank):
     assert memory.temp_size_in_bytes < n * rank * 4  # A whole would be this
 
 
-@pytest.mark.long
 def test_merge_keeps_the_shardings():
     params = placed()
     adapters = noisy(

@@ -79,7 +79,6 @@ def test_nnx(tmp_path, name, tied):
 # Fused, split: by a mapping, which names what has other names alone
 
 
-@pytest.mark.long
 def test_fused_kernels():
     """q, k and v of torch are parts of a kernel, scanned or not."""
     x, want = models.inputs("llama_bf16")
@@ -248,7 +247,6 @@ def test_a_head_of_its_own_is_not_lost(tmp_path):
         lora.peft.save_base(tmp_path / "new", params, survey, like=BASES / "llama_tied")
 
 
-@pytest.mark.long
 def test_what_is_left_on_either_side():
     """One error, with both."""
     shapes, survey, _, _ = surveyed("llama_untied", models.Llama(Config(scan=True)))
@@ -474,7 +472,6 @@ def test_mapping_of_a_folder_and_of_an_index():
         lora.peft.mapping(BASES / "bert", shapes, survey, rename=bert.NAMES)
 
 
-@pytest.mark.long
 def test_adapters_of_experts_by_module(tmp_path):
     """A module for each expert in torch, a stack of layers and experts here: written and read."""
     model = models.Llama(Config(experts="mixtral", scan=True))

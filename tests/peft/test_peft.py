@@ -148,7 +148,6 @@ def test_several_torch_modules_in_one_fused_leaf(tmp_path, scanned):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-@pytest.mark.long
 def test_one_torch_module_split_into_leaves(tmp_path):
     name = "gpt2_default"
     params = g.gpt2_params(name, split=True)
@@ -598,7 +597,6 @@ def test_the_mapping_is_shown():
     assert len(found.mapping) == 2 and "attn.in_proj_weight" in list(found.mapping)
 
 
-@pytest.mark.long
 def test_nnx_modules():
     from flax import nnx
 

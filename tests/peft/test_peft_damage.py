@@ -26,7 +26,6 @@ def test_the_goldens_are_loaded_as_by_hand():
         assert out.kind == "loaded", f"{name}: {out.kind}: {out.what}"
 
 
-@pytest.mark.long
 def test_damaged_folders():
     damage_outcome.many(250, assert_good)
 

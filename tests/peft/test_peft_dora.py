@@ -97,7 +97,6 @@ def test_outputs_and_bytes_are_those_of_peft(layout, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
 
 
-@pytest.mark.long
 def test_the_rest_of_a_fused_leaf_keeps_its_norms(tmp_path):
     """k has no update in the file: it stays as it is, and once it is trained it must be named."""
     _, _, params, _, found = read("fused")
@@ -162,7 +161,6 @@ def test_trained_ones_come_back(layout, tmp_path):
 # What PEFT has no DoRA of
 
 
-@pytest.mark.long
 def test_attention_is_refused(tmp_path):
     params, found = loaded("mha")
     with fails("'attn.in_proj_weight' is a DoRA, and PEFT has none of a MultiheadAttention"):

@@ -32,7 +32,6 @@ GOLDEN = load_file(
 STATE = ".quant_state.bitsandbytes__nf4"
 
 
-@pytest.mark.long
 def test_values_are_those_of_bitsandbytes_to_the_bit():
     plain = lora.quant.bitsandbytes_weight(GOLDEN, "plain.weight")
     assert plain.dtype == jnp.bfloat16 and plain.shape == (3, 128)
@@ -44,7 +43,6 @@ def test_values_are_those_of_bitsandbytes_to_the_bit():
     np.testing.assert_array_equal(lora.quant.dequantize({"w": got})["w"].T, nested.value())
 
 
-@pytest.mark.long
 def test_layers_of_a_scan():
     """A stack of doubly quantised kernels, trained on as on its values."""
     q = {"w": lora.quant.bitsandbytes_weight(GOLDEN, ["nested.weight"] * 2, kernel=True)}

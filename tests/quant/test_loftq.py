@@ -29,7 +29,6 @@ def test_residual_on_a_normal_distribution(iterations, want):
     assert abs(got - want) < 0.012
 
 
-@pytest.mark.long
 def test_one_iteration_is_the_svd_of_the_error():
     params = {"w": jax.random.normal(KEY, (64, 96))}
     base, adapters = lora.quant.loftq(params, started(params, 4), "w", iterations=1)

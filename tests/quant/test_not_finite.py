@@ -15,7 +15,6 @@ W = jax.random.normal(jax.random.key(0), (3, 128))
 DOUBLE = {"nf4", "int4", "int8_block", "fp8_block"}
 
 
-@pytest.mark.long
 @given(
     format=st.sampled_from(sorted(FORMATS)),
     double=st.booleans(),
@@ -39,7 +38,6 @@ def test_refused_where_it_is_known_and_nan_where_it_is_traced(format, double, va
         np.testing.assert_array_equal(np.isnan(read["a"]["w"].astype(jnp.float32)), bad)
 
 
-@pytest.mark.long
 def test_all_leaves_are_named_and_the_first_index():
     bad = W.at[1, 70].set(jnp.inf).at[2, 0].set(jnp.nan)
     stack = jnp.stack([W, bad]).astype("bfloat16")
