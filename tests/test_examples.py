@@ -36,6 +36,37 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if "argparse" in p.read_text())
 
 
+BENCHMARKS = EXAMPLES.parent / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    "script", [*EXAMPLES.rglob("*.py"), *BENCHMARKS.rglob("*.py")], ids=lambda p: p.stem
+)
+def test_what_a_script_takes_from_another_is_there(script):
+    """A script that takes minutes is run by no test: its imports at least are of what there is."""
+    missing = []
+    for node in ast.walk(ast.parse(script.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
+            continue
+        where = Path(*node.module.split(".")).with_suffix(".py")
+        # as Python looks: beside the script first
+        of = [f / where for f in (script.parent, BENCHMARKS, EXAMPLES) if (f / where).exists()]
+        if of:
+            body = ast.parse(of[0].read_text()).body
+            there = {n for top in body for n in names_of(top)}
+            missing += [f"{node.module}.{a.name}" for a in node.names if a.name not in there]
+    assert not missing
+
+
+def names_of(statement):
+    """What a statement at the top of a module names."""
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return {statement.name}
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name for alias in statement.names}
+    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_are_short_and_say_what_to_expect(script):
     text = script.read_text()

@@ -45,8 +45,9 @@ def written(figure: Figure, path: str | os.PathLike | None) -> Figure:
 class Shown:
     """A result that a notebook shows as its printed table and its figure."""
 
-    def plot(self) -> Figure:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # a method of each kind
+
+        def plot(self) -> Figure: ...
 
     def _repr_png_(self) -> bytes | None:
         try:

@@ -58,6 +58,13 @@ class Product:
         """The type in which x meets the factors."""
         return meeting(x.dtype, self.w.dtype, self.dtype)
 
+    def arithmetic(self, x: jax.Array) -> tuple[Any, Any]:
+        """(type, precision) of the products with the factors."""
+        dtype, precision = self.meeting(x), self.params["precision"]
+        if not dtype == x.dtype == self.w.dtype and not isinstance(precision, Precision | tuple):
+            precision = None  # an algorithm is one for the model's own types
+        return dtype, precision
+
     @property
     def where(self) -> tuple[Any, tuple] | None:
         """(mesh, pairs of a label of the result and its mesh axis) that the model gave, or None."""
@@ -139,9 +146,7 @@ def _multiplied(
     (_, al), _ = parts[0]
     plan = _plan(x, xl, products, parts, mode, whole)
     bases: list[jax.Array] = []
-    dtype, precision = first.meeting(x), first.params["precision"]
-    if not dtype == x.dtype == first.w.dtype and not isinstance(precision, Precision | tuple):
-        precision = None  # an algorithm is one for the model's own types
+    dtype, precision = first.arithmetic(x)
     if not whole:
         # x·W as the model wrote it, and the update of x as floats beside it
         bases = [p.base() for p in products]
@@ -238,9 +243,7 @@ def _by_slot(
     """x·W of each, and beside it x times the factors of each position's own slot; and how."""
     first = products[0]
     bases, (s, sl) = [p.base() for p in products], _slots(x, xl, first)
-    dtype, precision = first.meeting(x), first.params["precision"]
-    if not dtype == x.dtype == first.w.dtype and not isinstance(precision, Precision | tuple):
-        precision = None  # as in `_multiplied`
+    dtype, precision = first.arithmetic(x)
     x = dropout(cast(x, dtype), first.w, first.use)
     pairs: list[Pair] = []
     for p, ((a, al), (_, bl)) in zip(products, parts):

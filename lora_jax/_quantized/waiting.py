@@ -31,7 +31,7 @@ class Waiting:
     moves: tuple = static(default=())
     moved_to: Any = static(default=None)  # noqa: RUF009
 
-    if TYPE_CHECKING:  # properties or fields of each kind
+    if TYPE_CHECKING:  # of each kind
 
         @property
         def stored(self) -> tuple[int, ...]: ...
@@ -39,9 +39,9 @@ class Waiting:
         @property
         def stored_dtype(self) -> Any: ...
 
-    def value(self, after: jax.Array | None = None) -> jax.Array:
-        """The weight as an array; with `after`, made anew and no sooner than that is there."""
-        raise NotImplementedError
+        def value(self, after: jax.Array | None = None) -> jax.Array:
+            """The weight as an array; with `after`, made anew and no sooner than that is there."""
+            ...
 
     @property
     def shape(self) -> tuple[int, ...]:

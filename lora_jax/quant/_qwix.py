@@ -97,7 +97,7 @@ def _problems(x: Any) -> Iterator[str]:
                 "jax.eval_shape(lora.quant.from_qwix, params)"
             )
             return
-    if {*parts} < {"qvalue", "scale"}:
+    if not {"qvalue", "scale"} <= {*parts}:
         yield "it has no qvalue or no scale"
         return
     codes, scale = x.qvalue, x.scale

@@ -128,6 +128,10 @@ BAD = {
     "nan": (qarray(jnp.ones((4, 4), "int8"), jnp.full((1, 4), jnp.nan)), "scale is not finite"),
     "shapes": (qarray(jax.ShapeDtypeStruct((4, 4), "int8"), jnp.ones((1, 4))), "jax.eval_shape"),
     "none": (qarray(None, None, None, jnp.int8), "no qvalue or no scale"),
+    "no scale": (
+        qarray(jnp.ones((4, 4), "int8"), None, jnp.ones((1, 4), "int8"), jnp.int8),
+        "no qvalue or no scale",
+    ),
 }  # fmt: skip
 
 
