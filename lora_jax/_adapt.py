@@ -37,9 +37,10 @@ def adapt(
     The result takes the arguments of `fn`. Where they hold adapted weights, each contraction,
     convolution or look-up x·W becomes x·W + scale·(x·A)·B (arXiv:2106.09685, eq. 3); all else is
     `fn`, unchanged. A weight that `fn` returns as it got it is an array, W + scale·A·B. The result
-    is a pure function, and composes with JAX's transformations. `stop_gradient` of a weight is
-    of its base, which is frozen anyway: the adapter still trains. Without an adapted weight among
-    the arguments it is `fn` itself.
+    is a pure function, and composes with JAX's transformations. Where all uses of a
+    weight go through `stop_gradient`, it is of the base, which is frozen anyway: the adapter still
+    trains. Where some do not, as those of an online network beside its target, it is of the update
+    as well. Without an adapted weight among the arguments it is `fn` itself.
 
     What `fn` changes of NNX objects among its arguments is changed as by `nnx.jit`.
 

@@ -88,6 +88,29 @@ def test_masks_of_joined_weights_are_those_of_each_alone(join):
     check("u", "w")
 
 
+JOINS = {
+    "outputs": lambda ws: jnp.concatenate(ws, 1),
+    "with an array": lambda ws: jnp.concatenate([*ws, jnp.zeros((D, D))], 1),
+    "twice": lambda ws: jnp.concatenate([jnp.concatenate(ws[:2], 1), *ws[2:]], 1),
+    "twice, later": lambda ws: jnp.concatenate([ws[0], jnp.concatenate(ws[1:], 1)], 1),
+    "stacked": lambda ws: jnp.stack(ws, 1).reshape(D, 3 * D),
+    "padded": lambda ws: sum(
+        lax.pad(w, 0.0, ((0, 0, 0), (i * D, (2 - i) * D, 0))) for i, w in enumerate(ws)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_masks_of_leaves_joined_in_one_product_are_those_of_each_alone(name):
+    params = {n: jnp.zeros((D, D)) for n in "uvw"}
+    out = branches(lambda p, x: x @ JOINS[name]([p[n] for n in "uvw"]), params)
+    alone = [branches(lambda p, x, n=n: x @ p[n], {n: params[n]}) for n in "uvw"]
+    np.testing.assert_array_equal(out[:, : 3 * D], jnp.concatenate(alone, 1))
+    assert distinct(alone)
+    total = branches(lambda p, x: x @ (p["u"] + p["v"]), {n: params[n] for n in "uv"})
+    np.testing.assert_array_equal(total, alone[0] + alone[1])
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_masks_differ_by_scanned_layer(remat):
     wrap = jax.checkpoint if remat else lambda f: f

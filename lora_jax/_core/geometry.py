@@ -33,7 +33,9 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 RANK = -1  # the label of a factor's rank axis, and of a seed's words
-SLOT = -2  # of the axis of many adapters, each for some tokens; both are < 0, no axes of a weight
+SLOT = -2  # of the axis of many adapters, each for some tokens
+PART = -3  # of weights that were joined, each with a dropout mask of its own
+# All are < 0: no axes of a weight.
 
 
 # The kind of the keys of dropout masks, whatever kind the user's key is of.
@@ -162,8 +164,17 @@ class Factor:
         # squeeze refuses a longer axis, along which something would be lost.
         gone = tuple(i for i, d in enumerate(self.dims) if d >= 0 and d not in label)
         value = jax.lax.squeeze(self.value, gone) if gone else self.value
-        label = {**label, RANK: RANK, SLOT: SLOT}
-        return Factor(value, tuple(label[d] for d in self.dims if d in label))
+        return Factor(value, tuple(label.get(d, d) for d in self.dims if d < 0 or d in label))
+
+    def within(self, d: int, into: int) -> Factor:
+        """The factor with its axis d made a part of its axis `into`, or that axis if it has none.
+
+        Two factors that sum over both axes sum over the one that they become.
+        """
+        rest = tuple(e for e in self.dims if e not in (d, into))
+        f = self.order((*rest, *(e for e in (d, into) if self.has(e))))
+        n = len(rest)
+        return Factor(f.value.reshape(*f.value.shape[:n], -1), (*rest, into))
 
     def spread(self, sizes: Mapping[int, int]) -> Factor:
         """The factor with these axes as well; it is constant along those that it lacked."""

@@ -39,7 +39,9 @@ def _long_axes(v: Any) -> set[int]:
 class _Body:
     """A body under evaluation: its values, and who makes and who multiplies them."""
 
-    def __init__(self, eqns: Sequence, env: dict, scopes: int, fixed: Iterable = ()):
+    def __init__(
+        self, eqns: Sequence, outs: Sequence, env: dict, scopes: int, fixed: Iterable = ()
+    ):
         self.env = env
         self.scopes = scopes
         # The inputs that no data enters.
@@ -47,6 +49,7 @@ class _Body:
         # The ids of the equations that were evaluated, in their turn or ahead of it.
         self.done: set[int] = set()
         self._eqns = eqns
+        self._outs = outs
 
     def read(self, v: Any) -> Any:
         return v.val if isinstance(v, compat.Literal) else self.env[v]
@@ -60,6 +63,36 @@ class _Body:
 
     def maker(self, v: Any) -> Equation | None:
         return self._makers.get(v)
+
+    @functools.cached_property
+    def _readers(self) -> dict:
+        # {value: the equations that it enters; None for the outputs}
+        found = collections.defaultdict(list)
+        for eqn, values in [*((e, e.invars) for e in self._eqns), (None, self._outs)]:
+            for v in values:
+                if not isinstance(v, compat.Literal):
+                    found[v].append(eqn)
+        return found
+
+    def frozen(self, v: Any) -> bool:
+        """Whether `v` is an input of the body, moved at most, and all that becomes of it goes
+        through stop_gradient."""
+        while (eqn := self.maker(v)) is not None:
+            if not _only_moves(eqn):
+                return False
+            v = eqn.invars[0]
+
+        def stopped(v: Any) -> bool:
+            return all(
+                e is not None
+                and (
+                    e.primitive.name == "stop_gradient"
+                    or (_only_moves(e) and stopped(e.outvars[0]))
+                )
+                for e in self._readers[v]
+            )
+
+        return stopped(v)
 
     @functools.cached_property
     def _products(self) -> dict:
@@ -147,7 +180,7 @@ class Interpreter:
         self.policy = policy  # of jax.checkpoint, for the bodies of scans that weights enter
         self.saves = False  # whether there was such a body
         self.events: dict[tuple, Use] = {}
-        self._body = _Body([], {}, 0)
+        self._body = _Body([], [], {}, 0)
         self._jits: dict = {}  # see `once`
         self._uses = 0
 
@@ -167,7 +200,7 @@ class Interpreter:
         env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
         still = [v for v, one in zip(jaxpr.invars, fixed) if one]
         still += [v for v, x in zip(jaxpr.invars, args) if is_weight(x)]
-        body = _Body(jaxpr.eqns, env, scopes, [*jaxpr.constvars, *still])
+        body = _Body(jaxpr.eqns, jaxpr.outvars, env, scopes, [*jaxpr.constvars, *still])
         # Bodies nest: rules run those inside by this method.
         outer, self._body = self._body, body
         repeats = Repeats(jaxpr) if any(map(is_weight, args)) else None
@@ -345,6 +378,10 @@ class Interpreter:
         """Whether a value of the body is made of parameters and constants alone."""
         return self._body.constant(v)
 
+    def frozen(self, v: Any) -> bool:
+        """Whether the body lets no gradient through to the parameter that a value is."""
+        return self._body.frozen(v)
+
     def varies(self, v: Any) -> set[int]:
         """The axes along which the elements of a value of the body may differ."""
         return self._body.varies(v)
@@ -438,3 +475,8 @@ def _moves(eqn: Equation) -> bool:
     """Whether an equation may stand between a parameter and the product that uses it."""
     rule = RULES.get(eqn.primitive.name)
     return rule is not None and rule.moves
+
+
+def _only_moves(eqn: Equation) -> bool:
+    """Whether an equation moves its one operand, and makes nothing else of it."""
+    return _moves(eqn) and len(eqn.invars) == len(eqn.outvars) == 1

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core.einsum import cast, times
-from lora_jax._core.geometry import RANK, Factor
+from lora_jax._core.geometry import PART, RANK, Factor
 from lora_jax._interpret.moves import GAIN, REPEATED, scaled_along, spread_to
 from lora_jax._interpret.rule import TOKENS, Context, Equation, Rule, read_first
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight, origins
@@ -63,13 +63,15 @@ def _joined(base: Any, parts: Sequence[Any]) -> Followed | str:
     pairs = _alike(parts)
     if isinstance(pairs, str):
         return pairs
+    a, b, seed = _beside(parts, *zip(*pairs))
     # Each scale is in its first factor by now, so the whole has 1.
-    a, b = (_ranks_side_by_side([pair[i] for pair in pairs]) for i in (0, 1))
-    return dataclasses.replace(first, base=base, a=a, b=b, rows=None, scale=1.0, **labels)
+    return dataclasses.replace(
+        first, base=base, a=a, b=b, seed=seed, rows=None, scale=1.0, **labels
+    )
 
 
 def _rates_differ(parts: Sequence[AdaptedWeight]) -> bool:
-    # The joined branch has one input, so one rate and one mask.
+    # The joined branch has one rate, and a mask for each part.
     return len({w.dropout if w.drops else 0.0 for w in parts}) > 1
 
 
@@ -100,15 +102,16 @@ def _alike(parts: Sequence[AdaptedWeight]) -> list[tuple[Factor, Factor]] | str:
     that all first ones run along the same axes, and all second ones do."""
     # How the first weight's factors lie; others are taken in the order that fits better.
     want = [{*parts[0].a.dims}, {*parts[0].b.dims}]
+    some = {PART: 1} if any(w.a.has(PART) for w in parts) else {}
     pairs = []
     for w in parts:
-        a = Factor(times(w.a.value, w.scale), w.a.dims)
-        orders = (a, w.b), (w.b, a)  # of Wᵀ the factors change places
+        a, b = Factor(times(w.a.value, w.scale), w.a.dims).spread(some), w.b.spread(some)
+        orders = (a, b), (b, a)  # of Wᵀ the factors change places
         misfit = lambda pair: sum(len({*f.dims} ^ dims) for f, dims in zip(pair, want))
         pairs.append(min(orders, key=misfit))
     for i in (0, 1):
         # Then all get the axes that any of them has; along a new one a factor is constant.
-        want[i] = want[i].union(*(pair[i].dims for pair in pairs)) - {RANK}
+        want[i] = want[i].union(*(pair[i].dims for pair in pairs)) - {RANK, PART}
     out = []
     for w, (first, second) in zip(parts, pairs):
         missing = [dims - {*f.dims} for f, dims in zip((first, second), want)]
@@ -120,11 +123,32 @@ def _alike(parts: Sequence[AdaptedWeight]) -> list[tuple[Factor, Factor]] | str:
     return out
 
 
-def _ranks_side_by_side(factors: Sequence[Factor]) -> Factor:
+def _beside(
+    weights: Sequence[AdaptedWeight], firsts: Sequence[Factor], seconds: Sequence[Factor]
+) -> tuple[Factor, Factor, Factor | None]:
+    """All A, and all B, with their ranks side by side, and the seed of the whole.
+
+    With dropout the weights are side by side along an axis PART instead: x·A of each has an input
+    with a mask of its own.
+    """
+    if not weights[0].drops:
+        return _along(RANK, firsts), _along(RANK, seconds), None
+    parts = lambda fs: [f.spread({PART: 1}) for f in _placed(fs, [{}] * len(fs), RANK)]
+    return (*(_along(PART, fs) for fs in (parts(firsts), parts(seconds), _seeds(weights, PART))),)
+
+
+def _along(dim: int, factors: Sequence[Factor]) -> Factor:
     dims = factors[0].dims
     dtype = jnp.result_type(*(f.value.dtype for f in factors))
     values = [cast(f.order(dims).value, dtype) for f in factors]
-    return Factor(lax.concatenate(values, dims.index(RANK)), dims)
+    return Factor(lax.concatenate(values, dims.index(dim)), dims)
+
+
+def _seeds(weights: Sequence[AdaptedWeight], dim: int) -> list[Factor]:
+    """The seeds, all along the same axes, `dim` among them."""
+    seeds = [w.seed for w in weights if w.seed is not None]
+    dims = sorted({dim, *(d for s in seeds for d in s.dims)} - {RANK})
+    return [s.spread({d: 1 if d < 0 else w.shape[d] for d in dims}) for w, s in zip(weights, seeds)]
 
 
 def _add(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
@@ -179,7 +203,8 @@ def _one_and_the_same(cases: Sequence[Followed]) -> bool:
 
 def _concatenate(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """Side by side: [A₁ A₂ …] times a B that is zero outside each one's part; where both factors
-    of all run along the axis, as in a stack, each is concatenated along it and no rank grows."""
+    of all run along the axis or none does, as in a stack, both are concatenated along it, and no
+    rank grows."""
     return _side_by_side(ctx, eqn, args, eqn.params["dimension"], list(args))
 
 
@@ -193,9 +218,7 @@ def _stack(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
             return w
         label = {d: d + (d >= dim) for d in range(w.ndim)}
         # Only shapes are asked for here: the base is that of the equation itself.
-        w = w.relabelled(jax.ShapeDtypeStruct(shape, w.dtype), label)
-        # Every factor has the new axis, so that they are stacked and no rank grows.
-        return w.moved(w.base, lambda f: f.spread({dim: 1}), w.axes)
+        return w.relabelled(jax.ShapeDtypeStruct(shape, w.dtype), label)
 
     return _side_by_side(ctx, eqn, args, dim, list(map(raised, args)))
 
@@ -219,60 +242,38 @@ def _side_by_side(
         return TOKENS
     if _rates_differ(weights):
         return RATES
+    if not any(f.has(dim) for w in weights for f in (w.a, w.b)):
+        # A new axis, or one of repeats: a stack. Along it every factor is constant.
+        along = lambda w: w.moved(w.base, lambda f: f.spread({dim: w.shape[dim]}), w.axes)
+        weights = list(map(along, weights))
     gains = [w.gain for w in weights if w.gain is not None]
     if any({*g.dims} != {*gains[0].dims} or not g.has(dim) for g in gains):
         return GAIN
     pairs = _alike(weights)
     if isinstance(pairs, str):
         return pairs
-    # If neither factor has the axis A takes it, and is zero outside of the weight's part.
-    new = not any(f.has(dim) for f in pairs[0])
-    if new:
-        size = lambda w: {dim: w.shape[dim]}
-        pairs = [(a.spread(size(w)), b) for w, (a, b) in zip(weights, pairs)]
     stacked = all(f.has(dim) for f in pairs[0])
-    rank = max(a.size(RANK) for a, _ in pairs)
-    seeds = _seeds(weights, dim, new or stacked)
-    # The parts of A, those of B, the gains and the seeds.
-    parts: list[list] = [[], [], [], []]
-    start, each, each_seed = 0, iter(pairs), iter(seeds)
+    # How much of the result along the axis is before and after each weight.
+    around, start = [], 0
     for w in placed:
         # An array that is stacked has no axis `dim` yet, and takes one place.
         stop = start + w.shape[dim] if is_weight(w) or w.ndim == base.ndim else start + 1
-        around = {dim: (start, base.shape[dim] - stop)}  # how much of the result is not this one
-        if is_weight(w):
-            for i, f in enumerate(next(each)):
-                # A stack has one rank: the largest.
-                more = {RANK: (0, rank - f.size(RANK))} if stacked else {}
-                parts[i].append(_padded(f, around | more))
-            if w.gain is not None:
-                parts[2].append(_padded(w.gain, around))
-            if seeds:
-                parts[3].append(_padded(next(each_seed), around))
+        around += [{dim: (start, base.shape[dim] - stop)}] if is_weight(w) else []
         start = stop
-    # Parts of a stack do not overlap: their sum is one beside the other.
-    join = _total if stacked else _ranks_side_by_side
-    a, b = map(join, parts[:2])
-    gain = _total(parts[2]) if gains else None
-    # Where no seed has the axis, the joined branch has the first one's mask.
-    seed = _total(parts[3]) if seeds else first.seed
+    firsts, seconds = zip(*pairs)
+    if stacked:  # of one rank, and one number of parts: the largest
+        a, b = (_total(_placed(fs, around, RANK, PART)) for fs in (firsts, seconds))
+        seed = _total(_placed(_seeds(weights, dim), around, PART)) if first.drops else None
+    else:
+        a, b, seed = _beside(weights, _placed(firsts, around), _placed(seconds, around))
+    own = [at for w, at in zip(weights, around) if w.gain is not None]
+    gain = _total(_placed(gains, own)) if gains else None
     # Tables one below the other, some rows of each in the place of its own.
     rows = [w.rows for w, (_, b_) in zip(weights, pairs) if w.rows and {*w.rows.dims} == {*b_.dims}]
     below = not stacked and len(rows) == len(weights)
-    own = _ranks_side_by_side(rows) if below else None
+    own = _along(RANK, rows) if below else None
     whole = dict(base=base, a=a, b=b, gain=gain, seed=seed, rows=own, scale=1.0)
     return [dataclasses.replace(first, **whole, **labels)]
-
-
-def _seeds(weights: Sequence[AdaptedWeight], dim: int, parts: bool) -> list[Factor]:
-    """The seeds, all along the same axes, where each part of axis `dim` keeps its own: if it is one
-    of a stack (`parts`), or a seed has the axis; else none."""
-    seeds = [w.seed for w in weights if w.seed is not None and w.drops]
-    dims = {d for s in seeds for d in s.dims if d != RANK}
-    if dim not in dims and not parts:
-        return []
-    all_dims = sorted({dim, *dims})
-    return [s.spread({d: w.shape[d] for d in all_dims}) for w, s in zip(weights, seeds)]
 
 
 def _total(factors: Sequence[Factor]) -> Factor:
@@ -282,12 +283,20 @@ def _total(factors: Sequence[Factor]) -> Factor:
     return Factor(functools.reduce(lax.add, values), dims)
 
 
-def _padded(f: Factor, around: dict[int, tuple[int, int]]) -> Factor:
-    # (low, high, none in between) of each axis, as lax.pad takes them
-    ends = [(*around.get(d, (0, 0)), 0) for d in f.dims]
-    if not any(low or high for low, high, _ in ends):
-        return f
-    return Factor(lax.pad(f.value, jnp.zeros((), f.value.dtype), ends), f.dims)
+def _placed(factors: Sequence[Factor], around: Sequence[dict], *grow: int) -> list[Factor]:
+    """Each factor with zeros around it, so many along each axis, and after it along the axes
+    `grow` up to the largest."""
+    most = {d: max(f.size(d) for f in factors) for d in grow if factors[0].has(d)}
+    found = []
+    for f, at in zip(factors, around):
+        ends = at | {d: (0, n - f.size(d)) for d, n in most.items()}
+        # (low, high, none in between) of each axis, as lax.pad takes them
+        config = [(*ends.get(d, (0, 0)), 0) for d in f.dims]
+        some = any(low or high for low, high, _ in config)
+        found.append(
+            Factor(lax.pad(f.value, jnp.zeros((), f.value.dtype), config), f.dims) if some else f
+        )
+    return found
 
 
 RULES: dict[str, Rule] = {

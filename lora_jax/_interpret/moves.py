@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import times
-from lora_jax._core.geometry import RANK, SLOT, Factor, blocks_of, spec_along
+from lora_jax._core.geometry import PART, RANK, Factor, blocks_of, spec_along
 from lora_jax._interpret.rule import (
     TOGETHER,
     Context,
@@ -29,12 +29,13 @@ from lora_jax._interpret.rule import (
     read_first,
 )
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight, origins
+from lora_jax._quantized.waiting import value
 
 Base: TypeAlias = Callable[[], Any]  # makes what the primitive makes of the base
 
 
 def _alone(
-    fn: Callable[[Equation, Followed, Base, Sequence], Followed | str],
+    fn: Callable[[Equation, Followed, Base, Sequence], Followed | jax.Array | str],
 ) -> Function:
     """The rule of a primitive whose first operand alone is a weight: fn(eqn, w, base, rest)."""
 
@@ -66,14 +67,18 @@ def _broadcast_in_dim(eqn: Equation, w: Followed, base: Base, rest: Sequence) ->
     return w.relabelled(base(), {d: to[d] for d in range(w.ndim) if w.shape[d] == shape[to[d]]})
 
 
-def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
-    if eqn.params["dimensions"] is not None:
-        return "it transposes as well"
-    new_shape = eqn.params["new_sizes"]
+def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | jax.Array | str:
+    new_shape, order = eqn.params["new_sizes"], eqn.params["dimensions"]
+    if order is not None:  # a transpose first, as vmap makes of a convolution's kernel
+        shape = jax.ShapeDtypeStruct([w.shape[d] for d in order], w.dtype)
+        w = w.relabelled(shape, {old: new for new, old in enumerate(order)})
+    if 0 in new_shape:  # without elements there is no update, and no telling which axis is which
+        return value(base())
     blocks = blocks_of(w.shape, new_shape)
     if blocks is None:
         return f"from {w.shape} to {new_shape} no axes are joined or split whole"
-    w = _with_repeats(w, blocks)
+    if isinstance(w, AdaptedWeight):
+        w = _one_sided(_with_repeats(w, blocks), blocks)
     if not all(_reshapeable(f, w.shape, old) for f in w.parts.values() for old, _ in blocks):
         return "it joins an axis of one factor with an axis that it lacks and the other has"
     axes: list[tuple[int, ...]] = [()] * len(new_shape)
@@ -88,12 +93,9 @@ def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed
 # with an out axis would be neither's.
 
 
-def _with_repeats(w: Followed, blocks: Sequence) -> Followed:
+def _with_repeats(w: AdaptedWeight, blocks: Sequence) -> AdaptedWeight:
     """The weight with each repeated axis, which neither factor has, given to the factors that have
     another axis of its block."""
-    if not isinstance(w, AdaptedWeight):
-        return w
-
     a, b = w.a, w.b
 
     def move(f: Factor) -> Factor:
@@ -104,6 +106,45 @@ def _with_repeats(w: Followed, blocks: Sequence) -> Followed:
         return f
 
     return w.moved(w.base, move, w.axes)
+
+
+def _one_sided(w: AdaptedWeight, blocks: Sequence) -> AdaptedWeight:
+    """The weight with the axes of a stack, and those that come from none of the leaf, in the one
+    factor alone that has the rest of their block."""
+    for old, _ in blocks:
+        big = {d for d in old if w.shape[d] > 1}
+        free = {d for d in big if (w.a.has(d) and w.b.has(d)) or not w.axes[d]}
+        keep = [n for n in "ab" if big - free <= {*w.parts[n].dims}]
+        if not all(_reshapeable(f, w.shape, old) for f in (w.a, w.b)) and free and keep:
+            for d in sorted(free):
+                w = only_in(w, d, keep[-1])
+    return w
+
+
+def only_in(w: AdaptedWeight, d: int, keep: str | None) -> AdaptedWeight:
+    """The weight with its axis d in the factor `keep` alone, or, summed over d, in none of them.
+
+    The rank is as many times larger: Σ_r A[d,r]·B[d,r] = Σ_(e,r) A[e,r]·(1 where d = e)·B[e,r].
+    """
+    n = w.shape[d]
+    into = PART if w.drops and w.seed is not None and w.seed.has(d) else RANK
+
+    def move(name: str, f: Factor) -> Factor:
+        f = f.spread({d: n})
+        if name != keep:
+            return f.within(d, into)
+        # (n, *f): e in front, and zero where d is not e
+        same = lax.broadcast_in_dim(
+            jnp.eye(n, dtype=bool), (n, *f.value.shape), (0, f.dims.index(d) + 1)
+        )
+        value = jnp.where(same, f.value[None], jnp.zeros((), f.value.dtype))
+        return Factor(value, (_NEW, *f.dims)).within(_NEW, into)
+
+    seed = w.seed.within(d, PART) if w.seed is not None and into == PART else w.seed
+    return dataclasses.replace(w, a=move("a", w.a), b=move("b", w.b), seed=seed, rows=None)
+
+
+_NEW = -9  # a label for the time being
 
 
 def _runs_along(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
@@ -173,6 +214,15 @@ def _neg(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     return w.scaled(base(), lambda a: -a)
 
 
+def _stop_gradient(ctx: Context, eqn: Equation, args: Sequence) -> list:
+    (w,) = args
+    base = ctx.bind(eqn, [w.base])[0]
+    if ctx.frozen(eqn.invars[0]):  # the program freezes the parameter: the adapter trains
+        return [w.with_base(base)]
+    # A target, a straight-through estimator, rows that were looked up: a constant to the gradient.
+    return [w.moved(base, lambda f: Factor(lax.stop_gradient(f.value), f.dims), w.axes)]
+
+
 def _mul(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """By a scalar, or along axes of one factor: exact on that factor as well."""
     by = 0 if is_weight(args[1]) else 1
@@ -228,7 +278,7 @@ def scaled_along(
     if not isinstance(w, AdaptedWeight):
         # A probe: a scale along all axes of the leaf at once would be in neither factor.
         own = {d for d, n in enumerate(w.shape) if n != 1 and w.axes[d]}
-        return w.with_base(base) if {*dims} < own else f"it is scaled {BOTH}"
+        return f"it is scaled {BOTH}" if own <= {*dims} else w.with_base(base)
     both = {*w.a.dims, *w.b.dims}
     new = [d for d in dims if d not in both]
     # A factor that has all of `dims`, or lacks only such as the other lacks too.
@@ -282,6 +332,23 @@ def _split(ctx: Context, eqn: Equation, args: Sequence) -> list:
     return outs
 
 
+def _unstack(ctx: Context, eqn: Equation, args: Sequence) -> list:
+    (w,), dim = args, eqn.params["axis"]
+    stacked = set(w.axes[dim])
+    label = {d: d - (d > dim) for d in range(w.ndim) if d != dim}
+
+    def one(base: Any, i: int) -> Followed:
+        at = lambda f: (
+            f.value
+            if not f.has(dim)
+            else lax.slice_in_dim(f.value, i, i + 1, axis=f.dims.index(dim))
+        )
+        part = w.moved(w.base, lambda f: Factor(at(f), f.dims), w.axes)
+        return part.relabelled(base, label, stacked)
+
+    return [one(base, i) for i, base in enumerate(ctx.bind(eqn, [w.base]))]
+
+
 def _pad(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
     config: dict[int, Any] = {
         d: tuple(map(int, c)) for d, c in enumerate(eqn.params["padding_config"])
@@ -321,31 +388,32 @@ def _tile(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
 def _reduce_sum(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
     """A sum along axes of one factor is that of the factor."""
     gone = eqn.params["axes"]
+    kept = [d for d in range(w.ndim) if d not in gone]
+    # The axes that are left, renumbered.
+    label = {d: i for i, d in enumerate(kept)}
+    if isinstance(w, Probe) and not any(w.axes[d] for d in gone):  # of repeats, or of a stack
+        return dataclasses.replace(w, a=None).relabelled(base(), label)
     if not isinstance(w, AdaptedWeight) or w.indexed:
         return "it is summed"
     if w.gain is not None:
         return GAIN
-    if any(w.a.has(d) and w.b.has(d) for d in gone):
-        return "it is summed over a stack of weights"
-    if {d for d in gone if w.a.has(d)} and {d for d in gone if w.b.has(d)}:
-        return f"it is summed {BOTH}"
-    kept = [d for d in range(w.ndim) if d not in gone]
-    # The axes that are left, renumbered.
-    label = {RANK: RANK, SLOT: SLOT} | {d: i for i, d in enumerate(kept)}
     # Along an axis that neither factor has the update repeats: the sum is a multiple of it.
     many = math.prod(w.shape[d] for d in gone if not w.a.has(d) and not w.b.has(d))
+    for d in gone:
+        if w.a.has(d) and w.b.has(d):  # a stack of weights: its sum has all of their ranks
+            w = only_in(w, d, None)
+    if {d for d in gone if w.a.has(d)} and {d for d in gone if w.b.has(d)}:
+        return f"it is summed {BOTH}"
 
     def move(f: Factor) -> Factor:
         value = jnp.sum(f.value, [i for i, d in enumerate(f.dims) if d in gone])
-        return Factor(value, tuple(label[d] for d in f.dims if d not in gone))
+        return Factor(value, tuple(label.get(d, d) for d in f.dims if d not in gone))
 
-    seed = None if w.seed is None or any(map(w.seed.has, gone)) else move(w.seed)
-    out = dataclasses.replace(w, seed=None, rows=None).moved(
+    out = dataclasses.replace(w, rows=None).moved(
         base(), move, [w.axes[d] for d in kept], {axis for d in gone for axis in w.axes[d]}
     )
     # On A alone, as A·B is linear in it.
-    a = Factor(times(out.a.value, float(many)), out.a.dims)
-    return dataclasses.replace(out, a=a, seed=seed)
+    return dataclasses.replace(out, a=Factor(times(out.a.value, float(many)), out.a.dims))
 
 
 def _barrier(ctx: Context, eqn: Equation, args: Sequence) -> list:
@@ -416,9 +484,10 @@ RULES: dict[str, Rule] = {
     "neg": read_first(_alone(_neg), moves=True),
     "mul": read_first(_mul, moves=True),
     "div": read_first(_div, moves=True),
-    "stop_gradient": every(_alone(_identity), moves=True),
+    "stop_gradient": every(_stop_gradient, moves=True),
     "reduce_precision": read_first(_alone(_identity), moves=True),
     "split": read_first(_split, moves=True),
+    "unstack": read_first(_unstack, moves=True),
     "pad": read_first(_alone(_pad)),
     "tile": read_first(_alone(_tile), moves=True),
     "reduce_sum": read_first(_alone(_reduce_sum)),

@@ -19,13 +19,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, addable, cast, contract, holding, meeting, plus, times
-from lora_jax._core.geometry import RANK, Factor
+from lora_jax._core.geometry import PART, RANK, Factor
+from lora_jax._interpret.moves import only_in
 from lora_jax._interpret.observe import observed
 from lora_jax._interpret.rule import TOKENS, Context, Equation, Function, Rule
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Probe, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
 from lora_jax._products.frozen import Frozen, product
 
+MASKS = "it is joined of several leaves, each with a dropout mask of its own"
 TWO = "two adapted weights meet, and one of them has to be an array"
 
 
@@ -207,7 +209,11 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
         return why
     out_dim, inner = _conv_axes(eqn)
     # For a kernel that is used transposed, A and B change places.
-    first, second = (w.b, w.a) if w.a.has(out_dim) else (w.a, w.b)
+    name = "b" if w.a.has(out_dim) else "a"
+    for d in inner:
+        if w.a.has(d) and w.b.has(d):  # of several kernels, stacked along the window
+            w = only_in(w, d, name)
+    first, second = (w.a, w.b) if name == "a" else (w.b, w.a)
     # A must run along the window and the input features alone, B along the output features.
     if any(
         first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
@@ -218,6 +224,8 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
         )
     if w.tokens is not None:
         return TOKENS
+    if w.a.has(PART):
+        return MASKS
     # A gain along what is summed cannot be applied to the sum.
     if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
         return "DoRA's units are not the output features"
@@ -363,6 +371,8 @@ def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     if axes is None:
         return RAGGED
     (x, w, group_sizes), (group, inner, outer, tokens_first) = args, axes
+    if w.a.has(PART):
+        return MASKS
     # Each factor has to run along the experts and one more axis.
     first, second = (w.a, w.b) if w.a.has(inner) else (w.b, w.a)
     if set(first.dims) != {group, inner, RANK} or set(second.dims) != {group, outer, RANK}:

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.lax import Precision
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, along, cast, holding, meeting, plus
 from lora_jax._core.errors import LoRAError
-from lora_jax._core.geometry import RANK, SEED_IMPL, SLOT, Factor
+from lora_jax._core.geometry import PART, RANK, SEED_IMPL, SLOT, Factor
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._products.group import Group, Member
 from lora_jax._products.linear import adapted
@@ -79,7 +80,7 @@ class Product:
 
         The one that makes the cheaper first product comes first.
         """
-        label = dict(enumerate(self.wl)) | {RANK: RANK, SLOT: SLOT}
+        label = dict(enumerate(self.wl)) | {d: d for d in self.w.a.dims if d < 0}
         size = dict(zip(xl, x.shape)) | dict(zip(self.wl, self.w.shape))
         size |= {d: self.w.a.size(d) for d in self.w.a.dims if d < 0}
 
@@ -151,6 +152,7 @@ def _multiplied(
         # x·W as the model wrote it, and the update of x as floats beside it
         bases = [p.base() for p in products]
         x = dropout(cast(x, dtype), first.w, first.use)
+        xl = (PART, *xl) if first.w.a.has(PART) else xl
     members = tuple(
         Member(
             tuple(p.wl) if whole else (),
@@ -279,13 +281,25 @@ def _slots(x: jax.Array, xl: Labels, p: Product) -> tuple[jax.Array, tuple]:
 
 
 def dropout(x: jax.Array, w: AdaptedWeight, use: int) -> jax.Array:
-    """Inverted dropout on the branch's input; its mask is of the weight, its stack and the use."""
+    """Inverted dropout on the branch's input; its mask is of the weight, its stack and the use.
+
+    For a weight with an axis PART, x gets one as well, in front: each part has its own mask.
+    """
     if w.seed is None or not w.drops:
         return x
-    data = w.seed.sorted().value
-    key = jax.random.wrap_key_data(data.reshape(-1, data.shape[-1])[0], impl=SEED_IMPL)
+    data = w.seed.sorted().value  # (parts, *batch, 2), or (*batch, 2)
+    n = w.seed.size(PART) if w.seed.has(PART) else 1
+    words = data.reshape(n, -1, data.shape[-1])[:, 0]
     kept = np.float32(1 - w.dropout)  # of this type also where JAX has 64 bits
-    keep = jax.random.bernoulli(jax.random.fold_in(key, use), kept, x.shape)
+
+    def mask(words: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(words, impl=SEED_IMPL)
+        return jax.random.bernoulli(jax.random.fold_in(key, use), kept, x.shape)
+
+    if w.seed.has(PART):
+        keep, x = jax.vmap(mask)(words), lax.broadcast(x, (n,))
+    else:
+        keep = mask(words[0])
     where = compat.explicit_sharding(x)
     placed = lambda v: v if where is None else jax.sharding.reshard(v, where)
     zeros = jnp.zeros(x.shape, x.dtype)

@@ -1,11 +1,13 @@
 """Linear maps that act on one side of a weight keep it in low rank; for the rest the error says
 why."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import assert_equals_dense, examples, fails
+from common import assert_close, assert_equals_dense, examples, fails, value_and_grad
 from hypothesis import given
 from hypothesis import strategies as st
 from random_functions import outcome
@@ -53,20 +55,90 @@ MOVES = {
         lambda x: jax.lax.cond(x[0] > 0, lambda x: x @ p["w"], lambda x: x @ p["u"], x)
     )(x),
     "filled": lambda p, x: jnp.einsum("ti,kio->kto", x, filled(p["w"])),
+    "padded with its edge": lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 1)), mode="edge"),
+    "stacked and joined": lambda p, x: x @ jnp.stack([p["w"], p["u"]], 1).reshape(6, 10),
+    "stacked and averaged": lambda p, x: x @ jnp.stack([p["w"], p["u"]]).mean(0),
+    "block diagonal": lambda p, x: TWICE(x) @ jnp.kron(jnp.eye(2), p["w"]),
+    "a kernel of several": lambda p, x: conv(jnp.stack([p["w"], p["u"]]), x[None]),
 }
 
 
 @pytest.mark.parametrize("name", MOVES)
 def test_moves_on_one_side_are_low_rank(name):
     fn = MOVES[name]
-    used = [u for u, leaf in lora.survey(fn, PARAMS, X).leaves.items() if leaf.kind == "linear"]
+    kinds = {u: leaf.kind for u, leaf in lora.survey(fn, PARAMS, X).leaves.items()}
+    used = [u for u, kind in kinds.items() if kind in ("linear", "conv")]
     assert used
     params = {u: PARAMS[u] for u in used}
     assert_equals_dense(fn, params, X, targets=used)
 
 
+STACKS = {
+    "unstacked": lambda w, x: [x @ part for part in jnp.unstack(w[:, 0])],
+    "summed": lambda w, x: x @ w[:, 0].sum(0),
+    "mixed": lambda w, x: x @ (jax.nn.softmax(x[0, :3])[:, None, None] * w[:, 0]).sum(0),
+    "side by side": lambda w, x: x @ w[:, 0].transpose(1, 0, 2).reshape(6, 15),
+    "one below the other": lambda w, x: jnp.tile(x, 3) @ w[:, 0].reshape(18, 5),
+    "vmapped kernels": lambda w, x: jax.vmap(lambda w: conv(w, x[None]))(w),
+    "vmapped kernels and inputs": lambda w, x: jax.vmap(lambda w, x: conv(w, x[None, None]))(
+        w, x[:3]
+    ),
+}
+
+
+@pytest.mark.parametrize("geometry", [((1, 2), (3,), (0,)), ((1, 2), (0, 3)), ((0, 1, 2), (3,))])
+@pytest.mark.parametrize("name", STACKS)
+def test_a_stack_of_weights_made_one(name, geometry):
+    """Its axis in both factors, or in one of them."""
+    geometry = lora.Geometry(*geometry)
+    params = {"w": jax.random.normal(KEYS[0], (3, 2, 6, 5))}
+    a, b = (jax.random.normal(k, s) for k, s in zip(KEYS, geometry.factor_shapes((3, 2, 6, 5), 2)))
+    adapters = {"w": lora.LoRA(a, b, 0.5, geometry)}
+    fn = lambda p: STACKS[name](p["w"], X)
+    run = value_and_grad(lambda ad: lora.adapt(fn)(lora.bind(params, ad)))
+    try:
+        got = run(adapters)
+    except (
+        lora.LoRAError
+    ) as e:  # the axis is in one factor, and what it is joined with in the other
+        assert not geometry.batch_axes and re.search(
+            "joins an axis|summed along the axes of b|all axes", str(e)
+        )
+        return
+    assert_close(got, value_and_grad(lambda ad: fn(lora.merge(params, ad)))(adapters), factor=256)
+
+
+STOP = jax.lax.stop_gradient
+IDS = jnp.array([1, 3, 3, 0])
+STOPPED = {
+    "a target network": lambda p, x: (x @ p["w"], x @ STOP(p["w"])),
+    "a target network in a jit": lambda p, x: (x @ p["w"], jax.jit(jnp.dot)(x, STOP(p["w"].T).T)),
+    "one half": lambda p, x: (x @ STOP(p["w"][:, :2]), x @ p["w"][:, 2:]),
+    "straight through": lambda p, x: x @ (p["w"] + STOP(3 * p["w"] - p["w"])),
+    "rows": lambda p, x: p["w"][IDS] + 2 * STOP(p["w"][IDS]),
+    "rows alone": lambda p, x: STOP(p["w"][IDS]) + x[:4] @ p["u"],
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_what_is_stopped_is_a_constant(name):
+    params = {k: PARAMS[k] for k in ("wu" if "alone" in name else "w")}
+    assert_equals_dense(STOPPED[name], params, X, targets=list(params))
+
+
+def test_rounded_straight_through():
+    """As quantisation-aware training does; the sum itself, for the rounding."""
+    fn = lambda p, x: x @ (p["w"] + STOP(jnp.round(8 * p["w"]) / 8 - p["w"]))
+    geometry = lora.Geometry((0,), (1,))
+    adapters = {"w": lora.LoRA(jnp.ones((6, 2)), jnp.ones((2, 5)), 0.5, geometry)}
+    params = {"w": PARAMS["w"]}
+    got = value_and_grad(lambda ad: lora.adapt(fn, strict=False)(lora.bind(params, ad), X))
+    want = value_and_grad(lambda ad: fn(lora.merge(params, ad), X))
+    assert_close(got(adapters), want(adapters), factor=256)
+
+
 def test_the_base_is_stopped_and_the_adapter_trains():
-    fn = lambda p, x: x @ jax.lax.stop_gradient(p["w"])
+    fn = lambda p, x: x @ STOP(p["w"].T).T
     plain = lambda p, x: x @ p["w"]
     params = {"w": PARAMS["w"]}
     adapters = lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=2, targets="w"))
