@@ -12,7 +12,10 @@ the columns that need no device: memory and bytes, by the real compiler.
 The arms: `floor` has no adapters (forward pass and the gradient of its input); `hand` is LoRA
 written into the layer; `factored`, `merged`, `beside` and `auto` are ours, by plan; `nf4` and
 `nf4d` (doubly quantised) are ours on such a base, `dora` is ours; `full` trains every weight by
-SGD.
+SGD. `nnx` has `nnx.LoRALinear` in the same model, `qwix` an `nnx.Linear` that qwix adapts. `peft`
+is transformers' Llama with torch PEFT as HF's trainer runs it, fp32 adapters under autocast;
+`peft_liger` all in bf16 with Liger's kernels; the two again on bitsandbytes' NF4. An arm whose
+package is not there says so, and the others go on. `--torch` names a Python that has torch.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import importlib.util
 import json
 import math
 import os
+import pathlib
+import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
@@ -39,6 +45,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from measure import table
 
@@ -72,7 +79,14 @@ MODELS = {
     "tiny": (Shape(2, 64, 128, 4, 2, 256), (2, 32)),
 }
 PLANS = ("auto", "factored", "merged", "beside")
-ARMS = ("floor", "hand", *PLANS, "nf4", "nf4d", "dora", "full")
+# {arm: what pip installs for it}
+OTHERS = {"nnx": "", "qwix": "qwix==0.1.8"}
+TORCH = {"peft": "torch==2.13.0 transformers==4.57.6 peft==0.21.2"}
+TORCH |= {"peft_liger": TORCH["peft"] + " liger-kernel==0.8.5"}
+TORCH |= {f"{n}_nf4": f"{packages} bitsandbytes==0.50.2" for n, packages in TORCH.items()}
+ARMS = ("floor", "hand", *PLANS, "nf4", "nf4d", "dora", "full", *OTHERS, *TORCH)
+# Arms of one and the same computation: their losses are to agree.
+ALIKE = (("hand", *PLANS, *OTHERS, "peft", "peft_liger"), ("nf4", "peft_nf4", "peft_liger_nf4"))
 DEFAULT = ("floor", "hand", "auto", "nf4", "dora")
 REMAT = {
     "none": None,
@@ -97,6 +111,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--save", choices=SAVE, default="none", help="of our arms")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--torch", metavar="PYTHON", default=sys.executable, help="with torch")
     parser.add_argument("--ahead", metavar="TOPOLOGY", help="compile for h100:1x1x1 or v5e:1x1")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each arm as well")
     return parser.parse_args(argv)
@@ -105,13 +120,31 @@ def parse(argv=None) -> argparse.Namespace:
 # The model: a plain function of a tree, its layers scanned.
 
 
-def init(shape: Shape, key):
-    keys = iter(jax.random.split(key, 16))
-    normal = lambda *size: 0.02 * jax.random.normal(next(keys), size, BF16)
+NAMES = ("q", "k", "v", "o", "gate", "up", "down")
+SEEDS = ("ids", "embed", "head", *NAMES, *(f"{n}_{k}" for n in NAMES for k in "ab"))
+SEEDS = {name: i for i, name in enumerate(SEEDS)}
+
+
+def noise(name: str, *size: int):
+    """Numbers in [0, 1) from integers alone, so that torch makes the same on its own device."""
+    x = jax.lax.iota(jnp.uint32, math.prod(size)) + np.uint32(SEEDS[name] * 0x9E3779B9 % 2**32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    x = (x ^ (x >> np.uint32(16))) >> np.uint32(8)
+    return x.reshape(size).astype(jnp.float32) * np.float32(2**-24)
+
+
+def normal(name: str, *size: int, std: float):
+    return (noise(name, *size) - np.float32(0.5)) * np.float32(12**0.5 * std)
+
+
+def init(shape: Shape):
+    weight = lambda name, *size: normal(name, *size, std=0.02).astype(BF16)
     ones = lambda *size: jnp.ones((*size, shape.width), BF16)
-    layers = {name: normal(shape.layers, *size) for name, size in shape.linears.items()}
+    layers = {name: weight(name, shape.layers, *size) for name, size in shape.linears.items()}
     layers |= {"norm_1": ones(shape.layers), "norm_2": ones(shape.layers)}
-    embed, head = normal(shape.vocab, shape.width), normal(shape.width, shape.vocab)
+    embed = weight("embed", shape.vocab, shape.width)
+    head = weight("head", shape.width, shape.vocab)
     return {"embed": embed, "layers": layers, "norm": ones(), "head": head}
 
 
@@ -157,19 +190,20 @@ def attention(q, k, v, how):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=how)
 
 
-def forward(shape: Shape, how, remat, params, ids, added=None, adapters=None):
-    """Logits; `added` to the embeddings, `adapters` {linear: A and B} as written by hand."""
+def linear(name, y, w, low_rank=None):
+    """y·W, and with `low_rank` LoRA as written by hand."""
+    if low_rank is None:
+        return y @ w
+    a, b = (low_rank[n].astype(BF16) for n in "ab")
+    return y @ w + SCALE * ((y @ a) @ b)
+
+
+def forward(shape: Shape, how, remat, params, ids, added=None, adapters=None, linear=linear):
+    """Logits; `added` to the embeddings, `adapters` {linear: A and B} for `linear`."""
 
     def layer(x, weights):
         w, low_rank = weights
-
-        def dense(name, y):
-            out = y @ w[name]
-            if low_rank is None:
-                return out
-            a, b = (low_rank[name][n].astype(BF16) for n in "ab")
-            return out + SCALE * ((y @ a) @ b)
-
+        dense = lambda name, y: linear(name, y, w[name], low_rank and low_rank[name])
         y = rms(x, w["norm_1"])
         heads = lambda y: y.reshape(*y.shape[:2], -1, shape.head)
         q, k, v = (heads(dense(name, y)) for name in "qkv")
@@ -197,12 +231,42 @@ def loss_of(logits, ids):
 
 def by_hand(shape: Shape, rank: int):
     """{linear: {"a": (layers, in, rank), "b": (layers, rank, out)}}, B not zero."""
-    trees = {}
-    for i, (name, (n_in, n_out)) in enumerate(shape.linears.items()):
-        key_a, key_b = jax.random.split(jax.random.key(10 + i))
-        a = jax.random.normal(key_a, (shape.layers, n_in, rank)) / n_in**0.5
-        trees[name] = {"a": a, "b": 0.02 * jax.random.normal(key_b, (shape.layers, rank, n_out))}
-    return trees
+    layers = shape.layers
+    return {
+        n: {
+            "a": normal(f"{n}_a", layers, n_in, rank, std=n_in**-0.5),
+            "b": normal(f"{n}_b", layers, rank, n_out, std=0.02),
+        }
+        for n, (n_in, n_out) in shape.linears.items()
+    }
+
+
+def of_module(name: str, shape: Shape, rank: int):
+    """`linear` by an NNX layer of each shape, which a step of the scan puts together."""
+
+    def make(n_in: int, n_out: int):
+        how = dict(use_bias=False, dtype=BF16, param_dtype=BF16, rngs=nnx.Rngs(0))
+        if name == "nnx":
+            return nnx.LoRALinear(n_in, n_out, lora_rank=rank, lora_dtype=BF16, **how)
+        import qwix
+
+        provider = qwix.LoraProvider(module_path=".*", rank=rank, alpha=SCALE * rank)
+        layer, x = nnx.Linear(n_in, n_out, **how), jnp.ones((1, 1, n_in), BF16)
+        return qwix.apply_lora_to_model(layer, provider, x, rngs=nnx.Rngs(0))
+
+    abstract = {n: nnx.eval_shape(lambda s=s: make(*s)) for n, s in shape.linears.items()}
+    parts = {n: nnx.split(layer, nnx.LoRAParam, ...) for n, layer in abstract.items()}
+    scale = SCALE if name == "nnx" else 1.0  # it has no alpha
+
+    def linear(n, y, w, low_rank):
+        graph, *states = parts[n]
+        a, b = low_rank["a"].astype(BF16), (scale * low_rank["b"]).astype(BF16)
+        filled = [
+            jax.tree.unflatten(jax.tree.structure(s), v) for s, v in zip(states, ([a, b], [w]))
+        ]
+        return nnx.merge(graph, *filled)(y)
+
+    return linear
 
 
 class Arm(NamedTuple):
@@ -217,8 +281,9 @@ class Arm(NamedTuple):
 def arm(name: str, o: argparse.Namespace, shape: Shape, how, params, ids) -> Arm:
     model = functools.partial(forward, shape, how, o.remat)
     keep = lambda params: params
-    if name == "hand":
-        loss = lambda trained, base, ids: loss_of(model(base, ids, adapters=trained), ids)
+    if name in ("hand", *OTHERS):
+        how = {} if name == "hand" else dict(linear=of_module(name, shape, o.rank))
+        loss = lambda trained, base, ids: loss_of(model(base, ids, adapters=trained, **how), ids)
         return Arm(loss, lambda _: by_hand(shape, o.rank), keep, optax.adam(1e-4))
     if name == "floor":
         zeros = lambda _: jnp.zeros((*ids.shape, shape.width), BF16)
@@ -284,9 +349,19 @@ def accessed(compiled) -> float | None:
     return _jax.hlo_module_cost_analysis(jax.devices()[0].client, module).get("bytes accessed")
 
 
+def timed(
+    row: dict, seconds: float, name: str, o: argparse.Namespace, shape: Shape, tokens
+) -> dict:
+    row |= {"ms": 1e3 * seconds, "tokens/s": math.prod(tokens) / seconds}
+    kind = jax.devices()[0].device_kind
+    if peak := next((v for k, v in PEAK.items() if k in kind), None):
+        row["MFU"] = useful_flops(shape, tokens, o.remat, name == "full") / seconds / peak
+    return row
+
+
 def measure(name: str, o: argparse.Namespace, shape: Shape, tokens) -> dict:
-    ids = jax.random.randint(jax.random.key(1), tokens, 0, shape.vocab)
-    make = functools.partial(init, shape, jax.random.key(0))
+    make_ids = lambda: (noise("ids", *tokens) * shape.vocab).astype(jnp.int32)
+    make = functools.partial(init, shape)
     if o.ahead:
         count = math.prod(map(int, o.ahead.split(":")[1].split("x")))
         where = NamedSharding(lora.parallel.topology_mesh(o.ahead, d=count), PartitionSpec())
@@ -294,11 +369,11 @@ def measure(name: str, o: argparse.Namespace, shape: Shape, tokens) -> dict:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             jax.eval_shape(f, *args),
         )
-        ids, how = run(lambda: ids), "ahead"
+        how = "ahead"
     else:
         run = lambda f, *args: jax.jit(f)(*args)
         how = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    params = run(make)
+    ids, params = run(make_ids), run(make)
     chosen = arm(name, o, shape, how, params, ids)
     trained = run(chosen.trained, params)
     base = run(chosen.base, params)
@@ -323,23 +398,40 @@ def measure(name: str, o: argparse.Namespace, shape: Shape, tokens) -> dict:
         trained, state, value = compiled(trained, state, base, ids)
         losses.append(float(value))
         times.append(time.perf_counter() - start)
-    seconds = float(np.median(times[1:]))
-    row |= {"ms": 1e3 * seconds, "tokens/s": math.prod(tokens) / seconds, "losses": losses[:4]}
-    kind = jax.devices()[0].device_kind
-    if peak := next((v for k, v in PEAK.items() if k in kind), None):
-        row["MFU"] = useful_flops(shape, tokens, o.remat, name == "full") / seconds / peak
-    return row
+    row["losses"] = losses[:4]
+    return timed(row, float(np.median(times[1:])), name, o, shape, tokens)
 
 
 def measured(name: str, o: argparse.Namespace, shape: Shape, tokens) -> dict:
+    package = OTHERS.get(name, "")
+    if package and importlib.util.find_spec(package.split("==")[0]) is None:
+        return {"not run": f"not installed: pip install {package}"}
     try:
         return measure(name, o, shape, tokens)
     except (jax.errors.JaxRuntimeError, lora.LoRAError) as e:
         return {"not run": str(e).splitlines()[0][:200]}
 
 
+def in_torch(name: str, o: argparse.Namespace, shape: Shape, tokens) -> dict:
+    """The row of an arm of torch, by another process: this one must not hold the device yet."""
+    if o.ahead:
+        return {"not run": "torch compiles for the device that is there"}
+    if o.remat == "dots":
+        return {"not run": "torch has no policy for products"}
+    options = shape._asdict() | {"arm": name, "tokens": tokens, "rank": o.rank, "steps": o.steps}
+    options |= {"remat": o.remat, "seeds": SEEDS, "install": TORCH[name]}
+    script = str(pathlib.Path(__file__).with_name("gpu_torch.py"))
+    done = subprocess.run([o.torch, script, json.dumps(options)], stdout=-1, stderr=-1, text=True)
+    if done.returncode:
+        return {"not run": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 COLUMNS = ("ms", "tokens/s", "MFU", "temporaries GiB", "arguments GiB", "peak GiB", "GB accessed")
 COLUMNS += ("lowered s", "compiled s", "not run")
+
+
+CLOSE = 1e-3  # bf16: 2^-8 of a logit on the way, less in the mean
 
 
 def cell(x) -> str:
@@ -348,15 +440,17 @@ def cell(x) -> str:
 
 def agree(rows: dict[str, dict]) -> str:
     """How far the losses of the arms of one and the same computation are apart."""
-    same = {n: np.array(r["losses"]) for n, r in rows.items() if "losses" in r}
-    same = {n: v for n, v in same.items() if n in ("hand", *PLANS)}
-    if len(same) < 2:
-        return ""
-    first, *rest = same
-    apart = max(float(np.abs(same[n] / same[first] - 1).max()) for n in rest)
-    if not apart < 0.01:  # bf16: 2^-8 on the way, less in the mean
-        raise SystemExit(f"losses differ by {apart:.1e}: {same}")
-    return f"losses of {', '.join(same)} agree to {apart:.1e}"
+    lines = []
+    for alike in ALIKE:
+        same = {n: np.array(r["losses"]) for n, r in rows.items() if "losses" in r and n in alike}
+        if len(same) < 2:
+            continue
+        first, *rest = same
+        apart = max(float(np.abs(same[n] / same[first] - 1).max()) for n in rest)
+        if not apart < CLOSE:
+            raise SystemExit(f"losses differ by {apart:.1e}: {same}")
+        lines.append(f"losses of {', '.join(same)} agree to {apart:.1e}")
+    return "\n".join(lines)
 
 
 def main(argv=None) -> dict[str, dict]:
@@ -364,15 +458,20 @@ def main(argv=None) -> dict[str, dict]:
     shape, tokens = MODELS[o.model]
     shape = shape._replace(layers=o.layers or shape.layers)
     tokens = tuple(o.tokens or tokens)
+    # First, as JAX takes the device's memory and keeps it.
+    rows = {name: in_torch(name, o, shape, tokens) for name in o.arms if name in TORCH}
     where = o.ahead or jax.devices()[0].device_kind
     print(f"{where}; jax {jax.__version__}; {o.model}, {shape.layers} layers, tokens {tokens}, "
           f"remat {o.remat}, save {o.save}, rank {o.rank}", flush=True)  # fmt: skip
-    rows = {}
     for name in o.arms:
-        rows[name] = measured(name, o, shape, tokens)
+        if name not in TORCH:
+            rows[name] = measured(name, o, shape, tokens)
+        elif "seconds" in rows[name]:
+            timed(rows[name], rows[name].pop("seconds"), name, o, shape, tokens)
         if o.json:
             print(json.dumps({"arm": name} | rows[name]), flush=True)
         gc.collect()
+    rows = {name: rows[name] for name in o.arms}
     columns = [c for c in COLUMNS if any(c in r for r in rows.values())]
     print(
         table(("arm", *columns), [(n, *(cell(r.get(c)) for c in columns)) for n, r in rows.items()])

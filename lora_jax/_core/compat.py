@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import core, source_info_util
+from jax._src import core, effects, source_info_util
 from jax._src.interpreters import partial_eval
 from jax.experimental import jet
 from jax.extend.core import Literal, Primitive, jaxpr_as_fun
@@ -42,6 +42,7 @@ __all__ = [
     "shard_map_axes",
     "source_line",
     "staging",
+    "unrepeatable",
     "vary",
 ]
 
@@ -69,6 +70,11 @@ def live(jaxpr: Any) -> tuple[Any, tuple]:
     jaxpr, consts = opened(jaxpr)
     # instantiate: inputs stay, used or not, as arguments go by position.
     return partial_eval.dce_jaxpr(jaxpr, True, instantiate=True)[0], consts
+
+
+def unrepeatable(jaxpr: Any) -> bool:
+    """Whether a program has effects that `jax.checkpoint` refuses, such as an ordered print."""
+    return bool(effects.remat_allowed_effects.filter_not_in(jaxpr.effects))
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

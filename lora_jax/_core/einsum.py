@@ -172,7 +172,9 @@ def _gained_jvp(
     primals: Sequence, tangents: Sequence, *, axes: tuple[int, ...]
 ) -> tuple[list, list]:
     tangents = compat.instantiated(primals, tangents)
-    return _gained(*primals, axes=axes), _gained_tangent_p.bind(*tangents, *primals, axes=axes)
+    # One equation, so that a policy of jax.checkpoint sees what the gain gives as such.
+    y = _gained_p.bind(*primals, axes=axes)
+    return y, _gained_tangent_p.bind(*tangents, *primals, axes=axes)
 
 
 def _gained_tangent(

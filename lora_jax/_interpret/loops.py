@@ -15,7 +15,7 @@ from lora_jax._core import compat
 from lora_jax._core.geometry import Factor
 from lora_jax._interpret.bodies import arrays, forwarded
 from lora_jax._interpret.rule import Context, Equation, Rule, every
-from lora_jax._interpret.saving import has_own
+from lora_jax._interpret.saving import all_but_gained, has_own
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, has_seed, is_weight
 from lora_jax._quantized.waiting import is_waiting
 
@@ -135,9 +135,11 @@ def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list:
         ys = [y for y, o in zip(outs[n_carry:], left) if o is None]
         return arrays(ctx, eqn, carry_out, "scan output"), arrays(ctx, eqn, ys, "scan output")
 
-    if ctx.policy is not None and any(map(is_weight, args)) and not has_own(jaxpr):
+    gains = any(isinstance(a, AdaptedWeight) and a.gain is not None for a in args)
+    policy = all_but_gained if gains and ctx.policy is None else ctx.policy
+    if policy is not None and any(map(is_weight, args)) and not has_own(jaxpr):
         # for each step: around the loop, all that is made again would be there at once
-        body, ctx.saves = jax.checkpoint(body, prevent_cse=False, policy=ctx.policy), True
+        body, ctx.saves = jax.checkpoint(body, prevent_cse=False, policy=policy), True
     steps = jnp.arange(p["length"]) if dropping else None
     # Given only where it is set: not part of the documented interface.
     options = {"_split_transpose": p["_split_transpose"]} if p.get("_split_transpose") else {}

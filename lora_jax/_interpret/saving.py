@@ -40,13 +40,24 @@ def products(primitive: Any, *avals: Any, **params: Any) -> bool:
     return primitive not in _CHEAP and not primitive.name.startswith(_OF_ALL)
 
 
+def all_but_gained(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether to keep a result where weights have a gain and nothing else is asked for: not what
+    the gain gives, as its gradient keeps the product before it, nor what is multiplied element by
+    element, such as an activation and its gate: less than LoRA keeps, at one multiplication each.
+    """
+    return primitive.name not in ("gained", "mul")
+
+
 def policy(save: Any) -> Callable | None:
     """The policy that `adapt(save=)` stands for."""
     return products if save == "products" else save
 
 
 def has_own(jaxpr: Any) -> bool:
-    """Whether a program has a `jax.checkpoint` of its own, which a policy around would overrule."""
+    """Whether a program has a `jax.checkpoint` of its own, which a policy around would overrule, or
+    effects that may not be made again, such as an ordered print."""
+    if compat.unrepeatable(jaxpr):
+        return True
     for eqn in jaxpr.eqns:
         inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
         if eqn.primitive.name in compat.REMAT:
