@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.mesh import laid, on_devices_of, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import COUNT, check_numbers, integer
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.node import is_node
-from lora_jax._nodes.tokens import ForTokens
+from lora_jax._nodes.tokens import ForTokens, remembering
 from lora_jax.algebra._combine import checked
 from lora_jax.algebra._finite import check_finite
 
@@ -99,9 +100,10 @@ def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None
 
     Args:
       stacked: as from `stack`.
-      index: an integer, under `jax.vmap` also one for each example. Or an array of integers, one
-        for each position of the inputs of every adapted product, along the axes that its weight
-        lacks: (B, T), as of packed sequences, or (B, 1), one for each example; no `vmap` is needed.
+      index: an integer, under `jax.vmap` also one for each example, which costs no more than an
+        array: `bind` gives the stack itself to each product. Or an array of integers, one for each
+        position of the inputs of every adapted product, along the axes that its weight lacks:
+        (B, T), as of packed sequences, or (B, 1), one for each example; no `vmap` is needed.
         Traced or not, another choice never recompiles. -1 is the base; every other number that has
         no slot, such as -2 or the capacity, gives NaN.
       mask: booleans, for which tokens the adapters are active, as aLoRA's are from its invocation
@@ -137,7 +139,7 @@ def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None
            [21., 21.]], dtype=float32)
     """
     if mask is None and jnp.ndim(index) == 0:
-        return _taken(stacked, index)
+        return _chosen(stacked, index)
     if mask is not None and jnp.result_type(mask) != jnp.bool_:
         raise LoRAError(
             f"mask: expected booleans, found {jnp.result_type(mask)}: "
@@ -148,8 +150,7 @@ def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None
     else:
         count, index = len(jax.tree.leaves(stacked)[0]), jnp.asarray(index)
         _check_slots(index, count - 1)
-        slots = _at(index, count)
-        slots = jnp.where(slots == count - 1, -1, slots)
+        slots = _slots(index, count)
     if mask is not None:
         slots = jnp.where(jnp.asarray(mask), slots, -1)
     return jax.tree.map(lambda node: ForTokens(node, slots), stacked, is_leaf=is_node)
@@ -168,6 +169,23 @@ def _check_slots(index: chex.Array, capacity: int) -> None:
             f"no slot has the number {', '.join(map(str, wrong[:8]))}: expected -1, the base, or 0 "
             f"to {capacity - 1}: lora.algebra.choose(stacked, jnp.where(known, slots, -1))"
         )
+
+
+def _chosen(stacked: Any, index: int | chex.Array) -> Any:
+    taken = _taken(stacked, index)
+    if compat.mapped(index) == 1:
+        return taken
+    # One for each example: a product may read the stack itself, where that costs less.
+    slot = _slots(index, len(jax.tree.leaves(stacked)[0]))
+    return jax.tree.map(
+        lambda node, whole: remembering(node, whole, slot), taken, stacked, is_leaf=is_node
+    )
+
+
+def _slots(index: chex.Array, count: int) -> jax.Array:
+    """The places of slots among `count`, -1 of the empty one."""
+    at = _at(index, count)
+    return jnp.where(at == count - 1, -1, at)
 
 
 def _taken(stacked: Any, index: int | chex.Array) -> Any:
