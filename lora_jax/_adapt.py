@@ -194,6 +194,8 @@ class Adapted(Traceable):
         decided within: by the policy in the steps of a loop, or by `fn` itself."""
         jaxpr, shapes = self.jaxpr(constants, arrays)
         told = list(_told_apart(arrays))
+        if self.plan == "merged" or self.merge_aware is not None:
+            told = [x.settled() if isinstance(x, AdaptedWeight) else x for x in told]
         if self.merge_aware is not None:
             told = list(_as_stored(told, self.merge_aware))
         # A base whose gradient is stopped has no tangent, so no gradient of its size is formed.

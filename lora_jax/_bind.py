@@ -15,6 +15,7 @@ from lora_jax._core.paths import flatten, map_with_path, nearest
 from lora_jax._core.placement import check_placed
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node, is_node
+from lora_jax._nodes.tokens import remembered
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
 from lora_jax._quantized.weight import is_quantized
 
@@ -68,7 +69,7 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
             return Coded(base, origin=path, axes=own_axes(base))
         if node is None:
             return _frozen(base)
-        return node.weight(base, path, key)
+        return remembered(node).weight(base, path, key)
 
     # For a plain tree this is `map_with_path` alone.
     return map_shared(lambda tree: map_with_path(leaf, tree), params, nodes)
@@ -108,7 +109,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
             shapes = ", ".join(f"{n} {getattr(node, n).shape}" for n in node.dims)
             # Every array with one axis more or fewer: `choose` was forgotten, or was one too many.
             what = {1: f"a stack, {shapes}", -1: f"without their first axis, {shapes}"}
-            problem = what.get(_more_axes(node) or 0, problem)
+            problem = what.get(node.more_axes or 0, problem)
             failures.append(f"'{path}': {problem}")
     if failures:
         call = _corrected(flat, leaves, verb) or call
@@ -140,7 +141,7 @@ def _corrected(flat: Mapping[str, Any], leaves: Mapping[str, Any], verb: str) ->
                         f"the adapters are of a tree that holds this one: lora.{verb}({tree}, "
                         "adapters)"
                     )
-    more = {_more_axes(n) for n in nodes.values()}
+    more = {n.more_axes for n in nodes.values()}
     if more == {1}:
         return (
             "the adapters are stacked, choose one: "
@@ -152,12 +153,6 @@ def _corrected(flat: Mapping[str, Any], leaves: Mapping[str, Any], verb: str) ->
             f"lora.{verb}(params, adapters), without lora.algebra.choose"
         )
     return None
-
-
-def _more_axes(node: Node) -> int | None:
-    """How many more axes each array has than the leaf's geometry gives it."""
-    more = {len(getattr(node, name).shape) - len(dims) for name, dims in node.dims.items()}
-    return more.pop() if len(more) == 1 else None
 
 
 def _frozen(x: Any) -> Any:

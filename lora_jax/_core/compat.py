@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax._src import core, effects, source_info_util
+from jax._src.interpreters import batching as private_batching
 from jax._src.interpreters import partial_eval
 from jax.experimental import jet
 from jax.extend.core import Literal, Primitive, jaxpr_as_fun
@@ -31,6 +32,7 @@ __all__ = [
     "live",
     "lowered_for",
     "manual",
+    "mapped",
     "one_device",
     "opened",
     "out_avals",
@@ -147,6 +149,15 @@ def manual(x: Any) -> bool:
     """Whether x is inside a shard_map."""
     manual = jax.sharding.AxisType.Manual
     return manual in jax.typeof(x).sharding.mesh.axis_types
+
+
+def mapped(x: Any) -> int:
+    """How many of x there are for each of it, by the vmaps inside of the innermost jit; 1: none."""
+    count = 1
+    while isinstance(x, private_batching.BatchTracer):
+        count *= 1 if x.batch_dim is None else x.val.shape[x.batch_dim]
+        x = x.val
+    return count
 
 
 def vary(x: Any, axes: Iterable[str]) -> Any:

@@ -23,6 +23,10 @@ from lora_jax._quantized.waiting import is_waiting, value
 # No primitive is in two of them.
 RULES = moves.RULES | joins.RULES | uses.RULES | lookups.RULES | bodies.RULES | loops.RULES
 
+# Beside what only moves weights, these keep a stack of factors with one number for all tokens: the
+# product, which reads them by it, and bodies.
+_BY_NUMBER = ("dot_general", *bodies.RULES, *loops.RULES)
+
 
 # Their results differ along an axis only if an operand does.
 _ELEMENTWISE = frozenset(
@@ -341,6 +345,8 @@ class Interpreter:
         fn = rule.of(weights) if rule else None
         if rule is None or fn is None or fn is not rule.coded:  # codes are read first
             values = [v.array() if isinstance(v, Coded) else v for v in values]
+        if not (eqn.primitive.name in _BY_NUMBER or (rule and rule.moves)):
+            values = [v.settled() if isinstance(v, AdaptedWeight) else v for v in values]
         outs = fn(self, eqn, values) if fn else no_rule(eqn.primitive.name)
         if isinstance(outs, str):
             # No rule, or one that cannot: the sum itself, as a visible use.

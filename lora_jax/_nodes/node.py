@@ -113,6 +113,12 @@ class Node:
             return f"the leaf has shape {shape}, the adapter was made for {self.shape}"
         return None
 
+    @property
+    def more_axes(self) -> int | None:
+        """How many axes each array has beyond `dims`: 1 in a stack; None if they differ."""
+        more = {len(jnp.shape(getattr(self, n))) - len(dims) for n, dims in self.dims.items()}
+        return more.pop() if len(more) == 1 else None
+
     def merged(self, base: Any, sign: float = 1.0) -> jax.Array:
         """The plain array that the leaf becomes; with sign −1 the update is subtracted."""
         weight = self.weight(base, "")

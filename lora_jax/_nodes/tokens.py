@@ -9,6 +9,7 @@ import jax
 
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import SLOT, Factor
+from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import Node
 from lora_jax._nodes.weight import AdaptedWeight, is_weight
 
@@ -24,7 +25,8 @@ class ForTokens(Node):
 
     Attributes:
       node: such as a `LoRA`, each array with an axis of slots in front.
-      slots: integers, one for each position of the inputs of the leaf's products; -1 is no update.
+      slots: integers, one for each position of the inputs of the leaf's products, or one for all;
+        -1 is no update.
     """
 
     node: Any
@@ -64,3 +66,20 @@ class ForTokens(Node):
             "adapters that were chosen token by token cannot be merged, which would be for all: "
             "lora.merge(params, lora.algebra.choose(stacked, index)), with one number"
         )
+
+
+def remembering(node: Any, whole: Any, slot: jax.Array) -> Any:
+    """The node of one slot of a stack, which knows of the stack: for `bind`, and for it alone.
+
+    What it knows is no part of the tree. Each change of an array makes another node, and this one
+    is forgotten.
+    """
+    # Frozen: its arrays stay those of the slot. A look-up reads rows, and no slot of each token.
+    if isinstance(node, LoRA) and not node.embedding:
+        object.__setattr__(node, "_of_stack", ForTokens(whole, slot))
+    return node
+
+
+def remembered(node: Any) -> Any:
+    """The stack and the slot of a node, as a node for all tokens; itself, if it knows of none."""
+    return getattr(node, "_of_stack", node)

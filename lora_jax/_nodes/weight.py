@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from lora_jax._core.compat import less
+from lora_jax._core.compat import less, mapped
 from lora_jax._core.einsum import cast, contract, gained, holding, plus, times, wide
 from lora_jax._core.errors import LoRAError, refuse_use
 from lora_jax._core.geometry import RANK, SEED_IMPL, SLOT, Factor, static
@@ -176,9 +176,9 @@ class AdaptedWeight(Followed):
       rows: of a table some rows of which are trained, what stands in their place, labelled as b;
         a is then one-hot and b the rows' change. What is looked up is this, and no sum.
       tokens: integers, which slot of the factors each position of the input has: one for each
-        along the axes of x that the weight lacks, where a size of 1 is one for all; -1 has no
-        update. a and b have an axis SLOT then, and there is no W + scale·A·B. Or None. It does not
-        move along with the base.
+        along the axes of x that the weight lacks, where a size of 1 is one for all, or a single
+        one; -1 has no update. a and b have an axis SLOT then, and of several there is no W +
+        scale·A·B. Or None. It does not move along with the base.
       scale: the constant in front of the update.
       dropout: the rate on the input of the low-rank branch, used only with a seed.
 
@@ -219,8 +219,10 @@ class AdaptedWeight(Followed):
         """With the slots alone that tokens name, where these are fewer: what reads all of a stack,
         as a loop over layers does, reads no more then."""
         slots, many = self.tokens, self.a.size(SLOT) if self.a.has(SLOT) else 0
-        if slots is None or not less(slots.size, many):
+        if slots is None or not less(slots.size * mapped(slots), many):
             return self
+        if not slots.ndim:
+            return self.settled()
 
         def move(f: Factor) -> Factor:
             at = f.dims.index(SLOT)
@@ -230,6 +232,21 @@ class AdaptedWeight(Followed):
         none = jnp.where(slots == -1, -1, slots.size)  # past the end: NaN
         tokens = jnp.where((slots >= 0) & (slots < many), own, none)
         return dataclasses.replace(self, a=move(self.a), b=move(self.b), tokens=tokens)
+
+    def settled(self) -> AdaptedWeight:
+        """With the factors of the slot that all tokens have, if they have one."""
+        if self.tokens is None or self.tokens.ndim:
+            return self
+        many, slot = self.a.size(SLOT), self.tokens
+
+        def move(f: Factor) -> Factor:
+            at = f.dims.index(SLOT)
+            # past the end: NaN
+            value = jnp.take(f.value, jnp.where(slot < 0, many, slot), at, mode="fill")
+            zero = jnp.zeros((), value.dtype)
+            return Factor(jnp.where(slot == -1, zero, value), tuple(d for d in f.dims if d != SLOT))
+
+        return dataclasses.replace(self, a=move(self.a), b=move(self.b), tokens=None)
 
     def folded(self, n: Any) -> AdaptedWeight:
         """The weight with other dropout masks: one for each n, and for each weight of the stack."""
@@ -244,6 +261,8 @@ class AdaptedWeight(Followed):
 
     def delta(self, dtype: Any = jnp.float32, precision: Any = Precision.HIGHEST) -> jax.Array:
         """scale · A·B in the weight's shape, computed in `dtype`."""
+        if self.tokens is not None and not self.tokens.ndim:
+            return self.settled().delta(dtype, precision)
         if self.tokens is not None:
             raise LoRAError(
                 f"'{self.origin}' is adapted token by token, by the slots or the mask of "

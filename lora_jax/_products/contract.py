@@ -270,7 +270,8 @@ def _slots(x: jax.Array, xl: Labels, p: Product) -> tuple[jax.Array, tuple]:
     assert p.w.tokens is not None
     free = [i for i, d in enumerate(xl) if d not in p.wl]
     sizes, found = tuple(x.shape[i] for i in free), tuple(p.w.tokens.shape)
-    if len(sizes) != len(found) or any(n not in (1, size) for n, size in zip(found, sizes)):
+    fits = len(sizes) == len(found) and all(n in (1, size) for n, size in zip(found, sizes))
+    if found and not fits:
         raise LoRAError(
             f"'{p.w.origin}' is multiplied by inputs of shape {tuple(x.shape)}, which have {sizes} "
             f"positions; expected slots or a mask of that shape, or of 1 in places, found {found}: "

@@ -89,6 +89,19 @@ class Choice:
         itemsize = jnp.dtype(self.dtype).itemsize
         return way_by_slot(*self.sizes(x, y), self.slots, itemsize, compat.platform(like), local)
 
+    def mapped(self, of_x: bool, of_y: bool, of_s: bool) -> Choice:
+        """With one axis more in front of the result, and of what has it."""
+        new = ("slots", sum(isinstance(d, tuple) and d[0] == "slots" for d in self.out))
+        lead = lambda labels, has=True: (new, *labels) if has else labels
+        return dataclasses.replace(
+            self,
+            xl=lead(self.xl, of_x),
+            yl=lead(self.yl, of_y),
+            sl=lead(self.sl, of_s),
+            out=lead(self.out),
+            where=self.where and self.where.update(spec=PartitionSpec(None, *self.where.spec)),
+        )
+
     def contract(self, x: Any, xl: Labels, y: Any, yl: Labels, out: Labels) -> jax.Array:
         how = dict(precision=self.precision, preferred_element_type=self.dtype)
         if self.where is None:
@@ -294,20 +307,16 @@ def _batch(
     """Another axis is another label, and the way to it is planned anew."""
     x, y, s = args
     of_x, of_y, of_s = batched
-    new = ("slots", sum(isinstance(d, tuple) and d[0] == "slots" for d in how.out))
-    wide = lambda v, now, need: (lax.broadcast(v, (size,)), True) if need and not now else (v, now)
-    x, of_x = wide(x, of_x, of_s)
-    y, of_y = wide(y, of_y, of_s and not how.sums)
-    lead = lambda labels, has: (new, *labels) if has else labels
-    how = dataclasses.replace(
-        how,
-        xl=lead(how.xl, of_x),
-        yl=lead(how.yl, of_y),
-        sl=lead(how.sl, of_s),
-        out=(new, *how.out),
-        where=how.where and how.where.update(spec=PartitionSpec(None, *how.where.spec)),
-    )
-    return [chosen(x, y, s, how)], [True]
+    if of_y and of_s and how.sums and how.where is None:  # a stack for each: none is shared
+        axes = [0 if one else None for one in batched]
+        return jax.vmap(functools.partial(_chosen, how=how), axes)(*args), [True]
+    x, of_x = _wide(x, of_x, of_s, size)
+    y, of_y = _wide(y, of_y, of_s and not how.sums, size)
+    return [chosen(x, y, s, how.mapped(of_x, of_y, of_s))], [True]
+
+
+def _wide(v: jax.Array, has: bool, needs: bool, size: int) -> tuple[jax.Array, bool]:
+    return (lax.broadcast(v, (size,)), True) if needs and not has else (v, has)
 
 
 _chosen_p = compat.primitive(
@@ -376,4 +385,20 @@ def _pairs(x: jax.Array, s: jax.Array, *ab: jax.Array, pairs: Sequence[Pair]) ->
     return [_in_place(y, s, p.up) for p, y in zip(pairs, ys)]
 
 
-_pairs_p = compat.primitive("update_by_slot", _pairs, derived=_in_turn)
+def _pairs_batch(
+    size: int, args: Sequence, batched: Sequence[bool], *, pairs: Sequence[Pair]
+) -> tuple[list, list[bool]]:
+    x, s, *ab = args
+    of_x, of_s, *of_ab = batched
+    if any(of_ab):  # a stack for each
+        axes = [0 if one else None for one in batched]
+        outs = jax.vmap(functools.partial(_in_turn, pairs=pairs), axes)(*args)
+    else:
+        x, _ = _wide(x, of_x, of_s, size)
+        whole = lambda how: how.mapped(True, False, of_s)
+        pairs = [Pair(whole(p.down), whole(p.up), p.scale) for p in pairs]
+        outs = by_slot(x, s, [*zip(ab[::2], ab[1::2])], pairs)
+    return outs, [True] * len(outs)
+
+
+_pairs_p = compat.primitive("update_by_slot", _pairs, derived=_in_turn, batch=_pairs_batch)

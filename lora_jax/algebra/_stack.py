@@ -7,7 +7,7 @@ last slot is always empty (the base model), so that the number -1 means no adapt
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.mesh import laid, on_devices_of, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import COUNT, check_numbers, integer
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.node import is_node
-from lora_jax._nodes.tokens import ForTokens
+from lora_jax._nodes.tokens import ForTokens, remembering
 from lora_jax.algebra._combine import checked
 from lora_jax.algebra._finite import check_finite
 
@@ -68,8 +69,12 @@ def stack(
            [ 3.,  3.],
            [ 1.,  1.]], dtype=float32)
     """
-    trees = [flatten(checked(tree), is_leaf=is_node) for tree in adapters]
     call = "lora.algebra.stack([first, second], capacity=64, rank=16)"
+    if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
+        found = type(adapters).__name__
+        raise LoRAError(f"expected a list of adapter trees, found a {found}: {call}")
+    adapters = list(adapters)
+    trees = [flatten(checked(tree), is_leaf=is_node) for tree in adapters]
     check_numbers(call, capacity=(capacity, COUNT.or_none), rank=(rank, COUNT.or_none))
     capacity = len(trees) if capacity is None else operator.index(capacity)
     if not trees or len(trees) > capacity:
@@ -91,6 +96,7 @@ def stack(
         # All slots have the same static fields (scale 1, dropout 0), so they are one pytree type.
         out[path] = jax.tree.map(_stacked, *slots)
     raise_all("these adapters cannot be stacked:", failures, "they must be of one base")
+    check_finite(out)  # once more: with the scale in B
     return nest(out)
 
 
@@ -99,11 +105,12 @@ def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None
 
     Args:
       stacked: as from `stack`.
-      index: an integer, under `jax.vmap` also one for each example. Or an array of integers, one
-        for each position of the inputs of every adapted product, along the axes that its weight
-        lacks: (B, T), as of packed sequences, or (B, 1), one for each example; no `vmap` is needed.
+      index: an integer, under `jax.vmap` also one for each example, which costs no more than an
+        array: `bind` gives the stack itself to each product. Or an array of integers, one for each
+        position of the inputs of every adapted product, along the axes that its weight lacks:
+        (B, T), as of packed sequences, or (B, 1), one for each example; no `vmap` is needed.
         Traced or not, another choice never recompiles. -1 is the base; every other number that has
-        no slot, such as -2 or the capacity, gives NaN.
+        no slot, such as -2 or the capacity, gives NaN where it is traced.
       mask: booleans, for which tokens the adapters are active, as aLoRA's are from its invocation
         tokens on; elsewhere the model is the base. Of the same shape as an array of numbers would
         be, (B, T), or (T,) for each example under `jax.vmap`. None: for all tokens.
@@ -112,9 +119,10 @@ def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None
       Adapters for `bind`; of an array, or with a mask, for nothing else.
 
     Raises:
-      LoRAError: an index that is no integer, an array with a number that has no slot and is not
-        traced, a mask that is not boolean. When the model is called: numbers or a mask of another
-        shape than the inputs', a leaf that is used otherwise than in products of matrices.
+      LoRAError: an index that is no integer, a number that has no slot and is not traced, a mask
+        that is not boolean or not of the index's shape, no stack. When the model is called: numbers
+        or a mask of another shape than the inputs', a leaf that is used otherwise than in products
+        of matrices.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> def node(x):
@@ -136,30 +144,52 @@ def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None
     Array([[ 1.,  1.],
            [21., 21.]], dtype=float32)
     """
-    if mask is None and jnp.ndim(index) == 0:
-        return _taken(stacked, index)
-    if mask is not None and jnp.result_type(mask) != jnp.bool_:
-        raise LoRAError(
-            f"mask: expected booleans, found {jnp.result_type(mask)}: "
-            "lora.algebra.choose(stacked, index, mask > 0)"
-        )
-    if jnp.ndim(index) == 0:  # for some tokens one of them: a stack of one
-        stacked, slots = _taken(stacked, jnp.asarray(index)[None]), jnp.zeros((), jnp.int32)
+    count, index = slot_count(stacked, "choose(stacked, 0)"), _numbers(index)
+    _check_slots(index, count - 1)
+    index = jnp.asarray(index)
+    if mask is None:
+        if index.ndim == 0:
+            return _chosen(stacked, index, count)
+        slots = _slots(index, count)
     else:
-        count, index = len(jax.tree.leaves(stacked)[0]), jnp.asarray(index)
-        _check_slots(index, count - 1)
-        slots = _at(index, count)
-        slots = jnp.where(slots == count - 1, -1, slots)
-    if mask is not None:
-        slots = jnp.where(jnp.asarray(mask), slots, -1)
+        mask = _mask(mask, index)
+        if index.ndim == 0:  # for some tokens one of them: a stack of one
+            stacked, index, count = _taken(stacked, index[None]), jnp.zeros((), jnp.int32), 2
+        slots = jnp.where(mask, _slots(index, count), -1)
     return jax.tree.map(lambda node: ForTokens(node, slots), stacked, is_leaf=is_node)
 
 
+def slot_count(stacked: Any, call: str) -> int:
+    """How many slots a stack has, with the empty one; `call` is one that would do."""
+    nodes = flatten(stacked, is_leaf=is_node)
+    wrong = [
+        f"'{path}' is a {type(x).__name__}" + " that has no slots" * is_node(x)
+        for path, x in nodes.items()
+        if not is_node(x) or x.more_axes != 1
+    ]
+    call = f"stacked = lora.algebra.stack([...], capacity=8), then {call}"
+    sizes = {x.shape[0] for node in nodes.values() if not wrong for x in jax.tree.leaves(node)}
+    if not wrong and (len(sizes) != 1 or min(sizes) < 2):
+        wrong = [f"arrays with {sorted(sizes)} slots"]
+    raise_all("expected a stack, found:", wrong, call)
+    return sizes.pop()
+
+
+def _numbers(index: Any) -> chex.Array:
+    """The numbers of slots as an array, of NumPy if they are no array of JAX's."""
+    call = "lora.algebra.choose(stacked, 0)"
+    try:
+        found = index if isinstance(index, jax.Array) else np.asarray(index)
+    except ValueError as problem:  # lists of several lengths
+        raise LoRAError(f"expected integers as an index: {call}: {problem}") from None
+    if not jnp.issubdtype(found.dtype, jnp.integer):
+        raise LoRAError(f"expected integers as an index, found {found.dtype}: {call}")
+    return found
+
+
 def _check_slots(index: chex.Array, capacity: int) -> None:
-    if isinstance(index, jax.core.Tracer) or not jnp.issubdtype(index.dtype, jnp.integer):
-        return
-    # Not of what is spread over several processes: it cannot be read here, and is NaN.
-    if not getattr(index, "is_fully_addressable", True):
+    # Not what is spread over several processes either: it cannot be read here, and is NaN.
+    if isinstance(index, jax.core.Tracer) or not getattr(index, "is_fully_addressable", True):
         return
     numbers = np.unique(np.asarray(index))
     wrong = numbers[(numbers < -1) | (numbers >= capacity)]
@@ -170,19 +200,47 @@ def _check_slots(index: chex.Array, capacity: int) -> None:
         )
 
 
-def _taken(stacked: Any, index: int | chex.Array) -> Any:
-    return jax.tree.map(lambda x: jnp.take(x, _at(index, len(x)), axis=0, mode="fill"), stacked)
+def _mask(mask: Any, index: jax.Array) -> jax.Array:
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    call = "lora.algebra.choose(stacked, index, mask > 0)"
+    if mask.dtype != jnp.bool_:
+        raise LoRAError(f"mask: expected booleans, found {mask.dtype}: {call}")
+    try:
+        np.broadcast_shapes(mask.shape, index.shape)
+    except ValueError:
+        raise LoRAError(
+            f"mask: expected one of {index.shape}, as the index is, found {mask.shape}: {call}"
+        ) from None
+    return jnp.asarray(mask)
 
 
-def _at(index: int | chex.Array, count: int) -> jax.Array:
+def _chosen(stacked: Any, index: jax.Array, count: int) -> Any:
+    taken = _taken(stacked, index)
+    if compat.mapped(index) == 1:
+        return taken
+    # One for each example: a product may read the stack itself, where that costs less.
+    slot = _slots(index, count)
+    return jax.tree.map(
+        lambda node, whole: remembering(node, whole, slot), taken, stacked, is_leaf=is_node
+    )
+
+
+def _slots(index: chex.Array, count: int) -> jax.Array:
+    """The places of slots among `count`, -1 of the empty one."""
+    at = places(index, count)
+    return jnp.where(at == count - 1, -1, at)
+
+
+def _taken(stacked: Any, index: jax.Array) -> Any:
+    return jax.tree.map(lambda x: jnp.take(x, places(index, len(x)), axis=0, mode="fill"), stacked)
+
+
+def places(index: chex.Array, count: int) -> jax.Array:
     """The place of a slot among `count`. The last one is empty, and is -1.
 
     A number without a slot goes past the end. There JAX reads NaN and writes nothing; it does not
     count from the other side, as it would with a negative place.
     """
-    index = jnp.asarray(index)
-    if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise LoRAError(f"expected integers as an index, found {index.dtype}: choose(stacked, 0)")
     # A large unsigned number would wrap to a negative one, and -1 is the empty slot.
     if jnp.issubdtype(index.dtype, jnp.unsignedinteger):
         most = min(count, jnp.iinfo(index.dtype).max)
@@ -214,10 +272,10 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
     >>> lora.algebra.choose(stacked, 3)["w"].b, lora.algebra.choose(stacked, 4)["w"].b
     (Array([[1., 1.]], dtype=float32), Array([[0., 0.]], dtype=float32))
     """
+    capacity = slot_count(stacked, "put(stacked, 0, adapters)") - 1
     slots = flatten(stacked, is_leaf=is_node)
     adapters = {} if adapters is None else on_devices_of(stacked, checked(adapters))
     new = flatten(adapters, is_leaf=is_node)
-    check_finite(new)
     failures = [f"'{p}' is no leaf of the stack" for p in new if p not in slots]
     # What a slot looks like: the same kinds, ranks and dtypes.
     empty = choose(stacked, -1)
@@ -227,7 +285,6 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
             filled[path] = _fitted(new.get(path), like)
         except LoRAError as problem:
             failures.append(f"'{path}': {problem}")
-    capacity = len(jax.tree.leaves(stacked)[0]) - 1
     if not isinstance(index, jax.core.Tracer) and integer(index) not in range(capacity):
         failures.append(f"number {index}: expected 0 to {capacity - 1}")
     raise_all(
@@ -235,11 +292,14 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
         failures,
         "make a new one: lora.algebra.stack([...], capacity=..., rank=...)",
     )
+    check_finite(filled)  # as the slot has it: with the scale in B, and of its type
     # In the structure of the stack; a leaf that `adapters` lacks is an empty slot.
     one = map_with_path(lambda path, _: filled[path], empty, is_leaf=is_node)
 
+    index = jnp.asarray(_numbers(index))
+
     def written(all_: jax.Array, new: jax.Array) -> jax.Array:
-        at = _at(index, len(all_))
+        at = places(index, len(all_))
         # A traced -1 must not fill the empty slot: past the end, the write is dropped.
         at = jnp.where(at == capacity, len(all_), at)
         return all_.at[at].set(_in_a_slot(new, all_), mode="drop")
@@ -275,6 +335,14 @@ def _fitted(node: Any, like: Any) -> Any:
     """A node as the slot has it; None is an empty slot."""
     if node is None:
         return like
+    if node.more_axes:
+        raise LoRAError("is a stack, or a part of one: lora.algebra.choose(stacked, 0) of it first")
+    kinds = [
+        any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in jax.tree.leaves(n))
+        for n in (node, like)
+    ]
+    if kinds[0] and not kinds[1]:
+        raise LoRAError("is complex, and the stack is not")
     if type(node) is not type(like) or node.shape != like.shape:
         raise LoRAError(
             f"expected a {type(like).__name__} of {like.shape}, found a {type(node).__name__} of "

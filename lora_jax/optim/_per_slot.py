@@ -19,8 +19,10 @@ import optax
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import RANK
+from lora_jax._core.numbers import COUNT, check_numbers
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.node import array_names, is_node
+from lora_jax.algebra._stack import places, slot_count
 
 if TYPE_CHECKING:
     import chex
@@ -60,8 +62,8 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
       Other arguments go to `tx`, the same for all slots.
 
     Raises:
-      LoRAError: `active` has another length or is not boolean; gradients, params or state of
-        another stack.
+      LoRAError: no optimiser; `active` has another length or is not boolean; gradients, params or
+        state of another stack or optimiser.
 
     Tenants come and go by `join` and `leave`, and no step is compiled anew; `by_slot` makes the
     loss of a mixed batch. Those that the stack was made of, and that did not `join`, are trained at
@@ -79,10 +81,10 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
            [[ 0. ,  0. ]]], dtype=float32)
     """
 
-    inner = optax.with_extra_args_support(tx)
+    inner = optax.with_extra_args_support(checked_tx(tx, "lora.optim.per_slot(optax.adam(1e-4))"))
 
     def init(params: Any) -> PerSlotState:
-        nodes, count = flatten(params, is_leaf=is_node), _slots(params)
+        nodes, count = flatten(params, is_leaf=is_node), slot_count(params, "tx.init(stacked)")
         return PerSlotState(
             jax.vmap(inner.init)(params),
             {p: jnp.tile(in_three(1.0), (count, 1)) for p in nodes},
@@ -92,9 +94,9 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     def update(
         updates: Any, state: Any, params: Any = None, *, active: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        trained = _active(active, of_each_other(updates, state))
+        trained = _active(active, of_each_other(updates, state, inner))
         if params is not None:
-            of_each_other(params, state)
+            of_each_other(params, state, inner)
         grads = _alone(updates, state, lambda b, s: b * s, mask=True)
         params = params if params is None else _alone(params, state, lambda b, s: b / s)
         one = lambda g, own, p: inner.update(g, own, p, **extra)
@@ -123,39 +125,44 @@ def by_slot(values: chex.Array, slots: chex.Array, capacity: int) -> tuple[chex.
       (means, active): (capacity,) each; a mean is 0 where there is no example.
 
     Raises:
-      LoRAError: values and slots that are not of one (B,), or slots that are no integers.
+      LoRAError: values and slots that are not of one (B,), slots that are no integers, a capacity
+        that is no number of slots.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> lora.optim.by_slot(jnp.array([1.0, 3.0, 5.0, 7.0]), jnp.array([2, 2, 0, -1]), 3)
     (Array([5., 0., 2.], dtype=float32), Array([ True, False,  True], dtype=bool))
     """
-    values, slots = jnp.asarray(values), jnp.asarray(slots)
-    whole = jnp.issubdtype(slots.dtype, jnp.integer)
-    if values.ndim != 1 or values.shape != slots.shape or not whole:
+    call = "lora.optim.by_slot(losses, slots, capacity)"
+    check_numbers(call, capacity=(capacity, COUNT))
+    try:
+        values, slots = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (values, slots))
+    except ValueError as problem:  # lists of several lengths
+        raise LoRAError(f"expected (B,) values and (B,) integers: {call}: {problem}") from None
+    kinds = {"values": (values, jnp.number), "integers": (slots, jnp.integer)}
+    fits = all(x.ndim == 1 and jnp.issubdtype(x.dtype, kind) for x, kind in kinds.values())
+    if not fits or values.shape != slots.shape:
         raise LoRAError(
             f"expected (B,) values and (B,) integers, found {values.dtype} of {values.shape} and "
-            f"{slots.dtype} of {slots.shape}: lora.optim.by_slot(losses, slots, capacity)"
+            f"{slots.dtype} of {slots.shape}: {call}"
         )
-    member = slots.astype(jnp.int32)[:, None] == jnp.arange(capacity)  # (B, capacity)
+    values, at = jnp.asarray(values), places(jnp.asarray(slots), capacity + 1)
+    member = at[:, None] == jnp.arange(capacity, dtype=at.dtype)  # (B, capacity)
     count = member.sum(0)
     total = jnp.where(member, values[:, None], 0).sum(0)
     return total / jnp.maximum(count, 1).astype(total.dtype), count > 0
 
 
-def _slots(stacked: Any) -> int:
-    sizes = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(stacked)}
-    if len(sizes) != 1 or min(sizes) < 2:
-        raise LoRAError(
-            f"expected a stack, found arrays with {sorted(sizes)} slots: "
-            "tx.init(lora.algebra.stack([...], capacity=8))"
-        )
-    return sizes.pop()
+def checked_tx(tx: Any, call: str) -> Any:
+    """What has the two functions of an optimiser."""
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        raise LoRAError(f"tx: expected an optax.GradientTransformation, found {tx!r}: {call}")
+    return tx
 
 
-def of_each_other(stacked: Any, state: Any, tx: optax.GradientTransformation | None = None) -> int:
-    """n, of a stack and a state that belong to each other, and to `tx` if it is given."""
-    count = _slots(stacked)
+def of_each_other(stacked: Any, state: Any, tx: Any) -> int:
+    """n, of a stack and a state that belong to each other and to `tx`."""
     call = "state = lora.optim.per_slot(tx).init(stacked)"
+    count = slot_count(stacked, call)
     if not isinstance(state, PerSlotState):
         raise LoRAError(f"expected a PerSlotState, found a {type(state).__name__}: {call}")
     found = {p: len(x) for p, x in state.rank.items()}
@@ -170,15 +177,22 @@ def of_each_other(stacked: Any, state: Any, tx: optax.GradientTransformation | N
         ],
         call,
     )
-    if tx is not None:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
-        want, has = jax.tree.structure(jax.eval_shape(tx.init, like)), state.inner
-        if want != jax.tree.structure(has):
-            raise LoRAError(
-                f"the state is not of this optimiser: expected {want}, found "
-                f"{jax.tree.structure(has)}: lora.optim.join(tx, stacked, state, ...), tx as "
-                "per_slot got it"
-            )
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
+    want, has = jax.eval_shape(checked_tx(tx, call).init, like), state.inner
+    if jax.tree.structure(want) != jax.tree.structure(has):
+        raise LoRAError(
+            f"the state is not of this optimiser: expected {jax.tree.structure(want)}, found "
+            f"{jax.tree.structure(has)}: {call}, tx as per_slot got it"
+        )
+    raise_all(
+        "the state is not that of this stack:",
+        [
+            f"{jax.tree_util.keystr(keys)}: expected {(count, *x.shape)}, found {jnp.shape(y)}"
+            for (keys, x), y in zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(has))
+            if (count, *x.shape) != jnp.shape(y)
+        ],
+        call,
+    )
     return count
 
 
@@ -186,13 +200,13 @@ def _active(active: Any, count: int) -> jax.Array:
     """(n,) booleans; the empty slot, the last, is never trained."""
     if active is None:
         return jnp.arange(count) < count - 1
-    active = jnp.asarray(active)
+    active = active if isinstance(active, jax.Array) else np.asarray(active)
     if active.shape != (count - 1,) or active.dtype != jnp.bool_:
         raise LoRAError(
             f"active: expected {count - 1} booleans, found {active.dtype} of shape {active.shape}: "
             "means, active = lora.optim.by_slot(losses, slots, capacity)"
         )
-    return jnp.append(active, False)
+    return jnp.append(jnp.asarray(active), False)
 
 
 def _where(trained: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:

@@ -45,8 +45,8 @@ def join(
 
     Raises:
       LoRAError: a slot that there is not, other targets, a rank above that of the stack, a state
-        that is not the adapters', a stack and a `state` that are not of each other or not of `tx`;
-        nothing is changed.
+        that is not the adapters' or holds NaN, a stack and a `state` that are not of each other or
+        not of `tx`; nothing is changed.
 
     >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 4.0, lora.Geometry((0,), (1,)))
@@ -73,6 +73,16 @@ def join(
     expected = jax.eval_shape(tx.init, adapters)
     own = tx.init(adapters) if own is None else own
     _check_state(own, expected)
+    # Infinity may be the start of a running minimum.
+    raise_all(
+        "this state holds NaN:",
+        [
+            _key(k)
+            for k, x in jax.tree_util.tree_leaves_with_path(own)
+            if not isinstance(x, jax.core.Tracer) and jnp.isnan(jnp.asarray(x)).any()
+        ],
+        "lora.optim.join(tx, stacked, state, slot, adapters), with a new one",
+    )
     own = on_devices_of(stacked, own)
     # The state of an empty slot, in which the tenant's own numbers take their places.
     empty = tx.init(choose(new, slot))
@@ -170,10 +180,13 @@ def _key(keys: tuple) -> str:
 
 
 def _check_state(own: Any, expected: Any) -> None:
-    shapes = lambda tree: {
-        _key(k): f"{jnp.result_type(x)} of {np.shape(x)}"
-        for k, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    def shape(x: Any) -> str:
+        try:
+            return f"{jnp.result_type(x)} of {np.shape(x)}"
+        except TypeError:
+            return f"a {type(x).__name__}"
+
+    shapes = lambda tree: {_key(k): shape(x) for k, x in jax.tree_util.tree_leaves_with_path(tree)}
     want, found = shapes(expected), shapes(own)
     raise_all(
         "the state is not that of these adapters:",

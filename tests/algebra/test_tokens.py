@@ -258,3 +258,52 @@ def test_weights_of_one_input_share_a_loop():
         np.testing.assert_array_equal(
             np.isnan(y).all(-1), jnp.zeros((4, 2), bool).at[3, 1].set(True)
         )
+
+
+def test_a_number_for_each_example_under_vmap():
+    """Values and gradients of numbers (B, 1), and their cost: also in a scan, under jit and remat, by
+    a number that was mapped twice."""
+    stacked = lora.algebra.stack([make(i, 2, ("layers", "head")) for i in range(5)])
+    x, slots = drawn(5, 6, 4, D), jnp.array([0, 3, -1, 2, 3, 4])
+
+    def fn(p, x):
+        x, _ = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["layers"])
+        return x @ p["head"]
+
+    f = lora.adapt(fn)
+    call = lambda s, i, x: f(lora.bind(PARAMS, lora.algebra.choose(s, i)), x)
+    each = jax.vmap(call, (None, 0, 0))
+    twice = jax.vmap(each, (None, 0, 0))
+    tokens = lambda s, i, x: call(s, i[:, None], x)
+    half = lambda tree: jax.tree.map(lambda v: v / 2, tree)
+    stacks = jax.tree.map(lambda v: jnp.stack([v] * 6), stacked)
+
+    def others(stacked, slots, x):
+        """Whose values are the same, at whatever cost."""
+        merged = lora.adapt(fn, plan="merged")
+        by = lambda f, tree: lambda i, x: f(lora.bind(PARAMS, tree(i)), x)
+        own = lambda i: lora.algebra.choose(stacked, i)
+        return (
+            twice(stacked, slots.reshape(2, 3), x.reshape(2, 3, 4, D)).reshape(6, 4, 5),
+            jax.checkpoint(each)(stacked, slots, x),
+            jax.vmap(jax.checkpoint(call), (None, 0, 0))(stacked, slots, x),
+            jax.vmap(call)(stacks, slots, x),  # a stack for each example
+            jax.vmap(by(merged, own))(slots, x),
+            # arrays that were changed since they were chosen
+            jax.vmap(by(f, lambda i: half(own(i))))(slots, x) - each(half(stacked), slots, x),
+        )
+
+    def found(way):
+        compiled = value_and_gradients(way).lower(stacked, slots, x).compile()
+        cost = compiled.cost_analysis()
+        return compiled(stacked, slots, x), (cost["flops"], cost["bytes accessed"])
+
+    want, cost = found(tokens)
+    got, costs = found(each)
+    assert_close(got, want, factor=256)
+    np.testing.assert_allclose(costs, cost, rtol=0.02)
+    *same, zero = jax.jit(others)(stacked, slots, x)
+    assert_close([*same, 1 + zero], [want[0]] * 5 + [jnp.ones_like(zero)], factor=256)
+    for way in (tokens, each, jax.checkpoint(each)):
+        jaxpr = str(jax.make_jaxpr(way)(stacked, slots, x))
+        assert jaxpr.count("= update_by_slot") == 2
