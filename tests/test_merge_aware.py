@@ -3,11 +3,13 @@
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import assert_close, fails, noisy, tolerance
+from flax import nnx
 from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -277,11 +279,14 @@ def test_training_lowers_the_loss_that_is_deployed():
 
 
 def call(
-    fn=NET, params=PARAMS, targets=("up", "down"), merge_aware="nf4", key=None, make=None, **adapt
-):
+    fn=NET, params=PARAMS, targets=("up", "down"), merge_aware="nf4", key=None, make=None,
+    door=None, **adapt,
+):  # fmt: skip
     adapters = started(params, fn, X, targets=targets, dropout=0.1 if key is not None else 0.0)
     adapters = make(params, adapters) if make else adapters
     bound = lora.bind(params, adapters, dropout_key=key)
+    if door is not None:
+        return door(fn, bound, X, merge_aware=merge_aware, **adapt)
     return lora.adapt(fn, merge_aware=merge_aware, **adapt)(bound, X)
 
 
@@ -317,11 +322,66 @@ ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("door", ["adapt", "coverage"])
 @pytest.mark.parametrize("name", ERRORS)
-def test_errors(name):
+def test_errors(name, door):
     given, match = ERRORS[name]
+    if door == "coverage":
+        given = {k: v for k, v in given.items() if k != "strict"} | dict(door=lora.coverage)
     with fails(match):
         call(**given)
+
+
+class Doors(nnx.Module):
+    """The net as NNX has it, and as Linen has it."""
+
+    def __init__(self, up, down):
+        self.up, self.down = nnx.Param(up), nnx.Param(down)
+
+    def __call__(self, x):
+        return NET({"up": self.up[...], "down": self.down[...], "norm": PARAMS["norm"]}, x)
+
+
+class LinenDoors(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        up, down = (self.param(n, nn.initializers.zeros, (64, 96)) for n in ("up", "down"))
+        return NET({"up": up, "down": down, "norm": PARAMS["norm"]}, x)
+
+
+def test_every_door_is_the_same():
+    """`adapt`, `attach` of NNX and of Linen: outputs and gradients; `coverage` tells the plan."""
+    params = {k: PARAMS[k] for k in ("up", "down")}
+    fn = lambda p, x: NET({**p, "norm": PARAMS["norm"]}, x)
+    adapters = started(params, fn, X)
+    how = dict(merge_aware="nf4")
+    both = lambda run: jax.value_and_grad(lambda ad: loss(run(ad)))(adapters)
+    want = both(lambda ad: lora.adapt(fn, **how)(lora.bind(params, ad), X))
+    linen = lora.attach(LinenDoors(), **how)
+    assert_close(both(lambda ad: linen.apply({"params": lora.bind(params, ad)}, X)), want)
+    model = Doors(**params)
+    assert_close(both(lambda ad: lora.attach(model, ad, **how)(X)), want)
+    stored = lora.merge(*lora.detach(lora.attach(model, adapters, **how)), requantize="nf4")
+    assert_close(loss(lora.adapt(lambda m, x: m(x))(lora.bind(stored, None), X)), want[0])
+    found = lora.coverage(fn, lora.bind(params, adapters), X, **how)
+    assert {u.plan.split(",")[0] for uses in found.uses.values() for u in uses} == {"merge-aware"}
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen"])
+def test_errors_of_the_doors(name):
+    """What is refused, and the call that was made, corrected."""
+    params = {k: PARAMS[k] for k in ("up", "down")}
+    adapters = started(params, lambda p, x: NET({**p, "norm": PARAMS["norm"]}, x), X)
+    model = Doors(**params)
+    make = lambda **how: (
+        lora.attach(model, adapters, rngs=nnx.Rngs(0), **how)
+        if name == "nnx"
+        else lora.attach(LinenDoors(), **how)
+    )
+    with fails("merge_aware='nf5': expected one of nf4"):
+        make(merge_aware="nf5")
+    with fails(r"lora.attach\((model, adapters|module), merge_aware='nf4'\)"):
+        make(merge_aware="nf4", plan="beside")
 
 
 def test_errors_of_merging():
