@@ -73,16 +73,17 @@ def adapt(
         `lora.merge(params, adapters, requantize=merge_aware)` is the function that was trained.
         The gradient of A and B passes straight through Q (arXiv:1308.3432): it is that of
         W + scale·A·B; that of x is through the weight that x met. One weight is there at a time,
-        as in the plan "merged". On arrays, where small updates add up, or on a base in codes of
-        this format. For matrix products alone, of leaves that are moved on their way there.
+        as in the plan "merged". On arrays, or on a base in codes: where that is of this format, an
+        update shorter than half a step changes nothing (docs/quantized.md). For matrix products
+        alone, of leaves that are moved on their way there.
       static_argnums, static_argnames: as in `jax.jit`, for arguments that hold arrays or objects
         and are still constants.
 
     Raises:
       LoRAError: an unknown plan or `save`; or "merged" with dropout, which is on the input of the
         branch; or `merge_aware` with an unknown format, another plan, or, when called, with
-        dropout, DoRA, rows, some tokens alone, a base in other codes, and leaves that are used by
-        anything but a matrix product. When called, if strict: lists the leaves that were
+        dropout, DoRA, rows, some tokens alone, and leaves that are no matrix of floats, or are used
+        by anything but a matrix product. When called, if strict: lists the leaves that were
         materialised (with the primitive and its source line) or unused. When called, if Variables
         of NNX are changed that are not arguments, or were made outside of the `jax` transform
         around the call.
@@ -191,7 +192,7 @@ class Adapted(Traceable):
         jaxpr, shapes = self.jaxpr(constants, arrays)
         told = list(_told_apart(arrays))
         if self.merge_aware is not None:
-            told = list(self._as_stored(told))
+            told = list(self._as_stored(told, self.merge_aware))
         # A base whose gradient is stopped has no tangent, so no gradient of its size is formed.
         frozen = [_frozen(x) if is_weight(x) else x for x in told]
         adapted = [x for x in frozen if isinstance(x, AdaptedWeight)]
@@ -225,13 +226,12 @@ class Adapted(Traceable):
         out = jax.tree.unflatten(jax.tree.structure(shapes), outs)
         return out, coverage, interpreter.saves or has_own(compat.opened(jaxpr)[0])
 
-    def _as_stored(self, arrays: Sequence) -> Iterator:
+    def _as_stored(self, arrays: Sequence, format: str) -> Iterator:
         """The arrays, with each adapted weight on a base that is read as it will be stored."""
-        format = self.merge_aware
         adapted = [x for x in arrays if isinstance(x, AdaptedWeight)]
         raise_all(
             f"these leaves cannot be trained as they will be stored in {format!r}:",
-            (p for x in adapted for p in problems(x, format)),
+            (p for x in adapted for p in problems(x)),
             f"{self.made}), without merge_aware, or adapters without these leaves",
         )
         for x in arrays:
