@@ -77,16 +77,17 @@ def adapt(
         `lora.merge(params, adapters, requantize=merge_aware)` is the function that was trained.
         The gradient of A and B passes straight through Q (arXiv:1308.3432): it is that of
         W + scale·A·B; that of x is through the weight that x met. One weight is there at a time,
-        as in the plan "merged". On arrays, where small updates add up, or on a base in codes of
-        this format. For matrix products alone, of leaves that are moved on their way there.
+        as in the plan "merged". On arrays, or on a base in codes: where that is of this format, an
+        update shorter than half a step changes nothing (docs/quantized.md). For matrix products
+        alone, of leaves that are moved on their way there.
       static_argnums, static_argnames: as in `jax.jit`, for arguments that hold arrays or objects
         and are still constants.
 
     Raises:
       LoRAError: an unknown plan or `save`; or "merged" with dropout, which is on the input of the
         branch; or `merge_aware` with an unknown format, another plan, or, when called, with
-        dropout, DoRA, rows, some tokens alone, a base in other codes, and leaves that are used by
-        anything but a matrix product. When called, if strict: lists the leaves that were
+        dropout, DoRA, rows, some tokens alone, and leaves that are no matrix of floats, or are used
+        by anything but a matrix product. When called, if strict: lists the leaves that were
         materialised (with the primitive and its source line) or unused. When called, if Variables
         of NNX are changed that are not arguments, or were made outside of the `jax` transform
         around the call.
@@ -110,7 +111,7 @@ def adapt(
         raise LoRAError(
             f"lora.adapt takes a function, found a {type(fn).__name__}: lora.adapt({call})"
         )
-    call = Adapted(fn, strict, plan, save, static_argnums, static_argnames, merge_aware)
+    call = Adapted(fn, strict, plan, save, merge_aware, static_argnums, static_argnames)
 
     @functools.wraps(fn, updated=())
     def adapted(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +125,7 @@ class Adapted(Traceable):
 
     Attributes:
       part: the function may leave adapted leaves unused.
-      allow: the call that is not strict, for a message.
+      made: the call of the user, for a message, up to its first option.
     """
 
     def __init__(
@@ -133,26 +134,26 @@ class Adapted(Traceable):
         strict: bool,
         plan: str,
         save: str | Callable | None = None,
+        merge_aware: str | None = None,
         static_argnums: int | Sequence[int] = (),
         static_argnames: str | Sequence[str] = (),
-        merge_aware: str | None = None,
         *,
         part: bool = False,
-        allow: str = "lora.adapt(fn, strict=False)",
+        made: str = "lora.adapt(fn",
     ):
         super().__init__(fn, static_argnums, static_argnames)
-        self.part, self.allow = part, allow
+        self.part, self.made = part, made
         if plan not in PLANS:
             raise LoRAError(f"plan={plan!r} is not one of {', '.join(PLANS)}")
         if not (save is None or save == "products" or callable(save)):
             raise LoRAError(
                 f'save={save!r} is neither None, "products" nor a policy of '
-                'jax.checkpoint_policies: lora.adapt(fn, save="products")'
+                f'jax.checkpoint_policies: {made}, save="products")'
             )
         if merge_aware is not None and plan != "auto":
             raise LoRAError(
                 f"plan={plan!r} with merge_aware={merge_aware!r}, which has a plan of its own: "
-                f"lora.adapt(fn, merge_aware={merge_aware!r})"
+                f"{made}, merge_aware={merge_aware!r})"
             )
         wrong = merge_aware is not None and check_format(merge_aware, "merge_aware")
         if wrong:
@@ -197,7 +198,7 @@ class Adapted(Traceable):
         if self.plan == "merged" or self.merge_aware is not None:
             told = [x.settled() if isinstance(x, AdaptedWeight) else x for x in told]
         if self.merge_aware is not None:
-            told = list(_as_stored(told, self.merge_aware))
+            told = list(self._as_stored(told, self.merge_aware))
         # A base whose gradient is stopped has no tangent, so no gradient of its size is formed.
         frozen = [_frozen(x) if is_weight(x) else x for x in told]
         adapted = [x for x in frozen if isinstance(x, AdaptedWeight)]
@@ -210,7 +211,7 @@ class Adapted(Traceable):
                 + (f"has dropout {x.dropout}" if x.drops else "is adapted token by token")
                 for x in apart
             ],
-            'lora.bind(params, adapters) without a dropout_key, or lora.adapt(fn, plan="auto")',
+            f'lora.bind(params, adapters) without a dropout_key, or {self.made}, plan="auto")',
         )
         plan = self.plan if self.merge_aware is None else AWARE
         interpreter = Interpreter(plan, self.policy)
@@ -224,37 +225,36 @@ class Adapted(Traceable):
             for o in outs
         ]
         if self.merge_aware is not None:
-            _check_products(interpreter.events, self.merge_aware)
+            self._check_products(interpreter.events)
         # Codes without an adapter may be unused, and are no part of the coverage.
         leaves = {x.origin: x.shape for x in frozen if is_weight(x) and not isinstance(x, Coded)}
         coverage = Coverage.of(leaves, interpreter.events)
         out = jax.tree.unflatten(jax.tree.structure(shapes), outs)
         return out, coverage, interpreter.saves or has_own(compat.opened(jaxpr)[0])
 
+    def _as_stored(self, arrays: Sequence, format: str) -> Iterator:
+        """The arrays, with each adapted weight on a base that is read as it will be stored."""
+        adapted = [x for x in arrays if isinstance(x, AdaptedWeight)]
+        raise_all(
+            f"these leaves cannot be trained as they will be stored in {format!r}:",
+            (p for x in adapted for p in problems(x)),
+            f"{self.made}), without merge_aware, or adapters without these leaves",
+        )
+        for x in arrays:
+            yield x.with_base(Stored.of(x, format)) if isinstance(x, AdaptedWeight) else x
 
-def _as_stored(arrays: Sequence, format: str) -> Iterator:
-    """The arrays, with each adapted weight on a base that is read as it will be stored."""
-    adapted = [x for x in arrays if isinstance(x, AdaptedWeight)]
-    raise_all(
-        f"these leaves cannot be trained as they will be stored in {format!r}:",
-        (p for x in adapted for p in problems(x, format)),
-        "lora.adapt(fn), without merge_aware, or adapters without these leaves",
-    )
-    for x in arrays:
-        yield x.with_base(Stored.of(x, format)) if isinstance(x, AdaptedWeight) else x
-
-
-def _check_products(events: Mapping[tuple, Use], format: str) -> None:
-    """That each adapted leaf met its input as it will be stored, and nothing else."""
-    raise_all(
-        f"merge_aware={format!r} is for matrix products, of weights that are moved on their way:",
-        (
-            f"'{leaf}' is used by {use.primitive} ({use.source})"
-            for (leaf, *_), use in events.items()
-            if not use.plan.startswith(AWARE)
-        ),
-        "lora.adapt(fn), without merge_aware, or adapters without these leaves",
-    )
+    def _check_products(self, events: Mapping[tuple, Use]) -> None:
+        """That each adapted leaf met its input as it will be stored, and nothing else."""
+        raise_all(
+            f"merge_aware={self.merge_aware!r} is for matrix products, of weights that are moved "
+            "on their way:",
+            (
+                f"'{leaf}' is used by {use.primitive} ({use.source})"
+                for (leaf, *_), use in events.items()
+                if not use.plan.startswith(AWARE)
+            ),
+            f"{self.made}), without merge_aware, or adapters without these leaves",
+        )
 
 
 def _frozen(w: Followed) -> Followed:
@@ -301,7 +301,7 @@ def _transformed(adapted: Adapted, constants: Constants, *arrays: Any) -> Any:
         out = jax.tree.unflatten(jax.tree.structure(shapes), outs)
     if adapted.strict:
         name = getattr(adapted.fn, "__name__", repr(adapted.fn))
-        coverage.check(name, adapted.allow, adapted.part)
+        coverage.check(name, f"{adapted.made}, strict=False)", adapted.part)
     return out
 
 
@@ -309,6 +309,7 @@ def coverage(
     fn: Callable,
     *args: Any,
     plan: str = "auto",
+    merge_aware: str | None = None,
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
     **kwargs: Any,
@@ -317,11 +318,14 @@ def coverage(
 
     Args:
       fn: the plain function, not an adapted one.
-      plan, static_argnums, static_argnames: as in `adapt`.
+      plan, merge_aware, static_argnums, static_argnames: as in `adapt`.
       *args, **kwargs: its arguments, with bound parameters; arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
       A `Coverage`: print it, or ask it for `low_rank`, `materialised` and `unused` paths.
+
+    Raises:
+      LoRAError: as `adapt` and its result, but for leaves that are materialised or unused.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.ones((4, 3))}
@@ -330,7 +334,8 @@ def coverage(
     >>> lora.coverage(fn, lora.bind(params, adapters), jnp.ones((2, 4))).low_rank
     ('w',)
     """
-    call = Adapted(fn, False, plan, None, static_argnums, static_argnames)
+    options = (False, plan, None, merge_aware, static_argnums, static_argnames)
+    call = Adapted(fn, *options, made="lora.coverage(fn, *args")
     constants, arrays = call.split(args, kwargs)
     found = []
     # A coverage is no array: it leaves the trace by this list.

@@ -25,6 +25,7 @@ def attach(
     strict: bool = True,
     plan: str = "auto",
     save: str | Callable | None = None,
+    merge_aware: str | None = None,
 ) -> Any:
     """The model with its adapters inside, for trainers and samplers that take a model object.
 
@@ -45,7 +46,8 @@ def attach(
       adapters: of NNX alone: what `init` returned, or trained from it.
       rngs: of NNX alone: draws the masks of the adapters' dropout, if their config has a rate;
         `adapted.eval()` turns it off. Linen: `lora.bind(params, adapters, dropout_key=key)`.
-      strict, plan, save: as in `adapt`. Methods other than `__call__` may leave leaves unused.
+      strict, plan, save, merge_aware: as in `adapt`. Methods other than `__call__` may leave leaves
+        unused.
 
     Raises:
       LoRAError: adapters of another model; no module; one that is attached already; adapters that
@@ -69,7 +71,7 @@ def attach(
     >>> lora.attach(model).apply({"params": lora.bind(params, adapters)}, x).shape
     (1, 3)
     """
-    options = Options(strict, plan, save)
+    options = Options(strict, plan, save, merge_aware)
     if options_of(model) is not None:
         raise LoRAError(
             "the model has adapters attached already: model, adapters = lora.detach(adapted), "

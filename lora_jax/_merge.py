@@ -17,7 +17,7 @@ from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._core.placement import away, near
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node
-from lora_jax._nodes.stored import check_format, layout
+from lora_jax._nodes.stored import check_format, layout, unstorable
 from lora_jax._nodes.weight import is_weight
 from lora_jax._quantized.waiting import value
 from lora_jax._quantized.weight import in_codes, is_quantized
@@ -39,12 +39,13 @@ def merge(
       adapters: the adapters.
       donate: let each adapted leaf of `params` give its memory to the merged one. `params` cannot
         be used afterwards.
-      requantize: store each leaf that was quantised in its format again, and leave those without
-        an adapter in their codes. It rounds a second time, and an update smaller than the codes'
-        distance is lost: `lora.quant.errors(lora.merge(params, adapters), requantised)` says how
-        much, leaf by leaf. A format, such as "nf4": that of these leaves, in which arrays with
-        factors (not `Full` or `Rows`) are stored as well; of adapters that were trained by
-        `adapt(fn, merge_aware="nf4")` nothing is lost.
+      requantize: store each quantised leaf with an update in its format again, and leave those
+        without an adapter in their codes. It rounds a second time, and an update smaller than the
+        codes' distance is lost: `lora.quant.errors(lora.merge(params, adapters), requantised)` says
+        how much, leaf by leaf. A format, such as "nf4": store each leaf with an update in that,
+        arrays and codes of other formats too; of adapters that were trained by `adapt(fn,
+        merge_aware="nf4")` nothing is lost. What was trained in full or by rows is an array either
+        way, and not rounded.
 
     Returns:
       A tree of the same structure, types, shapes, dtypes, boxes and shardings. Leaves without an
@@ -53,8 +54,9 @@ def merge(
 
     Raises:
       LoRAError: as `bind`; or a merged leaf is not finite (all of them are listed). Under jit the
-        values are not known, and only the first is checked. With `requantize`, a leaf in a
-        format that is only read, as those of GGUF files, or in another one than it says.
+        values are not known, and only the first is checked. With `requantize`, an unknown
+        format; True, and a leaf in a format that is only read, as those of GGUF files; a format,
+        and a leaf with an update that is no matrix of floats.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {"w": jnp.zeros((2, 2))}
@@ -100,20 +102,19 @@ def _each(
             (f"'{p}' was {n.lost}" for p, n in nodes.items() if n.lost is not None),
             "keep the base parameters, or take these leaves from them",
         )
-    if requantize:
-        _check_storable(params, nodes, requantize)
+    stored = _stored(params, nodes, requantize) if requantize is not False else {}
     bad: list[str] = []
 
     def leaf(path: str, base: Any) -> Any:
         if path not in nodes:
             return _value(base) if is_quantized(base) and not requantize else base
         merged, finite = _merged(base, nodes[path], sign, donate)
+        if path in stored and jnp.finfo(merged.dtype).bits > 32:
+            finite = jnp.isfinite(merged.astype(jnp.float32)).all()  # as constants of codes are
         # `not finite` waits for the device, so that only one leaf is in work at a time.
         if not isinstance(finite, jax.core.Tracer) and not finite:
             bad.append(f"'{path}' {tuple(base.shape)} holds NaN or infinity after merging")
-        if is_quantized(base):
-            return base.of(merged) if requantize else merged
-        return _codes(merged, nodes[path], requantize) if isinstance(requantize, str) else merged
+        return in_codes(near(jnp.asarray(merged)), **stored[path]) if path in stored else merged
 
     out = map_state(lambda tree: map_with_path(leaf, tree), params)
     raise_all(
@@ -152,36 +153,32 @@ def _merged(base: Any, node: Node, sign: float, donate: bool) -> tuple[Any, Any]
 _value = jax.jit(value)
 
 
-def _codes(merged: Any, node: Node, format: str) -> Any:
-    """A merged leaf in a format; the array itself, where the node is no product of factors."""
-    weight = node.weight(merged, "")
-    if not is_weight(weight) or weight.rows is not None or weight.ndim < 2:
-        return merged
-    in_axes, stack = layout(weight)
-    return in_codes(near(jnp.asarray(merged)), format, in_axes=in_axes, stack=stack)
-
-
-def _check_storable(params: Any, nodes: Mapping[str, Node], format: bool | str) -> None:
+def _stored(
+    params: Any, nodes: Mapping[str, Node], requantize: bool | str
+) -> dict[str, dict[str, Any]]:
+    """{path: what `in_codes` has to know} of the leaves that are stored in codes."""
+    wrong = None if requantize is True else check_format(requantize, "requantize")
+    if wrong:
+        raise LoRAError(f"{wrong}, or True, each in its own")
     leaves = flatten(state_of(params))
-    if isinstance(format, str):
-        wrong = check_format(format, "requantize")
-        if wrong:
-            raise LoRAError(wrong)
-        other = [p for p in nodes if is_quantized(leaves[p]) and leaves[p].format != format]
-        raise_all(
-            f"these leaves are in codes already, and not in {format!r}:",
-            (f"'{p}' is a {leaves[p]}" for p in other),
-            "lora.merge(params, adapters, requantize=True), each leaf in its own format",
-        )
+    # in shapes alone; what is trained in full or by rows is no update of the leaf by factors
+    weight = lambda p, n: jax.eval_shape(lambda base, n: n.weight(base, ""), leaves[p], n)
+    found = {p: weight(p, n) for p, n in nodes.items()}
+    of = {p: w for p, w in found.items() if is_weight(w) and w.rows is None}
+    if isinstance(requantize, str):
+        bad = {p: unstorable(w) for p, w in of.items()}
+        title, fix = f"these leaves cannot be stored in {requantize!r}:", ""
+        formats = dict.fromkeys(of, requantize)
+    else:
+        of = {p: w for p, w in of.items() if is_quantized(w.base)}
+        only_read = lambda q: None if q.storable else f"is a {q}, which is only read"
+        bad = {p: only_read(w.base) for p, w in of.items()}
+        title, fix = "these leaves cannot be stored as they were:", ", requantize='nf4'"
+        formats = {p: w.base.format for p, w in of.items()}
     raise_all(
-        "these leaves cannot be stored as they were:",
-        (
-            f"'{p}' is a {leaves[p]}, which is only read"
-            for p in nodes
-            if is_quantized(leaves[p]) and not leaves[p].storable
-        ),
-        "lora.quant.quantize(lora.merge(params, adapters), targets, format)",
+        title, (f"'{p}' {x}" for p, x in bad.items() if x), f"lora.merge(params, adapters{fix})"
     )
+    return {p: dict(format=formats[p], **layout(w, formats[p])) for p, w in of.items()}
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,12 +2,15 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import assert_close, fails, noisy, tolerance
+from flax import nnx
 from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -277,15 +280,18 @@ def test_training_lowers_the_loss_that_is_deployed():
 
 
 def call(
-    fn=NET, params=PARAMS, targets=("up", "down"), merge_aware="nf4", key=None, make=None, **adapt
-):
+    fn=NET, params=PARAMS, targets=("up", "down"), merge_aware="nf4", key=None, make=None,
+    door=None, given=None, **adapt,
+):  # fmt: skip
     adapters = started(params, fn, X, targets=targets, dropout=0.1 if key is not None else 0.0)
     adapters = make(params, adapters) if make else adapters
-    bound = lora.bind(params, adapters, dropout_key=key)
+    bound = lora.bind(given or params, adapters, dropout_key=key)
+    if door is not None:
+        return door(fn, bound, X, merge_aware=merge_aware, **adapt)
     return lora.adapt(fn, merge_aware=merge_aware, **adapt)(bound, X)
 
 
-CODED = lora.quant.quantize(PARAMS, ["up", "down"], "int8")
+INTEGERS = PARAMS | {"up": jnp.ones((64, 96), "int8")}  # by hand: `init` takes none
 ERRORS = {
     "format": (dict(merge_aware="nf5"), "merge_aware='nf5': expected one of nf4"),
     "type": (dict(merge_aware=True), "merge_aware=True: expected one of nf4"),
@@ -300,7 +306,10 @@ ERRORS = {
         dict(make=lambda p, ad: lora.algebra.choose(lora.algebra.stack([ad]), 0, jnp.ones(6, bool))),
         "(?s)'down' is adapted for some tokens alone.*'up' is adapted",
     ),
-    "other codes": (dict(params=CODED), "'down' is a Quantized.*'int8'.*expected an array, or 'nf4'"),
+    "integers": (
+        dict(fn=lambda p, x: x @ p["up"].astype("float32"), targets=("up",), given=INTEGERS),
+        r"'up' is int8\(64, 96\): expected floats, of two axes or more",
+    ),
     "look-up": (
         dict(fn=lambda p, x: p["up"][jnp.arange(6)] + x @ p["up"], targets=("up",)),
         "(?s)for matrix products.*'up' is used by gather",
@@ -317,19 +326,155 @@ ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("door", ["adapt", "coverage"])
 @pytest.mark.parametrize("name", ERRORS)
-def test_errors(name):
+def test_errors(name, door):
     given, match = ERRORS[name]
+    if door == "coverage":
+        given = {k: v for k, v in given.items() if k != "strict"} | dict(door=lora.coverage)
     with fails(match):
         call(**given)
 
 
-def test_errors_of_merging():
-    adapters = started(CODED, NET, X)
-    with fails("requantize='nf5': expected one of nf4"):
-        lora.merge(PARAMS, adapters, requantize="nf5")
-    with fails("(?s)in codes already, and not in 'nf4'.*'down' is a Quantized.*requantize=True"):
-        lora.merge(CODED, adapters, requantize="nf4")
+class Doors(nnx.Module):
+    """The net as NNX has it, and as Linen has it."""
+
+    def __init__(self, up, down):
+        self.up, self.down = nnx.Param(up), nnx.Param(down)
+
+    def __call__(self, x):
+        return NET({"up": self.up[...], "down": self.down[...], "norm": PARAMS["norm"]}, x)
+
+
+class LinenDoors(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        up, down = (self.param(n, nn.initializers.zeros, (64, 96)) for n in ("up", "down"))
+        return NET({"up": up, "down": down, "norm": PARAMS["norm"]}, x)
+
+
+def test_every_door_is_the_same():
+    """`adapt`, `attach` of NNX and of Linen: outputs and gradients; `coverage` tells the plan."""
+    params = {k: PARAMS[k] for k in ("up", "down")}
+    fn = lambda p, x: NET({**p, "norm": PARAMS["norm"]}, x)
+    adapters = started(params, fn, X)
+    how = dict(merge_aware="nf4")
+    both = lambda run: jax.value_and_grad(lambda ad: loss(run(ad)))(adapters)
+    want = both(lambda ad: lora.adapt(fn, **how)(lora.bind(params, ad), X))
+    linen = lora.attach(LinenDoors(), **how)
+    assert_close(both(lambda ad: linen.apply({"params": lora.bind(params, ad)}, X)), want)
+    model = Doors(**params)
+    assert_close(both(lambda ad: lora.attach(model, ad, **how)(X)), want)
+    stored = lora.merge(*lora.detach(lora.attach(model, adapters, **how)), requantize="nf4")
+    assert_close(loss(lora.adapt(lambda m, x: m(x))(lora.bind(stored, None), X)), want[0])
+    found = lora.coverage(fn, lora.bind(params, adapters), X, **how)
+    assert {u.plan.split(",")[0] for uses in found.uses.values() for u in uses} == {"merge-aware"}
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen"])
+def test_errors_of_the_doors(name):
+    """What is refused, and the call that was made, corrected."""
+    params = {k: PARAMS[k] for k in ("up", "down")}
+    adapters = started(params, lambda p, x: NET({**p, "norm": PARAMS["norm"]}, x), X)
+    model = Doors(**params)
+    make = lambda **how: (
+        lora.attach(model, adapters, rngs=nnx.Rngs(0), **how)
+        if name == "nnx"
+        else lora.attach(LinenDoors(), **how)
+    )
+    with fails("merge_aware='nf5': expected one of nf4"):
+        make(merge_aware="nf5")
+    with fails(r"lora.attach\((model, adapters|module), merge_aware='nf4'\)"):
+        make(merge_aware="nf4", plan="beside")
+
+
+@pytest.mark.parametrize("given", ["nf5", None, 1, ["nf4"], np.float32(4)])
+def test_errors_of_merging(given):
+    adapters = started(PARAMS, NET, X)
+    with fails(r"requantize=.*: expected one of nf4, .*, or True, each in its own"):
+        lora.merge(PARAMS, adapters, requantize=given)
+
+
+def test_leaves_that_no_format_holds():
+    adapters = started(PARAMS, NET, X)
+    with fails(r"cannot be stored in 'nf4':\n  - 'up' is int8\(64, 96\): expected floats"):
+        lora.merge(INTEGERS, adapters, requantize="nf4")
+    with jax.enable_x64(True), fails("'up' .* holds NaN or infinity after merging"):
+        wide = PARAMS | {"up": PARAMS["up"].astype("float64").at[0, 0].set(1e300)}
+        lora.merge(wide, adapters, requantize="nf4")
+
+
+def of_method(name):
+    """The adapters of a method, on `up` alone."""
+    config = lora.LoRAConfig(rank=2, alpha=4, targets="up")
+    if name in ("VeRA", "LoRAXS"):
+        start = {"VeRA": lora.methods.init_vera, "LoRAXS": lora.methods.init_lora_xs}[name]
+        tree, frozen = start(KEY, {"up": PARAMS["up"]}, config)
+        return lora.methods.factors(noisy(tree, scale=0.5), frozen)
+    lora_ = noisy(lora.init(KEY, PARAMS, config), scale=0.5)
+    make = {
+        "LoRA": lambda: lora_,
+        "DoRA": lambda: noisy(lora.methods.dora(PARAMS, lora_)),
+        "AdaLoRA": lambda: noisy(lora.methods.init_adalora(KEY, PARAMS, config), scale=0.5),
+        "Full": lambda: {"up": lora.Full(PARAMS["up"] + 0.01)},
+        "Rows": lambda: {"up": lora.Rows(jnp.ones((1, 96)), (3,), 64)},
+        "Full and LoRA": lambda: lora_ | {"norm": lora.Full(jnp.full(96, 1.5))},
+    }
+    return make[name]()
+
+
+NODES = ["LoRA", "VeRA", "LoRAXS", "AdaLoRA", "DoRA", "Full", "Rows", "Full and LoRA"]
+REFUSED = {"DoRA": "is scaled by a magnitude", "Rows": "has rows that are trained"}
+BASES = ["arrays", "nf4", "nf4 twice", "int8", "fp8_block", "qwix", "transposed"]
+
+
+def base_of(kind):
+    if kind == "arrays":
+        return PARAMS
+    if kind == "transposed":  # as torch has it, and read only
+        q = lora.quant.quantize({"w": PARAMS["up"].T}, "w", "int8_block")["w"]
+        return PARAMS | {"up": q.transposed((1, 0))}
+    if kind == "qwix":
+        scale = jnp.abs(PARAMS["up"]).max(0, keepdims=True) / 127
+        codes = jnp.round(PARAMS["up"] / scale).astype("int8")
+        array = SimpleNamespace(qvalue=codes, scale=scale, zero_point=None, qtype=jnp.int8)
+        return PARAMS | {"up": lora.quant.from_qwix(array)}
+    return lora.quant.quantize(PARAMS, "up", kind.split()[0], double="twice" in kind)
+
+
+@pytest.mark.parametrize(
+    "node, kind, format",
+    each(
+        *itertools.product(NODES, BASES, ["nf4", "int8"]),
+        ci={(n, "arrays", "nf4") for n in NODES if n != "LoRA"}
+        | {("Full", "nf4 twice", "nf4"), ("Rows", "int8", "nf4")}
+        | {("LoRA", b, "nf4") for b in ("nf4 twice", "int8", "transposed")},
+    ),
+)
+def test_what_is_stored_is_what_was_trained(node, kind, format):
+    """Of each node on each base: to one rounding of what a product met, or refused by name."""
+    base, adapters = base_of(kind), of_method(node)
+    met = lambda: lora.adapt(lambda p, x: (x @ p["up"]) * p["norm"], merge_aware=format)(
+        lora.bind(base, adapters), jnp.eye(64)
+    )
+    stored = lora.merge(base, adapters, requantize=format)
+    if node in REFUSED:
+        with fails(f"'up' {REFUSED[node]}"):
+            met()
+    else:
+        got = lora.quant.dequantize(stored)
+        want, up = np.asarray(met()), np.asarray(got["up"] * got["norm"])
+        # by another order of sums a few cross the middle of two levels
+        assert (np.abs(want - up) > 1e-5 * np.abs(up).max()).mean() < 0.01
+    if node in ("Full", "Rows"):  # as trained, whatever else is in codes
+        np.testing.assert_array_equal(stored["up"], lora.merge(base, adapters)["up"])
+    else:
+        assert stored["up"].format == format and stored["up"].double == (
+            kind == "nf4 twice" == format + " twice"
+        )
+    if kind not in ("arrays", "qwix", "transposed"):
+        again = lora.merge(base, adapters, requantize=True)["up"]
+        assert node in ("Full", "Rows") or again.format == base["up"].format
 
 
 def test_a_weight_that_is_returned_is_what_is_deployed():

@@ -12,7 +12,7 @@ from lora_jax._adapt import Adapted
 from lora_jax._doors.subclass import Options, members, plain_class, reduced, subclass
 from lora_jax._nodes.weight import is_weight
 
-ALLOW = "lora.attach(module, strict=False)"
+CALL = "lora.attach(module"
 
 
 def attached(module: nn.Module, options: Options) -> Any:
@@ -54,7 +54,7 @@ _plain_apply.__name__ = "apply"  # as an error calls it
 
 
 def _apply(options: Options) -> Any:
-    whole, part = (Adapted(_plain_apply, *options, part=p, allow=ALLOW) for p in (False, True))
+    whole, part = (Adapted(_plain_apply, *options, part=p, made=CALL) for p in (False, True))
 
     @nn.nowrap
     @functools.wraps(nn.Module.apply, updated=())
@@ -66,7 +66,7 @@ def _apply(options: Options) -> Any:
             hash(self)
         except TypeError:  # no constant of the trace: each call is traced anew
             fn = functools.wraps(_plain_apply)(functools.partial(_plain_apply, self))
-            call = Adapted(fn, *options, part=call.part, allow=ALLOW)
+            call = Adapted(fn, *options, part=call.part, made=CALL)
             return call((variables, args, kwargs), {})
         return call((self, variables, args, kwargs), {})
 

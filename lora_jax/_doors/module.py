@@ -33,7 +33,7 @@ from lora_jax._interpret.trace import is_array
 from lora_jax._nodes.node import Node
 
 SLOTS, MASKS = "lora_slots", "lora_masks"  # the attributes of an attached module
-ALLOW = "lora.attach(model, adapters, strict=False)"
+CALL = "lora.attach(model, adapters"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,7 +179,7 @@ def _property(name: str, member: property, options: Options) -> property:
 
 def _adapted(run: Any, name: str, options: Options) -> Adapted:
     run.__name__ = name
-    return Adapted(run, *options, part=name != "__call__", allow=ALLOW)
+    return Adapted(run, *options, part=name != "__call__", made=CALL)
 
 
 def _call(call: Adapted, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ class Options(NamedTuple):
     strict: bool
     plan: str
     save: str | Callable | None
+    merge_aware: str | None
 
 
 def options_of(x: Any) -> Options | None:

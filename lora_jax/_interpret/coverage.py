@@ -102,9 +102,7 @@ class Coverage:
     def unused(self) -> tuple[str, ...]:
         return self._paths("unused")
 
-    def check(
-        self, name: str, allow: str = "lora.adapt(fn, strict=False)", part: bool = False
-    ) -> None:
+    def check(self, name: str, allow: str, part: bool = False) -> None:
         """Raises a LoRAError that lists every leaf that is not wholly low-rank.
 
         Args:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax._core.geometry import RANK, Factor, static
 from lora_jax._core.order import ordered
@@ -26,7 +27,7 @@ class Stored(Waiting):
     Attributes:
       weight: W with its update, as the leaf lies.
       format: a key of `FORMATS`.
-      in_axes, stack: as in `quantized`.
+      in_axes, stack, double: as in `quantized`.
     """
 
     updated: ClassVar[bool] = True
@@ -35,11 +36,12 @@ class Stored(Waiting):
     format: str = static()
     in_axes: tuple[int, ...] = static()
     stack: int = static()
+    double: bool = static()
 
     @classmethod
     def of(cls, w: AdaptedWeight, format: str) -> Stored:
         plain = dataclasses.replace(w, seed=None, origin="", axes=(), stacked=())
-        return cls(plain, format, *layout(w))
+        return cls(plain, format, **layout(w, format))
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -63,11 +65,13 @@ class Stored(Waiting):
         down = lambda f: Factor(f.value, tuple(d if d == RANK else d - 1 for d in f.dims[1:]))
         w = self.weight
         base = w.base.part() if is_quantized(w.base) else w.base
-        part = Stored(
-            dataclasses.replace(w, base=base, a=down(w.a), b=down(w.b)),
-            self.format,
-            tuple(d - 1 for d in self.in_axes),
-            self.stack - 1,
+        part = dataclasses.replace(
+            self,
+            weight=dataclasses.replace(w, base=base, a=down(w.a), b=down(w.b)),
+            in_axes=tuple(d - 1 for d in self.in_axes if d),
+            stack=self.stack - 1,
+            moves=(),
+            moved_to=None,
         )
         return part._moving(self.moves)
 
@@ -82,22 +86,32 @@ class Stored(Waiting):
             late = ordered(after, base.codes if is_quantized(base) else base)
             base = dataclasses.replace(base, codes=late) if is_quantized(base) else late
             w = dataclasses.replace(w, base=base, a=Factor(ordered(after, w.a.value), w.a.dims))
-        merged, how = w.materialise(), dict(in_axes=self.in_axes, stack=self.stack)
-        if is_quantized(w.base):
-            return self._moved(w.base.rounded(merged))
-        return self._moved(rounded(merged, self.format, **how, double=False))
+        how = dict(in_axes=self.in_axes, stack=self.stack, double=self.double)
+        return self._moved(rounded(w.materialise(), self.format, **how))
 
 
-def layout(w: AdaptedWeight) -> tuple[tuple[int, ...], int]:
-    """(in axes, how many leading axes are a stack of weights) of a leaf, as its factors have it."""
+def layout(w: AdaptedWeight, format: str) -> dict[str, Any]:
+    """How a leaf with these factors is stored in a format, for `in_codes`: as its own codes are, if
+    they are of that format; else by the axes of its factors."""
+    if is_quantized(w.base) and w.base.format == format and w.base.storable:
+        return w.base.how
     batch = sorted(d for d in w.a.dims if d != RANK and w.b.has(d))
     in_axes = tuple(d for d in w.a.dims if d != RANK and d not in batch)
-    return in_axes, len(batch) if batch == [*range(len(batch))] else 0
+    stack = len(batch) if batch == [*range(len(batch))] else 0
+    return dict(in_axes=in_axes, stack=stack, double=False)
 
 
-def problems(w: AdaptedWeight, format: str) -> list[str]:
+def unstorable(w: AdaptedWeight) -> str | None:
+    """Why no format is for a leaf."""
+    shape, dtype = tuple(w.shape), w.dtype
+    if len(shape) < 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.floating):
+        return f"is {dtype}{shape}: expected floats, of two axes or more"
+    return None
+
+
+def problems(w: AdaptedWeight) -> list[str]:
     """Why a leaf cannot be trained as it will be stored."""
-    base, found = w.base, []
+    found = [unstorable(w)]
     if w.drops:
         found.append(f"has dropout {w.dropout}, and what is stored has none")
     if w.tokens is not None:
@@ -106,11 +120,7 @@ def problems(w: AdaptedWeight, format: str) -> list[str]:
         found.append("is scaled by a magnitude (DoRA), whose gradient needs what is not rounded")
     if w.rows is not None:
         found.append("has rows that are trained by themselves")
-    if is_quantized(base) and (base.format != format or not base.storable):
-        found.append(f"is a {base}: expected an array, or {format!r}")
-    if len(base.shape) < 2:
-        found.append(f"has shape {tuple(base.shape)}: expected two axes or more")
-    return [f"'{w.origin}' {problem}" for problem in found]
+    return [f"'{w.origin}' {problem}" for problem in found if problem]
 
 
 def check_format(format: Any, call: str) -> str | None:

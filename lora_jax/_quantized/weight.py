@@ -124,23 +124,15 @@ class Quantized(Waiting):
 
     @property
     def storable(self) -> bool:
-        """Whether other numbers can be stored in the same way, see `of`."""
+        """Whether other numbers can be stored in the same way, see `how`."""
         return not self.moves and self.format in FORMATS
 
-    def of(self, w: jax.Array) -> Quantized:
-        """Other numbers of the same shape, stored in the same way."""
-        return in_codes(w, self.format, **self._how)
-
-    def rounded(self, w: jax.Array) -> jax.Array:
-        """What other numbers become when they are stored in the same way."""
-        return rounded(w, self.format, **self._how)
-
     @property
-    def _how(self) -> dict[str, Any]:
-        fmt, shape = STORED[self.format], self.constants.shape
-        per_channel = fmt.block is None
+    def how(self) -> dict[str, Any]:
+        """How other numbers are stored in the same way, for `in_codes` and `rounded`."""
         # Per channel the in axes are those along which constants have size 1.
-        in_axes = tuple(d for d, n in enumerate(shape) if n == 1) if per_channel else (-2,)
+        per_channel = STORED[self.format].block is None
+        in_axes = tuple(d for d, n in enumerate(self.constants.shape) if n == 1 and per_channel)
         return dict(in_axes=in_axes, stack=self.stack, double=self.double)
 
     @property
