@@ -12,9 +12,9 @@ from typing import Any
 from lora_jax._core.errors import SHOWN, LoRAError, raise_all
 from lora_jax._core.paths import nearest
 from lora_jax.peft._blocks import Block, LeafInfo, block, layouts
-from lora_jax.peft._config import MERGE
 from lora_jax.peft._mapping import BIASES, Entry
 from lora_jax.peft._parts import NewRows, Update
+from lora_jax.peft._settings import MERGE
 
 # Last names of a weight, which its module's name stands for.
 WEIGHTS = ("kernel", "weight", "embedding", "scale", "w", "table")
