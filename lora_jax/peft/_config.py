@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lora_jax._core.errors import LoRAError, quoted, raise_all
@@ -21,6 +21,10 @@ MAX_PARTS = 64
 
 # Tables of which rows are trained; tokens of an aLoRA.
 MAX_TABLES = MAX_INVOCATION = 1000
+
+# Settings that are read also where they are to be ignored: the rank of experts, which no tensor
+# has, and the tokens that `PeftAdapter.active` looks for.
+USED = ("r", "alora_invocation_tokens")
 
 # Initialisations that leave the base as it was, so that B·A is the whole change.
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -141,8 +145,8 @@ class PeftConfig:
         }
         found = next((name for name, out in rules.items() if out), None)
         return found and (
-            f"{found} leaves '{module}' out; PEFT would ignore it; if it belongs to the adapter: "
-            f"lora.peft.load(..., ignore=['{found}'])"
+            f"{found} leaves '{module}' out, so PEFT would ignore it; if it belongs to the adapter:"
+            f" lora.peft.load(..., ignore=['{found}'])"
         )
 
     def parameters_of(self, module: str) -> tuple[str, ...]:
@@ -173,8 +177,7 @@ def peft_config(
     """
     if len(raw) > MAX_SETTINGS:
         raise LoRAError(f"{where}: {len(raw):,} settings, expected at most {MAX_SETTINGS:,}")
-    # Its ranks are passed over below: where no tensor has one, of experts, it still counts.
-    raw = {k: v for k, v in raw.items() if k not in ignore or k == "r"}
+    raw = {k: v for k, v in raw.items() if k not in ignore or k in USED}
     check = _Checks(raw, Budget(where, names))
     kind = check.value("peft_type", str, "LORA")
     # At once: of an unknown type every setting would be unknown as well.
@@ -183,7 +186,7 @@ def peft_config(
         check.failures.append(f"peft_type={quoted(kind)}, expected one of {known}; {MERGE}")
         raise_all(f"{where}: not a configuration that can be loaded:", check.failures)
     adalora = kind == "ADALORA"
-    check.supported()
+    check.supported(ignore)
     check.invocation()
     # AdaLoRA's factors begin with init_r; OFT's r counts blocks and is no rank.
     r = check.rank("init_r" if adalora and raw.get("init_r") is not None else "r", kind == "OFT")
@@ -252,10 +255,10 @@ class _Checks:
         self.raw, self.budget = raw, budget
         self.failures: list[str] = []
 
-    def supported(self) -> None:
+    def supported(self, ignore: Collection[str]) -> None:
         """Nothing is set that changes the function in a way that is not known here."""
         for name, why in REFUSED.items():
-            if self.raw.get(name):
+            if self.raw.get(name) and name not in ignore:
                 self.failures.append(f"{name} is set, which is not supported: {why}")
         new = unknown(self.raw)
         # A setting that says something may change the function; one that says nothing cannot.

@@ -125,6 +125,7 @@ class _Parser:
         self.tied: list[tuple[str, str, bool]] = []  # see `Parsed.copies`
         self.form = FORMS.get(config.kind)
         self.others: dict[str, dict[str, str]] = {}  # of other types, as `adapted`
+        self.wrapped: dict[str, list[str]] = {}  # adapted module: where PEFT has what is its own
         self.shared: dict[str, str] = {}  # what all modules have: {kind: key}
 
     def parsed(self) -> Parsed:
@@ -142,6 +143,8 @@ class _Parser:
                 updates += self._update(module, parts, pair)
         # After all keys, as the one that is copied may come later in the file.
         copies = self._copied()
+        for module in (*self.adapted, *self.others):
+            self.wrapped.setdefault(plain_name(module), []).append(module + ".base_layer")
         for name, key in self.whole.items():
             self._whole(name, key, values, tables)
         self._incomplete(rows)
@@ -311,6 +314,12 @@ class _Parser:
             name = module + ".in_proj_weight"
         if "magnitude" in parts and (owner or name.endswith("in_proj_weight")):
             self._wrong(key_a, "a DoRA of a MultiheadAttention, which PEFT does not have")
+        if owner and self.config.fan_in_fan_out:
+            self._wrong(
+                key_a,
+                "of an attention that fan_in_fan_out is set for, which PEFT then adds transposed; "
+                "to add it as it is: lora.peft.load(..., ignore=['fan_in_fan_out'])",
+            )
         kind = "embedding" if table else ("conv" if len(a) > 2 else "linear")
         # A (rank, in, *window), B (out, rank, 1, …) of a convolution.
         n_in, window = math.prod(a[1:]), a[2:]
@@ -357,7 +366,22 @@ class _Parser:
 
     def _whole(self, name: str, key: str, values: dict[str, Value], tables: list[Table]) -> None:
         plain, shape = plain_name(name), self.file.shape(key)
-        if name.endswith(".base_layer.weight"):
+        module = plain.rpartition(".")[0]
+        owner, last = name.rpartition(".")[::2]
+        # PEFT has the base's own parameters inside the layers that it makes.
+        inside = self.wrapped.get(module)
+        if inside is not None and owner not in inside and not self.config.inside(module):
+            self._wrong(
+                key,
+                f"'{module}' is adapted, so PEFT would ignore it: lora.peft.load(..., "
+                f"rename={{r'{re.escape(name)}$': '{inside[0]}.{last}'}})",
+            )
+        elif inside is None and plain != name and self.config.passed_over(module):
+            self._wrong(
+                key,
+                f"'{module}' is not adapted, so PEFT would ignore it; expected '{PREFIX}{plain}'",
+            )
+        elif name.endswith(".base_layer.weight"):
             tables.append(Table(plain, shape, key))
         elif plain in values:
             self._wrong(key, f"'{plain}' is there twice")
