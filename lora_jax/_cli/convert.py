@@ -23,8 +23,8 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.checkpoint._checkpoint import save as save_checkpoint
 from lora_jax.peft._blocks import LeafInfo, block
-from lora_jax.peft._file import DTYPES, opened, read_json, writing
-from lora_jax.peft._files import replacing
+from lora_jax.peft._file import DTYPES, opened, read_json
+from lora_jax.peft._files import replacing, writing
 from lora_jax.peft._find import Finder
 from lora_jax.peft._load import load
 from lora_jax.peft._mapping import Entry, TorchMapping, leaf_infos

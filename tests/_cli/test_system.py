@@ -22,7 +22,7 @@ import lora_jax as lora
 from lora_jax._cli.flags import in_flags
 from lora_jax._cli.torch_adapter import narrow, norm, open_torch
 from lora_jax._core.paths import nest
-from lora_jax.peft._file import partial
+from lora_jax.peft._files import partial
 
 
 def assert_good(args, kind, details):

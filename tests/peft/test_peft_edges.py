@@ -17,7 +17,7 @@ from test_peft import changed, delta, loaded, pair, stored, written
 
 import lora_jax as lora
 from lora_jax.peft._file import open_adapter
-from lora_jax.peft._find import WRAPPERS
+from lora_jax.peft._names import WRAPPERS
 
 PARTS = ["vision_tower", "text_encoder", "decoder", "encoder", "draft_model", "student", "audio"]
 
