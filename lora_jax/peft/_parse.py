@@ -196,6 +196,9 @@ class _Parser:
             if 0 in shape and not self.config.adalora:
                 return self._wrong(key, "is empty: a shard that was not gathered when it was saved")
             parts[kind] = key
+        # VeLoRA's, for a backward pass that keeps less; the function is LoRA's.
+        elif name.endswith(".lora_velora_embed"):
+            pass
         # A module that is saved in full may have parameters of such names.
         elif UNKNOWN.fullmatch(name) and not self.config.saved(name):
             self.odd.append(key)

@@ -268,6 +268,15 @@ def test_a_bias_of_an_update(tmp_path):
         assert merged["q"]["bias"].tolist() == [2.0 * len(tensors)] * 4
 
 
+def test_what_velora_keeps_for_training_is_passed_over(tmp_path):
+    embed = {"q.lora_velora_embed": np.ones(3, "f4")}
+    settings = {"velora_config": {"num_groups": 2, "init_type": "random", "scale": 1.0}}
+    params = {"q": {"kernel": jnp.zeros((6, 4))}}
+    found = lora.peft.load(written(tmp_path / "a", pair("q", 6, 4) | embed, **settings), params)
+    want = lora.peft.load(written(tmp_path / "b", pair("q", 6, 4)), params)
+    jax.tree.map(np.testing.assert_array_equal, found.adapters, want.adapters)
+
+
 def test_an_attention_whose_out_proj_is_transposed(tmp_path):
     settings = json.loads((g.folder("mha") / "adapter_config.json").read_text())
     folder = shutil.copytree(g.folder("mha"), tmp_path / "a")
