@@ -12,10 +12,13 @@ import typer
 from typer.core import TyperGroup
 
 from lora_jax._cli.flags import in_flags
-from lora_jax._cli.terminal import merging, say
+from lora_jax._cli.terminal import echo, merging, say
 from lora_jax._core.errors import LoRAError
 
 # This file imports no JAX outside of the commands: `--help` does not wait for it.
+
+# The largest rank that a file may have.
+MOST = (1 << 24) - 1
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -28,19 +31,19 @@ class _Group(TyperGroup):
             with warnings.catch_warnings():
                 # The library's kind of warning: each as a line, without the file and the code.
                 warnings.simplefilter("default", UserWarning)
-                warnings.showwarning = lambda message, *_, **__: typer.echo(
+                warnings.showwarning = lambda message, *_, **__: echo(
                     f"warning: {in_flags(str(message))}", err=True
                 )
                 return super().invoke(ctx)
         except LoRAError as e:
-            typer.echo(f"error: {in_flags(str(e))}", err=True)
+            echo(f"error: {in_flags(str(e))}", err=True)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         # An OSError too, but no trouble (`| head`): click ends quietly.
         except BrokenPipeError:
             raise
         except OSError as e:
-            typer.echo(f"error: {e}", err=True)
+            echo(f"error: {e}", err=True)
         raise typer.Exit(1)
 
 
@@ -109,7 +112,7 @@ def _version(value: bool) -> None:
     if value:
         import lora_jax
 
-        typer.echo(lora_jax.__version__)
+        echo(lora_jax.__version__)
         raise typer.Exit
 
 
@@ -205,7 +208,8 @@ def convert(
     rank: Annotated[
         int | None,
         typer.Option(
-            help="Of the LoRA that a type of PEFT's that is none (LoHa, LoKr, …) becomes."
+            help="Of the LoRA that a type of PEFT's that is none (LoHa, LoKr, …) becomes.",
+            max=MOST,
         ),
     ] = None,
     energy: Annotated[
@@ -269,9 +273,9 @@ def merge(
             starts=bar.tensor,
         )
     if left:
-        typer.echo(f"left out: {', '.join(map(str, left))}", err=True)
+        echo(f"left out: {', '.join(map(str, left))}", err=True)
     count = len(placed.parts)
-    typer.echo(f"{out}: {count} tensor{'s' * (count != 1)} of {base} changed")
+    echo(f"{out}: {count} tensor{'s' * (count != 1)} of {base} changed")
 
 
 @app.command(
@@ -286,7 +290,9 @@ def combine(
         list[str],
         typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="PEFT folders of one base; weight 1."),
     ],
-    rank: Annotated[int | None, typer.Option(help="The rank of the result, by SVD.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="The rank of the result, by SVD.", max=MOST)
+    ] = None,
     energy: Annotated[
         float | None, typer.Option(help="Or the smallest ranks that keep this share of ‖Δ‖².")
     ] = None,
@@ -331,7 +337,7 @@ def combine(
     ranks = combine_folders(out, folders, weights, dtype=jnp.dtype(DTYPES[dtype]), **kept)
     # "8", or "4–16" where they differ.
     span = "–".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))
-    typer.echo(f"{out}: {len(ranks)} update{'s' * (len(ranks) != 1)} of rank {span}")
+    echo(f"{out}: {len(ranks)} update{'s' * (len(ranks) != 1)} of rank {span}")
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -368,7 +374,7 @@ def diff(
         more = {"ignore": ignore or (), "rename": _renamed(rename)}
         found = diff_folders(first, second, tolerance=tolerance, **more)
     except (LoRAError, OSError) as e:
-        typer.echo(f"error: {in_flags(str(e))}", err=True)
+        echo(f"error: {in_flags(str(e))}", err=True)
         raise typer.Exit(2) from None
     say(*([json.dumps(found.as_json())] if as_json else found.blocks()))
     raise typer.Exit(0 if found.equal else 1)

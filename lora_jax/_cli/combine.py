@@ -17,13 +17,13 @@ from lora_jax._cli.torch_adapter import TorchAdapter, expert_names, open_torch
 from lora_jax._core.errors import raise_all
 from lora_jax.algebra._combine import combine, resize
 from lora_jax.algebra._soups import dare, knots, ties
-from lora_jax.peft._config import unknown
 from lora_jax.peft._export import Export
 from lora_jax.peft._files import replacing
 from lora_jax.peft._mapping import Entry, TorchMapping
 from lora_jax.peft._parse import PREFIX
 from lora_jax.peft._parts import Experts, Update
 from lora_jax.peft._save import write_folder
+from lora_jax.peft._settings import unknown
 
 
 def combine_folders(

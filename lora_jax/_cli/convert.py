@@ -23,15 +23,15 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.checkpoint._checkpoint import save as save_checkpoint
 from lora_jax.peft._blocks import LeafInfo, block
-from lora_jax.peft._config import unknown
-from lora_jax.peft._file import DTYPES, opened, read_json, writing
-from lora_jax.peft._files import replacing
+from lora_jax.peft._file import DTYPES, opened, read_json
+from lora_jax.peft._files import replacing, writing
 from lora_jax.peft._find import Finder
 from lora_jax.peft._load import load
 from lora_jax.peft._mapping import Entry, TorchMapping, leaf_infos
 from lora_jax.peft._safetensors import Tensor, open_base
 from lora_jax.peft._save import of_kind, ordered, unordered
 from lora_jax.peft._save import save as save_adapter
+from lora_jax.peft._settings import unknown
 
 PARAMS = (
     "a safetensors file or folder whose names are the paths of the leaves, an orbax checkpoint of "

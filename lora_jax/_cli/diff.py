@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax._cli.terminal import one_line
 from lora_jax._cli.torch_adapter import TorchAdapter, narrow, norm, open_torch
 from lora_jax._core.errors import LoRAError
 from lora_jax._nodes.adapters import DoRA, LoRA
@@ -72,7 +73,8 @@ class Difference:
         lines += [f"{n}: differs by up to {d:.4g}" for n, d in rest.items() if d > self.tolerance]
         for name, paths in (("first", self.first), ("second", self.second)):
             lines += [f"in the {name} alone: {', '.join(paths)}"] if paths else []
-        return lines + [f"config: {k}: {a!r} and {b!r}" for k, (a, b) in self.config.items()]
+        settings = self.config.items()
+        return lines + [one_line(f"config: {k}: {a!r} and {b!r}") for k, (a, b) in settings]
 
     def __str__(self):
         return "\n".join(self.blocks())

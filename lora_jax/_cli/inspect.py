@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 
+from lora_jax._cli.terminal import one_line
 from lora_jax._cli.torch_adapter import TorchAdapter, norm, open_torch
 from lora_jax._core.errors import LoRAError, quoted, raise_all
 from lora_jax._core.paths import flatten
@@ -73,7 +74,7 @@ class Inspection:
         blocks.append(
             f"{len(self.rows)} in all: {self.parameters:,} parameters, {self.bytes:,} bytes"
         )
-        blocks += [f"{k}: {_said(v)}" for k, v in self.about.items() if v not in EMPTY]
+        blocks += [one_line(f"{k}: {_said(v)}") for k, v in self.about.items() if v not in EMPTY]
         return blocks + [f"in it: {text}" for text in self.below]
 
     def __str__(self):
@@ -81,7 +82,7 @@ class Inspection:
 
 
 def _said(value: Any) -> str:
-    """On one line, long values shortened."""
+    """Long values shortened."""
     if isinstance(value, Mapping):
         return ", ".join(f"{k}={_short(v)}" for k, v in value.items() if v not in EMPTY)
     return _short(value)

@@ -19,7 +19,23 @@ def say(*blocks: str) -> None:
     person sees it and the terminal is wide enough."""
     for block in blocks:
         if not (sys.stdout.isatty() and _ruled(block)):
-            typer.echo(block)
+            echo(block)
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Prints a text. What a stranger's file may have in it that is no sign, such as what moves a
+    terminal's cursor, or that has no bytes, is escaped."""
+    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    typer.echo("".join(shown), err=err)
+
+
+def one_line(text: str) -> str:
+    r"""A text of which a stranger's file has a part.
+
+    >>> one_line("task_type: A\nB")
+    'task_type: A\\nB'
+    """
+    return text.replace("\n", "\\n")
 
 
 def _ruled(block: str) -> bool:

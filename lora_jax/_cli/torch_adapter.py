@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,15 +55,14 @@ class TorchAdapter:
 
         Args:
           name: a key of `parts`.
-          base: the parameter's value, or a function that reads it; used only where the file holds
-            a change of it.
+          base: the parameter's value, used only where the file holds a change of it.
           dtype: of the adapter; None for the type in which it is stored.
         """
         place, what = self.parts[name]
         path, shape = place.blocks[0].leaf.path, place.shape
         # An update is built from shapes; only what is added to the base reads its value.
         base = jax.ShapeDtypeStruct(shape, np.float32) if base is None else base
-        build = Build(self.file, self.config, _OneLeaf(path, base), dtype)
+        build = Build(self.file, self.config, {path: base}, dtype)
         build.add(place, what)
         nodes = build.nodes()
         raise_all(f"{self.file.folder}: cannot be used:", build.failures)
@@ -80,24 +79,6 @@ class TorchAdapter:
         """{name: node} of all low-rank updates."""
         updates = (n for n, (_, what) in self.parts.items() if isinstance(what, Update))
         return {n: self.node(n, dtype=dtype) for n in updates}
-
-
-class _OneLeaf(Mapping):
-    """{path: value}, the value read when it is asked for."""
-
-    def __init__(self, path: str, value: Any):
-        self.path, self.value = path, value
-
-    def __getitem__(self, path: str) -> Any:
-        if path != self.path:
-            raise KeyError(path)
-        return self.value() if callable(self.value) else self.value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((self.path,))
-
-    def __len__(self) -> int:
-        return 1
 
 
 def open_torch(

@@ -19,8 +19,9 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import nearest
 from lora_jax.peft._experts import ways
-from lora_jax.peft._find import is_head, is_wrapper, looked_up
+from lora_jax.peft._find import looked_up
 from lora_jax.peft._mapping import Entry
+from lora_jax.peft._names import is_head, is_wrapper
 from lora_jax.peft._orders import Orders
 from lora_jax.peft._parts import Experts, NewRows, Update, Value
 

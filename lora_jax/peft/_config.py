@@ -6,81 +6,12 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lora_jax._core.errors import LoRAError, quoted, raise_all
-from lora_jax.peft._patterns import Budget, Patterns, SafePattern, endings
-
-# Settings of training or of initialisation alone, and those that are read below.
-HARMLESS = set(
-    """
-    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
-    target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora
-    modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
-    use_dora megatron_config megatron_core trainable_token_indices loftq_config eva_config
-    corda_config lora_ga_config qalora_group_size runtime_config lora_bias target_parameters
-    velora_config ensure_weight_tying beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal
-    tinit total_step merge_weights
-    """.split()
-)
-
-MERGE = "merge the adapter in PEFT (merge_and_unload) and load the merged weights"
-
-REFUSED = {
-    "use_qalora": f"QALoRA pools its inputs; {MERGE}",
-    "use_bdlora": f"BD-LoRA is block-diagonal; {MERGE}",
-    "kasa_config": f"KaSA changes the base weights; {MERGE}",
-    "monteclora_config": "MonteCLoRA samples its factors: no one update is the adapter's",
-    "arrow_config": "Arrow routes between adapters by the input: no one update is the adapter's",
-    "alora_invocation_tokens": "aLoRA is active from these tokens on only, which no one update is: "
-    "found = lora.peft.load(..., ignore=['alora_invocation_tokens']), then for each batch "
-    "lora.algebra.choose(lora.algebra.stack([found.adapters]), 0, found.active(ids))",
-    "layer_replication": f"the layers of the base are replicated; {MERGE}",
-}
-
-# PEFT's other types that add an update to a weight: {type: (settings of training alone, {setting
-# that the update depends on: PEFT's default})}.
-OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "LOHA": ("rank_dropout module_dropout use_effective_conv2d init_weights", {"alpha": 8.0}),
-    "LOKR": (
-        "rank_dropout rank_dropout_scale module_dropout use_effective_conv2d init_weights "
-        "decompose_both decompose_factor",
-        {"alpha": 8.0},
-    ),
-    "MISS": ("miss_dropout", {"mini_r": 1, "init_weights": True}),
-    "HIRA": ("hira_dropout init_weights", {}),
-    "VERA": ("projection_prng_key save_projection vera_dropout d_initial init_weights", {}),
-    "GRALORA": ("gralora_dropout gralora_k hybrid_r init_weights", {"alpha": 64.0}),
-    "FOURIERFT": (
-        "n_frequency n_frequency_pattern init_weights",
-        {"scaling": 150.0, "random_loc_seed": 777},
-    ),
-    "SHIRA": ("mask_type random_seed init_weights", {}),
-    "IA3": ("init_ia3_weights", {"feedforward_modules": ()}),
-    "OFT": (
-        "oft_block_size module_dropout init_weights",
-        {
-            "coft": False,
-            "eps": 6e-5,
-            "block_share": False,
-            "use_cayley_neumann": True,
-            "num_cayley_neumann_terms": 5,
-        },
-    ),
-}
-
-# Settings of LoRA that change the function, and that PEFT would pass over in one of `OTHERS`.
-LORA_ALONE = """
-    use_dora use_rslora lora_bias lora_dropout target_parameters trainable_token_indices
-    ensure_weight_tying
-""".split()
-
-# Settings of any type that `lora.peft.save` writes again, as they say whose adapter it is.
-ABOUT = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
-
-# What settings say where they mean nothing.
-NOTHING = ("none", "None", "null", "auto", "default", "off")
+from lora_jax.peft._patterns import PLAIN, Budget, Modules, Patterns, SafePattern, endings
+from lora_jax.peft._settings import LORA_ALONE, MERGE, OTHERS, REFUSED, switches, unknown
 
 # PEFT 0.21 has 45.
 MAX_SETTINGS = 1000
@@ -91,8 +22,35 @@ MAX_PARTS = 64
 # Tables of which rows are trained; tokens of an aLoRA.
 MAX_TABLES = MAX_INVOCATION = 1000
 
+# Settings that are read also where they are to be ignored: the rank of experts, which no tensor
+# has, and the tokens that `PeftAdapter.active` looks for.
+USED = ("r", "alora_invocation_tokens")
+
 # Initialisations that leave the base as it was, so that B·A is the whole change.
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The layers of which modules are targets; `behind`: names before their number, () for any."""
+
+    numbers: frozenset[int]
+    behind: tuple[str, ...]
+
+    def have(self, module: str) -> bool:
+        """Whether a module is in one of them; by PEFT's rule, the first number that is a layer's.
+
+        >>> layers = Layers(frozenset([1]), ())
+        >>> layers.have("model.layers.1.q"), layers.have("model.layers.0.1.q"), layers.have("q")
+        (True, False, False)
+        """
+        parts = module.split(".")
+        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+        # Without a pattern two names are in front.
+        found = [i for i in numbers if i > 1] if not self.behind else []
+        for name in self.behind:
+            found += [i for i in numbers if f".{'.'.join(parts[:i])}".endswith(f".{name}")]
+        return bool(found) and int(parts[found[0]]) in self.numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,20 +64,20 @@ class PeftConfig:
     dora: bool
     rank_pattern: Patterns
     alpha_pattern: Patterns
-    targets: str | tuple[str, ...] | None
-    target: SafePattern | None  # where `targets` is an expression
-    names: frozenset[str]  # where it is a list
+    targets: Modules | None  # None: whichever have tensors
+    excluded: Modules
+    in_full: Patterns  # modules_to_save
+    layers: Layers | None  # layers_to_transform
     parameters: Mapping[str, tuple[tuple[int, str], ...]]  # {end of a module's name: (place, name)}
     tokens: Mapping[str, tuple[int, ...]] | None
     dropout: float
     tying: bool
     fan_in_fan_out: bool
+    lora_bias: bool
     version: tuple[int, ...] | None
     bias: str
-    in_full: frozenset[str]  # modules_to_save
     any_rank: bool  # the tensors' ranks count, whatever `r` says
     own: Mapping[str, Any]
-    feedforward: SafePattern | None  # IA3's feedforward_modules, where it is an expression
 
     @property
     def adalora(self) -> bool:
@@ -148,13 +106,16 @@ class PeftConfig:
             "rank: lora.peft.load(..., ignore=['r'])"
         )
 
+    def inside(self, module: str) -> bool:
+        """Whether a module is one that is saved in full, or is in one."""
+        # PEFT takes a name in modules_to_save for the end of any module, and for all that is in it.
+        ends = [i for i, c in enumerate(module + ".") if c == "."]
+        return len(ends) <= MAX_PARTS and any(self.in_full.first(module[:i], False) for i in ends)
+
     def saved(self, name: str) -> bool:
         """Whether a parameter is of a module that is saved in full, or a bias that is."""
-        parts = name.split(".")
-        # PEFT takes a name in modules_to_save for the end of any module, and for all that is in it.
-        ends = (".".join(parts[i:j]) for j in range(1, len(parts)) for i in range(j))
-        in_full = len(parts) <= MAX_PARTS and any(end in self.in_full for end in ends)
-        return in_full or (parts[-1] == "bias" and self.bias != "none")
+        module, _, last = name.rpartition(".")
+        return self.inside(module) or (last == "bias" and self.bias != "none")
 
     def scale(self, name: str, rank: int) -> float:
         """The constant before B·A: alpha / rank, alpha / √rank (rsLoRA), or AdaLoRA's."""
@@ -166,18 +127,27 @@ class PeftConfig:
 
     def scales_inputs(self, module: str) -> bool:
         """Whether IA3 scales this module's inputs, and not its outputs; by PEFT's rule."""
-        if self.feedforward is not None:
-            return self.feedforward.fullmatch(module)
-        return module.endswith(tuple(self.own["feedforward_modules"]))
+        found = self.own["feedforward_modules"]
+        # Of a list, the end of a name, also within a part of it.
+        return module in found if found.expression else module.endswith(tuple(found.names))
 
-    def targeted(self, module: str) -> bool:
-        """Whether PEFT would look for this module's tensors at all."""
-        # Which modules "all-linear" meant there, the file does not say.
-        if self.targets is None or self.targets == "all-linear":
-            return True
-        if self.target is not None:
-            return self.target.fullmatch(module)
-        return any(end in self.names for end in endings(module))
+    def passed_over(self, module: str) -> str | None:
+        """Why PEFT would not look for this module's tensors, if it would not."""
+        rules = {
+            "exclude_modules": module in self.excluded,
+            "modules_to_save": self.inside(module),
+            "target_modules": self.targets is not None and module not in self.targets,
+            "layers_to_transform": self.targets is not None
+            and self.layers is not None
+            # A name in full is of any layer.
+            and module not in self.targets.names
+            and not self.layers.have(module),
+        }
+        found = next((name for name, out in rules.items() if out), None)
+        return found and (
+            f"{found} leaves '{module}' out, so PEFT would ignore it; if it belongs to the adapter:"
+            f" lora.peft.load(..., ignore=['{found}'])"
+        )
 
     def parameters_of(self, module: str) -> tuple[str, ...]:
         """The parameters that `target_parameters` may mean in a module, in its order."""
@@ -207,6 +177,7 @@ def peft_config(
     """
     if len(raw) > MAX_SETTINGS:
         raise LoRAError(f"{where}: {len(raw):,} settings, expected at most {MAX_SETTINGS:,}")
+    raw = {k: v for k, v in raw.items() if k not in ignore or k in USED}
     check = _Checks(raw, Budget(where, names))
     kind = check.value("peft_type", str, "LORA")
     # At once: of an unknown type every setting would be unknown as well.
@@ -219,7 +190,7 @@ def peft_config(
     check.invocation()
     # AdaLoRA's factors begin with init_r; OFT's r counts blocks and is no rank.
     r = check.rank("init_r" if adalora and raw.get("init_r") is not None else "r", kind == "OFT")
-    own, feedforward = check.own(kind)
+    own, targets = check.own(kind), raw.get("target_modules")
     config = PeftConfig(
         kind,
         r,
@@ -228,50 +199,32 @@ def peft_config(
         check.value("use_dora", bool, False),
         check.patterns("rank_pattern", (lambda v: isinstance(v, list)) if adalora else _is_rank),
         check.patterns("alpha_pattern", _is_number),
-        *check.targets(),
+        # Which modules "all-linear" meant there, the file does not say.
+        None if targets in (None, "all-linear") else check.modules("target_modules"),
+        check.modules("exclude_modules"),
+        check.listed("modules_to_save"),
+        check.layers(),
         check.parameters(),
         check.tokens(),
         check.number("lora_dropout", 0.0),
         check.value("ensure_weight_tying", bool, False),
         check.value("fan_in_fan_out", bool, False),
+        check.value("lora_bias", bool, False),
         check.version(),
         check.value("bias", str, "none"),
-        frozenset(check.strings("modules_to_save")),
         "r" in ignore,
         own,
-        feedforward,
     )
-    if config.dora and (adalora or raw.get("lora_bias") is True):
+    if config.dora and (adalora or config.lora_bias):
         with_what = "AdaLoRA" if adalora else "lora_bias"
         check.failures.append(f"use_dora with {with_what}, which PEFT does not have")
     # PEFT passes these over, so the adapter would not be what its settings say.
-    foreign = [k for k in LORA_ALONE if kind in OTHERS and _switches(raw.get(k))]
+    foreign = [k for k in LORA_ALONE if kind in OTHERS and switches(raw.get(k))]
     check.failures += [f"{k} is set, which is no setting of {kind}" for k in foreign]
     if not 0 <= config.dropout < 1:
         check.failures.append(f"lora_dropout={config.dropout}, expected a rate in [0, 1)")
     raise_all(f"{where}: not a configuration that can be loaded:", check.failures)
     return config
-
-
-def unknown(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that PEFT 0.17 to 0.21 does not have."""
-    # str, as the type is not checked here: it may be a list.
-    training, own = OTHERS.get(str(raw.get("peft_type")), ("", {}))
-    known = {*HARMLESS, *REFUSED, *training.split(), *own}
-    return {k: v for k, v in raw.items() if k not in known}
-
-
-def kept(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What `lora.peft.save` writes again: whose adapter it is, and what is not known here."""
-    about = {k: raw[k] for k in (*ABOUT, "alora_invocation_tokens") if raw.get(k) is not None}
-    return about | unknown(raw)
-
-
-def _switches(value: Any) -> bool:
-    """Whether a value may turn something on: anything but nothing, in whatever form."""
-    if isinstance(value, dict | list):
-        return any(map(_switches, value.values() if isinstance(value, dict) else value))
-    return bool(value) and value not in NOTHING
 
 
 def _is_rank(x: Any) -> bool:
@@ -302,14 +255,14 @@ class _Checks:
         self.raw, self.budget = raw, budget
         self.failures: list[str] = []
 
-    def supported(self, ignore: Iterable[str]) -> None:
+    def supported(self, ignore: Collection[str]) -> None:
         """Nothing is set that changes the function in a way that is not known here."""
         for name, why in REFUSED.items():
             if self.raw.get(name) and name not in ignore:
                 self.failures.append(f"{name} is set, which is not supported: {why}")
-        new = {k: v for k, v in unknown(self.raw).items() if k not in ignore}
+        new = unknown(self.raw)
         # A setting that says something may change the function; one that says nothing cannot.
-        on = [k for k, v in new.items() if _switches(v)]
+        on = [k for k, v in new.items() if switches(v)]
         for name in on:
             self.failures.append(
                 f"{quoted(name)} is not a setting of PEFT 0.17 to 0.21; if it does not change "
@@ -321,10 +274,7 @@ class _Checks:
             )
         # Any other takes B·A out of the base at the start: the change is not B·A then.
         init = self.raw.get("init_lora_weights")
-        if (
-            not (isinstance(init, bool | str | None) and init in PLAIN_INITS)
-            and "init_lora_weights" not in ignore
-        ):
+        if not (isinstance(init, bool | str | None) and init in PLAIN_INITS):
             self.failures.append(
                 f"init_lora_weights={quoted(str(init), 40)} trained against a changed base; save "
                 "it in PEFT with path_initial_model_for_weight_conversion, which makes it plain; "
@@ -344,13 +294,9 @@ class _Checks:
     def read(self, name: str, fits: Callable[[Any], bool], expected: str, default: Any) -> Any:
         """A setting; `default` where it is not there, or null."""
         found = self.raw.get(name)
-        return (
-            default
-            if found is None
-            else found
-            if fits(found)
-            else self.wrong(name, expected, default)
-        )
+        if found is None:
+            return default
+        return found if fits(found) else self.wrong(name, expected, default)
 
     def value(self, name: str, kind: type, default: Any) -> Any:
         return self.read(name, lambda x: isinstance(x, kind), kind.__name__, default)
@@ -364,42 +310,52 @@ class _Checks:
     def strings(self, name: str) -> tuple[str, ...]:
         return tuple(self.read(name, _is_strings, "a list of strings", ()))
 
-    def expression(self, name: str) -> SafePattern | None:
+    def modules(self, name: str) -> Modules:
+        """A setting that names modules, by an expression or by a list."""
+        if not isinstance(self.raw.get(name), str):
+            return Modules(frozenset(self.strings(name)))
         try:
-            return SafePattern(self.raw[name], name, self.budget)
+            return Modules(frozenset(), SafePattern(self.raw[name], name, self.budget))
         except LoRAError as e:
             self.failures.append(str(e))
-            return None
+            return Modules(frozenset())
 
-    def own(self, kind: str) -> tuple[Mapping[str, Any], SafePattern | None]:
-        """The settings of one of `OTHERS`, and feedforward_modules where it is an expression."""
+    def listed(self, name: str) -> Patterns:
+        """A list of which each is an expression for the end of a name."""
+        return self._patterns(name, dict.fromkeys(self.strings(name), True))
+
+    def layers(self) -> Layers | None:
+        found = self.raw.get("layers_to_transform")
+        numbers = [found] if _is_place(found) else found
+        if numbers is None or numbers == []:
+            return None
+        if not _is_places(numbers):
+            return self.wrong("layers_to_transform", "a layer's number, or a list of them", None)
+        if isinstance(self.raw.get("target_modules"), str):
+            return self.wrong("layers_to_transform", "a list of target_modules beside it", None)
+        names = self.raw.get("layers_pattern")
+        names = [names] * bool(names) if isinstance(names, str) else self.strings("layers_pattern")
+        if not all(PLAIN.fullmatch(n) for n in names):
+            self.wrong("layers_pattern", "names of modules", None)
+        return Layers(frozenset(numbers), tuple(names))
+
+    def own(self, kind: str) -> Mapping[str, Any]:
+        """The settings of one of `OTHERS`."""
         found: dict[str, Any] = {}
-        pattern = None
         # What is asked of a setting follows from the type of PEFT's default.
         for name, default in OTHERS.get(kind, ("", {}))[1].items():
             if name == "init_weights":
                 fits = lambda x: x in (True, False, "bat", "mini")
                 found[name] = self.read(name, fits, "True, False, 'bat' or 'mini'", default)
-            elif isinstance(default, tuple) and isinstance(self.raw.get(name), str):
-                found[name], pattern = (), self.expression(name)
             elif isinstance(default, tuple):
-                found[name] = self.strings(name)
+                found[name] = self.modules(name)
             elif type(default) is int:
                 found[name] = self.read(name, _is_place, "an integer >= 0", default)
             elif isinstance(default, float):
                 found[name] = self.number(name, default)
             else:
                 found[name] = self.value(name, bool, default)
-        return found, pattern
-
-    def targets(self) -> tuple[str | tuple[str, ...] | None, SafePattern | None, frozenset[str]]:
-        """(the setting, its expression, its names)."""
-        found = self.raw.get("target_modules")
-        if not isinstance(found, str):
-            names = None if found is None else self.strings("target_modules")
-            return names, None, frozenset(names or ())
-        target = None if found == "all-linear" else self.expression("target_modules")
-        return found, target, frozenset()
+        return found
 
     def parameters(self) -> Mapping[str, tuple[tuple[int, str], ...]]:
         found: dict[str, list[tuple[int, str]]] = {}
@@ -415,7 +371,10 @@ class _Checks:
         if any(isinstance(v, list) for v in found.values()):
             # AdaLoRA's, which say which ranks were kept: the tensors have only those.
             found = {}
-        patterns = Patterns(found, name, self.budget)
+        return self._patterns(name, found)
+
+    def _patterns(self, name: str, values: Mapping[str, Any]) -> Patterns:
+        patterns = Patterns(values, name, self.budget)
         self.failures += patterns.failures
         return patterns
 

@@ -37,7 +37,7 @@ def is_inside(module: str, parts: Mapping[str, str], config: PeftConfig) -> bool
     # Embeddings and AdaLoRA know no single parameters.
     if parts.keys() & {"table_a", "e"} or not config.parameters_of(module):
         return False
-    return config.targets in (None, "all-linear") or not config.targeted(module)
+    return config.targets is None or module not in config.targets
 
 
 def read_experts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,21 +30,16 @@ def times(b: np.ndarray, by: float) -> np.ndarray:
         return (b.astype(np.float32) * by).astype(b.dtype)
 
 
+@dataclasses.dataclass(eq=False)
 class _Low:
-    """A low-rank update of one torch parameter: A (batch, r, in), B (batch, out, r), and DoRA's
-    magnitude (out), if it has one."""
+    """A low-rank update of one torch parameter."""
 
-    def __init__(
-        self,
-        entry: Entry,
-        a: np.ndarray,
-        b: np.ndarray,
-        scale: float,
-        dropout: float,
-        magnitude: np.ndarray | None = None,
-    ):
-        self.entry, self.a, self.b, self.scale, self.dropout = entry, a, b, scale, dropout
-        self.magnitude = magnitude
+    entry: Entry
+    a: np.ndarray  # (batch, r, in)
+    b: np.ndarray  # (batch, out, r)
+    scale: float
+    dropout: float
+    magnitude: np.ndarray | None = None  # DoRA's (out,)
 
     @property
     def rank(self) -> int:

@@ -14,10 +14,7 @@ import json
 import math
 import os
 import re
-import shutil
-import socket
 import stat
-import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -329,51 +326,6 @@ def reading(path: str | os.PathLike) -> Generator[None, None, None]:
     # ValueError: a NUL in the name.
     except (OSError, ValueError) as e:
         raise LoRAError(f"{path}: cannot be read: {e}") from e
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Generator[None, None, None]:
-    """A full disk, a limit on files or a right that lacks is an error that names the path."""
-    try:
-        yield
-    except (OSError, SafetensorError) as e:
-        raise LoRAError(f"{path}: cannot be written: {e}") from e
-
-
-def partial(path: Path) -> Path:
-    """Where this process writes what becomes `path` once it is complete.
-
-    What processes of this host that are dead by now left for the same path is removed: after
-    `kill -9` it would stay for ever, as large as a model. Of another host's nothing is known.
-    """
-    host = zlib.crc32(socket.gethostname().encode())
-    start, end = f".{path.name}.{host:08x}-", ".partial"
-    for name in os.listdir(path.parent):
-        # What has not this form exactly is not ours to remove.
-        pid = name.removeprefix(start).removesuffix(end)
-        if name == f"{start}{pid}{end}" and pid.isdecimal() and not _alive(int(pid)):
-            remove(path.parent / name)
-    return path.parent / f"{start}{os.getpid()}{end}"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        # Signal 0 asks whether the process is there, and sends nothing.
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    # It is another user's.
-    except OSError:
-        return True
-    return True
-
-
-def remove(path: Path) -> None:
-    """A file, or a folder with all that is in it, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def read_config(path: Path) -> dict:

@@ -12,64 +12,15 @@ from typing import Any
 from lora_jax._core.errors import SHOWN, LoRAError, raise_all
 from lora_jax._core.paths import nearest
 from lora_jax.peft._blocks import Block, LeafInfo, block, layouts
-from lora_jax.peft._config import MERGE
 from lora_jax.peft._mapping import BIASES, Entry
+from lora_jax.peft._names import WRAPPERS, Names, is_head, tokens_of
 from lora_jax.peft._parts import NewRows, Update
+from lora_jax.peft._settings import MERGE
 
 # Last names of a weight, which its module's name stands for.
 WEIGHTS = ("kernel", "weight", "embedding", "scale", "w", "table")
 
-# First names that stand for the whole network: one side may have them and the other not. Any
-# other, such as "vision_tower" or "decoder", tells one part of a model from another.
-WRAPPERS = frozenset(
-    """
-    params module base_model model transformer network net backbone lm
-    bert roberta distilbert albert electra deberta mpnet gpt_neox rwkv mobilebert esm vit
-    """.split()
-)
-
 TABLE = 'mapping={r"model\\.layers\\.(\\d+)\\.self_attn\\.q_proj": "layers_{1}/attn/query/kernel"}'
-
-
-class _Names:
-    """Leaves by their names in tokens: found by the same name, a longer one or a shorter one.
-
-    What is left out at the beginning of the longer one holds no number.
-    """
-
-    def __init__(self):
-        self.exact: dict[tuple[str, ...], list[str]] = {}
-        self.ends: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {}
-
-    def add(self, tokens: tuple[str, ...], path: str) -> None:
-        self.exact.setdefault(tokens, []).append(path)
-        for first, rest in _shorter(tokens):
-            self.ends.setdefault(rest, []).append((first, path))
-
-    def find(self, tokens: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-        """(the first names that one side lacks, leaf)."""
-        # The same name, then leaves with a longer one, then those with a shorter one.
-        yield from (((), path) for path in self.exact.get(tokens, ()))
-        yield from self.ends.get(tokens, ())
-        for first, rest in _shorter(tokens):
-            yield from ((first, path) for path in self.exact.get(rest, ()))
-
-
-def _shorter(tokens: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    for i in range(1, len(tokens)):
-        # Behind a number of a layer, q is the q of that layer and not of any other.
-        if tokens[i - 1].isdigit():
-            break
-        yield tokens[:i], tokens[i:]
-
-
-def is_wrapper(first: Sequence[str]) -> bool:
-    """Whether these first names say nothing of which part of a model it is.
-
-    >>> is_wrapper(("base_model", "model")), is_wrapper(("vision_tower", "model"))
-    (True, False)
-    """
-    return WRAPPERS.issuperset(first)
 
 
 class Finder:
@@ -93,9 +44,9 @@ class Finder:
     ):
         self.leaves, self.given, self.flat = leaves, given, flat
         self.wrappers = WRAPPERS.union(() if part is None else {part})
-        self.modules, self.parameters = _Names(), _Names()
+        self.modules, self.parameters = Names(), Names()
         for path in leaves:
-            tokens = self._tokens(path.split("/"))
+            tokens = tokens_of(path.split("/"), flat)
             self.parameters.add(tokens, path)
             last = path.rpartition("/")[2].lower()
             self.modules.add(tokens[:-1] if last in (*WEIGHTS, *BIASES) else tokens, path)
@@ -282,7 +233,7 @@ class Finder:
         for left_out in itertools.chain(*(itertools.combinations(places, n) for n in range(3))):
             rest = [part for i, part in enumerate(parts) if i not in left_out]
             at = [int(parts[i]) for i in left_out]  # of a stack; of layers and of experts in them
-            for first, path in self._named(self._tokens(rest), last):
+            for first, path in self._named(tokens_of(rest, self.flat), last):
                 leaf = self.leaves[path]
                 found = _at(leaf, at)
                 if found is not None:
@@ -296,9 +247,6 @@ class Finder:
             leaf = self.leaves[self.tied[0]]
             ends.append((Block(leaf, (None,) * len(leaf.shape)),))
         return [exact, ends]
-
-    def _tokens(self, parts: Sequence[str]) -> tuple[str, ...]:
-        return _tokens(parts, self.flat)
 
     def _named(self, tokens: tuple[str, ...], last: str) -> Iterator[tuple[tuple[str, ...], str]]:
         """(first names that one side lacks, leaf) of those that may be a parameter of this kind."""
@@ -370,12 +318,6 @@ def looked_up(table: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
     return next(iter(found), None)
 
 
-def is_head(name: str) -> bool:
-    """Whether torch's name is a head's, which has no leaf of its own where it is the embedding."""
-    *parents, module, last = ("", *name.split("."))
-    return last == "weight" and "head" in module and is_wrapper([p for p in parents if p])
-
-
 def _unknown(leaf: LeafInfo) -> str:
     """What to do where nothing says in which order the axes of a leaf are."""
     return (
@@ -443,16 +385,6 @@ def _update_problem(update: Update, blocks: Sequence[Block]) -> str | None:
 
 def _window(b: Block) -> int:
     return b.n_in // b.sizes(b.leaf.in_axes[:1])[0]
-
-
-def _tokens(parts: Sequence[str], flat: bool = False) -> tuple[str, ...]:
-    """Names in a common spelling: lower case, a number at the end apart, each word if `flat`."""
-    out: list[str] = []
-    for part in parts if not flat else [word for p in parts for word in p.split("_")]:
-        # layers_0, layers0 and layers.0 are one name.
-        found = re.fullmatch(r"(.*?)_?(\d+)", part.lower())
-        out += [t for t in found.groups() if t] if found else [part.lower()]
-    return tuple(out)
 
 
 def _at(leaf: LeafInfo, at: Sequence[int]) -> Block | None:

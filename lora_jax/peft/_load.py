@@ -19,7 +19,7 @@ from lora_jax._core.table import table
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._build import Build
-from lora_jax.peft._config import PeftConfig, kept, peft_config, unknown
+from lora_jax.peft._config import PeftConfig, peft_config
 from lora_jax.peft._deltas import check
 from lora_jax.peft._experts import on_leaves
 from lora_jax.peft._file import CONFIG, as_float, as_names
@@ -30,6 +30,7 @@ from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._parse import parse
 from lora_jax.peft._parts import Parsed, Update
 from lora_jax.peft._reduce import reduced
+from lora_jax.peft._settings import kept, unknown
 
 if TYPE_CHECKING:
     import chex

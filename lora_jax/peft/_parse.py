@@ -16,7 +16,7 @@ from lora_jax._core.errors import raise_all
 from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._deltas import delta
 from lora_jax.peft._experts import is_inside, read_experts
-from lora_jax.peft._file import AdapterFile
+from lora_jax.peft._file import CONFIG, AdapterFile
 from lora_jax.peft._forms import FORMS, Misfit
 from lora_jax.peft._parts import Delta, NewRows, Parsed, Table, Update, Value, plain_name
 
@@ -37,6 +37,12 @@ TAILS = {
     "lora_magnitude_vector.weight": "magnitude",
     "token_adapter.trainable_tokens_delta": "rows",
 }
+
+# The settings without which PEFT looks for no such tensor.
+SWITCHES = {"b_bias": "lora_bias", "magnitude": "use_dora"}
+
+# Heads that PEFT adds to modules_to_save, whether the model has them or not.
+HEADS = frozenset(("classifier", "score"))
 
 # The name of an adapter, which PEFT leaves out of its files, behind the name of a parameter.
 NAMED = re.compile(
@@ -96,6 +102,8 @@ def way_on(keys: Sequence[str]) -> str:
             ways[r"_orig_mod\."] = ""
         if found is not None and found[2] not in ("weight", "bias", "default"):
             ways[rf"(lora_\w+|_delta)\.{found[2]}\b"] = r"\1"
+        if found is None and key.endswith((".lora_A", ".lora_B")):
+            ways[r"(\.lora_[AB])$"] = r"\1.weight"
         plain = key.replace("_orig_mod.", "")
         before = plain.partition(PREFIX)[0] if PREFIX in plain else ""
         # DistributedDataParallel's "module.".
@@ -117,6 +125,7 @@ class _Parser:
         self.tied: list[tuple[str, str, bool]] = []  # see `Parsed.copies`
         self.form = FORMS.get(config.kind)
         self.others: dict[str, dict[str, str]] = {}  # of other types, as `adapted`
+        self.wrapped: dict[str, list[str]] = {}  # adapted module: where PEFT has what is its own
         self.shared: dict[str, str] = {}  # what all modules have: {kind: key}
 
     def parsed(self) -> Parsed:
@@ -134,8 +143,11 @@ class _Parser:
                 updates += self._update(module, parts, pair)
         # After all keys, as the one that is copied may come later in the file.
         copies = self._copied()
+        for module in (*self.adapted, *self.others):
+            self.wrapped.setdefault(plain_name(module), []).append(module + ".base_layer")
         for name, key in self.whole.items():
             self._whole(name, key, values, tables)
+        self._incomplete(rows)
         # After the values: a bias of an update is added to one that the file has in full.
         for update in updates:
             self._bias(update, values)
@@ -173,12 +185,20 @@ class _Parser:
             return
         if kind is not None:
             parts = self.adapted.setdefault(module, {})
+            # Factors are parameters in AdaLoRA, and modules with a weight in LoRA.
+            if kind in ("a", "b") and self.config.adalora == key.endswith(".weight"):
+                self.odd.append(key)
+                how = "without" if self.config.adalora else "with"
+                return self._wrong(key, f"expected a name {how} .weight at its end; PEFT skips it")
             if kind in parts:
                 return self._wrong(key, f"the same tensor as '{parts[kind]}'")
             # AdaLoRA may have cut all ranks of a module off.
             if 0 in shape and not self.config.adalora:
                 return self._wrong(key, "is empty: a shard that was not gathered when it was saved")
             parts[kind] = key
+        # VeLoRA's, for a backward pass that keeps less; the function is LoRA's.
+        elif name.endswith(".lora_velora_embed"):
+            pass
         # A module that is saved in full may have parameters of such names.
         elif UNKNOWN.fullmatch(name) and not self.config.saved(name):
             self.odd.append(key)
@@ -204,8 +224,8 @@ class _Parser:
 
     def _delta(self, module: str, keys: dict[str, str]) -> list[Delta]:
         key = next(iter(keys.values()))
-        if not self.config.targeted(plain_name(module)):
-            self._wrong(key, f"target_modules does not include '{module}'; PEFT would ignore it")
+        if problem := self.config.passed_over(plain_name(module)):
+            self._wrong(key, problem)
         try:
             return [delta(module, keys | self.shared, self.file, self.config)]
         except Misfit as e:
@@ -227,6 +247,20 @@ class _Parser:
                 pairs.append((key, self.whole[name], False))
         return tuple(pairs)
 
+    def _incomplete(self, rows: Sequence[NewRows]) -> None:
+        """What the settings name and the file has nothing of; PEFT fails then."""
+        modules = (name.rpartition(".")[0] for name in self.whole)
+        lacking = {
+            "modules_to_save": set(self.config.in_full.keys) - HEADS
+            and not any(map(self.config.inside, modules)),
+            "trainable_token_indices": any((self.config.tokens or {}).values()) and not rows,
+        }
+        for setting in (name for name, lacks in lacking.items() if lacks):
+            self.failures.append(
+                f"{setting} is set, and the file has none of its tensors; if the adapter is whole "
+                f"without them: lora.peft.load(..., ignore=['{setting}'])"
+            )
+
     def _wrong(self, key: str, what: str) -> None:
         self.failures.append(f"'{key}' {self.file.shape(key)}: {what}")
 
@@ -238,14 +272,16 @@ class _Parser:
         names = ("table_a", "table_b") if table else ("a", "b")
         # Tensors and settings have to agree: PEFT would start what is lacking anew.
         own = [n for n, on in (("e", self.config.adalora), ("magnitude", self.config.dora)) if on]
-        extra = set(parts) - {*names, "b_bias", *own}
+        bias = {"b_bias"} if self.config.lora_bias and not self.config.adalora else set()
+        extra = set(parts) - {*names, *own} - bias
         lacking = [n for n in (*names, *own) if n not in parts]
         if extra or lacking:
             self._wrong(
                 next(iter(parts.values())),
                 f"'{module}' has {', '.join(sorted(parts))}, but not {', '.join(lacking)}"
                 if lacking
-                else f"'{module}' also has {', '.join(sorted(extra))}",
+                else f"'{module}' also has {', '.join(sorted(extra))}; PEFT would ignore it"
+                + "".join(f": set {SWITCHES[n]} in {CONFIG}" for n in extra & SWITCHES.keys()),
             )
             return None
         return parts[names[0]], parts[names[1]], table
@@ -258,8 +294,9 @@ class _Parser:
         owner = SEPARATE.fullmatch(module)
         plain = owner[1] if owner else module
         # A head that is tied is adapted with its table, whatever target_modules says.
-        if not self.config.targeted(plain) and not self._is_tied(key_a, key_b):
-            self._wrong(key_a, f"target_modules does not include '{plain}'; PEFT would ignore it")
+        problem = self.config.passed_over(plain)
+        if problem and not self._is_tied(key_a, key_b):
+            self._wrong(key_a, problem)
         # Pruned to nothing.
         if self.config.adalora and 0 in a:
             return []
@@ -280,6 +317,12 @@ class _Parser:
             name = module + ".in_proj_weight"
         if "magnitude" in parts and (owner or name.endswith("in_proj_weight")):
             self._wrong(key_a, "a DoRA of a MultiheadAttention, which PEFT does not have")
+        if owner and self.config.fan_in_fan_out:
+            self._wrong(
+                key_a,
+                "of an attention that fan_in_fan_out is set for, which PEFT then adds transposed; "
+                "to add it as it is: lora.peft.load(..., ignore=['fan_in_fan_out'])",
+            )
         kind = "embedding" if table else ("conv" if len(a) > 2 else "linear")
         # A (rank, in, *window), B (out, rank, 1, …) of a convolution.
         n_in, window = math.prod(a[1:]), a[2:]
@@ -326,7 +369,22 @@ class _Parser:
 
     def _whole(self, name: str, key: str, values: dict[str, Value], tables: list[Table]) -> None:
         plain, shape = plain_name(name), self.file.shape(key)
-        if name.endswith(".base_layer.weight"):
+        module = plain.rpartition(".")[0]
+        owner, last = name.rpartition(".")[::2]
+        # PEFT has the base's own parameters inside the layers that it makes.
+        inside = self.wrapped.get(module)
+        if inside is not None and owner not in inside and not self.config.inside(module):
+            self._wrong(
+                key,
+                f"'{module}' is adapted, so PEFT would ignore it: lora.peft.load(..., "
+                f"rename={{r'{re.escape(name)}$': '{inside[0]}.{last}'}})",
+            )
+        elif inside is None and plain != name and self.config.passed_over(module):
+            self._wrong(
+                key,
+                f"'{module}' is not adapted, so PEFT would ignore it; expected '{PREFIX}{plain}'",
+            )
+        elif name.endswith(".base_layer.weight"):
             tables.append(Table(plain, shape, key))
         elif plain in values:
             self._wrong(key, f"'{plain}' is there twice")

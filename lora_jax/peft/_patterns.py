@@ -8,6 +8,7 @@ linear time.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import warnings
@@ -205,6 +206,23 @@ def endings(name: str) -> Iterator[str]:
     for i, c in enumerate(name):
         if c == ".":
             yield name[i + 1 :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """Modules that a setting means: by an expression for the whole name, or by ends of names.
+
+    >>> "layers.0.q_proj" in Modules(frozenset(["q_proj"])), "q_proj" in Modules(frozenset())
+    (True, False)
+    """
+
+    names: frozenset[str]
+    expression: SafePattern | None = None
+
+    def __contains__(self, module: str) -> bool:
+        if self.expression is not None:
+            return self.expression.fullmatch(module)
+        return any(end in self.names for end in endings(module))
 
 
 class Patterns:

@@ -23,8 +23,9 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._blocks import Block, LeafInfo, to_leaf
 from lora_jax.peft._file import DTYPES
-from lora_jax.peft._find import TABLE, Finder, is_head
+from lora_jax.peft._find import TABLE, Finder
 from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
+from lora_jax.peft._names import is_head
 from lora_jax.peft._orders import Orders
 from lora_jax.peft._safetensors import Base, Tensor, called, tied_tables
 

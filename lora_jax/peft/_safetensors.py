@@ -28,9 +28,8 @@ from lora_jax.peft._file import (
     read_json,
     reading,
     renamed,
-    writing,
 )
-from lora_jax.peft._files import replacing
+from lora_jax.peft._files import replacing, writing
 
 INDEX = "model.safetensors.index.json"
 

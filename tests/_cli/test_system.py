@@ -22,7 +22,7 @@ import lora_jax as lora
 from lora_jax._cli.flags import in_flags
 from lora_jax._cli.torch_adapter import narrow, norm, open_torch
 from lora_jax._core.paths import nest
-from lora_jax.peft._file import partial
+from lora_jax.peft._files import partial
 
 
 def assert_good(args, kind, details):
@@ -311,6 +311,29 @@ def test_settings_of_a_newer_peft_are_kept(tmp_path):
 FORMATS = sorted(p for p in (g.GOLDEN.parent / "formats").iterdir() if p.is_dir())
 
 
+SIGNS = "\x1b[2J\n\ud800\u202e\x00"
+
+
+@pytest.mark.parametrize("setting", ["task_type", f"new{SIGNS}", "base_model_name_or_path"])
+def test_signs_that_no_terminal_is_to_see(tmp_path, setting):
+    """Of a stranger's settings, and of paths that are no text: printed, and escaped."""
+    said = SIGNS if not setting.startswith("new") else "none"
+    written(tmp_path / "a", pair("q", 6, 4), **{setting: said})
+    odd = tmp_path / os.fsdecode(b"b\xff\n")
+    for args in (
+        ("inspect", tmp_path / "a"),
+        ("combine", odd, tmp_path / "a"),
+        ("diff", tmp_path / "a", odd),
+        ("inspect", odd / "none"),
+    ):
+        done = damage_cli.CliRunner().invoke(damage_cli.app, [*map(str, args)])
+        assert done.exit_code in (0, 1) and isinstance(done.exception, SystemExit | None), args
+        lines = (done.stdout + done.stderr).split("\n")
+        assert all(line.isprintable() for line in lines), lines
+    said = run("inspect", tmp_path / "a")
+    assert r"\x1b[2J\n\ud800\u202e\x00" in said.splitlines()[-1]
+
+
 def test_messages_name_flags_that_there_are(tmp_path):
     """Of adapters of all kinds: what is asked for is a flag of some command, not a call of Python."""
     flags = {o for c in COMMANDS.values() for p in c.params for o in p.opts}
@@ -355,6 +378,7 @@ def test_numbers_of_combine(tmp_path):
     text = run(*args, "--energy", 2, code=1)
     assert "found --energy 2.0: --rank 8 or --energy 0.95" in text
     assert "found --rank 0: --rank 8" in run(*args, "--rank", 0, code=1)
+    run(*args, "--rank", 10**30, code=2)
     run(*args, "--method", "dare", "--rank", 2, "--density", 0, code=2)
     run(*args, "--method", "other", code=2)
 

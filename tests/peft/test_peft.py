@@ -511,7 +511,7 @@ def test_what_peft_would_ignore_is_an_error(tmp_path):
     a = np.ones((3, 10), np.float32)
     at = "base_model.model.head."
     extra = {at + "lora_A.weight": a, at + "lora_B.weight": np.ones((6, 3), np.float32)}
-    with fails("target_modules does not include 'head'"):
+    with fails("target_modules leaves 'head' out"):
         loaded("net_bias_all", changed(tmp_path, "net_bias_all", {}, extra))
     with fails("expected a name that begins with 'base_model.model.'"):
         loaded("net_bias_all", changed(tmp_path / "b", "net_bias_all", {}, {"lin.x": a}))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import warnings
 
 import golden_models as g
@@ -16,7 +17,7 @@ from test_peft import changed, delta, loaded, pair, stored, written
 
 import lora_jax as lora
 from lora_jax.peft._file import open_adapter
-from lora_jax.peft._find import WRAPPERS
+from lora_jax.peft._names import WRAPPERS
 
 PARTS = ["vision_tower", "text_encoder", "decoder", "encoder", "draft_model", "student", "audio"]
 
@@ -222,6 +223,66 @@ def test_a_setting_of_a_newer_peft(tmp_path, value, passes):
         loaded("net_lora", folder, ignore=["newer"])
     lora.peft.save(tmp_path / "out", found.adapters, found.mapping, config=found.unknown)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["newer"] == value
+
+
+# What PEFT would pass over is refused, and the call that the message gives takes it
+
+Q = pair("layers.0.q", 6, 4)
+LEFT_OUT = {
+    "target_modules": (Q, {"target_modules": ["k"]}),
+    "exclude_modules": (Q, {"exclude_modules": r"layers\.0\..*"}),
+    "modules_to_save": (Q | {"layers.0.norm.weight": np.ones(4, "f4")}, {"modules_to_save": ["0"]}),
+    "layers_to_transform": (Q, {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    "no weight": ({k.removesuffix(".weight"): v for k, v in Q.items()}, {}),
+    "base_layer": (Q | {"layers.0.q.bias": np.ones(4, "f4")}, {"bias": "all"}),
+    "tokens": (Q, {"trainable_token_indices": {"emb": [1]}}),
+    "saved": (Q, {"modules_to_save": ["head"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_peft_would_pass_over(tmp_path, case):
+    tensors, settings = LEFT_OUT[case]
+    folder = written(tmp_path / "a", tensors, **settings)
+    q = {"kernel": jnp.zeros((6, 4)), "bias": jnp.zeros(4)}
+    params = {"layers": {"0": {"q": q, "norm": {"scale": jnp.ones(4)}}}}
+    with pytest.raises(lora.LoRAError, match=r"PEFT|none of its tensors") as error:
+        lora.peft.load(folder, params)
+    given = re.search(r"lora\.peft\.load\(\.\.\., (.*)\)$", str(error.value))
+    found = lora.peft.load(folder, params, **eval(f"dict({given[1]})"))
+    merged = lora.merge(params, found.adapters)["layers"]["0"]["q"]
+    np.testing.assert_allclose(merged["kernel"], delta(Q, "layers.0.q").T, rtol=1e-6)
+    assert merged["bias"].any() == (case == "base_layer")
+
+
+def test_a_bias_of_an_update(tmp_path):
+    """Without lora_bias PEFT has none; with it the file may lack it, as of a Linear without one."""
+    bias = {"q.lora_B.bias": np.ones(4, "f4")}
+    params = {"q": {"kernel": jnp.zeros((6, 4)), "bias": jnp.zeros(4)}}
+    folder = written(tmp_path / "a", pair("q", 6, 4) | bias)
+    with fails("'q' also has b_bias; PEFT would ignore it: set lora_bias in adapter_config.json"):
+        lora.peft.load(folder, params)
+    for tensors in ({}, bias):
+        folder = written(tmp_path / str(len(tensors)), pair("q", 6, 4) | tensors, lora_bias=True)
+        merged = lora.merge(params, lora.peft.load(folder, params).adapters)
+        assert merged["q"]["bias"].tolist() == [2.0 * len(tensors)] * 4
+
+
+def test_what_velora_keeps_for_training_is_passed_over(tmp_path):
+    embed = {"q.lora_velora_embed": np.ones(3, "f4")}
+    settings = {"velora_config": {"num_groups": 2, "init_type": "random", "scale": 1.0}}
+    params = {"q": {"kernel": jnp.zeros((6, 4))}}
+    found = lora.peft.load(written(tmp_path / "a", pair("q", 6, 4) | embed, **settings), params)
+    want = lora.peft.load(written(tmp_path / "b", pair("q", 6, 4)), params)
+    jax.tree.map(np.testing.assert_array_equal, found.adapters, want.adapters)
+
+
+def test_an_attention_whose_out_proj_is_transposed(tmp_path):
+    settings = json.loads((g.folder("mha") / "adapter_config.json").read_text())
+    folder = shutil.copytree(g.folder("mha"), tmp_path / "a")
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"fan_in_fan_out": True}))
+    with fails(r"which PEFT then adds transposed.*ignore=\['fan_in_fan_out'\]"):
+        loaded("mha", folder)
 
 
 # Added tokens, and stacks

@@ -21,8 +21,8 @@ from test_peft_kinds import tree_of
 
 import lora_jax as lora
 from lora_jax._core.paths import flatten, nest
-from lora_jax.peft._config import OTHERS
 from lora_jax.peft._file import TENSORS
+from lora_jax.peft._settings import OTHERS
 
 FOLDER = g.GOLDEN.parent / "formats"
 DELTAS = sorted(
@@ -378,7 +378,7 @@ DAMAGES = [
     ("loha", {"alpha": "x"}, None, "alpha: expected a number"),
     ("loha", {"r": 5}, None, "the configuration says 5"),
     ("loha", {"new": 1}, None, "'new' is not a setting of PEFT"),
-    ("loha", {"target_modules": ["a"]}, None, "target_modules does not include 'lin'"),
+    ("loha", {"target_modules": ["a"]}, None, "target_modules leaves 'lin' out"),
     ("loha", {"peft_type": "BOFT"}, None, "peft_type='BOFT', expected one of LORA"),
     ("loha", {"peft_type": "LOKR"}, None, "no leaf of that name|tensors that cannot be used"),
     ("loha", None, drop("lin.hada_w1_b"), "'lin': lacks hada_w1_b"),

@@ -4,6 +4,7 @@ import itertools
 import re
 import warnings
 
+import peft_by_hand
 import pytest
 from common import fails
 from hypothesis import given
@@ -33,10 +34,42 @@ def test_the_first_pattern_that_ends_the_name(keys, parts):
 @given(st.lists(NAMES.map(".".join), max_size=4), NAMES.map(".".join))
 def test_ends_of_names(entries, name):
     config = peft_config({"target_modules": entries, "target_parameters": entries}, "config")
-    assert config.targeted(name) == any(name == t or name.endswith("." + t) for t in entries)
+    assert (config.passed_over(name) is None) == any(
+        name == t or name.endswith("." + t) for t in entries
+    )
     inside = [t.rpartition(".")[2] for t in entries]
     want = [p for t, p in zip(entries, inside) if f".{name}.{p}".endswith("." + t)]
     assert config.parameters_of(name) == tuple(dict.fromkeys(want))
+
+
+PARTS = st.lists(st.sampled_from(["m", "h", "q", "0", "1"]), min_size=1, max_size=5)
+MODULES = PARTS.map(".".join)
+LISTS = st.lists(MODULES, max_size=2)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"target_modules": LISTS | st.just("all-linear") | st.just(".*q")},
+        optional={
+            "exclude_modules": LISTS | st.sampled_from([".*", "m.*", ""]),
+            "modules_to_save": LISTS | st.just(["h.[01]"]),
+            "layers_to_transform": st.sampled_from([0, 1, [1], [], [0, 1]]),
+            "layers_pattern": st.sampled_from(["h", ["h", "m"], [], "", "m.h"]),
+        },
+    ),
+    MODULES,
+)
+def test_which_modules_peft_adapts(settings, name):
+    """As peft.tuners.tuners_utils.check_target_module_exists."""
+    if isinstance(settings["target_modules"], str):
+        settings.pop("layers_to_transform", None)  # PEFT refuses the two together
+    found = peft_config(settings, "config").passed_over(name)
+    assert (found is None) == peft_by_hand.taken(settings, name)
+
+
+def test_layers_beside_an_expression():
+    with fails("layers_to_transform: expected a list of target_modules beside it"):
+        peft_config({"target_modules": ".*q", "layers_to_transform": [1]}, "config")
 
 
 ATOMS = [*"ab.1^$-{}]é", "\n", "ab", "q_a", "", *r"\. a\.b \w \D \s \b \B \A \Z \x61 \0 \(".split()]

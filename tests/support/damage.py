@@ -23,8 +23,8 @@ from damage_work import Work
 from hypothesis import strategies as st
 from test_peft import MODELS
 
-from lora_jax.peft._config import OTHERS
 from lora_jax.peft._file import CONFIG, TENSORS
+from lora_jax.peft._settings import OTHERS
 
 STAGES: list[dict] = [{}, {}, {}, {}]  # tensors and settings, header, bytes, files
 

@@ -25,6 +25,28 @@ def first(pattern, name, default):
     return next((pattern[k] for k in keys), default)
 
 
+def taken(config, module):
+    """Whether PEFT makes a LoRA of a module, by its own expressions."""
+    listed = lambda x: module == x or module.endswith("." + x)
+    out, targets = config.get("exclude_modules") or [], config.get("target_modules")
+    if re.fullmatch(out, module) if isinstance(out, str) else any(map(listed, out)):
+        return False
+    saved = config.get("modules_to_save") or []
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in saved):
+        return False
+    if targets is None or targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    layers, names = config.get("layers_to_transform"), config.get("layers_pattern") or []
+    if module in targets or not any(map(listed, targets)) or layers in (None, []):
+        return any(map(listed, targets))
+    ways = [names] if isinstance(names, str) else names
+    ways = [rf"(?:^|.*?\.){n}\.(\d+)\." for n in ways] or [r".*?\.[^.]*\.(\d+)\."]
+    hit = next((h for w in ways if (h := re.match(w, module))), None)
+    return hit is not None and int(hit[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
 def scale(config, module, rank):
     alpha = config.get("lora_alpha")
     alpha = first(config.get("alpha_pattern"), module, 8 if alpha is None else alpha)
@@ -41,7 +63,8 @@ def weights(name, folder):
     found = {}
     for key, value in g.tensors(folder / "adapter_model.safetensors").items():
         key = re.sub(r"(lora_\w+|trainable_tokens_delta)\.default\b", r"\1", key)
-        key = re.sub(r"(\.lora_[AB])$", r"\1.weight", key)  # AdaLoRA leaves it out
+        if config.get("peft_type") == "ADALORA":  # which leaves it out
+            key = re.sub(r"(\.lora_[AB])$", r"\1.weight", key)
         found[key.replace(PREFIX, "")] = value.astype(np.float64)  # twice is read as once
     for key, value in found.items():
         module, _, tail = key.partition(".lora_")
@@ -49,6 +72,9 @@ def weights(name, folder):
             b = found[f"{module}.lora_{tail.replace('A', 'B')}"]
             e = found.get(f"{module}.lora_E")
             m = found.get(f"{module}.lora_magnitude_vector")
+            plain = re.sub(r"\.base_layer(\.out_proj)?", "", module)
+            if not config.get("target_parameters") and not taken(config, plain):
+                raise ValueError(f"PEFT passes {plain} over")
             low_rank(out, config, module, value if e is None else value * e, b, tail, m)
         elif key.endswith(".token_adapter.trainable_tokens_delta"):
             tokens = config["trainable_token_indices"]
@@ -57,9 +83,15 @@ def weights(name, folder):
             out[module + ".weight"][index] = value
         elif not tail and not re.search("modules_to_save|original_module", key):
             plain = key.replace(".base_layer", "")
+            if (plain == key) and any(
+                k.startswith(plain.rpartition(".")[0] + ".lora_") for k in found
+            ):
+                raise ValueError(f"PEFT passes {key} over")
             out[plain] = in_full(value, out[plain].shape)
     for key, value in found.items():  # on top of a bias that was saved in full
         if key.endswith(".lora_B.bias"):
+            if not config.get("lora_bias"):
+                raise ValueError(f"PEFT passes {key} over")
             module = key.removesuffix(".lora_B.bias")
             rank = found[module + ".lora_A.weight"].shape[0]
             out[f"{module}.bias"] += scale(config, module, rank) * value
