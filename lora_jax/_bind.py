@@ -16,7 +16,7 @@ from lora_jax._core.placement import check_placed
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node, is_node
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
-from lora_jax._quantized.weight import is_quantized
+from lora_jax._quantized.waiting import is_waiting
 
 if TYPE_CHECKING:
     import chex
@@ -63,7 +63,7 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
 
     def leaf(path: str, base: Any) -> Any:
         node = nodes.get(path)
-        if node is None and is_quantized(base):
+        if node is None and is_waiting(base):
             # Without a node it is still no array: the interpreter reads it at each product.
             return Coded(base, origin=path, axes=own_axes(base))
         if node is None:
