@@ -17,7 +17,7 @@ from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node, is_node
 from lora_jax._nodes.tokens import remembered
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
-from lora_jax._quantized.weight import is_quantized
+from lora_jax._quantized.waiting import is_waiting
 
 if TYPE_CHECKING:
     import chex
@@ -64,7 +64,7 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
 
     def leaf(path: str, base: Any) -> Any:
         node = nodes.get(path)
-        if node is None and is_quantized(base):
+        if node is None and is_waiting(base):
             # Without a node it is still no array: the interpreter reads it at each product.
             return Coded(base, origin=path, axes=own_axes(base))
         if node is None:
@@ -76,12 +76,19 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
 
 
 def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
-    """{path: node} of adapters that were checked against the parameters."""
-    call = f"lora.{verb}(params, adapters), with adapters = lora.init(key, params, config)"
+    """{path: node} of adapters that were checked against the parameters.
+
+    Args:
+      verb: for messages: the call's name, "bind", or the call with "{params}" and "{adapters}".
+    """
+    verb = verb if "{" in verb else f"lora.{verb}({{params}}, {{adapters}})"
+    call = verb.format(params="params", adapters="adapters")
+    call += ", with adapters = lora.init(key, params, config)"
     if "_lora_options" in vars(type(params)):
         raise LoRAError(
             "this module holds its adapters, lora.attach made it: "
-            f"model, adapters = lora.detach(adapted), then lora.{verb}(model, adapters)"
+            "model, adapters = lora.detach(adapted), then "
+            + verb.format(params="model", adapters="adapters")
         )
     leaves = flatten(state_of(params), is_leaf=is_weight)
     bound = [p for p, x in leaves.items() if is_weight(x)]
@@ -105,6 +112,10 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
                 f"'{path}' is adapted, but the parameters have no such leaf; nearest: "
                 + ", ".join(nearest(path, leaves, 3))
             )
+        elif not hasattr(leaves[path], "shape"):
+            failures.append(f"'{path}' is a {type(leaves[path]).__name__}, no array")
+        elif not _is_of_arrays(node):
+            failures.append(f"the adapter of '{path}' holds what is no array")
         elif (problem := node.misfit(tuple(leaves[path].shape))) is not None:
             shapes = ", ".join(f"{n} {getattr(node, n).shape}" for n in node.dims)
             # Every array with one axis more or fewer: `choose` was forgotten, or was one too many.
@@ -120,15 +131,16 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
 
 def _corrected(flat: Mapping[str, Any], leaves: Mapping[str, Any], verb: str) -> str | None:
     """The call that was meant, where one is plain: another part of the tree, one of a stack."""
-    nodes = {p: n for p, n in flat.items() if is_node(n)}
-    if not any(p in leaves for p in nodes):
+    call = lambda params, adapters="adapters": verb.format(params=params, adapters=adapters)
+    nodes = {p: n for p, n in flat.items() if is_node(n) and _is_of_arrays(n)}
+    if nodes and not any(p in leaves for p in nodes):
         first = next(iter(nodes))
         # Adapters of "q/kernel", and a tree with "params/q/kernel".
         inside = [p.removesuffix(first) for p in leaves if p.endswith("/" + first)]
         for part in inside:
             if all(part + p in leaves for p in nodes):
                 keys = "".join(f'["{name}"]' for name in part.strip("/").split("/"))
-                return f"they are of a part of this tree: lora.{verb}(variables{keys}, adapters)"
+                return f"they are of a part of this tree: {call(f'variables{keys}')}"
         # Adapters of "params/q/kernel", and a tree with "q/kernel".
         for path in leaves:
             if first.endswith("/" + path):
@@ -137,22 +149,23 @@ def _corrected(flat: Mapping[str, Any], leaves: Mapping[str, Any], verb: str) ->
                     tree = "params"
                     for name in reversed(part.strip("/").split("/")):
                         tree = f'{{"{name}": {tree}}}'
-                    return (
-                        f"the adapters are of a tree that holds this one: lora.{verb}({tree}, "
-                        "adapters)"
-                    )
+                    return f"the adapters are of a tree that holds this one: {call(tree)}"
     more = {n.more_axes for n in nodes.values()}
     if more == {1}:
-        return (
-            "the adapters are stacked, choose one: "
-            f"lora.{verb}(params, lora.algebra.choose(adapters, 0))"
-        )
+        one = call("params", "lora.algebra.choose(adapters, 0)")
+        return f"the adapters are stacked, choose one: {one}"
     if more == {-1}:
         return (
             "one axis was taken of adapters that are not stacked: "
-            f"lora.{verb}(params, adapters), without lora.algebra.choose"
+            f"{call('params')}, without lora.algebra.choose"
         )
     return None
+
+
+def _is_of_arrays(node: Node) -> bool:
+    """Whether it is not what `jax.tree.map` made of a node: types, names, None."""
+    arrays = jax.tree.leaves(node)
+    return bool(arrays) and all(hasattr(x, "shape") for x in arrays)
 
 
 def _frozen(x: Any) -> Any:

@@ -428,6 +428,32 @@ def test_linen_methods():
     assert_close(lora.attach(only_up, strict=False).apply(bound, x), want)
 
 
+class Odd(nn.Module):
+    """Returns what is no array, and writes words."""
+
+    options: dict | None = None
+
+    @nn.compact
+    def __call__(self, x, name="odd"):
+        return {"y": nn.Dense(3, name="up")(x), "name": name, "none": None, "width": 3}
+
+    def words(self, x):
+        yield from (self(x, n) for n in ("a", "b"))
+
+
+@pytest.mark.parametrize("options", [None, {"a": [1]}])
+def test_what_a_linen_module_returns_need_be_no_array(options):
+    model, x = Odd(options), jnp.ones((2, WIDTH))
+    params = model.init(jax.random.key(0), x)["params"]
+    adapters = noisy(lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=2, targets="up")))
+    adapted, bound = lora.attach(model), {"params": lora.bind(params, adapters)}
+    plain = model.bind({"params": lora.merge(params, adapters)})
+    found = [adapted.apply(bound, x), *adapted.bind(bound).words(x)]
+    for y, want in zip(found, [plain(x), *plain.words(x)], strict=True):
+        assert_close(y.pop("y"), want.pop("y"))
+        assert y == want
+
+
 def test_a_linen_module_is_the_same_by_its_fields():
     model = MLP()
     bound, _, x = linen(model)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from lora_jax._adapt import Adapted
-from lora_jax._doors.subclass import Options, members, plain_class, reduced, subclass
+from lora_jax._doors.subclass import Options, Output, members, plain_class, reduced, subclass
 from lora_jax._nodes.weight import is_weight
 
 CALL = "lora.attach(module"
@@ -50,11 +50,15 @@ def _plain_apply(module: Any, variables: Any, args: tuple, kwargs: dict[str, Any
     return plain_class(module).apply(module, variables, *args, **kwargs)
 
 
-_plain_apply.__name__ = "apply"  # as an error calls it
+def _run(module: Any, variables: Any, args: tuple, kwargs: dict[str, Any]) -> Output:
+    return Output.of(_plain_apply(module, variables, args, kwargs))
+
+
+_run.__name__ = "apply"  # as an error calls it
 
 
 def _apply(options: Options) -> Any:
-    whole, part = (Adapted(_plain_apply, *options, part=p, made=CALL) for p in (False, True))
+    whole, part = (Adapted(_run, *options, part=p, made=CALL) for p in (False, True))
 
     @nn.nowrap
     @functools.wraps(nn.Module.apply, updated=())
@@ -65,10 +69,10 @@ def _apply(options: Options) -> Any:
         try:
             hash(self)
         except TypeError:  # no constant of the trace: each call is traced anew
-            fn = functools.wraps(_plain_apply)(functools.partial(_plain_apply, self))
+            fn = functools.wraps(_run)(functools.partial(_run, self))
             call = Adapted(fn, *options, part=call.part, made=CALL)
-            return call((variables, args, kwargs), {})
-        return call((self, variables, args, kwargs), {})
+            return call((variables, args, kwargs), {}).value()
+        return call((self, variables, args, kwargs), {}).value()
 
     return apply
 

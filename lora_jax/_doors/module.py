@@ -23,13 +23,13 @@ from lora_jax._core.nnx import holds_arrays, modules, owned, places, shared_copy
 from lora_jax._core.paths import nest
 from lora_jax._doors.subclass import (
     Options,
+    Output,
     members,
     options_of,
     plain_class,
     reduced,
     subclass,
 )
-from lora_jax._interpret.trace import is_array
 from lora_jax._nodes.node import Node
 
 SLOTS, MASKS = "lora_slots", "lora_masks"  # the attributes of an attached module
@@ -187,24 +187,3 @@ def _call(call: Adapted, module: Any, args: tuple, kwargs: dict[str, Any]) -> An
     masks = vars(module).get(MASKS)
     bound = bind(plain, nest(nodes), dropout_key=None if masks is None else masks.key())
     return call((bound, *args), kwargs).value()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """What a method returns: arrays, and anything else, which is a constant of the trace."""
-
-    arrays: list
-    constants: tuple = dataclasses.field(metadata=dict(static=True))  # None for an array
-    structure: Any = dataclasses.field(metadata=dict(static=True))
-
-    @classmethod
-    def of(cls, tree: Any) -> Output:
-        leaves, structure = jax.tree.flatten(tree)
-        arrays = [x for x in leaves if is_array(x)]
-        return cls(arrays, tuple(None if is_array(x) else x for x in leaves), structure)
-
-    def value(self) -> Any:
-        arrays = iter(self.arrays)
-        leaves = [next(arrays) if x is None else x for x in self.constants]
-        return jax.tree.unflatten(self.structure, leaves)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax._interpret.trace import is_array
 
 
 class Options(NamedTuple):
@@ -69,5 +74,27 @@ def members(cls: type, above: type) -> Iterator[tuple[str, Any]]:
         if isinstance(value, property):
             yield name, value
         elif callable(value) and not isinstance(value, type | staticmethod | classmethod):
-            if not (inspect.isgeneratorfunction(value) or inspect.iscoroutinefunction(value)):
+            own = inspect.unwrap(value)  # within what Flax puts around it
+            if not (inspect.isgeneratorfunction(own) or inspect.iscoroutinefunction(own)):
                 yield name, value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a method returns: arrays, and anything else, which is a constant of the trace."""
+
+    arrays: list
+    constants: tuple = dataclasses.field(metadata=dict(static=True))  # None for an array
+    structure: Any = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def of(cls, tree: Any) -> Output:
+        leaves, structure = jax.tree.flatten(tree)
+        arrays = [x for x in leaves if is_array(x)]
+        return cls(arrays, tuple(None if is_array(x) else x for x in leaves), structure)
+
+    def value(self) -> Any:
+        arrays = iter(self.arrays)
+        leaves = [next(arrays) if x is None else x for x in self.constants]
+        return jax.tree.unflatten(self.structure, leaves)

@@ -23,8 +23,7 @@ from lora_jax._core.keys import path_key
 from lora_jax._core.placement import near
 from lora_jax._nodes.node import Node
 from lora_jax._nodes.weight import AdaptedWeight, own_axes
-from lora_jax._quantized.waiting import value
-from lora_jax._quantized.weight import is_quantized
+from lora_jax._quantized.waiting import is_waiting, value
 
 if TYPE_CHECKING:
     import chex
@@ -192,7 +191,7 @@ class DoRA(LowRank):
     def empty(self, nodes: Sequence[Any], rank: int | None, base: Any) -> DoRA:
         like = super().empty(nodes, rank, base)
         # With m = ‖W‖ the slot changes nothing.
-        m = norms(like, base if is_quantized(base) else jnp.asarray(base)).astype(like.a.dtype)
+        m = norms(like, base if is_waiting(base) else jnp.asarray(base)).astype(like.a.dtype)
         return dataclasses.replace(like, magnitude=m)
 
     def fitted(self, like: DoRA) -> DoRA:
@@ -304,7 +303,7 @@ class Rows(Node):
         index = jnp.asarray(self.index)
         one_hot = jnp.zeros((self.length, len(self.index)), self.value.dtype)
         one_hot = one_hot.at[index, jnp.arange(len(self.index))].set(1)
-        rows = base.at_rows(index) if is_quantized(base) else rows_of(base, index)
+        rows = base.at_rows(index) if is_waiting(base) else rows_of(base, index)
         # W + one_hot·(value − W[index]): these rows are `value`, all others W.
         change = self.value - jax.lax.stop_gradient(rows).astype(self.value.dtype)
         return AdaptedWeight(

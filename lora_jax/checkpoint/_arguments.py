@@ -33,8 +33,8 @@ def refuse_variables(base: Fingerprint, wanted: Iterable[str]) -> None:
 
 def step_number(step: Any) -> int:
     try:
-        # Also NumPy's and JAX's integers, and no floats.
-        number = operator.index(step)
+        # Also NumPy's and JAX's integers, and no floats. A bool is an index, and no step.
+        number = -1 if isinstance(step, bool) else operator.index(step)
     except TypeError:
         number = -1
     if number < 0:
@@ -43,18 +43,27 @@ def step_number(step: Any) -> int:
 
 
 def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float] | None:
+    if metrics is None:
+        return None
     try:
-        return None if metrics is None else {str(k): float(v) for k, v in metrics.items()}
-    except (TypeError, ValueError, AttributeError):
+        return _unique([(str(k), float(v)) for k, v in metrics.items()])
+    except (TypeError, ValueError, AttributeError, OverflowError):
         raise LoRAError(f"metrics={metrics!r}: expected numbers, {{'loss': 0.5}}") from None
 
 
 def as_json(data: Any) -> Any:
     """What JSON gives back of `data`."""
     try:
-        return json.loads(json.dumps(data))
-    except (TypeError, ValueError) as e:
+        return json.loads(json.dumps(data), object_pairs_hook=_unique)
+    except (TypeError, ValueError, RecursionError) as e:
         raise LoRAError(
-            f"data cannot be saved as JSON ({e}); expected numbers, strings, lists and dicts, "
-            f"found {data!r}; arrays and keys go into state="
+            f"data cannot be saved as JSON ({e}); expected numbers, strings, lists and dicts; "
+            "arrays and keys go into state="
         ) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("two keys of a dict are one as text, such as 1 and '1'")
+    return found

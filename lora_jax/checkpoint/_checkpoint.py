@@ -59,6 +59,7 @@ from lora_jax.parallel._shardings import shardings
 from lora_jax.parallel._state_shardings import state_shardings
 
 SAVE = "lora.checkpoint.save(manager, step, adapters, base=params, config=config, state=opt_state)"
+SAVE_OF = "lora.checkpoint.save(manager, step, {adapters}, base={params})"
 
 
 RESTORE = "lora.checkpoint.restore(manager, adapters, base=params, config=config, state=opt_state)"
@@ -164,7 +165,9 @@ def save(
     # Without values: every call is checked, and few of them save.
     shapes = base if isinstance(base, Fingerprint) else fingerprint(base, content=False)
     refuse_variables(shapes, flatten(adapters, is_leaf=is_node))
-    adapter_nodes(_shapes(shapes), adapters, "save")
+    if not shapes.leaves:
+        raise LoRAError(f"expected parameters as the base, found a {type(base).__name__}: {SAVE}")
+    adapter_nodes(_shapes(shapes), adapters, SAVE_OF)
     if config is not None:
         raise_all(
             "the configuration is not that of these adapters:",

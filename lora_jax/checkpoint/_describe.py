@@ -143,7 +143,7 @@ def another_config(config: LoRAConfig, adapters: Any) -> list[str]:
 def other_config(
     record: Mapping[str, Any], config: LoRAConfig | Targets | None, grow: bool
 ) -> list[str]:
-    if config is None or record["config"] is None:
+    if config is None:
         return []
     # By way of JSON, as the saved one went: tuples are lists on both sides.
     mine = json.loads(json.dumps(config_to_json(as_config(config))))
@@ -151,6 +151,6 @@ def other_config(
     ignored = ("rank", "alpha", "rules", "init") if grow else ()
     return [
         f"config: {name}={value!r} was saved, found {mine.get(name)!r}"
-        for name, value in record["config"].items()
+        for name, value in (record["config"] or {}).items()
         if mine.get(name) != value and name not in ignored
     ]

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax._core.errors import LoRAError
+from lora_jax._core import compat
+from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import is_module
 from lora_jax._core.paths import flatten
 from lora_jax._quantized.weight import is_quantized
@@ -150,9 +151,21 @@ def _arrays(path: str, x: Any) -> list[tuple[str, Any]]:
 
 def checksums(flat: Mapping[str, Any]) -> dict[str, str]:
     """{path: 64 bits in hex} of arrays; all are started before the first is waited for."""
+    if compat.staging():
+        raise LoRAError("this reads the values of arrays: call it outside of jax.jit")
+    raise_all(
+        "these arrays have been donated or deleted:",
+        (f"'{p}'" for p, x in flat.items() if is_gone(x)),
+        "pass what the step returned in their place",
+    )
     # Dispatch is asynchronous: the second line waits, this one does not.
     sums = {p: _checksum(_summable(x)) for p, x in flat.items()}
     return {p: "".join(f"{int(n):08x}" for n in np.asarray(x)) for p, x in sums.items()}
+
+
+def is_gone(x: Any) -> bool:
+    concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return concrete and x.is_deleted()
 
 
 def _summable(x: Any) -> Any:
@@ -193,8 +206,9 @@ def _words(x: jax.Array) -> jax.Array:
     if small and x.dtype.itemsize <= 4:
         # One to one: negative numbers wrap.
         return x.astype(jnp.uint32)
-    width = min(8 * x.dtype.itemsize, 32)
-    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+    # In words of 32 bits; of a type with less, such as float4_e2m1fn, in words of its own.
+    bits = jnp.finfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.floating) else 32
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{min(bits, 32)}")).astype(jnp.uint32)
 
 
 def _index(shape: tuple[int, ...]) -> jax.Array:

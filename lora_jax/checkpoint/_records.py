@@ -6,6 +6,7 @@ be one file and one of them lost; here dots are escaped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Set
 from typing import Any, TypeGuard
 
@@ -17,7 +18,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.node import is_node
 from lora_jax.checkpoint._describe import node_to_json
-from lora_jax.checkpoint._fingerprint import checksums
+from lora_jax.checkpoint._fingerprint import checksums, is_gone
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -48,15 +49,14 @@ def recorded(tree: Any, what: str) -> tuple[dict[str, dict], dict[str, Any]]:
     for path, x in named(tree).items():
         if _is_plain(x):
             entries[path] = {"value": x}
-        elif isinstance(x, jax.Array | np.ndarray | np.generic) and _is_storable(x):
+        elif _is_storable(x):
             entries[path] = {"array": _type(x)}
             if _is_key(x):
                 entries[path]["key"] = str(jax.random.key_impl(x))
             # A typed key is written as its words, uint32.
             arrays[path] = jax.random.key_data(x) if _is_key(x) else _own(x)
         else:
-            kind = f"{x.dtype}{x.shape}" if hasattr(x, "dtype") else type(x).__name__
-            failures.append(f"{what}: '{path}' is {kind}")
+            failures.append(f"{what}: '{path}' is {_kind(x)}")
     raise_all(
         "these leaves cannot be saved:",
         failures,
@@ -79,12 +79,15 @@ def differences(
     lines += [f"{what}: '{p}' was not saved" for p in wanted.keys() - entries.keys()]
     for path in wanted.keys() & entries.keys():
         entry, x = entries[path], wanted[path]
+        if not _is_plain(x) and not hasattr(x, "dtype"):
+            lines.append(f"{what}: '{path}' was saved as {_said(entry)}, found {_kind(x)}")
+            continue
         mine = {"value": x} if _is_plain(x) else {"array": _type(x)}
         if "value" in entry and "value" in mine:
             same = type(entry["value"]) is type(x)
         elif "value" in entry or "value" in mine:
             # A step count may be Python's number in one tree and an array of one in the other.
-            same = _is_number(entry) and _is_number(mine)
+            same = _number(entry) == _number(mine) is not None and _holds(mine, entry)
         elif growing is None:
             same = True
         else:
@@ -103,8 +106,8 @@ def other_nodes(described: Mapping[str, Any], adapters: Any, growing: Set[str]) 
     for path, node in flatten(adapters, is_leaf=is_node).items():
         if not is_node(node):
             lines.append(f"adapters: '{path}' is a {type(node).__name__}, not an adapter")
-        # Otherwise `differences` says so.
-        elif path in described:
+        # Otherwise, as where it holds what is no array, `differences` says so.
+        elif path in described and all(hasattr(x, "dtype") for x in jax.tree.leaves(node)):
             mine, theirs = node_to_json(node), described[path]
             aside = ("a", "b", "scale") if path in growing else ()
             odd = {k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)}
@@ -180,9 +183,16 @@ def _type(x: Any) -> list:
     return [str(x.dtype), list(x.shape)]
 
 
+def _kind(x: Any) -> str:
+    if not hasattr(x, "dtype"):
+        return type(x).__name__
+    why = ", traced: save outside of jax.jit" if isinstance(x, jax.core.Tracer) else ""
+    return f"{x.dtype}{tuple(x.shape)}{', donated or deleted' if is_gone(x) else why}"
+
+
 def _is_plain(x: Any) -> bool:
-    """Whether a leaf is kept as JSON. (NumPy's float64 is a float of Python's, and is not.)"""
-    return isinstance(x, bool | int | float | str) and not isinstance(x, np.generic)
+    """Whether a leaf is kept as JSON: an enum, or NumPy's float64, would come back as another."""
+    return type(x) in (bool, int, float, str)
 
 
 def _said(entry: Mapping) -> str:
@@ -196,10 +206,18 @@ def _is_key(x: Any) -> TypeGuard[jax.Array]:
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+# Of JAX's and NumPy's types those that files have a name for.
+_STORABLE = re.compile(r"bool|u?int(8|16|32|64)|int[24]|b?float(8_\w+|16|32|64)|complex(64|128)")
+
+
 def _is_storable(x: Any) -> bool:
+    if not isinstance(x, jax.Array | np.ndarray | np.generic) or isinstance(x, jax.core.Tracer):
+        return False
     if _is_key(x):
-        return x.size > 0
-    return x.dtype == np.bool_ or jnp.issubdtype(x.dtype, np.number)
+        return x.size > 0 and not is_gone(x)
+    # A mask would be lost.
+    masked = isinstance(x, np.ma.MaskedArray)
+    return not masked and _STORABLE.fullmatch(str(x.dtype)) is not None
 
 
 def _own(x: Any) -> Any:
@@ -217,7 +235,8 @@ def _leaf(entry: Mapping, value: Any, like: Any, axis: int | None, keep: bool) -
         return jnp.asarray(value) if where is None else jax.device_put(value, where)
     # It has no elements.
     if value is None:
-        return like if isinstance(like, jax.Array) else jnp.zeros(like.shape, like.dtype)
+        abstract = isinstance(like, jax.ShapeDtypeStruct)
+        return jnp.zeros(like.shape, like.dtype, device=like.sharding) if abstract else like
     if "key" in entry:
         return jax.random.wrap_key_data(jnp.asarray(value), impl=entry["key"])
     on_host = isinstance(like, np.ndarray | np.generic)
@@ -243,11 +262,22 @@ def _padded(value: Any, like: Any, axis: int, keep: bool) -> Any:
     return jax.jit(pad, out_shardings=placement(like))(value, like)
 
 
-def _is_number(entry: Mapping) -> bool:
-    """Whether it is a number, or an array of one: either may be read as the other."""
+def _number(entry: Mapping) -> type | None:
+    """int or float of a number, or of an array of one: either may be read as the other."""
     if "value" in entry:
-        return isinstance(entry["value"], int | float) and not isinstance(entry["value"], bool)
-    return entry["array"][1] == [] and "key" not in entry
+        return {int: int, float: float}.get(type(entry["value"]))
+    if entry["array"][1] != [] or "key" in entry:
+        return None
+    dtype, kinds = jnp.dtype(entry["array"][0]), {int: jnp.integer, float: jnp.floating}
+    return next((t for t, kind in kinds.items() if jnp.issubdtype(dtype, kind)), None)
+
+
+def _holds(mine: Mapping, entry: Mapping) -> bool:
+    """Whether an array of integers has room for a saved one."""
+    if "value" in mine or _number(entry) is float:
+        return True
+    info = jnp.iinfo(mine["array"][0])
+    return info.min <= entry["value"] <= info.max
 
 
 def _fits(saved: list[int], wanted: list[int], axis: int | None) -> bool:

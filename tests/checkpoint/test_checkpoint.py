@@ -1,6 +1,8 @@
 """Saved = restored, to the bit and wherever; and whatever is not what was saved is one clear error."""
 
 import dataclasses
+import enum
+import functools
 import json
 import os
 import random
@@ -564,6 +566,93 @@ def test_saving_what_cannot_be_saved(tmp_path, call, match):
     with manager(tmp_path) as m, fails(match):
         call(m, adapters)
     assert contents(tmp_path) == before
+
+
+class Mode(enum.IntEnum):
+    ON = 1
+
+
+DELETED = jax.random.key(0)
+DELETED.delete()
+NO_FILE = {
+    "enum": Mode.ON,  # a number would come back
+    "order": np.ones(2, np.dtype("f4").newbyteorder()),
+    "masked": np.ma.masked_array([1.0, 2.0], [0, 1]),
+    "long": np.ones(2, np.longdouble),
+    "uint4": np.ones(2, "uint4"),
+    "float4": jnp.ones(2, "float4_e2m1fn"),
+    "complex": 1j,
+    "donated": DELETED,
+    "object": np.array([None]),
+}
+
+
+def test_what_no_file_holds(tmp_path):
+    """Refused before it is written, by name: none comes back as something else."""
+    adapters, _ = trained()
+    gone = jnp.ones((16, 32))
+    gone.delete()
+    save, print_of = lora.checkpoint.save, lora.checkpoint.fingerprint
+    with manager(tmp_path) as m:
+        with fails("(?s)" + ".*".join(f"state: '{name}' is" for name in sorted(NO_FILE))):
+            save(m, 1, adapters, base=PARAMS, state=NO_FILE)
+        with fails("(?s)have been donated or deleted:.*'up/kernel'"):
+            save(m, 1, adapters, base={**PARAMS, "up": {**PARAMS["up"], "kernel": gone}})
+        for call in (
+            lambda: jax.jit(lambda ad: save(m, 1, ad, base=PARAMS))(adapters),
+            lambda: jax.jit(lambda base: save(m, 1, adapters, base=base))(PARAMS),
+            lambda: jax.jit(lambda: print_of(PARAMS).content)(),
+        ):
+            with fails("(save|call it) outside of jax.jit"):
+                call()
+        for data, metrics, step, match in (
+            ({1: "a", "1": "b"}, None, 1, "two keys of a dict are one as text"),
+            (nested(10**5), None, 1, "data cannot be saved as JSON .*recursion"),
+            (None, {1: 1, "1": 2}, 1, "expected numbers"),
+            (None, {"loss": 10**400}, 1, "expected numbers"),
+            (None, None, True, "step=True: expected an integer"),
+        ):
+            with fails(match):
+                save(m, step, adapters, base=PARAMS, data=data, metrics=metrics)
+        for base in (None, 5):
+            with fails("expected parameters as the base, found a (NoneType|int): lora.checkpoint"):
+                save(m, 1, adapters, base=base)
+        for nothing in (None, 1.0, "a"):
+            with fails("the adapter of 'down/kernel' holds what is no array"):
+                save(m, 1, jax.tree.map(lambda x, y=nothing: y, adapters), base=PARAMS)
+        with fails(r"lora.checkpoint.save\(manager, step, adapters, base=variables\[\"m\"\]\)"):
+            save(m, 1, adapters, base={"m": PARAMS})
+        assert m.latest_step() is None
+
+
+def nested(depth):
+    return functools.reduce(lambda x, _: [x], range(depth), 0)
+
+
+def test_numbers_are_read_as_others_where_nothing_is_lost(tmp_path):
+    zero = lambda dtype: jnp.zeros((), dtype)
+    state = {"f": 1.5, "i": 7, "big": 2**40, "neg": -1, "af": jnp.array(1.5), "ai": jnp.array(7)}
+    saved(tmp_path, state=state)
+    restored = lambda like: lora.checkpoint.restore(tmp_path, make(), base=PARAMS, state=like)
+    fits = {"f": zero("float32"), "i": zero("int8"), "big": 0, "neg": 0, "af": 0.0, "ai": 0}
+    assert restored(fits).state == {**state, "af": 1.5, "ai": 7}
+    for name, like in (
+        ("f", zero("int32")), ("i", zero("float32")), ("big", zero("int32")), ("i", zero(bool)),
+        ("neg", zero("uint32")), ("af", 0), ("ai", 0.0), ("ai", True), ("f", object()),
+    ):  # fmt: skip
+        with fails(f"state: '{name}' was saved as a .*, found (an? )?"):
+            restored({**fits, name: like})
+    with fails("expected a LoRAConfig or Targets, found dict"):
+        saved(tmp_path / "bare", config=None)
+        lora.checkpoint.restore(tmp_path / "bare", make(), base=PARAMS, config={"rank": 2})
+
+
+def test_words_of_less_than_a_byte():
+    """Of each of the 16 numbers of float4_e2m1fn another checksum."""
+    codes = jnp.arange(16, dtype="uint8").astype("uint4")
+    numbers = jax.lax.bitcast_convert_type(codes, "float4_e2m1fn")
+    found = checksums({str(i): x[None] for i, x in enumerate(numbers)})
+    assert len({*found.values()}) == 16
 
 
 def contents(path):

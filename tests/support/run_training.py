@@ -6,6 +6,8 @@ Prints `step loss checksum-of-adapters` for each step, and goes on from the late
 import argparse
 import os
 import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +48,16 @@ def flags():
     return parser.parse_args()
 
 
+def end_with(parent):
+    """A run that nobody waits for is in the way of others."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main():
     args = flags()
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
     if args.processes > 1:
         jax.distributed.initialize(
             f"127.0.0.1:{args.port}", args.processes, args.process, initialization_timeout=60
