@@ -10,12 +10,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule, matches
+from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule
 from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import AT_LEAST_ONE, COUNT, POSITIVE, SHARE, refused
 from lora_jax._core.paths import flatten
+from lora_jax._core.patterns import matches
 from lora_jax._core.table import table
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
