@@ -21,6 +21,8 @@ def integer(x: Any) -> int | None:
     >>> integer(jnp.int32(4)), integer(True), integer(4.0)
     (4, None, None)
     """
+    if isinstance(x, str | bytes):  # NumPy takes "i" for a type
+        return None
     try:
         # A traced integer raises a TypeError of JAX's here, and 4.0 one of Python's.
         return None if jnp.issubdtype(jnp.result_type(x), jnp.bool_) else operator.index(x)
