@@ -3,64 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import inspect
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax._core.errors import raise_all
-from lora_jax._core.numbers import integer, is_real, number
-from lora_jax._core.paths import module_of, nearest
+from lora_jax._core.named import Named
+from lora_jax._core.numbers import BELOW_ONE, COUNT, Number, integer, is_real, number, refused
+from lora_jax._core.patterns import (
+    ONE_PATTERN,
+    Pattern,
+    Patterns,
+    as_patterns,
+    describe,
+    is_pattern,
+    matches,
+)
 from lora_jax._core.plain import fields_of, written
 
-# A suffix ("q_proj"), a glob ("*/attn/*"), a compiled regex (full match) or predicate(path, leaf).
-Pattern = str | re.Pattern | Callable[[str, Any], bool]
-
-
-Patterns = Pattern | Sequence[Pattern]
-
-
 ALL_LINEAR = "all-linear"
-
-
-def as_patterns(patterns: Patterns) -> tuple[Pattern, ...]:
-    if isinstance(patterns, str | re.Pattern) or callable(patterns):
-        return (patterns,)
-    if isinstance(patterns, Set):
-        # The order of a set of strings differs from process to process.
-        return tuple(sorted(patterns, key=describe))
-    return tuple(patterns)
-
-
-def matches(pattern: Pattern, path: str, leaf: Any = None) -> bool:
-    """Whether a pattern means this leaf, by the leaf's own path or its module's.
-
-    >>> matches("q_proj", "layers/0/q_proj/kernel"), matches("proj", "layers/0/q_proj/kernel")
-    (True, False)
-    >>> matches("layers/*/q_proj", "layers/0/q_proj/kernel")
-    True
-    >>> matches(re.compile(r".*[qv]_proj"), "layers/0/v_proj/kernel")
-    True
-    """
-    # "layers/0/q_proj/kernel", and its module, "layers/0/q_proj".
-    names = [path, *([module_of(path)] if "/" in path else [])]
-    match pattern:
-        case re.Pattern():
-            return any(pattern.fullmatch(n) for n in names)
-        case str() if any(c in pattern for c in "*?["):
-            return any(fnmatch.fnmatchcase(n, pattern) for n in names)
-        case str():
-            return any(n == pattern or n.endswith("/" + pattern) for n in names)
-    return bool(pattern(path, leaf))
-
-
-def describe(pattern: Pattern) -> str:
-    return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
-
 
 # What PEFT calls it.
 THEIRS = {
@@ -79,33 +44,8 @@ THEIRS = {
 }
 
 
-class _Named:
-    """Refuses names that are not its own by those that are, where Python would raise TypeError."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        # `__new__` comes before the dataclass's `__init__`, which would raise a TypeError.
-        own = list(inspect.signature(cls.__init__).parameters)[1:]
-        failures, call = [], [repr(x) for x in args]
-        for name, value in kwargs.items():
-            ours = THEIRS.get(name, name)
-            if ours not in own:
-                failures.append(f"it has no '{name}'; nearest: {', '.join(nearest(name, own, 3))}")
-                continue
-            if ours != name:
-                failures.append(f"'{name}' is '{ours}' here")
-            # PEFT's rank_pattern is a dict: its value is not what `rules` takes.
-            call.append(f"{ours}=..." if ours == "rules" else f"{ours}={value!r}")
-        raise_all(f"{cls.__name__}:", failures, f"lora.{cls.__name__}({', '.join(call)})")
-        return super().__new__(cls)
-
-    def _put(self, **values: Any) -> None:
-        # `__post_init__` sets its own fields; the dataclass is frozen for everyone else.
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-
 @dataclasses.dataclass(frozen=True)
-class Rule(_Named):
+class Rule(Named, theirs=THEIRS):
     """What is different for the leaves that a pattern means. The first rule that matches holds.
 
     Attributes:
@@ -129,22 +69,30 @@ class Rule(_Named):
     batch_axes: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        axes = ("in_axes", "out_axes", "batch_axes")
-        failures = [
-            f"{name}={getattr(self, name)!r}, expected integers, such as (0,)"
-            for name in axes
-            if getattr(self, name) is not None and _integers(getattr(self, name)) is None
-        ]
-        if not _is_pattern(self.pattern):
+        failures, cures = [], {}
+        for name in ("in_axes", "out_axes", "batch_axes"):
+            if (value := getattr(self, name)) is None:
+                continue
+            found = _integers(value)
+            # NumPy's and JAX's integers become Python's, so that equal rules are equal.
+            self._put(**{name: value if found is None else found})
+            if found is None:
+                failures.append(f"{name}={value!r}, expected integers, such as (0,)")
+                cures[name] = "(0,)" if integer(value) is None else f"({integer(value)},)"
+        if not is_pattern(self.pattern):
             failures.append(f"pattern={self.pattern!r}, {ONE_PATTERN}")
-        raise_all("invalid Rule:", failures, "for example: lora.Rule('w', batch_axes=(0,))")
-        # NumPy's and JAX's integers become Python's, so that equal rules are equal.
-        self._put(**{n: _integers(x) for n in axes if (x := getattr(self, n)) is not None})
-        self._put(**{n: number(getattr(self, n)) for n in ("rank", "alpha", "dropout")})
+            cures["pattern"] = "'q_proj'"
+        raise_all("invalid Rule:", failures, self._call(cures) if failures else "")
+        self._put(**{n: number(getattr(self, n)) for n in NUMBERS})
+
+    def _cures(self) -> dict[str, str]:
+        """{number that is wrong: what was meant}; `LoRAConfig` refuses them, all rules in one."""
+        values = {n: (getattr(self, n), *asked) for n, asked in NUMBERS.items()}
+        return {n: _meant(*x) for n, x in values.items() if not x[1].or_none.fits(x[0])}
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAConfig(_Named):
+class LoRAConfig(Named, theirs=THEIRS):
     """Which leaves are adapted, and how.
 
     Attributes:
@@ -190,46 +138,24 @@ class LoRAConfig(_Named):
     rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        failures = list(_bad_numbers("LoRAConfig", self.rank, self.alpha, self.dropout))
-        failures += [
-            f"{name}=None, expected a number"
-            for name in ("rank", "alpha", "dropout")
-            if getattr(self, name) is None
-        ]
-        failures += self._bad_patterns()
-        if isinstance(self.rules, Iterable) and all(isinstance(r, Rule) for r in self.rules):
-            for rule in self.rules:
-                failures += _bad_numbers(
-                    f"Rule({describe(rule.pattern)})", rule.rank, rule.alpha, rule.dropout
-                )
-        else:
-            found = f"[{self.rules!r}]" if isinstance(self.rules, Rule) else "[lora.Rule(...)]"
-            failures.append(f"rules={self.rules!r}: expected a list, rules={found}")
-        if not callable(self.init) and self.init not in ("kaiming", "gaussian"):
-            failures.append(
-                f"init={self.init!r}: expected 'kaiming', 'gaussian' or a function "
-                "(key, shape, dtype) -> array"
-            )
-        if self.bias not in ("none", "adapted", "all"):
-            failures.append(f"bias={self.bias!r}: expected 'none', 'adapted' or 'all'")
-        try:
-            floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
-        except TypeError:
-            floating = False
-        # np.dtype(None) is float64: None has a check of its own.
-        if not floating or self.dtype is None:
-            failures.append(f"dtype={self.dtype}: expected a floating-point type")
-        if not isinstance(self.rank_stabilized, bool):
-            failures.append(f"rank_stabilized={self.rank_stabilized!r}: expected True or False")
+        for name in (*PATTERNS, "rules"):
+            value = getattr(self, name)
+            # An iterator can be read once, and a set has another order in each process.
+            if isinstance(value, Set) and name != "rules":
+                self._put(**{name: tuple(sorted(value, key=describe))})
+            elif isinstance(value, Iterator | ValuesView):
+                self._put(**{name: tuple(value)})
+        found = [*self._wrong()]
+        cures = {name: cure for name, _, cure in found}
         raise_all(
             "invalid configuration:",
-            failures,
-            "for example: LoRAConfig(rank=8, alpha=16, targets=['q_proj', 'v_proj'])",
+            [failure for _, failure, _ in found],
+            self._call(cures) if found else "",
         )
         # Hashable, and equal where the meaning is.
-        self._put(**{n: number(getattr(self, n)) for n in ("rank", "alpha", "dropout")})
-        for name in ("targets", "exclude", "full"):
-            if not _is_pattern(getattr(self, name)):
+        self._put(**{n: number(getattr(self, n)) for n in NUMBERS})
+        for name in PATTERNS:
+            if not is_pattern(getattr(self, name)):
                 self._put(**{name: as_patterns(getattr(self, name))})
         rows = {pattern: _integers(index) for pattern, index in self.rows.items()}
         self._put(rules=tuple(self.rules), rows=rows, dtype=jnp.dtype(self.dtype))
@@ -239,22 +165,61 @@ class LoRAConfig(_Named):
         """Whether something beside low-rank updates is trained."""
         return bool(self.full or self.rows) or self.bias != "none"
 
-    def _bad_patterns(self) -> Iterable[str]:
-        for name in ("targets", "exclude", "full"):
+    def _wrong(self) -> Iterable[tuple[str, str, str]]:
+        """(field, what is wrong with it, a value that is right)."""
+        for name, (kind, default) in NUMBERS.items():
+            if not kind.fits(value := getattr(self, name)):
+                failure = f"{name}={value!r}, expected {kind.text}"
+                yield name, failure, _meant(value, kind, default)
+        for name in PATTERNS:
             value = getattr(self, name)
-            # `all` of nothing is True: an empty sequence passes, an empty string must not.
-            several = isinstance(value, Iterable) and value != "" and all(map(_is_pattern, value))
-            if not (_is_pattern(value) or several):
-                yield f"{name}={value!r}: expected one or several patterns; {ONE_PATTERN}"
-            elif name == "targets" and several and not (value or self._others):
+            one, several = is_pattern(value), _all(is_pattern, value)
+            if not (one or several):
+                cure = "'all-linear'" if name == "targets" else "()"
+                if isinstance(value, Mapping) and _all(is_pattern, [*value]):
+                    # PEFT's rank_pattern comes to mind.
+                    cure = repr([*value])
+                failure = f"{name}={value!r}: expected one or several patterns; {ONE_PATTERN}"
+                yield name, failure, cure
+            elif name == "targets" and several and not (len(value) or self._others):
                 # With `full`, `rows` or `bias` an empty list is right: only those are trained.
-                yield "targets=[]: nothing would be adapted; name leaves, or 'all-linear'"
-        if not isinstance(self.rows, Mapping):
-            yield f"rows={self.rows!r}: expected {{pattern: row numbers}}, {{'embed': [7, 8]}}"
-            return
-        for pattern, index in self.rows.items():
-            if not _is_pattern(pattern) or _integers(index) is None:
-                yield f"rows={{{pattern!r}: {index!r}}}: expected row numbers, {{'embed': [7, 8]}}"
+                nothing = "targets=[]: nothing would be adapted; name leaves, or 'all-linear'"
+                yield name, nothing, "'all-linear'"
+        if _all(lambda r: isinstance(r, Rule), self.rules):
+            calls = f"[{', '.join(rule._call(rule._cures()) for rule in self.rules)}]"
+            for rule in self.rules:
+                asked = {n: (getattr(rule, n), NUMBERS[n][0].or_none) for n in rule._cures()}
+                for failure in refused(**asked):
+                    yield "rules", f"Rule({describe(rule.pattern)}): {failure}", calls
+        else:
+            rules = _rules_meant(self.rules)
+            yield "rules", f"rules={self.rules!r}: expected a list, rules={rules}", rules
+        if not (callable(self.init) or _is(self.init, "kaiming", "gaussian")):
+            failure = (
+                f"init={self.init!r}: expected 'kaiming', 'gaussian' or a function "
+                "(key, shape, dtype) -> array"
+            )
+            yield "init", failure, "'kaiming'"
+        if not _is(self.bias, "none", "adapted", "all"):
+            yield "bias", f"bias={self.bias!r}: expected 'none', 'adapted' or 'all'", "'none'"
+        try:
+            # np.dtype(None) is float64, and that of an array its own. JAX draws no 4-bit numbers.
+            wrong = self.dtype is None or isinstance(self.dtype, jax.Array | np.ndarray)
+            dtype = jnp.dtype(np.int32 if wrong else self.dtype)
+            fine = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 8
+        except (TypeError, ValueError):
+            fine = False
+        if not fine:
+            yield "dtype", f"dtype={self.dtype}: expected a floating-point type", "'float32'"
+        if not isinstance(self.rank_stabilized, bool):
+            failure = f"rank_stabilized={self.rank_stabilized!r}: expected True or False"
+            yield "rank_stabilized", failure, "True"
+        rows = self.rows if isinstance(self.rows, Mapping) else {None: self.rows}
+        for pattern, index in rows.items():
+            if not (is_pattern(pattern) and _integers(index)):
+                shown = f"{{{pattern!r}: {index!r}}}" if rows is self.rows else repr(index)
+                cure = "{'embed': [7, 8]}"
+                yield "rows", f"rows={shown}: expected {{pattern: row numbers}}, {cure}", cure
 
     def __hash__(self) -> int:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -267,6 +232,7 @@ class LoRAConfig(_Named):
         Raises:
           LoRAError: a function is part of it.
 
+        >>> import re
         >>> config = LoRAConfig(rank=4, targets=["q_proj", re.compile("v|o")])
         >>> LoRAConfig.from_json(config.to_json()) == config
         True
@@ -290,7 +256,9 @@ class LoRAConfig(_Named):
 
     def rule(self, path: str, leaf: Any = None) -> Rule:
         """The settings of one leaf: the first matching rule, completed from the configuration."""
-        found = next((r for r in self.rules if matches(r.pattern, path, leaf)), Rule(path))
+        at = self.rule_of(path, leaf)
+        # A tree that is one array has an empty path, which is no pattern.
+        found = Rule(path or "*") if at is None else self.rules[at]
         own = lambda value, common: common if value is None else value
         return dataclasses.replace(
             found,
@@ -299,18 +267,62 @@ class LoRAConfig(_Named):
             dropout=own(found.dropout, self.dropout),
         )
 
+    def rule_of(self, path: str, leaf: Any = None) -> int | None:
+        """Which rule holds for a leaf: the first that matches."""
+        of = (i for i, rule in enumerate(self.rules) if matches(rule.pattern, path, leaf))
+        return next(of, None)
+
     def scale(self, rank: int | None = None, alpha: float | None = None) -> float:
-        """alpha / rank, or alpha / √rank where rank-stabilised."""
+        """alpha / rank, or alpha / √rank where rank-stabilised.
+
+        Raises:
+          LoRAError: a rank below 1, an alpha that is 0 or not finite.
+        """
+        asked = {"rank": rank, "alpha": alpha}
+        given = {k: (x, NUMBERS[k][0].or_none) for k, x in asked.items()}
+        raise_all("no scale:", refused(**given), "config.scale(rank=8, alpha=16)")
         rank = self.rank if rank is None else rank
         alpha = self.alpha if alpha is None else alpha
         return float(alpha / (math.sqrt(rank) if self.rank_stabilized else rank))
 
 
-ONE_PATTERN = "a pattern is a suffix ('q_proj'), a glob ('*/attn/*'), re.compile(...) or a function"
+PATTERNS = ("targets", "exclude", "full")
+
+# What is asked of the numbers, and what to take in their place.
+NUMBERS = {
+    "rank": (COUNT, 8),
+    "alpha": (Number("a finite number other than 0", lambda x: x != 0), 16),
+    "dropout": (BELOW_ONE, 0.1),
+}
 
 
-def _is_pattern(x: Any) -> bool:
-    return (isinstance(x, str) and x != "") or isinstance(x, re.Pattern) or callable(x)
+def _all(check: Callable[[Any], bool], x: Any) -> bool:
+    """Whether this is a list, or what holds its items in an order as well, of such items."""
+    return isinstance(x, Sequence) and not isinstance(x, str | bytes) and all(map(check, x))
+
+
+def _is(x: Any, *names: str) -> bool:
+    return isinstance(x, str) and x in names
+
+
+def _meant(x: Any, kind: Number, default: Any) -> str:
+    """The number that was meant: "8" and 8.0 are 8."""
+    try:
+        found = float(x) if isinstance(x, str) or is_real(x) else default
+        found = int(found) if kind.whole else found
+    except (ValueError, OverflowError):
+        found = default
+    return repr(found if kind.fits(found) else default)
+
+
+def _rules_meant(rules: Any) -> str:
+    """What was meant by a dict, as of PEFT's rank_pattern, or by one rule alone."""
+    if isinstance(rules, Rule):
+        return f"[{rules!r}]"
+    if isinstance(rules, Mapping) and _all(is_pattern, [*rules]):
+        each = [f"lora.Rule({describe(k)}, rank={_meant(v, COUNT, 8)})" for k, v in rules.items()]
+        return f"[{', '.join(each)}]"
+    return "[lora.Rule(...)]"
 
 
 def _integers(x: Any) -> tuple[int, ...] | None:
@@ -322,12 +334,3 @@ def _integers(x: Any) -> tuple[int, ...] | None:
     # `integer` gives None for booleans and traced numbers: one of them is enough.
     known = tuple(n for n in found or () if n is not None)
     return known if found is not None and len(known) == len(found) else None
-
-
-def _bad_numbers(who: str, rank: Any, alpha: Any, dropout: Any) -> Iterable[str]:
-    if rank is not None and not ((integer(rank) or 0) >= 1):
-        yield f"{who}: rank={rank!r}, expected an integer >= 1"
-    if alpha is not None and not (is_real(alpha) and math.isfinite(alpha) and alpha != 0):
-        yield f"{who}: alpha={alpha!r}, expected a finite number other than 0"
-    if dropout is not None and not (is_real(dropout) and 0 <= dropout < 1):
-        yield f"{who}: dropout={dropout!r}, expected a rate in [0, 1)"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError, raise_all
@@ -64,15 +65,7 @@ def init(
         wrong = "the key is missing" if shifted else "params come before config"
         given = "" if config is None else ", survey"
         raise LoRAError(f"{wrong}: lora.init(jax.random.key(0), params, config{given})")
-    if not isinstance(config, Targets | LoRAConfig):
-        config_ = "config" if isinstance(survey, LoRAConfig) else "lora.LoRAConfig(rank=8)"
-        survey_ = ", survey" if isinstance(config, Survey) else ""
-        raise LoRAError(
-            f"expected a LoRAConfig or Targets, found {type(config).__name__}: "
-            f"lora.init(key, params, {config_}{survey_})"
-        )
-    key = as_key(key)
-    targets = config if isinstance(config, Targets) else select(params, config, survey)
+    targets, key = targets_of(params, config, survey), as_key(key)
     config, leaves = targets.config, flatten(state_of(params))
     check_placed(leaves, {*targets.lora, *targets.full, *targets.rows})
     flat: dict[str, Any] = {}
@@ -86,11 +79,34 @@ def init(
         rows = rows_of(jnp.asarray(near(value(leaves[path]))), jnp.asarray(index))
         flat[path] = Rows(rows.astype(config.dtype), index, shape[0])
     raise_all(
-        "the init function returned arrays of another shape:",
+        "the init function did not return what it was asked for:",
         failures,
-        "it is called as init(key, shape, dtype) and must return that shape",
+        "it is called as init(key, shape, dtype), and returns such an array",
     )
     return nest(flat)
+
+
+def targets_of(
+    params: Any, config: LoRAConfig | Targets, survey: Survey | None, call: str = "lora.init"
+) -> Targets:
+    """What adapters are made for, checked against the parameters."""
+    if not isinstance(config, Targets | LoRAConfig):
+        config_ = "config" if isinstance(survey, LoRAConfig) else "lora.LoRAConfig(rank=8)"
+        survey_ = ", survey" if isinstance(config, Survey) else ""
+        raise LoRAError(
+            f"expected a LoRAConfig or Targets, found {type(config).__name__}: "
+            f"{call}(key, params, {config_}{survey_})"
+        )
+    targets = config if isinstance(config, Targets) else select(params, config, survey)
+    fix = f"{call}(key, params, lora.select(params, config, survey))"
+    targets.check_fit(flatten(state_of(params)), fix)
+    # JAX would make fp32 of it, with no more than a warning.
+    if jnp.finfo(targets.config.dtype).bits > 32 and not jax.config.jax_enable_x64:
+        raise LoRAError(
+            "dtype=float64: JAX has it after jax.config.update('jax_enable_x64', True); "
+            "or lora.LoRAConfig(dtype='float32')"
+        )
+    return targets
 
 
 def _lora(key: jax.Array, path: str, t: Target, config: LoRAConfig, failures: list[str]) -> LoRA:
@@ -104,8 +120,18 @@ def _lora(key: jax.Array, path: str, t: Target, config: LoRAConfig, failures: li
     else:
         a = random(key, a_shape, config.dtype)
         b = jnp.zeros(b_shape, config.dtype)
-    if jnp.shape(a) != a_shape:
-        failures.append(f"'{path}': expected {a_shape}, found {jnp.shape(a)}")
+    # NumPy draws in fp64, whatever it is asked for.
+    a = jnp.asarray(a, config.dtype) if isinstance(a, np.ndarray) else a
+    if not isinstance(a, jax.Array):
+        # jax.nn.initializers.orthogonal makes such a function, and is none.
+        hint = ": call it, init=jax.nn.initializers.orthogonal()" if callable(a) else ""
+        failures.append(f"'{path}': expected {a_shape}, found {type(a).__name__}{hint}")
+    elif a.shape != a_shape:
+        failures.append(f"'{path}': expected {a_shape}, found {a.shape}")
+    elif a.dtype != config.dtype:
+        failures.append(f"'{path}': expected {config.dtype}, found {a.dtype}")
+    if failures:
+        return LoRA(b, b, t.scale, t.geometry)
     return LoRA(a, b, t.scale, t.geometry, t.dropout, t.embedding)
 
 

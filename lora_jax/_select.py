@@ -9,11 +9,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax._config import ALL_LINEAR, LoRAConfig, Pattern, Rule, as_patterns, describe, matches
+from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import state_of, survey_call
 from lora_jax._core.paths import flatten, module_of, nearest
+from lora_jax._core.patterns import Pattern, as_patterns, describe, matches
 from lora_jax._interpret.reach import PRODUCTS
 from lora_jax._survey import Leaf, Survey
 from lora_jax._targets import Target, Targets
@@ -92,12 +93,21 @@ class _Selection:
                 self.failures.append(
                     f"'{path}' is claimed by {' and '.join(claims)}; exclude it from one of them"
                 )
-        for rule in config.rules:
+        # The first rule that matches a leaf holds there.
+        first = {config.rule_of(p, self.leaves[p]) for p in lora}
+        for i, rule in enumerate(config.rules):
             if not any(matches(rule.pattern, p, self.leaves[p]) for p in lora):
                 self.failures.append(
                     f"rule {describe(rule.pattern)} matches no adapted leaf; nearest: "
                     + ", ".join(nearest(str(rule.pattern), lora or self.leaves))
                 )
+            elif i not in first:
+                self.failures.append(
+                    f"rule {describe(rule.pattern)} holds nowhere: rules before it match all of "
+                    "its leaves; put it before them"
+                )
+        if not (lora or full or rows or self.failures):
+            self.failures.append("nothing is left to train: `exclude` names every leaf chosen")
         raise_all(
             "cannot apply the configuration to these parameters:",
             self.failures,
@@ -187,9 +197,10 @@ class _Selection:
         for pattern in patterns:
             found = [p for p, x in self.leaves.items() if matches(pattern, p, x)]
             if not found:
+                close = ", ".join(nearest(str(pattern), self.leaves))
                 self.failures.append(
-                    f"{what}: {describe(pattern)} matches no leaf; {_guess(pattern)}nearest: "
-                    + ", ".join(nearest(str(pattern), self.leaves))
+                    f"{what}: {describe(pattern)} matches no leaf; {_guess(what, pattern)}"
+                    + (f"nearest: {close}" if close else "the tree has no arrays")
                 )
 
     def _used(self, what: str, paths: Iterable[str]) -> None:
@@ -255,12 +266,11 @@ class _Selection:
         batch = (
             rule.batch_axes if rule.batch_axes is not None else (found.batch_axes if found else ())
         )
-        # Negative axes count from the end, as in NumPy.
-        batch = tuple(d % len(shape) for d in batch)
-        own = [
-            None if axes is None else tuple(d % len(shape) for d in axes)
-            for axes in (rule.in_axes, rule.out_axes)
-        ]
+        # Negative axes count from the end, as in NumPy; axes that there are not stay what they are.
+        n = len(shape)
+        there = lambda axes: tuple(d + n if -n <= d < 0 else d for d in axes)
+        batch = there(batch)
+        own = [None if axes is None else there(axes) for axes in (rule.in_axes, rule.out_axes)]
         # What the rule leaves open the survey says, less the axes that the rule makes a stack.
         inner, outer = (
             axes if axes is not None else tuple(d for d in old if d not in batch)
@@ -323,8 +333,9 @@ class _Selection:
             for path, x in self.leaves.items():
                 if not matches(pattern, path, x):
                     continue
-                index = tuple(int(i) for i in index)
-                if len(x.shape) != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+                if path in rows:
+                    self.failures.append(f"rows: two patterns name rows of '{path}': join them")
+                elif len(x.shape) != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
                     self.failures.append(
                         f"rows: '{path}' {tuple(x.shape)} {x.dtype} is not a table "
                         "of (rows, features)"
@@ -340,11 +351,13 @@ class _Selection:
         return rows
 
 
-def _guess(pattern: Pattern) -> str:
+def _guess(what: str, pattern: Pattern) -> str:
     """What a string that matches nothing looks like: names in a row, or a regular expression."""
     if not isinstance(pattern, str):
         return ""
-    if pattern.lower().replace("_", "-") in ("all", "linear", "all-linear", "*-linear"):
+    if pattern == ALL_LINEAR:
+        return "that is for `targets` alone: name the leaves; "
+    if what == "targets" and pattern.lower().replace("_", "-") in _LIKE_ALL_LINEAR:
         return f"did you mean '{ALL_LINEAR}'? "
     # "q_proj, v_proj" or "q_proj|v_proj"
     names = [name.strip() for name in re.split(r"[,\s|]", pattern) if name.strip()]
@@ -355,6 +368,9 @@ def _guess(pattern: Pattern) -> str:
     if re.search(r"[|^$\\+(]|\.\*", pattern):
         return f"did you mean re.compile({pattern!r})? "
     return ""
+
+
+_LIKE_ALL_LINEAR = ("all", "linear", "all-linear", "*-linear")
 
 
 def _derived(leaf: Leaf) -> bool:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.fold import fold, folded
 from lora_jax._core.geometry import Geometry
+from lora_jax._core.numbers import BELOW_ONE, COUNT, COUNT_OR_ZERO, FINITE, refused
 from lora_jax._core.paths import flatten
 from lora_jax._core.plain import fields_of, plain, written
 from lora_jax._core.table import html_table, table
-from lora_jax._nodes.adapters import LowRank
+from lora_jax._nodes.adapters import Full, LowRank, Rows
 from lora_jax._nodes.node import is_node
 
 
@@ -119,12 +120,53 @@ class Targets:
             values["lora"] = {p: Target(**t) for p, t in lora.items()}
             # `fields_of` made tuples and compiled patterns of it: back to what JSON holds.
             values["config"] = LoRAConfig.from_json(plain(values["config"]))
-            return cls(**values)
-        except (AttributeError, KeyError, TypeError) as e:
+            if wrong := [*(found := cls(**values))._wrong()]:
+                raise TypeError("; ".join(wrong[:3]))
+            return found
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            if isinstance(e, LoRAError):  # a ValueError as well, and it says more
+                raise
             raise LoRAError(
                 f"expected what Targets.to_json() wrote, found other fields ({e!r}): "
                 "lora.Targets.from_json(targets.to_json())"
             ) from None
+
+    def _wrong(self) -> Iterable[str]:
+        """Fields that are not of their types, as a file may have them."""
+        sizes = lambda x: isinstance(x, tuple) and all(map(COUNT_OR_ZERO.fits, x))
+        for path, t in self.lora.items():
+            axes = (t.geometry.in_axes, t.geometry.out_axes, t.geometry.batch_axes)
+            if not (sizes(t.shape) and all(map(sizes, axes)) and t.geometry.covers(len(t.shape))):
+                yield f"'{path}': shape {t.shape} with {t.geometry}"
+            numbers = dict(rank=(t.rank, COUNT), dropout=(t.dropout, BELOW_ONE))
+            numbers |= dict(alpha=(t.alpha, FINITE), scale=(t.scale, FINITE))
+            yield from (f"'{path}': {failure}" for failure in refused(**numbers))
+            if (type(t.embedding), type(t.primitive)) != (bool, str):
+                yield f"'{path}': embedding={t.embedding!r}, primitive={t.primitive!r}"
+        yield from (f"'{p}' in full: shape {s!r}" for p, s in self.full.items() if not sizes(s))
+        for path, found in self.rows.items():
+            if not (isinstance(found, tuple) and len(found) == 2 and all(map(sizes, found))):
+                yield f"'{path}' by rows: {found!r}"
+        if not (
+            COUNT_OR_ZERO.fits(self.total) and all(isinstance(x, str) for x in self.left.values())
+        ):
+            yield f"total={self.total!r}, left={self.left!r}"
+
+    def check_fit(self, leaves: Mapping[str, Any], call: str) -> None:
+        """Raises a LoRAError, with the corrected call, unless these are leaves of the targets'
+        shapes: {path: array}."""
+        shapes = {p: t.shape for p, t in self.lora.items()} | dict(self.full)
+        shapes |= {p: shape for p, (shape, _) in self.rows.items()}
+        shape_of = lambda path: getattr(leaves.get(path), "shape", "no such leaf")
+        raise_all(
+            "these targets do not fit the parameters:",
+            (
+                f"'{path}': expected {tuple(shape)}, found {shape_of(path)}"
+                for path, shape in shapes.items()
+                if shape_of(path) != tuple(shape)
+            ),
+            call,
+        )
 
     def __len__(self):
         return len(self.lora)
@@ -163,6 +205,17 @@ class Targets:
             elif (node.a.shape, node.b.shape) != t.geometry.factor_shapes(t.shape, t.rank):
                 failures.append(
                     f"'{path}': a {node.a.shape} and b {node.b.shape} do not fit {t.shape}"
+                )
+        whole = {p: (Full, tuple(shape), None) for p, shape in self.full.items()}
+        parts = {p: (Rows, tuple(shape), index) for p, (shape, index) in self.rows.items()}
+        for path, (kind, shape, index) in (whole | parts).items():
+            node = flat.get(path)
+            found = (type(node), getattr(node, "shape", None), getattr(node, "index", None))
+            if node is not None and found != (kind, shape, index):
+                rows = lambda index: "" if index is None else f", rows {index}"
+                failures.append(
+                    f"'{path}': expected {kind.__name__} of {shape}{rows(index)}, found "
+                    f"{found[0].__name__} of {found[1]}{rows(found[2])}"
                 )
         raise_all(
             "the adapters are not those of this configuration:",

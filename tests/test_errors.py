@@ -1,5 +1,7 @@
 """Every misuse is an error that names the leaf and shows the corrected call; no case is silent."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,10 @@ PARAMS = {
 }
 CONFIG = lora.LoRAConfig(rank=2, targets=["up", "down"])
 ADAPTERS = lora.init(KEY, PARAMS, CONFIG)
+
+
+def with_(**settings):
+    return lora.LoRAConfig(**{"rank": 2, "targets": ["up", "down"]} | settings)
 
 
 def fn(p, x):
@@ -420,6 +426,35 @@ STACKED = lora.algebra.stack([ADAPTERS, ADAPTERS])
     (lambda: lora.LoRAConfig(targets=[]), "nothing would be adapted"),
     (lambda: lora.LoRAConfig(rank=None, alpha=None, targets=None, full=5), "(?s)rank=None.*alpha=None.*targets=None.*full=5"),
     (lambda: lora.LoRAConfig(rank=True, alpha=0), "(?s)rank=True, expected an integer.*alpha=0"),
+    (lambda: lora.LoRAConfig(rank="4", alpha=10**400, targets="q"), r"LoRAConfig\(rank=4, alpha=16, targets='q'\)"),
+    (lambda: lora.LoRAConfig(rank=4.0), r"rank=4.0, expected an integer >= 1\nlora.LoRAConfig\(rank=4\)"),
+    (lambda: lora.LoRAConfig(rank=4, dropout=1.0), r"LoRAConfig\(rank=4, dropout=0.1\)"),
+    (lambda: lora.LoRAConfig(rules={"q": 2}), r"LoRAConfig\(rules=\[lora.Rule\('q', rank=2\)\]\)"),
+    (lambda: lora.LoRAConfig(rules={lora.Rule("q"), lora.Rule("v")}), "rules=.*: expected a list"),
+    (lambda: lora.LoRAConfig(rules=[lora.Rule("q", rank="2")]), r"rules=\[lora.Rule\(pattern='q', rank=2\)\]"),
+    (lambda: lora.LoRAConfig(targets={"q": 2}), r"LoRAConfig\(targets=\['q'\]\)"),
+    (lambda: lora.LoRAConfig(targets=[nnx.Linear]), "targets=.*: expected one or several patterns"),
+    (lambda: lora.LoRAConfig(targets=[re.compile(b"q")]), "targets=.*: expected one or several patterns"),
+    (lambda: lora.LoRAConfig(rows={"e": []}), r"rows=\{'e': \[\]\}: expected"),
+    (lambda: lora.LoRAConfig(4, 8, rank=4), "multiple values for argument 'rank'"),
+    (lambda: lora.LoRAConfig(dtype="float4_e2m1fn"), r"LoRAConfig\(dtype='float32'\)"),
+    (lambda: lora.Rule(rank=4), "missing a required argument: 'pattern'"),
+    (lambda: lora.LoRAConfig(rank_stabilized=True).scale(-1), "rank=-1: expected an integer >= 1"),
+    (lambda: lora.init(jax.random.split(KEY, 2), PARAMS, CONFIG), r"found \(2,\) keys: lora.init\(keys\[0\]"),
+    (lambda: lora.init(np.int64(3), PARAMS, CONFIG), r"found int64: lora.init\(jax.random.key\(3\)"),
+    (lambda: lora.init(jnp.zeros(4, jnp.uint32), PARAMS, CONFIG), "wrap_key_data\\(words, impl='rbg'\\)"),
+    (lambda: lora.init(KEY, PARAMS, with_(init=jax.nn.initializers.orthogonal)), r"init=jax.nn.initializers.orthogonal\(\)"),
+    (lambda: lora.init(KEY, PARAMS, with_(init=lambda k, s, d: jnp.ones(s, "int32"))), "expected float32, found int32"),
+    (lambda: lora.init(KEY, PARAMS, with_(dtype="float64")), r"jax_enable_x64.*LoRAConfig\(dtype='float32'\)"),
+    (lambda: lora.init(KEY, {"up": PARAMS["down"]}, lora.select(PARAMS, CONFIG)), "(?s)'down/kernel': expected .* no such leaf.*'up/kernel': expected"),
+    (lambda: lora.methods.init_vera(KEY, {}, lora.select(PARAMS, CONFIG)), "found no such leaf\\nlora.methods.init_vera"),
+    (lambda: lora.select(PARAMS, with_(targets=lambda path: True)), "a pattern that is a function failed at 'down/kernel': TypeError"),
+    (lambda: lora.select(PARAMS, with_(exclude="kernel")), "nothing is left to train"),
+    (lambda: lora.select(PARAMS, with_(full="all-linear")), "that is for `targets` alone"),
+    (lambda: lora.select({}, CONFIG), "'up' matches no leaf; the tree has no arrays"),
+    (lambda: lora.select(PARAMS, with_(rules=[lora.Rule("*"), lora.Rule("up", rank=1)])), "rule 'up' holds nowhere"),
+    (lambda: lora.select(PARAMS, with_(rules=[lora.Rule("up", in_axes=(0,), out_axes=(3,))])), r"out_axes=\(3,\)"),
+    (lambda: lora.select({"e": jnp.ones((4, 3)), **PARAMS}, with_(rows={"e": [1], "e*": [2]})), "two patterns name rows of 'e'"),
     (lambda: lora.optim.adalora(None, target_rank=2, steps=float("nan"), tinit=1, tfinal=1), "steps=nan: expected an integer"),
     (lambda: lora.algebra.put(STACKED, 1.5, ADAPTERS), "number 1.5: expected 0 to 1"),
 ])  # fmt: skip

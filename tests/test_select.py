@@ -1,5 +1,10 @@
 """Targets: patterns, all-linear, rules, and the parameter counts that papers publish."""
 
+import copy
+import dataclasses
+import functools
+import json
+import operator
 import re
 
 import jax
@@ -366,10 +371,10 @@ def test_a_scale_behind_a_stack_makes_no_experts(axis):
 INTEGERS = st.sampled_from([int, np.int8, np.int64, np.uint16])
 CONFIGS = st.fixed_dictionaries({
     "rank": st.builds(lambda kind, n: kind(n), INTEGERS, st.integers(1, 4)),
-    "alpha": st.sampled_from([1, 2.5, np.float32(0.5)]),
+    "alpha": st.sampled_from([1, 2.5, np.float32(0.5), np.array(2.0), jnp.float32(2)]),
     "targets": st.sampled_from(["q", ["q"], ("q", re.compile("v|o")), {"q", "v"}]),
     "rules": st.lists(st.builds(lora.Rule, st.just("q"), rank=st.integers(1, 4)), max_size=2),
-    "rows": st.sampled_from([{}, {"e": [1, 2]}, {"e": np.arange(3)}, {"e": range(2)}]),
+    "rows": st.sampled_from([{}, {"e": [1, 2]}, {"e": np.arange(3)}, {"e": range(2)}, {re.compile("e|f"): [1]}]),
     "dtype": st.sampled_from([jnp.float32, "bfloat16", np.dtype("float16")]),
 })  # fmt: skip
 
@@ -381,6 +386,72 @@ def test_configurations_are_values(settings):
     again = lora.LoRAConfig.from_json(config.to_json())
     assert again == config == lora.LoRAConfig(**settings) and hash(again) == hash(config)
     assert type(config.rank) is int
+
+
+def test_what_can_be_read_once_is_read_once():
+    of = lambda rules, targets: lora.LoRAConfig(rules=rules, targets=targets)
+    rules, targets = [lora.Rule("v"), lora.Rule("q")], ["q", "v"]
+    assert of(iter(rules), (t for t in targets)) == of(rules, targets)
+    assert of(dict(enumerate(rules)).values(), dict.fromkeys(targets).keys()) == of(rules, targets)
+
+
+ODD = [
+    None, True, np.True_, 0, -1, 4.0, 10**400, float("nan"), 1j, "", "8", b"q", [4], {4}, {"q": 1},
+    object(), re.compile(b"q"), nn.Dense, np.array(4.0), np.arange(2), jnp.ones(2), jnp.int32(4),
+    jax.ShapeDtypeStruct((), jnp.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls, fixed", [(lora.LoRAConfig, {}), (lora.Rule, {"pattern": "q"})])
+def test_any_value_is_taken_or_refused(cls, fixed):
+    """Each field by odd values: a value that can be hashed and written, or an error with a call
+    that works."""
+    tried = refused = 0
+    for field in dataclasses.fields(cls):
+        for value in ODD:
+            try:
+                made = cls(**fixed | {field.name: value})
+                config = lora.LoRAConfig(rules=[made]) if cls is lora.Rule else made
+                assert lora.LoRAConfig.from_json(config.to_json()) == config
+                assert hash(config) == hash(copy.deepcopy(config))
+            except lora.LoRAError as e:
+                refused += 1
+                *_, call = str(e).splitlines()
+                if call.startswith("lora.") and "..." not in call:
+                    eval(call, {"lora": lora})
+            tried += 1
+    assert refused > tried / 2
+
+
+@pytest.mark.parametrize("keys, value", [
+    ("lora q/kernel rank", "x"), ("lora q/kernel rank", -1), ("lora q/kernel shape", [8, None]),
+    ("lora q/kernel geometry in_axes", [5]), ("lora q/kernel geometry in_axes", 5),
+    ("lora q/kernel scale", "nan"), ("lora q/kernel dropout", 7), ("lora q/kernel embedding", 1),
+    ("full", [1]), ("full q/bias", None), ("rows", 3), ("rows e", 3), ("total", "a"), ("left", [1]),
+    ("left q", 3), ("config rank", 0), ("config rows", [1]),
+])  # fmt: skip
+def test_targets_of_a_damaged_file(keys, value):
+    params = {"q": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}, "e": jnp.ones((9, 8))}
+    config = lora.LoRAConfig(rank=2, targets="q", full="bias", rows={"e": [1, 2]})
+    fields = json.loads(lora.select(params, config).to_json())
+    *inner, last = keys.split()
+    functools.reduce(operator.getitem, inner, fields)[last] = value
+    with fails("expected what Targets.to_json|invalid configuration"):
+        lora.Targets.from_json(fields)
+
+
+def test_check_of_what_is_trained_in_full_and_by_rows():
+    params = {"q": jnp.ones((8, 8)), "b": jnp.ones(8), "e": jnp.ones((9, 8))}
+    of = lambda index: lora.LoRAConfig(rank=2, targets="q", full="b", rows={"e": index})
+    targets = lora.select(params, of([1, 2]))
+    adapters = lora.init(jax.random.key(0), params, targets)
+    targets.check(adapters)
+    with fails(
+        r"'e': expected Rows of \(9, 8\), rows \(1, 2\), found Rows of \(9, 8\), rows \(1, 3\)"
+    ):
+        targets.check(lora.init(jax.random.key(0), params, of([1, 3])))
+    with fails(r"'b': expected Full of \(8,\), found Full of \(3,\)"):
+        targets.check({**adapters, "b": lora.Full(jnp.ones(3))})
 
 
 def test_targets_are_values_and_static_arguments():

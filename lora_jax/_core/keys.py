@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import zlib
 from typing import Any
 
@@ -22,15 +23,19 @@ def as_key(key: Any, call: str = "lora.init({key}, params, config)") -> jax.Arra
     Raises:
       LoRAError: it is none; with the corrected call.
     """
-    dtype = getattr(key, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    dtype, shape = getattr(key, "dtype", None), jnp.shape(key) if hasattr(key, "dtype") else None
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if typed and shape == ():
         return key
     # A raw key of jax.random.PRNGKey; with more axes it would be several keys.
-    if dtype == jnp.uint32 and jnp.ndim(key) == 1:
+    if dtype == jnp.uint32 and shape == jax.eval_shape(jax.random.PRNGKey, 0).shape:
         return jax.random.wrap_key_data(key)
     # `init(7, params, config)`: the integer was meant as a seed.
-    seed = key if isinstance(key, int) and not isinstance(key, bool) else 0
-    raise LoRAError(
-        f"expected a PRNG key, found {type(key).__name__}: "
-        + call.format(key=f"jax.random.key({seed})")
-    )
+    whole = isinstance(key, numbers.Integral) and not isinstance(key, bool)
+    found, cure = type(key).__name__, f"jax.random.key({key if whole else 0})"
+    if typed:
+        found, cure = f"{shape} keys", f"keys[{', '.join('0' * len(shape))}]"
+    elif dtype == jnp.uint32 and shape == (4,):
+        # What `jax.random.key_data` gives of such a key.
+        found, cure = "the words of an rbg key", "jax.random.wrap_key_data(words, impl='rbg')"
+    raise LoRAError(f"expected a PRNG key, found {found}: " + call.format(key=cure))

@@ -21,10 +21,12 @@ def integer(x: Any) -> int | None:
     >>> integer(jnp.int32(4)), integer(True), integer(4.0)
     (4, None, None)
     """
+    if isinstance(x, str | bytes):  # NumPy takes "i" for a type
+        return None
     try:
         # A traced integer raises a TypeError of JAX's here, and 4.0 one of Python's.
         return None if jnp.issubdtype(jnp.result_type(x), jnp.bool_) else operator.index(x)
-    except TypeError:
+    except (TypeError, ValueError):  # the latter of a class, whose dtype is none
         return None
 
 
@@ -44,7 +46,8 @@ def unequal(x: Any, y: Any) -> Any:
 def number(x: Any) -> Any:
     """A number of any library as Python's; anything else as it is."""
     whole = integer(x)
-    return float(x) if whole is None and is_real(x) else x if whole is None else whole
+    known = _real(x) if whole is None else whole
+    return x if known is None else known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ def _real(x: Any) -> float | None:
     try:
         if is_real(x):
             found = float(x)
-        elif jnp.shape(x) == () and jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        elif getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, jnp.floating):
             found = float(x)
         else:
             found = integer(x)

@@ -28,6 +28,9 @@ def plain(x: Any) -> Any:
         return {"regex": x.pattern, "flags": x.flags}
     if isinstance(x, np.dtype):
         return x.name
+    if isinstance(x, Mapping) and not all(isinstance(k, str) for k in x):
+        # A regular expression may be a key of `rows`; those of JSON are strings.
+        return {"pairs": [[plain(k), plain(v)] for k, v in x.items()]}
     if isinstance(x, Mapping):
         return {k: plain(v) for k, v in x.items()}
     if isinstance(x, str | bool | int | float | None):
@@ -54,6 +57,11 @@ def unplain(x: Any) -> Any:
             return re.compile(x["regex"], x["flags"])
         except (re.error, TypeError, ValueError, OverflowError, RecursionError) as e:
             raise LoRAError(f"{quoted(str(x))} is not a regular expression: {e}") from None
+    if isinstance(x, Mapping) and x.keys() == {"pairs"}:
+        try:
+            return dict(map(unplain, x["pairs"]))
+        except (TypeError, ValueError) as e:
+            raise LoRAError(f"{quoted(str(x))} are no pairs: {e}") from None
     if isinstance(x, Mapping):
         return {k: unplain(v) for k, v in x.items()}
     return tuple(map(unplain, x)) if isinstance(x, list) else x

@@ -13,21 +13,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.mesh import placed
 from lora_jax._core.nnx import state_of
-from lora_jax._core.numbers import COUNT, SHARE
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows, rows_of
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
+from lora_jax.algebra._arguments import check_rank, check_weights, several, weight_of
 from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import from_svd, leaf_sharding, rank_for, svd
 
@@ -67,14 +68,10 @@ def combine(
     Array([[-1.5, -1.5],
            [-1.5, -1.5]], dtype=float32)
     """
-    adapters = list(adapters)
+    call = "lora.algebra.combine([first, second], [0.5, 0.5])"
+    adapters, weights = several(adapters, weights, call)
     trees = [flatten(linear(tree), is_leaf=is_node) for tree in adapters]
-    weights = [1.0] * len(trees) if weights is None else list(weights)
-    if not trees or len(trees) != len(weights):
-        raise LoRAError(
-            f"expected one weight for each of {len(trees)} adapters, found {len(weights)}: "
-            "lora.algebra.combine([first, second], [0.5, 0.5])"
-        )
+    check_weights(trees, weights, call)
     check_finite(*adapters, weights=weights, base=base)
     leaves = {} if base is None else flatten(state_of(base))
     failures: list[str] = []
@@ -82,13 +79,13 @@ def combine(
     # The union of the targets, in the order of their first appearance.
     for path in dict.fromkeys(p for tree in trees for p in tree):
         # (node, weight) of the trees that have the leaf; in the others its update is zero.
-        parts = [
-            (tree[path], weight_of(w, path)) for tree, w in zip(trees, weights) if path in tree
-        ]
+        parts = [(tree[path], w) for tree, w in zip(trees, weights) if path in tree]
         problem = differ([node for node, _ in parts], leaves.get(path))
         if problem is not None:
             failures.append(f"'{path}': {problem}")
-        elif isinstance(parts[0][0], LoRA):
+            continue
+        parts = [(node, weight_of(w, path, node)) for node, w in parts]
+        if isinstance(parts[0][0], LoRA):
             out[path] = _side_by_side(parts)
         else:
             # Full or Rows: `differ` has made sure that the base has the leaf.
@@ -136,15 +133,10 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
     >>> small.rank, bool(jnp.allclose(small.a @ small.b, 6.0))
     (1, True)
     """
-    fits = COUNT.fits(rank) if energy is None else SHARE.fits(energy)
-    if (rank is None) == (energy is None) or not fits:
-        raise LoRAError(
-            f"expected a rank >= 1 or an energy in (0, 1], found rank={rank}, energy={energy}: "
-            "lora.algebra.resize(adapters, rank=8) or lora.algebra.resize(adapters, energy=0.95)"
-        )
-
+    check_rank(rank, energy, "lora.algebra.resize(adapters, {})")
     # `linear` refuses DoRA, `check_finite` NaN: an SVD of it would not say which leaf had it.
-    check_finite(linear(adapters))
+    adapters = linear(adapters)
+    check_finite(adapters)
 
     def leaf(node: Any) -> Any:
         if not isinstance(node, LoRA):
@@ -160,7 +152,8 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
 
 def linear(adapters: Any) -> Any:
     """The adapters, if each stands for an update that is added to the base."""
-    nodes = flatten(checked(adapters), is_leaf=is_node)
+    adapters = checked(adapters)
+    nodes = flatten(adapters, is_leaf=is_node)
     raise_all(
         "these are scaled by magnitudes, so what they add depends on the base:",
         (f"'{p}' is a DoRA" for p, n in nodes.items() if isinstance(n, DoRA)),
@@ -178,17 +171,15 @@ def checked(adapters: Any) -> Any:
         raise LoRAError(
             f"expected adapters, as from lora.init, found {wrong[0] if wrong else 'an empty tree'}"
         )
-    check_factors(flatten(adapters, is_leaf=is_node))
-    return adapters
-
-
-def weight_of(weight: Any, path: str) -> Any:
-    """The weight of one leaf."""
-    if not isinstance(weight, Mapping):
-        return weight
-    if path not in weight:
-        raise LoRAError(f"the weights have none for '{path}'; there are {', '.join(weight)}")
-    return weight[path]
+    flat = flatten(adapters, is_leaf=is_node)
+    check_factors(flat)
+    raise_all(
+        "these factors do not fit each other:",
+        (f"'{p}': {wrong}" for p, n in flat.items() if (wrong := n.misfit(tuple(n.shape)))),
+        "make them by lora.init(key, params, config)",
+    )
+    # NumPy's fp64, as JAX has it.
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, adapters)
 
 
 def differ(nodes: list, base: Any) -> str | None:

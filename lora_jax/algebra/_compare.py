@@ -86,7 +86,7 @@ class Comparison:
 
 def _span(angles: np.ndarray) -> str:
     """The smallest and the largest angle, each a mean of the weights that have any."""
-    known = angles[~np.isnan(angles[:, 0])]
+    known = angles[~np.isnan(angles[:, :1]).all(-1)]
     if not len(known):
         return "none"
     return f"{known[:, 0].mean():.1f}° to {np.nanmax(known, 1).mean():.1f}°"

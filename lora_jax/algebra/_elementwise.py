@@ -24,7 +24,8 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._nodes.node import is_node
-from lora_jax.algebra._combine import checked, differ, weight_of
+from lora_jax.algebra._arguments import check_weights, several, weight_of
+from lora_jax.algebra._combine import checked, differ
 from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import matrices
 
@@ -68,21 +69,15 @@ Parts = tuple[Part | None, ...]
 
 
 def parts_of(
-    adapters: Sequence[Any], weights: Sequence[Any] | None, base: Any, exact: bool = False
+    adapters: Sequence[Any],
+    weights: Sequence[Any] | None,
+    base: Any,
+    call: str,
+    exact: bool = False,
 ) -> dict[str, Parts]:
     """{path: its part of each task vector}, checked."""
-    if isinstance(adapters, Mapping):
-        raise LoRAError(
-            "expected several adapters, found one tree: lora.algebra.ties([first, second], …)"
-        )
-    adapters = list(adapters)
+    adapters, weights = several(adapters, weights, call)
     trees = [flatten(tree, is_leaf=is_node) for tree in adapters]
-    weights = [1.0] * len(trees) if weights is None else list(weights)
-    if not trees or len(trees) != len(weights):
-        raise LoRAError(
-            f"expected one weight for each of {len(trees)} adapters, found {len(weights)}: "
-            "lora.algebra.ties([first, second], [0.5, 0.5], rank=16)"
-        )
     raise_all(
         "these leaves are no adapters that can be merged:",
         dict.fromkeys(
@@ -93,8 +88,9 @@ def parts_of(
         ),
         "as from lora.init(key, params, config)",
     )
-    for tree in adapters:
-        checked(tree)
+    adapters = [*map(checked, adapters)]
+    trees = [flatten(tree, is_leaf=is_node) for tree in adapters]
+    check_weights(trees, weights, call)
     check_finite(*adapters, weights=weights, base=base)
     starts = {} if base is None else flatten(state_of(base))
     failures: list[str] = []
@@ -123,15 +119,8 @@ def parts_of(
 def _spread(path: str, node: Any, weight: Any) -> jax.Array:
     """What a leaf's update is multiplied by, a number for each of the stacked weights: (n,)."""
     axes = node.geometry.batch_axes if isinstance(node, LoRA) else ()
-    dtype = wide(jax.tree.leaves(node)[0].dtype)
-    weight = jnp.asarray(weight_of(weight, path), dtype)
     shape = tuple(node.shape[d] for d in axes)
-    # An array may follow the first batch axes alone, such as the layers of (layers, experts).
-    if weight.shape != shape[: weight.ndim]:
-        raise LoRAError(
-            f"'{path}': a weight of shape {weight.shape}; expected a number, or an array along the "
-            f"leaf's batch axes, {shape}"
-        )
+    weight = jnp.asarray(weight_of(weight, path, node), wide(jax.tree.leaves(node)[0].dtype))
     # (*first,) to (*first, 1, …) to (*batch,) to (n,).
     weight = weight.reshape(weight.shape + (1,) * (len(shape) - weight.ndim))
     return jnp.broadcast_to(weight, shape).reshape(-1)

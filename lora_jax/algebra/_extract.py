@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,8 +52,19 @@ def extract(
     0.9
     """
     if energy is not None and not SHARE.fits(energy):
-        raise LoRAError(f"energy={energy}: expected a share in (0, 1]")
+        raise LoRAError(
+            f"energy={energy}: expected a share in (0, 1]: "
+            "lora.algebra.extract(base, tuned, targets, energy=0.95)"
+        )
+    call = "lora.algebra.extract(base, tuned, targets)"
+    if not isinstance(targets, Targets):
+        raise LoRAError(
+            f"expected Targets, found {type(targets).__name__}: lora.algebra.extract(base, tuned, "
+            "lora.select(base, config, survey))"
+        )
     before, after = (flatten(state_of(x)) for x in (base, tuned))
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((before, after))):
+        raise LoRAError(f"what changed is in the values, found traced ones: {call} outside of jit")
     # All checks come before the first SVD, which can take minutes.
     failures = [f"'{p}' is in one tree alone" for p in before.keys() ^ after.keys()]
     failures += [
@@ -60,7 +72,8 @@ def extract(
         for p in before.keys() & after.keys()
         if before[p].shape != after[p].shape
     ]
-    raise_all("these are not one model before and after:", sorted(failures))
+    raise_all("these are not one model before and after:", sorted(failures), call)
+    targets.check_fit(before, f"{call}, with targets = lora.select(base, config, survey)")
     chosen = {*targets.lora, *targets.full, *targets.rows}
     raise_all(
         "these hold NaN or infinity:",
@@ -70,6 +83,7 @@ def extract(
             for name, tree in (("base", before), ("tuned", after))
             if p in chosen and not is_finite(tree[p])
         ],
+        "look at the training that made them, or exclude them from the targets",
     )
     if not drop:
         same = lambda p: not bool(jnp.any(unequal(before[p], after[p])))

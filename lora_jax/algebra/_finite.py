@@ -26,6 +26,16 @@ def check_finite(*trees: Any, weights: Iterable[Any] = (), base: Any = None) -> 
       base: parameters; only leaves that have an adapter are looked at.
     """
     flat = [flatten(tree, is_leaf=is_node) for tree in trees]
+    raise_all(
+        "these have shapes and no values:",
+        (
+            f"'{path}'"
+            for nodes in flat
+            for path, node in nodes.items()
+            if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node))
+        ),
+        "call it under jax.eval_shape, or on arrays",
+    )
     leaves = {} if base is None else flatten(state_of(base))
     of = lambda k: f" of adapters[{k}]" if len(trees) > 1 else ""
     named = [(f"'{p}'{of(k)}", node) for k, tree in enumerate(flat) for p, node in tree.items()]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,9 +22,10 @@ from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import as_key
 from lora_jax._core.mesh import anywhere, placed
-from lora_jax._core.numbers import BELOW_ONE, COUNT, COUNT_OR_ZERO, SHARE
+from lora_jax._core.numbers import BELOW_ONE, COUNT_OR_ZERO, SHARE
 from lora_jax._core.paths import nest
 from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
+from lora_jax.algebra._arguments import check_rank
 from lora_jax.algebra._combine import typed_alike
 from lora_jax.algebra._elementwise import Method, Part, Parts, cuts, merged, parts_of
 from lora_jax.algebra._svd import (
@@ -101,7 +102,8 @@ def ties(
     Array([[3., 3., 0., 3.]], dtype=float32)
     """
     method = _method("ties", density=density, per_weight=per_weight)
-    return _elementwise(adapters, weights, method, None, rank, energy, passes, base)
+    call = "lora.algebra.ties([first, second], [0.5, 0.5], {})"
+    return _elementwise(adapters, weights, method, None, rank, energy, passes, base, call)
 
 
 def prune(
@@ -136,7 +138,8 @@ def prune(
     Array([[5., 1., 1., 4.]], dtype=float32)
     """
     method = _method("prune", density=density, per_weight=per_weight)
-    return _elementwise(adapters, weights, method, None, rank, energy, passes, base)
+    call = "lora.algebra.prune([first, second], [0.5, 0.5], density=0.2, {})"
+    return _elementwise(adapters, weights, method, None, rank, energy, passes, base, call)
 
 
 def dare(
@@ -177,10 +180,11 @@ def dare(
     Array([[0., 2., 2., 0., 0., 0.]], dtype=float32)
     """
     names = {"sum": "dare", "ties": "dare_ties"}
-    if how not in names:
-        raise LoRAError(f"how={how!r}: expected one of {', '.join(map(repr, names))}")
+    _check_how(how, names, "lora.algebra.dare(key, [first, second], how='sum', rank=16)")
     method = _method(names[how], rate=rate)
-    return _elementwise(adapters, weights, method, as_key(key), rank, energy, passes, base)
+    key = as_key(key, "lora.algebra.dare({key}, [first, second], rank=16)")
+    call = "lora.algebra.dare(key, [first, second], [0.5, 0.5], {})"
+    return _elementwise(adapters, weights, method, key, rank, energy, passes, base, call)
 
 
 def knots(
@@ -236,8 +240,9 @@ def knots(
         raise LoRAError(
             f"how={how!r} draws at random: lora.algebra.knots(..., key=jax.random.key(0))"
         )
-    key = None if method.rate == 0 else as_key(key)
-    leaves = parts_of(adapters, weights, base)
+    call = "lora.algebra.knots([first, second], [0.5, 0.5])"
+    key = None if method.rate == 0 else as_key(key, "lora.algebra.knots(..., key={key})")
+    leaves = parts_of(adapters, weights, base, call)
     shared = {}
     for path, parts in leaves.items():
         # One kind a leaf: `parts_of` has refused a mixture.
@@ -257,14 +262,22 @@ def knots(
 
 
 def _method(how: str, density: float = 1.0, rate: float = 0.0, per_weight: bool = False) -> Method:
-    if how not in HOW:
-        raise LoRAError(f"how={how!r}: expected one of {', '.join(map(repr, HOW))}")
+    _check_how(how, HOW, "lora.algebra.knots([first, second], how='ties')")
     trim, drop, elect = HOW[how]
     if trim and not SHARE.fits(density):
-        raise LoRAError(f"density={density}: expected the share to keep, in (0, 1]")
+        raise LoRAError(f"density={density}: expected the share to keep, in (0, 1]: density=0.2")
     if drop and not BELOW_ONE.fits(rate):
-        raise LoRAError(f"rate={rate}: expected the probability to drop an element, in [0, 1)")
+        raise LoRAError(
+            f"rate={rate}: expected the probability to drop an element, in [0, 1): rate=0.9"
+        )
+    if not isinstance(per_weight, bool):
+        raise LoRAError(f"per_weight={per_weight!r}: expected True or False")
     return Method(density if trim else 1.0, rate if drop else 0.0, elect, per_weight)
+
+
+def _check_how(how: Any, names: Iterable[str], call: str) -> None:
+    if not (isinstance(how, str) and how in names):
+        raise LoRAError(f"how={how!r}: expected one of {', '.join(map(repr, names))}: {call}")
 
 
 def _elementwise(
@@ -276,25 +289,25 @@ def _elementwise(
     energy: float | None,
     passes: int | None,
     base: Any,
+    call: str,
 ):
     # Exact: low-rank leaves come back in full, as base + Δ.
     exact = rank is None and energy is None
     if not exact:
-        fits = COUNT.fits(rank) if energy is None else rank is None and SHARE.fits(energy)
-        if not fits:
-            raise LoRAError(
-                f"expected a rank >= 1 or an energy in (0, 1], found rank={rank}, energy={energy}"
-            )
+        check_rank(rank, energy, call)
     elif base is None:
         raise LoRAError(
             "what is left element by element is of full rank; say what is wanted: rank=16 or "
             "energy=0.9, the best adapters of low rank, or base=params, all of it, as `Full` leaves"
         )
     if passes is not None and (rank is None or not COUNT_OR_ZERO.fits(passes)):
-        raise LoRAError(f"passes={passes}: expected a number >= 0 and a rank, found rank={rank}")
+        raise LoRAError(
+            f"passes={passes}: expected a number >= 0 and a rank, found rank={rank}: "
+            + call.format("rank=16, passes=2")
+        )
     # Static arguments of jit are hashed.
     rank, passes = (x if x is None else operator.index(x) for x in (rank, passes))
-    leaves = parts_of(adapters, weights, base, exact)
+    leaves = parts_of(adapters, weights, base, call.format("rank=16"), exact)
     trimmed, out, kept = cuts(leaves, method), {}, {}
     for path, parts in leaves.items():
         # (n, in, out), of one leaf at a time.

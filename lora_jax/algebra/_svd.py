@@ -120,6 +120,8 @@ def rank_for(s: jax.Array, energy: float) -> int:
     """The smallest rank at which each row of singular values keeps this share of Σσ²."""
     if isinstance(s, jax.core.Tracer):
         raise LoRAError("a rank from the energy depends on values: not under jit; pass rank=")
+    if not s.shape[-1]:  # of an update without factors
+        return 1
     total = jnp.sum(s**2, -1, keepdims=True)
     # The slack is for an energy of 1: the running sum may end just below the total.
     enough = jnp.cumsum(s**2, -1) >= energy * total * (1 - 4 * jnp.finfo(s.dtype).eps)

@@ -14,6 +14,7 @@ from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.paths import flatten, nest
+from lora_jax._init import targets_of
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.factors import factors
 from lora_jax._nodes.indirect import Indirect
@@ -21,7 +22,7 @@ from lora_jax._nodes.node import is_node
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
 from lora_jax.algebra._svd import as_node
-from lora_jax.methods._tree import along_rank, static_of, targets_of, tree_of
+from lora_jax.methods._tree import along_rank, static_of, tree_of
 
 if TYPE_CHECKING:
     import chex
@@ -97,7 +98,7 @@ def init_adalora(
     >>> node.p.shape, node.lam, node.q.shape
     ((8, 3), Array([0., 0., 0.], dtype=float32), (3, 4))
     """
-    key, targets = as_key(key), targets_of(params, config, survey)
+    key, targets = as_key(key), targets_of(params, config, survey, "lora.methods.init_adalora")
     dtype = targets.config.dtype
 
     def node(path: str, t: Target) -> AdaLoRA:

@@ -19,13 +19,14 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import NOT_NEGATIVE, check_numbers
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import near
+from lora_jax._init import targets_of
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.indirect import Indirect
 from lora_jax._quantized.waiting import value
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
 from lora_jax.algebra._svd import best_svd
-from lora_jax.methods._tree import CALL, constant, static_of, targets_of, tree_of
+from lora_jax.methods._tree import CALL, constant, static_of, tree_of
 
 if TYPE_CHECKING:
     import chex
@@ -123,7 +124,7 @@ def init_lora_xs(
     """
     call = "lora.methods.init_lora_xs(key, params, config, std=1e-5)"
     check_numbers(call, traced=True, std=(std, NOT_NEGATIVE))
-    key, targets = as_key(key), targets_of(params, config, survey)
+    key, targets = as_key(key), targets_of(params, config, survey, "lora.methods.init_lora_xs")
     leaves, dtype = flatten(state_of(params)), targets.config.dtype
     raise_all(
         "LoRA-XS takes singular vectors of the leaf, and these have fewer than the rank:",

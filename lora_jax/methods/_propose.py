@@ -8,14 +8,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule, matches
+from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule
 from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
-from lora_jax._core.numbers import AT_LEAST_ONE, COUNT, POSITIVE, SHARE, refused
+from lora_jax._core.numbers import AT_LEAST_ONE, COUNT, POSITIVE, SHARE, number, refused
 from lora_jax._core.paths import flatten
+from lora_jax._core.patterns import matches
 from lora_jax._core.table import table
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
@@ -25,6 +27,7 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Target
 from lora_jax.algebra._svd import svd
 from lora_jax.methods._from_inputs import checked_moments
+from lora_jax.methods._routers import experts_of, kinds_of, module_type, said_of
 
 # What a parameter remembers (Allen-Zhu and Li, arXiv:2404.05405).
 BITS_PER_PARAMETER = 2.0
@@ -40,7 +43,7 @@ class Proposal:
     """A configuration, and why. Print it.
 
     Attributes:
-      config: for `select` and `init`.
+      config: for `select` and `init`; None where adapters would not be smaller than the weights.
       reasons: a sentence for each decision.
       scores: {module type: score} where targets were chosen, and empty where all are adapted.
       learning_rate: a first guess, where that of full fine-tuning was given.
@@ -54,7 +57,7 @@ class Proposal:
     (8, 32.0, 0.001, {})
     """
 
-    config: LoRAConfig
+    config: LoRAConfig | None
     reasons: tuple[str, ...]
     scores: Mapping[str, float]
     learning_rate: float | None = None
@@ -90,7 +93,10 @@ def propose(
     * With `gradients` the types with the largest ‖G‖² for each parameter of an adapter: how much
       a first step of gradient descent lowers the loss, for what it costs.
 
-    Routers are left out: what is named so, and has an output for each of a stack of experts.
+    Routers are left out: what is named so, and has an output for each expert, of a stack or beside
+    each other. So are leaves so small that no adapter is smaller, and a leaf too small for the rank
+    gets the largest one at which its adapter is. Where all adapters together would have as many
+    numbers as the weights that they change, none are proposed.
 
     A type is a path with its numbers left out: `layers/*/up/kernel`. These are starting points:
     neither way of choosing beats all linear layers of the same size in general.
@@ -127,10 +133,15 @@ def propose(
 fine-tuning
     """
     _check(tokens, full_learning_rate, moments, gradients, keep, active_experts)
+    tokens, full_learning_rate, keep = map(number, (tokens, full_learning_rate, keep))
+    active_experts = number(active_experts)
     # At rank 1, so that `t.parameters` is what each unit of rank costs.
     everything = select(params, LoRAConfig(rank=1, alpha=32.0, targets=ALL_LINEAR), survey).lora
-    routers, experts = _experts(everything, active_experts)
-    everything = {p: t for p, t in everything.items() if p not in routers}
+    routers, experts = experts_of(everything, active_experts)
+    tiny = tuple(p for p, t in everything.items() if p not in routers and not _most(t))
+    everything = {p: t for p, t in everything.items() if p not in (*routers, *tiny)}
+    if not everything:
+        return Proposal(None, (f"no adapters: each of {len(tiny)} leaves is smaller than one",), {})
     scores: dict[str, float] = {}
     if moments is None and gradients is None:
         targets, chosen = ALL_LINEAR, dict(everything)
@@ -153,12 +164,25 @@ fine-tuning
         why = f"targets: the {len(kept)} of {len(scores)} module types with the {what}"
     share = {p: active_experts or 1 for p in experts}
     rank, reason = _rank(chosen, tokens, share)
-    rules = _smaller(chosen, rank, share)
-    exclude = tuple(routers) if targets == ALL_LINEAR else ()
+    # Of the whole rank, before small leaves get less: the rank that is wanted does not pay.
+    own = {p: max(1, rank // share.get(p, 1)) for p in chosen}
+    numbers = sum(
+        t.parameters * min(own[p], *t.geometry.sizes(t.shape)[1:]) for p, t in chosen.items()
+    )
+    weights = sum(math.prod(t.shape) for t in chosen.values())
+    if numbers >= weights:
+        nothing = (
+            f"no adapters: of rank {rank} they would have {numbers:,} numbers, the weights have "
+            f"{weights:,}; train those in full, or pass tokens= if there are few"
+        )
+        return Proposal(None, (nothing,), scores)
+    rules = _smaller(chosen, rank, own)
+    exclude = routers + tiny if targets == ALL_LINEAR else ()
     config = LoRAConfig(rank=rank, alpha=32.0, targets=targets, rules=rules, exclude=exclude)
     reasons = [
         why,
-        *_of_routers(routers, rank, active_experts),
+        *said_of(routers, rank, active_experts),
+        *[f"left out, smaller than any adapter: {', '.join(kinds_of(tiny))}"] * bool(tiny),
         reason,
         "alpha 32, scale alpha / rank: the best learning rate depends little on the rank",
         _rate(full_learning_rate),
@@ -169,47 +193,10 @@ fine-tuning
     return Proposal(config, tuple(reasons), scores, rate)
 
 
-def module_type(path: str) -> str:
-    """The path with a star for each number.
-
-    >>> module_type("model/layers_11/attn/q_proj/kernel")
-    'model/layers_*/attn/q_proj/kernel'
-    """
-    return re.sub(r"\d+", "*", path)
-
-
-_ROUTER = re.compile(r"(?:^|[/_.])(?:router|gate|gating)(?:[/_.\d]|$)")
-
-
-def _experts(
-    targets: Mapping[str, Target], active: int | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The routers, and the leaves that stack as many weights as a router has outputs."""
-    stacks = {p: {t.shape[d] for d in t.geometry.batch_axes} for p, t in targets.items()}
-    outs = {p: t.geometry.sizes(t.shape)[2] for p, t in targets.items() if _ROUTER.search(p)}
-    routers = tuple(p for p, n in outs.items() if any(n in sizes for sizes in stacks.values()))
-    experts = tuple(
-        p for p, sizes in stacks.items()
-        if p not in routers and any(outs[router] in sizes for router in routers)
-    )  # fmt: skip
-    if active is not None and not experts:
-        raise LoRAError(
-            f"active_experts={active}, but there is no router beside a stack of as many experts as "
-            "it has outputs: lora.methods.propose(params, survey)"
-        )
-    return routers, experts
-
-
-def _of_routers(routers: Sequence[str], rank: int, active: int | None) -> list[str]:
-    if not routers:
-        return []
-    each = (
-        "pass active_experts= to share the rank among those that serve a token"
-        if active is None
-        else f"{active} serve a token, each at rank {max(1, rank // active)}"
-    )
-    kinds = ", ".join(dict.fromkeys(map(module_type, routers)))
-    return [f"routers left out: {kinds}; where tokens go stays as it is", f"experts: {each}"]
+def _most(t: Target) -> int:
+    """The largest rank at which an adapter has fewer numbers than its leaf; 0: at none."""
+    _, i, o = t.geometry.sizes(t.shape)
+    return min((i * o - 1) // (i + o), i, o)
 
 
 def _check(tokens: Any, rate: Any, moments: Any, gradients: Any, keep: Any, active: Any):
@@ -221,7 +208,22 @@ def _check(tokens: Any, rate: Any, moments: Any, gradients: Any, keep: Any, acti
     )
     if moments is not None and gradients is not None:
         failures.append("moments and gradients are two ways to choose: pass one of them")
-    raise_all("nothing can be proposed:", failures)
+    raise_all("nothing can be proposed:", failures, "lora.methods.propose(params, survey)")
+
+
+def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
+    """The scores as Python's numbers."""
+    if any(isinstance(x, jax.core.Tracer) for x in scores.values()):
+        raise LoRAError(
+            "a choice depends on values, found traced ones: call propose outside of jit"
+        )
+    out = {p: float(x) for p, x in scores.items()}
+    raise_all(
+        "what is to be chosen by is NaN or infinity, of the leaves:",
+        (f"'{p}'" for p, x in out.items() if not math.isfinite(x)),
+        "look at the weights and the batch, or lora.methods.propose(params, survey)",
+    )
+    return out
 
 
 def _feature_norms(
@@ -236,8 +238,8 @@ def _feature_norms(
         aligned = jnp.sum(w * product(c, w), (1, 2))
         random = jnp.trace(c, axis1=1, axis2=2) * jnp.sum(w**2, (1, 2)) / w.shape[1]
         ratio = aligned / jnp.where(random > 0, random, 1)
-        out[path] = float(jnp.mean(jnp.sqrt(jnp.maximum(ratio, 0))))
-    return out
+        out[path] = jnp.mean(jnp.sqrt(jnp.maximum(ratio, 0)))
+    return _numbers(out)
 
 
 def _gains(targets: Mapping[str, Target], gradients: Any) -> dict[str, float]:
@@ -245,12 +247,16 @@ def _gains(targets: Mapping[str, Target], gradients: Any) -> dict[str, float]:
     flat = flatten(state_of(gradients), is_leaf=is_node)
     raise_all(
         "these leaves have no gradient:",
-        (f"'{p}'" for p in targets if p not in flat),
+        (
+            f"'{p}'" + (f" of {t.shape}, found {tuple(flat[p].shape)}" if p in flat else "")
+            for p, t in targets.items()
+            if p not in flat or tuple(flat[p].shape) != tuple(t.shape)
+        ),
         "jax.grad(loss)(params), or lora.methods.low_rank_gradients(loss, params, targets)",
     )
     # ‖G‖² = Σσ².
     square = lambda g: jnp.sum((svd(g)[1] if isinstance(g, LoRA) else jnp.asarray(g, "f4")) ** 2)
-    return {p: float(square(flat[p])) / t.parameters for p, t in targets.items()}
+    return _numbers({p: square(flat[p]) / t.parameters for p, t in targets.items()})
 
 
 def _by_type(scores: Mapping[str, float], rising: bool) -> dict[str, float]:
@@ -295,13 +301,10 @@ def _rank(
     return rank, f"rank {rank}: {said}, rank {rank} about {holds:,.0f}"
 
 
-def _smaller(
-    targets: Mapping[str, Target], rank: int, share: Mapping[str, int]
-) -> tuple[Rule, ...]:
-    """Rules for leaves that are too small for the rank, or share it among experts; each has the
-    scale of the others."""
-    own = {p: max(1, rank // share.get(p, 1)) for p in targets}
-    most = {p: min(own[p], *t.geometry.sizes(t.shape)[1:]) for p, t in targets.items()}
+def _smaller(targets: Mapping[str, Target], rank: int, own: Mapping[str, int]) -> tuple[Rule, ...]:
+    """Rules for leaves that are too small for the rank, or whose `own` is a share of it; each has
+    the scale of the others."""
+    most = {p: min(own[p], _most(t)) for p, t in targets.items()}
     return tuple(Rule(p, rank=n, alpha=32.0 * n / rank) for p, n in most.items() if n < rank)
 
 

@@ -9,26 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._config import LoRAConfig
 from lora_jax._core.einsum import cast
-from lora_jax._core.errors import LoRAError
 from lora_jax._core.paths import flatten, nest
 from lora_jax._init import init
 from lora_jax._nodes.node import Node, is_node
-from lora_jax._select import select
-from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
 
 CALL = (
     "lora.methods.factors(adapters, frozen), with "
     "adapters, frozen = lora.methods.init_{}(key, params, config)"
 )
-
-
-def targets_of(params: Any, config: LoRAConfig | Targets, survey: Survey | None) -> Targets:
-    if not isinstance(config, Targets | LoRAConfig):
-        raise LoRAError(f"expected a LoRAConfig or Targets, found {type(config).__name__}")
-    return config if isinstance(config, Targets) else select(params, config, survey)
 
 
 def static_of(t: Target, scale: float | None = None) -> dict[str, Any]:

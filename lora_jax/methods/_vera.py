@@ -16,11 +16,12 @@ from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK, static
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.numbers import COUNT, FINITE, check_numbers
+from lora_jax._init import targets_of
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.indirect import Indirect
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
-from lora_jax.methods._tree import CALL, along_rank, constant, static_of, targets_of, tree_of
+from lora_jax.methods._tree import CALL, along_rank, constant, static_of, tree_of
 
 if TYPE_CHECKING:
     import chex
@@ -136,7 +137,7 @@ def init_vera(
     """
     call = "lora.methods.init_vera(key, params, config, rank=256, d=0.1)"
     check_numbers(call, traced=True, rank=(rank, COUNT.or_none), d=(d, FINITE))
-    key, targets = as_key(key), targets_of(params, config, survey)
+    key, targets = as_key(key), targets_of(params, config, survey, "lora.methods.init_vera")
     if rank is not None:
         rank = operator.index(rank)
         of_rank = {p: dataclasses.replace(t, rank=rank) for p, t in targets.lora.items()}

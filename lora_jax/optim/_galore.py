@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from typing import Any, NamedTuple
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._core.einsum import wide
-from lora_jax._core.errors import raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._targets import Targets
@@ -324,14 +324,6 @@ def _geometries(params: Any, targets: Targets | None) -> dict[str, Geometry]:
     flat = flatten(params)
     if targets is None:
         return {path: MATRIX for path, x in flat.items() if x.ndim == 2}
-    raise_all(
-        "these targets do not fit the parameters:",
-        (
-            f"'{path}': expected {t.shape}, found "
-            + (str(tuple(flat[path].shape)) if path in flat else "no such leaf")
-            for path, t in targets.lora.items()
-            if path not in flat or tuple(flat[path].shape) != tuple(t.shape)
-        ),
-        "lora.optim.galore(0.01, targets=lora.select(params, config, survey))",
-    )
+    call = "lora.optim.galore(0.01, targets=lora.select(params, config, survey))"
+    dataclasses.replace(targets, full={}, rows={}).check_fit(flat, call)
     return {path: t.geometry for path, t in targets.lora.items()}

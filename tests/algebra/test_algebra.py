@@ -293,11 +293,47 @@ def test_any_combination(data):
             np.testing.assert_allclose(got, want[path], rtol=0, atol=1e-4 * max(largest[path], 1))
 
 
+def uneven():
+    return lora.LoRA(jnp.ones((4, 3)), jnp.ones((2, 2)), 1.0, lora.Geometry((0,), (1,)))
+
+
+def test_weights_of_any_library_and_kind():
+    """One weight means the same however it is written; adapters of NumPy are taken as well."""
+    trees = [make(1), make(2)]
+    want = lora.algebra.combine(trees, [2.0, -1.0])
+    numpy = jax.tree.map(lambda x: np.asarray(x, np.float64), trees)
+    for some, two in ((trees, (np.int8(2), jnp.float32(-1))), (trees, np.array([2.0, -1.0])),
+                       (trees, iter([2, np.array(-1.0)])), (numpy, (jnp.int32(2), -1))):  # fmt: skip
+        for one, other in zip(
+            jax.tree.leaves(lora.algebra.combine(some, two)), jax.tree.leaves(want)
+        ):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_an_update_without_factors():
+    none = {"w": lora.LoRA(jnp.ones((4, 0)), jnp.ones((0, 2)), 1.0, lora.Geometry((0,), (1,)))}
+    assert lora.algebra.resize(none, energy=0.5)["w"].rank == 1
+    assert "none" in str(lora.algebra.compare(none, none))
+
+
 @pytest.mark.parametrize("call, match", [
     (lambda: lora.algebra.combine([]), "expected one weight for each of 0 adapters, found 0"),
     (lambda: lora.algebra.combine([make(1)], [1.0, 2.0]), "expected one weight for each of 1 adapters, found 2"),
     (lambda: lora.algebra.combine([PARAMS]), "expected adapters, as from lora.init, found ArrayImpl"),
     (lambda: lora.algebra.combine([make(1)], [{"dense/kernel": 1.0}]), "the weights have none for 'heads'; there are dense/kernel"),
+    (lambda: lora.algebra.combine(make(1)), r"expected several adapters, found one tree: lora.algebra.combine\(\[first"),
+    (lambda: lora.algebra.combine(5), "expected several adapters, found int"),
+    (lambda: lora.algebra.combine([make(1)], 1.0), "expected a list of weights, found float"),
+    (lambda: lora.algebra.combine([make(1)], ["1"]), "weights\\[0\\] is '1': expected a finite number"),
+    (lambda: lora.algebra.combine([make(1)] * 3, [None, 1j, 10**400]), r"(?s)weights\[0\] is None.*\[1\] is 1j.*\[2\] is 1000"),
+    (lambda: lora.algebra.combine([make(1)], [dict.fromkeys(make(1), 1.0) | {"dens": 1.0}]), "weights\\[0\\] has one for 'dens', which no adapter has"),
+    # (rank,) would multiply the rows of B.
+    (lambda: lora.algebra.combine([{"w": make(1)["dense"]["kernel"]}], [jnp.ones(make(1)["dense"]["kernel"].rank)]), "'w': a weight of shape .*expected a number"),
+    (lambda: lora.algebra.resize({"w": uneven()}, 1), r"'w': the leaf has shape \(4, 2\); expected b of \(3, 2\), found \(2, 2\)"),
+    (lambda: lora.algebra.resize(jax.eval_shape(lambda: make(1)), 1), "shapes and no values"),
+    (lambda: jax.jit(lambda p: lora.algebra.extract(p, p, lora.select(PARAMS, CONFIG)))(PARAMS), "found traced ones"),
+    (lambda: lora.algebra.extract(PARAMS, PARAMS, CONFIG), "expected Targets, found LoRAConfig"),
+    (lambda: lora.algebra.extract({}, {}, lora.select(PARAMS, CONFIG)), "these targets do not fit the parameters"),
     (lambda: lora.algebra.combine([{"w": make(1)["dense"]["kernel"]}, {"w": make(1)["layers"]}]), r"'w': found LoRA of \(12, 20\), LoRA of \(3, 10, 14\)"),
     (lambda: lora.algebra.resize(make(1)), "expected a rank >= 1 or an energy in .*found rank=None, energy=None"),
     (lambda: lora.algebra.resize(make(1), 2, energy=0.5), "found rank=2, energy=0.5"),

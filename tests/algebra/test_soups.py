@@ -465,7 +465,13 @@ HUGE = {
 
 @pytest.mark.parametrize("call, match", [
     (lambda: lora.algebra.ties([make(1)]), r"of full rank; say what is wanted: rank=16 or energy=0.9.*base=params"),
-    (lambda: lora.algebra.ties([make(1)], rank=2, energy=0.5), "found rank=2, energy=0.5"),
+    (lambda: lora.algebra.ties([make(1)], rank=2, energy=0.5), r"found rank=2, energy=0.5: lora.algebra.ties\(.*rank=8\) or"),
+    (lambda: lora.algebra.ties(None, rank=2), "expected several adapters, found NoneType"),
+    (lambda: lora.algebra.ties([make(1)], 0.5, rank=2), "expected a list of weights, found float"),
+    (lambda: lora.algebra.prune([make(1)], [None], density=0.5, rank=2), "weights\\[0\\] is None"),
+    (lambda: lora.algebra.ties([make(1)], rank=2, per_weight=3), "per_weight=3: expected True or False"),
+    (lambda: lora.algebra.dare(KEY, [make(1)], how=["sum"], rank=2), r"how=\['sum'\]: expected one of"),
+    (lambda: lora.algebra.dare(jax.random.split(KEY), [make(1)], rank=2), r"found \(2,\) keys: lora.algebra.dare\(keys\[0\], \["),
     (lambda: lora.algebra.prune([make(1)], density=0.5, rank=0), "found rank=0"),
     (lambda: lora.algebra.dare(KEY, [make(1)], energy=1.5), "energy=1.5"),
     (lambda: lora.algebra.ties([make(1)], rank=2.5), "found rank=2.5"),
