@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import examples, fails, noisy, tolerance
 from figures import apart
 from flax import nnx
@@ -134,7 +135,7 @@ def test_no_update_is_formed():
 
 PARAMS = {
     "dense": {"kernel": jnp.ones((12, 20)), "bias": jnp.zeros(20)},
-    "table": jax.random.normal(KEY, (9, 8)),
+    "table": rand.normal(KEY, (9, 8)),
 }
 
 
@@ -428,7 +429,7 @@ def test_through_treescope():
 
 def test_a_quantised_base():
     """Beside what is read of it."""
-    params = {"w": jax.random.normal(jax.random.key(0), (8, 64)), "t": jnp.ones((8, 64)) / 3}
+    params = {"w": rand.normal(jax.random.key(0), (8, 64)), "t": jnp.ones((8, 64)) / 3}
     q = lora.quant.quantize(params, ["w", "t"], double=True)
     node = lora.LoRA(jnp.ones((8, 1)), jnp.ones((1, 64)), 1.0, lora.Geometry((0,), (1,)))
     adapters = {"w": node, "t": lora.Rows(jnp.ones((2, 64)), (1, 3), 8)}
