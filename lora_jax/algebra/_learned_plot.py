@@ -174,6 +174,8 @@ def short_names(targets: Sequence[str], in_layers: Collection[str]) -> list[str]
     >>> layered = ["encoder/h_*/q/kernel", "decoder/h_*/q/kernel"]
     >>> short_names(layered, layered)
     ['encoder/q', 'decoder/q']
+    >>> short_names(["layers_*/kernel", "head/bias", "head/kernel"], ["layers_*/kernel"])
+    ['kernel', 'head/bias', 'head/kernel']
     """
     # The leaf's own name is never cut from the front.
     alike = [t.split("/")[:-1] for t in in_layers or targets]
@@ -186,9 +188,11 @@ def short_names(targets: Sequence[str], in_layers: Collection[str]) -> list[str]
     bare = [plain(n) if t in in_layers and "/" in plain(n) else n for n, t in zip(names, targets)]
     names = _distinct(bare, names)
     (last, count), *_ = Counter(n.rpartition("/")[2] for n in names).most_common(1)
-    # Most end alike, in "kernel" say.
+    # Most end alike, in "kernel" say. A kernel beside a bias says that it is one.
     if 2 * count >= len(names):
-        names = _distinct([n.removesuffix(f"/{last}") for n in names], names)
+        beside = Counter(n.rpartition("/")[0] for n in names)
+        cut = lambda n: n.removesuffix(f"/{last}") if beside[n.rpartition("/")[0]] == 1 else n
+        names = _distinct(list(map(cut, names)), names)
     return names
 
 
