@@ -32,6 +32,7 @@ extensions = [
     "docstrings",
     "error_pages",
     "public_names",
+    "tables",
 ]
 exclude_patterns = ["_site", "**/.ipynb_checkpoints"]
 

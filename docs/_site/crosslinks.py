@@ -79,6 +79,8 @@ class Names(SphinxTransform):
         for literal in list(self.document.findall(nodes.literal)):
             if isinstance(literal.parent, nodes.reference | addnodes.pending_xref):
                 continue
+            if "::" in literal.astext():
+                literal["classes"].append("test")
             match = NAME.fullmatch(literal.astext())
             if not match or literal.get("classes"):
                 continue
