@@ -8,7 +8,7 @@ from pathlib import Path
 
 from crosslinks import public
 from docutils import nodes
-from error_catalogue import PACKAGE, cause_and_cure, messages, raisers
+from error_catalogue import PACKAGE, cause_and_cure, messages, raisers, says_something
 from sphinx.util.docutils import SphinxDirective
 
 GROUPS = {
@@ -66,6 +66,17 @@ def paragraph(*children, **options) -> nodes.paragraph:
     return nodes.paragraph("", "", *children, **options)
 
 
+# What is expected is what to give.
+WANTED = re.compile(r"expected ([^:]+?)(?:[,;]? found\b.*)?$")
+
+
+def parts(text: str) -> tuple[str, str]:
+    """What is wrong, where the message says that, and what to do."""
+    cause, cure = cause_and_cure(text)
+    wanted = WANTED.match(cure)
+    return (cause if says_something(cause) else text), f"give {wanted[1]}" if wanted else cure
+
+
 def advice(m) -> str:
     file = m.file.relative_to(PACKAGE).with_suffix("").as_posix()
     if (own := f"{file}:{m.function}") in ADVICE:
@@ -77,9 +88,9 @@ def advice(m) -> str:
 
 def entry(m, by: list[str]) -> nodes.definition_list_item:
     """The message, up to its cure; the lines below it; what to do; who raises it."""
-    cause, cure = cause_and_cure(m.text)
+    cause, cure = parts(m.text)
     body = nodes.definition()
-    lines = [cause_and_cure(line) for line in m.lines]
+    lines = [parts(line) for line in m.lines]
     if lines:
         items = nodes.bullet_list()
         for what, todo in lines:
@@ -90,7 +101,7 @@ def entry(m, by: list[str]) -> nodes.definition_list_item:
         body += items
     todo = cure or m.fix
     if not (todo or (lines and all(c for _, c in lines))):
-        wanted = re.match(r".*?expected ([^:]+?),? found\b", cause)
+        wanted = WANTED.search(cause)
         todo = f"give {wanted[1]}" if wanted else advice(m)
     if todo:
         body += paragraph(nodes.strong("", "Cure: "), *inline(todo))
