@@ -285,12 +285,12 @@ def test_a_figure(name, tmp_path):
 
 def test_numbers_stand_in_both_panels_or_in_none():
     """Columns are as wide as the panel with most rows lets them be: biases have no rank."""
-    flat = {f"h_{i}/{n}/kernel": square(i) for i in range(24) for n in "qv"}
+    flat = {f"h_{i}/kernel": square(i % 2) for i in range(25)}
     flat |= {p.replace("kernel", "bias"): lora.Full(jnp.ones(8)) for p in flat}
     size, rank, _ = learned_of(flat).plot().axes
-    assert rows(size) == (["bias", "kernel"] * 2, ["q", "v"])
+    assert rows(size)[0] == ["bias", "kernel"]
     digits = [t.get_text() for axes in (size, rank) for t in axes.texts if "." in t.get_text()]
-    assert rank.images[0].get_array().size == 48 and not digits
+    assert rank.images[0].get_array().size == 25 and not digits
 
 
 def rows(axes):
