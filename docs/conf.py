@@ -7,7 +7,6 @@ network: with `INTERSPHINX=1`, and on Read the Docs.
 
 import os
 import sys
-import tomllib
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -33,6 +32,7 @@ extensions = [
     "docstrings",
     "error_pages",
     "public_names",
+    "tables",
 ]
 exclude_patterns = ["_site", "**/.ipynb_checkpoints"]
 
@@ -70,9 +70,16 @@ if os.environ.get("INTERSPHINX") or os.environ.get("READTHEDOCS"):
         "orbax": ("https://orbax.readthedocs.io/en/latest", None),
     }
 
-# Files that are not pages: links into the repository, if its address is declared, else downloads.
-_urls = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"].get("urls", {})
-crosslinks_repository = _urls.get("Repository", "")
+# Files that are not pages: links into the repository, where the builder knows its address, else
+# downloads.
+_env = os.environ.get
+if _env("READTHEDOCS_GIT_CLONE_URL", "").startswith("https:"):
+    _clone = _env("READTHEDOCS_GIT_CLONE_URL").removesuffix(".git")
+    crosslinks_files = f"{_clone}/blob/{_env('READTHEDOCS_GIT_COMMIT_HASH', 'main')}"
+elif _env("GITHUB_REPOSITORY"):
+    crosslinks_files = (
+        f"{_env('GITHUB_SERVER_URL')}/{_env('GITHUB_REPOSITORY')}/blob/{_env('GITHUB_SHA')}"
+    )
 
 html_theme = "furo"
 html_title = f"lora_jax {release}"

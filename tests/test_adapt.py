@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import adapted, assert_close, assert_equals_dense
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -19,7 +20,7 @@ K = jax.random.key(3)
 
 
 def normal(i, *shape):
-    return jax.random.normal(jax.random.fold_in(K, i), shape) / 2
+    return rand.normal(jax.random.fold_in(K, i), shape) / 2
 
 
 X = normal(0, 2, 5, 6)  # (batch, time, features)

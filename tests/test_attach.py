@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import rand
 from flax import nnx
 from flax.training.train_state import TrainState
 from support.common import assert_close, fails, noisy
@@ -44,7 +45,7 @@ def train(model, steps, wrap=nnx.jit):
         return loss
 
     keys = jax.random.split(jax.random.key(5), steps)
-    return [step(model, optimizer, jax.random.normal(k, (8, 4, WIDTH))) for k in keys]
+    return [step(model, optimizer, rand.normal(k, (8, 4, WIDTH))) for k in keys]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def check_equal(model, adapters, ids):
 def test_a_variable_that_holds_a_tree_and_containers():
     class Odd(nnx.Module):
         def __init__(self):
-            w = lambda i: jax.random.normal(jax.random.key(i), (WIDTH, WIDTH)) / 8
+            w = lambda i: rand.normal(jax.random.key(i), (WIDTH, WIDTH)) / 8
             self.tree = nnx.Param({"q": w(0), "k": w(1)})
             self.list = nnx.List([nnx.Param(w(3))])
             self.dict = nnx.data({"w": nnx.Param(w(4))})
@@ -375,7 +376,7 @@ class Compact(nn.Module):
 
 
 def linen(model):
-    x = jax.random.normal(jax.random.key(1), (4, WIDTH))
+    x = rand.normal(jax.random.key(1), (4, WIDTH))
     rest = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
     params = rest.pop("params")
     config = lora.LoRAConfig(rank=2, targets=[lambda path, leaf: path.endswith("kernel")])

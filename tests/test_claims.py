@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import rand
 from jax.experimental import jet
 from pages import ROOT
 
@@ -21,7 +22,7 @@ ROWS = [
     if line.startswith("| [")
 ]
 KEY = jax.random.key(0)
-W = {"w": jax.random.normal(KEY, (64, 64)) / 8}
+W = {"w": rand.normal(KEY, (64, 64)) / 8}
 CONFIG = lora.LoRAConfig(rank=2, targets="w")
 ADAPTERS = jax.tree.map(lambda x: x + 0.1, lora.init(KEY, W, CONFIG))
 

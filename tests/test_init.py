@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, noisy
 from flax import linen as nn
 from flax import serialization
@@ -72,7 +73,7 @@ def test_stacked_layers_differ():
 
 
 def make(dtype=jnp.float32, **kwargs):
-    params = jax.tree.map(lambda x: jax.random.normal(KEY, x.shape).astype(dtype), PARAMS)
+    params = jax.tree.map(lambda x: rand.normal(KEY, x.shape).astype(dtype), PARAMS)
     config = lora.LoRAConfig(rank=4, alpha=2, targets=["q", "v"], **kwargs)
     return params, noisy(lora.init(jax.random.key(1), params, config))
 
@@ -134,7 +135,7 @@ def test_merge_under_jit_and_eval_shape():
 def test_also_trained_leaves():
     """Biases, leaves in full and rows: in the same tree, with the same bind and merge."""
     params = {
-        "table": jax.random.normal(KEY, (9, 4)),
+        "table": rand.normal(KEY, (9, 4)),
         "l": {"kernel": jnp.eye(4), "bias": jnp.ones(4)},
         "norm": {"scale": jnp.ones(4), "bias": jnp.zeros(4)},
         "head": {"kernel": jnp.ones((4, 3))},

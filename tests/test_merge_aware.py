@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, fails, noisy, tolerance
 from flax import nnx
 from jax.extend.core import Literal
@@ -24,7 +25,7 @@ KEY = jax.random.key(0)
 
 def normal(seed, *shape):
     """Numbers of few bits, so that W + s·A·B is the same in whatever order it is summed."""
-    x = jax.random.normal(jax.random.key(seed), shape)
+    x = rand.normal(jax.random.key(seed), shape)
     return jnp.round(x * 32) / 32
 
 
@@ -95,7 +96,7 @@ def test_the_function_is_kept_by_merging(format, dtype, coded):
 def test_any_numbers(format, dtype):
     """What a product meets is what is stored: on all but a few, that sums in another order carry
     over the middle of two levels, and there the next one. The last block is not full."""
-    params = {"w": jax.random.normal(KEY, (40, 72)).astype(dtype)}
+    params = {"w": rand.normal(KEY, (40, 72)).astype(dtype)}
     adapters = noisy(lora.init(KEY, params, lora.LoRAConfig(rank=3, targets="w")), scale=0.3)
     f = lora.adapt(lambda p, x: x @ p["w"], merge_aware=format)
     met = jax.jit(lambda ad: f(lora.bind(params, ad), jnp.eye(40, dtype=dtype)))(adapters)
@@ -132,7 +133,7 @@ def test_it_is_rounded_where_casts_are_left_out(format, dtype):
     """XLA may leave out a cast to a narrower float and back; then what is read where it is made,
     in training, would not be what was stored."""
     how = dict(in_axes=(-2,), stack=0)
-    w = jax.random.normal(KEY, (32, 128)).at[3].multiply(1e-3)
+    w = rand.normal(KEY, (32, 128)).at[3].multiply(1e-3)
     jaxpr = jax.make_jaxpr(lambda w: rounded(w.astype(dtype), format, **how, double=False))(w)
     (got,) = without_casts(jaxpr, w)
     np.testing.assert_array_equal(

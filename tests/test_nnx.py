@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -147,11 +148,11 @@ def forward(model, x):
 def made(name, dtype=jnp.float32):
     model = FEATURES[name](nnx.Rngs(0))
     nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model, nnx.Param)))
-    x = jax.random.normal(jax.random.key(1), (8, 4, WIDTH), dtype)
+    x = rand.normal(jax.random.key(1), (8, 4, WIDTH), dtype)
     targets = [lambda path, leaf: path.endswith(tuple(f"{n}/kernel" for n in LAYERS))]
     config = lora.LoRAConfig(rank=RANK, targets=targets)
     adapters = lora.init(jax.random.key(2), model, config, lora.survey(forward, model, x))
-    noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape, x.dtype)
+    noise = lambda x: x + 0.1 * rand.normal(jax.random.key(3), x.shape, x.dtype)
     return model, jax.tree.map(noise, adapters), x
 
 
@@ -199,7 +200,7 @@ def test_training_equals_lora_by_hand(name, wrap, steps):
     before = changed_by_calls(model)
     for step in range(steps):
         rounding = 64 * (step + 1)  # of each step
-        batch = jax.random.normal(jax.random.key(step), x.shape, x.dtype)
+        batch = rand.normal(jax.random.key(step), x.shape, x.dtype)
         loss, adapters = ours(adapters, model, batch)
         assert_close(loss, theirs(hand, batch), factor=rounding)
         mine, expected = changed_by_calls(model), changed_by_calls(hand)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rand
 from common import noisy
 
 import lora_jax as lora
@@ -19,9 +20,9 @@ import lora_jax as lora
 HIGH, HIGHEST = jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
-PARAMS = {name: jax.random.normal(jax.random.key(i), shape)
+PARAMS = {name: rand.normal(jax.random.key(i), shape)
           for i, (name, shape) in enumerate({"up": (8, 6), "down": (6, 8)}.items())}  # fmt: skip
-X = jax.random.normal(jax.random.key(7), (5, 8))
+X = rand.normal(jax.random.key(7), (5, 8))
 CONFIG = lora.LoRAConfig(rank=2, alpha=3, targets=["up", "down"])
 TARGETS = lora.select(PARAMS, CONFIG)
 ONE, TWO = (noisy(lora.init(jax.random.key(0), PARAMS, CONFIG), key=k) for k in (1, 2))

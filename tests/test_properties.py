@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rand
 from common import examples, fails
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -67,11 +68,11 @@ def weighed(shape, kinds, seed):
     geometry = lora.Geometry(axes["i"], axes["o"], axes["b"])
     a, b = geometry.factor_shapes(shape, 2)
     keys = jax.random.split(jax.random.key(seed), 4)
-    node = lora.LoRA(jax.random.normal(keys[0], a), jax.random.normal(keys[1], b), 0.7, geometry)
+    node = lora.LoRA(rand.normal(keys[0], a), rand.normal(keys[1], b), 0.7, geometry)
     return (
-        {"w": jax.random.normal(keys[2], shape)},
+        {"w": rand.normal(keys[2], shape)},
         {"w": node},
-        jax.random.normal(keys[3], (256, 3)),
+        rand.normal(keys[3], (256, 3)),
     )
 
 

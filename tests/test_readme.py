@@ -53,3 +53,34 @@ def test_the_picture():
     root = ET.parse(ROOT / "docs/pictures/dataflow.svg").getroot()
     shown = " ".join(root.itertext())
     assert all(name in shown for name in ("params", "adapters", "adapt(fn)", "optax", "merge"))
+
+
+FORGE = {
+    "GITHUB_SERVER_URL": "https://forge.example",
+    "GITHUB_REPOSITORY": "someone/lora_jax",
+    "GITHUB_REF_NAME": "v1.2.3",
+}
+
+
+@pytest.mark.parametrize("forge", [FORGE, {}], ids=["release", "local"])
+def test_on_an_index(forge, monkeypatch):
+    """Where a release is built, each link and the picture have an address; else none is broken."""
+    core = pytest.importorskip("hatchling.metadata.core", reason="the test extra has it")
+    from hatchling.plugin.manager import PluginManager
+
+    for name in FORGE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in forge.items():
+        monkeypatch.setenv(name, value)
+    project = core.ProjectMetadata(str(ROOT), PluginManager()).core
+    fences = lambda text: re.findall(r"^```.*?^```$", text, re.M | re.S)
+    assert fences(project.readme) == fences(TEXT)
+    home = "https://forge.example/someone/lora_jax"
+    at = {x: f"{home}/{'raw' if x.endswith('.svg') else 'blob'}/v1.2.3/{x}" for x in LINKS}
+    shown = re.findall(r"\]\(([^)]+)\)", project.readme)
+    assert shown == ([at[x] for x in LINKS] if forge else [])
+    assert re.sub(r"\]\([^)]*\)|[][!]", "", TEXT) == re.sub(
+        r"\]\([^)]*\)|[][!]", "", project.readme
+    )
+    assert all(url.startswith(home) for url in project.urls.values())
+    assert bool(project.urls) == bool(forge)

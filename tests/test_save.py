@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+import rand
 from common import adapted, assert_close, noisy
 from flax import nnx
 from jax._src.ad_checkpoint import saved_residuals
@@ -34,12 +35,12 @@ def unrolled(p, x):
 def params():
     shapes = dict(gate=(WIDTH, HIDDEN), up=(WIDTH, HIDDEN), down=(HIDDEN, WIDTH))
     return {
-        n: jax.random.normal(jax.random.key(i), (LAYERS, *s)) / s[0] ** 0.5
+        n: rand.normal(jax.random.key(i), (LAYERS, *s)) / s[0] ** 0.5
         for i, (n, s) in enumerate(shapes.items())
     }
 
 
-X = jax.random.normal(jax.random.key(9), (ROWS, WIDTH))
+X = rand.normal(jax.random.key(9), (ROWS, WIDTH))
 
 
 def kept(fn, plan="factored", method=lambda _, ad: ad, **options):

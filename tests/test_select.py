@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import llama
 import numpy as np
 import pytest
+import rand
 from common import assert_close, examples, fails, noisy
 from flax import linen as nn
 from flax.core import freeze
@@ -327,8 +328,8 @@ def test_experts_applied_to_all_tokens_have_one_rule():
 
     shape = {"w1": (3, 8, 5), "w2": (3, 5, 8), "head": (8, 2)}
     keys = jax.random.split(jax.random.key(0), 3)
-    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shape.items())}
-    x = jax.random.normal(jax.random.key(1), (2, 4, 8))
+    params = {n: rand.normal(k, s) for k, (n, s) in zip(keys, shape.items())}
+    x = rand.normal(jax.random.key(1), (2, 4, 8))
     targets = lora.select(params, lora.LoRAConfig(rank=2), lora.survey(fn, params, x))
     assert {p: t.geometry.batch_axes for p, t in targets.lora.items()} == {"w1": (0,), "w2": (0,)}
     adapters = noisy(lora.init(jax.random.key(0), params, targets))
@@ -353,9 +354,9 @@ def test_a_scale_behind_a_stack_makes_no_experts(axis):
     key = jax.random.key(0)
     shapes = {"pre": (8,), "wi": (8, 5), "wo": (8, 5), "post": (8,)}
     stacked = lambda s: (*s[: min(axis, len(s))], 3, *s[axis:])
-    layers = {n: jax.random.normal(key, stacked(s)) / 3 for n, s in shapes.items()}
-    params = {"layers": layers, "norm": jnp.ones(8), "head": jax.random.normal(key, (8, 2))}
-    x = jax.random.normal(key, (4, 8))
+    layers = {n: rand.normal(key, stacked(s)) / 3 for n, s in shapes.items()}
+    params = {"layers": layers, "norm": jnp.ones(8), "head": rand.normal(key, (8, 2))}
+    x = rand.normal(key, (4, 8))
     targets = lora.select(params, lora.LoRAConfig(rank=2), lora.survey(fn, params, x))
     rest = [d for d in range(3) if d != axis]
     found = {p: (t.geometry.batch_axes, t.geometry.in_axes) for p, t in targets.lora.items()}

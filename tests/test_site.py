@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -41,6 +42,24 @@ def test_each_error_is_in_the_catalogue_once():
     # What is left: the words of a message that is there already, or of another error, handed on.
     places = {(m.file, m.line) for m in known}
     assert len(set(sites) - places) < 0.1 * len(sites)
+
+
+CURES = tomllib.loads((ROOT / "docs/_site/cures.toml").read_text())
+
+
+@pytest.mark.parametrize("key", CURES)
+def test_a_cure_is_of_messages_that_there_are(key):
+    """Each is of a file, or a function, that raises, and what it calls is public."""
+    file, _, function = key.partition(":")
+    assert any(
+        m.file.relative_to(error_catalogue.PACKAGE).as_posix().startswith(file)
+        and function in ("", m.function)
+        for m in error_catalogue.messages()
+    )
+    for name in re.findall(r"lora\.([a-z_.]+)\(", CURES[key]):
+        value = lora
+        for part in name.split("."):
+            value = getattr(value, part)
 
 
 W = {"q": np.ones((4, 3), np.float32)}

@@ -79,6 +79,8 @@ class Names(SphinxTransform):
         for literal in list(self.document.findall(nodes.literal)):
             if isinstance(literal.parent, nodes.reference | addnodes.pending_xref):
                 continue
+            if "::" in literal.astext():
+                literal["classes"].append("test")
             match = NAME.fullmatch(literal.astext())
             if not match or literal.get("classes"):
                 continue
@@ -136,8 +138,8 @@ class Files(SphinxTransform):
         name = path.relative_to(ROOT).as_posix()
         if name in HOMES:
             link.replace_self(self._page(HOMES[name], link))
-        elif self.config.crosslinks_repository:
-            url = f"{self.config.crosslinks_repository}/blob/main/{name}"
+        elif self.config.crosslinks_files:
+            url = f"{self.config.crosslinks_files}/{name}"
             link.replace_self(nodes.reference("", "", *link.children, refuri=url))
         elif path.is_dir() or path.suffix == ".md":
             link.replace_self(nodes.inline("", "", *link.children))
@@ -163,7 +165,7 @@ def frameworks(app, docname, source):
 
 def setup(app):
     app.connect("source-read", frameworks)
-    app.add_config_value("crosslinks_repository", "", "env")
+    app.add_config_value("crosslinks_files", "", "env")
     app.add_transform(Names)
     app.add_transform(Files)
     app.add_transform(Papers)

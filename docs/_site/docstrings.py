@@ -9,6 +9,8 @@ import inspect
 import re
 
 import optax
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.domains.python import PyObject
 from sphinx.util.inspect import stringify_signature
 from sphinx.util.typing import stringify_annotation
@@ -56,7 +58,16 @@ def rest(lines: list[str]) -> list[str]:
 def process(app, what, name, obj, options, lines):
     # "Returns: adapters: what they are" is no type to napoleon's taste, but a sentence.
     plain = [re.sub(r"^(:returns: )\*(.+?)\* -- ", r"\1\2: ", line) for line in lines]
+    # Before a space there would be a type: "rank, alpha: what they are" has two names.
+    plain = [re.sub(r"^:\w+ (\w+, )+\w+:", lambda m: m[0].replace(", ", ","), x) for x in plain]
     lines[:] = rest(plain)
+
+
+def several(app, doctree):
+    """The space between names that `process` took away."""
+    for name in doctree.findall(addnodes.literal_strong):
+        if re.fullmatch(r"\w+(,\w+)+", name.astext()):
+            name.children = [nodes.Text(name.astext().replace(",", ", "))]
 
 
 def signature(app, what, name, obj, options, args, returns):
@@ -80,4 +91,5 @@ def setup(app):
             field.label = "Attributes"
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", process, priority=900)  # after napoleon
+    app.connect("doctree-read", several)
     return {"parallel_read_safe": True}

@@ -333,10 +333,15 @@ def gathered(node: ast.AST, name: str, around=FUNCTION) -> Iterator[ast.AST]:
 # Where the cure begins: at a call, or at a verb that says what to do.
 VERBS = """
     Adapt Bind Give Leave Pass The Use To adapt add another adapt attach bind choose compare copy
-    drop exclude expected give leave list load make map merge name one pad pass pip place read
-    rename restore say save select start survey take train untie untied write call cast
+    did drop exclude expected give leave list load make map merge name nearest one pad pass pip
+    place put read rename resize restore say save select start survey take train untie untied write
+    call cast
 """.split()
-CALL = r"(?:\w+(?:, \w+)* = )?(?:lora|nnx|tx|jax|optax|ocp|manager)\.[\w.‹›]*\(|\w+=[\[{\"'\w]|pip "
+# A call, an argument, a command, or what stands for one: ‹survey call›.
+CALL = (
+    r"(?:\w+(?:, \w+)* = )?(?:lora|nnx|tx|jax|flax|optax|ocp|manager|found|‹class›)\.[\w.‹›]*\("
+    r"|\w+=[\[{\"'\w]|--?[a-z]|pip |‹[\w ]*\bcall›"
+)
 CURE = re.compile(rf"(?:: |; |(?<=\w)\. )(?=(?:{CALL}|(?:{'|'.join(VERBS)})\b))")
 
 
@@ -377,7 +382,7 @@ def messages() -> tuple[Message, ...]:
 
 
 # Their texts are results: reasons, tables, differences.
-PRINTERS = ("_propose.py", "inspect.py", "diff.py", "_memory.py", "_learned.py")
+PRINTERS = ("_propose.py", "inspect.py", "diff.py", "_memory.py", "_learned.py", "coverage.py")
 
 
 def further(known: tuple[Message, ...]) -> list[Message]:
@@ -421,7 +426,8 @@ def further(known: tuple[Message, ...]) -> list[Message]:
 
 def _shows(function: ast.FunctionDef) -> bool:
     """Whether it makes what is printed of a result, and no error."""
-    return function.name in ("to_json", "describe", "help") or "_repr" in function.name
+    shows = ("to_json", "describe", "help", "_table", "_span", "_named", "_guess")
+    return function.name in shows or "_repr" in function.name
 
 
 def named(text: str) -> str:

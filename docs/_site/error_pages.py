@@ -3,10 +3,12 @@
 import importlib
 import inspect
 import re
+import tomllib
+from pathlib import Path
 
 from crosslinks import public
 from docutils import nodes
-from error_catalogue import PACKAGE, cause_and_cure, messages, raisers
+from error_catalogue import PACKAGE, cause_and_cure, messages, raisers, says_something
 from sphinx.util.docutils import SphinxDirective
 
 GROUPS = {
@@ -23,34 +25,8 @@ GROUPS = {
     "peft": ("lora.peft", "PEFT's adapters and Hugging Face's base models in their files."),
     "_cli": ("lora-jax", "On the command line, beside those of the namespaces."),
 }
-# Where a message says what is wrong and leaves what to do to its place: by file.
-ADVICE = {
-    "peft/_forms": "save the adapter again with the PEFT that trained it",
-    "peft/_reduce": "take an earlier checkpoint, or merge it in PEFT (merge_and_unload)",
-    "peft/_deltas": "take an earlier checkpoint, or merge it in PEFT (merge_and_unload)",
-    "peft/_config": "write adapter_config.json again with PEFT's save_pretrained, or pass over a "
-    "setting: lora.peft.load(..., ignore=[...])",
-    "peft/_patterns": "simplify the expression in the configuration; a list of names will do",
-    "peft/_file": "copy the file again, and look at its path and rights",
-    "peft/_files": "give another path",
-    "peft/_formats": "say which tool wrote it: lora.peft.load(..., format=...)",
-    "peft/_hub": "look at the name, the revision and the network, or download the folder first",
-    "peft/_safetensors": "copy the folder again, with all its files",
-    "peft/_load": "say which leaf it is: lora.peft.load(..., mapping={...})",
-    "peft/_save": "change the leaves that are named, or leave them out",
-    "peft/_save_base": "give parameters that `like` has: lora.peft.save_base(out, params, like)",
-    "peft": "print the mapping, and say which leaf is meant: mapping={...}",
-    "checkpoint": "look at the directory; another step: lora.checkpoint.restore(..., step=...)",
-    "quant": "give the parameters as lora.quant.quantize took or returned them",
-    "parallel": "give axes whose product is the number of devices",
-    "methods": "pass what the method's initialiser returned, and parameters that it was made for",
-    "algebra": "give adapters of one base, as from lora.init",
-    "_cli": "name the folders as in lora-jax --help; nothing was written",
-    "_core": "give what the message says was expected",
-    "_quantized": "choose another format, or double=False: lora.quant.quantize(params, ...)",
-    "_nodes": "give the adapters with what made them, lora.init(key, params, config)",
-    "": "give what the message says was expected, in the call that it names",
-}
+# Where a message says what is wrong and leaves what to do to its place.
+ADVICE = tomllib.loads((Path(__file__).parent / "cures.toml").read_text())
 OPENING = re.compile(r"(?:\w+(?:, \w+)* = )?[A-Za-z_][\w.‹›]*\(|\b\w+=[\[{]?|pip install ")
 
 
@@ -90,18 +66,31 @@ def paragraph(*children, **options) -> nodes.paragraph:
     return nodes.paragraph("", "", *children, **options)
 
 
+# What is expected is what to give.
+WANTED = re.compile(r"expected ([^:]+?)(?:[,;]? found\b.*)?$")
+
+
+def parts(text: str) -> tuple[str, str]:
+    """What is wrong, where the message says that, and what to do."""
+    cause, cure = cause_and_cure(text)
+    wanted = WANTED.match(cure)
+    return (cause if says_something(cause) else text), f"give {wanted[1]}" if wanted else cure
+
+
 def advice(m) -> str:
     file = m.file.relative_to(PACKAGE).with_suffix("").as_posix()
+    if (own := f"{file}:{m.function}") in ADVICE:
+        return " ".join(ADVICE[own].split())
     while file and file not in ADVICE:
         file = file.rpartition("/")[0]
-    return ADVICE[file]
+    return " ".join(ADVICE[file].split())
 
 
 def entry(m, by: list[str]) -> nodes.definition_list_item:
     """The message, up to its cure; the lines below it; what to do; who raises it."""
-    cause, cure = cause_and_cure(m.text)
+    cause, cure = parts(m.text)
     body = nodes.definition()
-    lines = [cause_and_cure(line) for line in m.lines]
+    lines = [parts(line) for line in m.lines]
     if lines:
         items = nodes.bullet_list()
         for what, todo in lines:
@@ -112,7 +101,8 @@ def entry(m, by: list[str]) -> nodes.definition_list_item:
         body += items
     todo = cure or m.fix
     if not (todo or (lines and all(c for _, c in lines))):
-        todo = advice(m)
+        wanted = WANTED.search(cause)
+        todo = f"give {wanted[1]}" if wanted else advice(m)
     if todo:
         body += paragraph(nodes.strong("", "Cure: "), *inline(todo))
     where = f"{m.file.relative_to(PACKAGE.parent).as_posix()}"

@@ -11,7 +11,7 @@ from sphinx.util.docutils import SphinxDirective
 
 def first_sentence(value) -> str:
     text = " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split())
-    return prose(re.split(r"(?<=[^.]\.) ", text)[0])
+    return prose(re.split(r"(?<=[^.]\.)(?<!\beq\.) ", text)[0])
 
 
 def kind(value) -> str:

@@ -39,7 +39,8 @@ def one_line(text: str) -> str:
 
 
 def _ruled(block: str) -> bool:
-    """Prints a table with rules, its names folded if need be; False if it is none, or too wide."""
+    """Prints a table with rules, its names folded if need be, and what all rows have in common said
+    once below it; False if it is none, or too wide even so."""
     head, dashes, *rows = (*block.split("\n"), "")
     spans = [m.span() for m in re.finditer("-+", dashes)]
     if not re.fullmatch("-+(  -+)*", dashes):
@@ -49,23 +50,30 @@ def _ruled(block: str) -> bool:
     from rich.console import Console
     from rich.table import Table
 
-    console, names = Console(), spans[0][1]
-    # Rules and spaces: two characters a column, and as many at the edges.
-    if len(dashes) - names + min(names, NARROW) + 2 > console.width:
+    console = Console()
+    lines = [line.ljust(len(dashes)) for line in (head, *rows[:-1])]
+    columns = [[line[start:stop] for line in lines] for start, stop in spans]
+    # Spaces: three characters a column, and one at the edge.
+    needs = lambda of: min(len(of[0][0]), NARROW) + sum(len(c[0]) + 3 for c in of[1:]) + 4
+    alike = []
+    if needs(columns) > console.width and len(lines) > 2:
+        alike = [c for c in columns[1:] if len({*c[1:]}) == 1]
+        columns = [c for c in columns if c not in alike]
+    if needs(columns) > console.width:
         return False
     ruled = Table(box=box.SIMPLE_HEAD, header_style="bold")
-    lines = [line.ljust(len(dashes)) for line in (head, *rows[:-1])]
-    for i, (start, stop) in enumerate(spans):
-        cells = [line[start:stop] for line in lines]
-        side: Any = "right" if all(c == c.strip().rjust(stop - start) for c in cells) else "left"
+    for i, cells in enumerate(columns):
+        side: Any = "right" if all(c == c.strip().rjust(len(c)) for c in cells) else "left"
         style, folds = ("cyan", False) if i == 0 else (None, True)
         ruled.add_column(
             cells[0].strip(), justify=side, style=style, no_wrap=folds, overflow="fold"
         )
-    for line in lines[1:]:
-        # Names may have brackets, which are no markup.
-        ruled.add_row(*(_plain(line[start:stop]) for start, stop in spans))
+    # Names may have brackets, which are no markup.
+    for row in zip(*(c[1:] for c in columns)):
+        ruled.add_row(*map(_plain, row))
     console.print(ruled)
+    if alike:
+        typer.echo("each: " + ", ".join(f"{c[0].strip()} {c[1].strip()}" for c in alike))
     return True
 
 

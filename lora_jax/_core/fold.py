@@ -33,7 +33,7 @@ class Folded:
         return math.prod(map(len, self.parts))
 
     def __str__(self) -> str:
-        return "/".join(p[0] if len(p) == 1 else _braces(p) for p in self.parts)
+        return "/".join(map(choice, self.parts))
 
 
 def fold(rows: Mapping[str, V]) -> list[tuple[Folded, V]]:
@@ -119,8 +119,10 @@ def _number(name: str | None) -> int:
     return int(found[2]) if found else 0
 
 
-def _braces(names: Sequence[str]) -> str:
-    """["h_0", "h_1", "h_2", "h_5"] as "h_{0..2,5}"."""
+def choice(names: Sequence[str]) -> str:
+    """["h_0", "h_1", "h_2", "h_5"] as "h_{0..2,5}", and one name as it is."""
+    if len(names) == 1:
+        return names[0]
     found = [m.groups() for name in names if (m := NUMBERED.fullmatch(name))]
     runs: list[list[str]] = []
     for _, digits in sorted(found, key=lambda x: int(x[1])):

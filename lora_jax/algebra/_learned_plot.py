@@ -71,7 +71,9 @@ def figure(leaves: Mapping[str, Any]) -> Figure:
     if ranks:
         shown = [t for t in targets if t in low_rank or not in_layers]
         panels.append(("effective", f"effective rank of ΔW (of {max(ranks)})", shown))
-    out, axes, right = _panels(panels, names, len(layers))
+    # In the panel with most cells, so that those below each other are alike.
+    written = max(len(rows) for *_, rows in panels) * len(layers) <= WRITTEN
+    out, axes, right = _panels(panels, names, len(layers), written)
     for panel, (key, title, rows) in zip(axes, panels):
         value = {(c.target, c.layer): getattr(c, key) for c in cells}
         labels = [names[t] for t in rows]
@@ -81,7 +83,8 @@ def figure(leaves: Mapping[str, Any]) -> Figure:
                     for t in rows]  # fmt: skip
             across = [t not in in_layers for t in rows]
             last = panel is axes[-1]
-            _heat_map(panel, np.array(grid), across, labels, layers, title, key == "size", last)
+            grid, zero = np.array(grid), key == "size"
+            _heat_map(panel, grid, across, labels, layers, title, zero, last, written)
         else:
             _bars(panel, [value[t, None] for t in rows], labels, title, panel is axes[0])
     if right is not None:
@@ -90,7 +93,10 @@ def figure(leaves: Mapping[str, Any]) -> Figure:
 
 
 def _panels(
-    panels: Sequence[tuple[str, str, Sequence[str]]], names: Mapping[str, str], layers: int
+    panels: Sequence[tuple[str, str, Sequence[str]]],
+    names: Mapping[str, str],
+    layers: int,
+    written: bool,
 ) -> tuple[Figure, list[Axes], Axes | None]:
     """The figure with axes for each panel, heat maps one below the other, bars side by side; and
     for the spectra, where there are any."""
@@ -99,7 +105,7 @@ def _panels(
     if layers:
         rows = [len(targets) for *_, targets in panels]
         # A column is wider where a number is written in it.
-        column = 0.46 if max(rows) * layers <= WRITTEN else 0.24 if layers <= COLUMNS else 0.13
+        column = 0.46 if written else 0.24 if layers <= COLUMNS else 0.13
         width = min(max(column * layers + 0.9, 3.6), WIDEST - 5)
         height = ROW * sum(rows) + 0.35 * len(rows) + 0.4
         out = _figure(label + width + (5 if spectra else 0), height)
@@ -174,6 +180,8 @@ def short_names(targets: Sequence[str], in_layers: Collection[str]) -> list[str]
     >>> layered = ["encoder/h_*/q/kernel", "decoder/h_*/q/kernel"]
     >>> short_names(layered, layered)
     ['encoder/q', 'decoder/q']
+    >>> short_names(["layers_*/kernel", "head/bias", "head/kernel"], ["layers_*/kernel"])
+    ['kernel', 'head/bias', 'head/kernel']
     """
     # The leaf's own name is never cut from the front.
     alike = [t.split("/")[:-1] for t in in_layers or targets]
@@ -186,9 +194,11 @@ def short_names(targets: Sequence[str], in_layers: Collection[str]) -> list[str]
     bare = [plain(n) if t in in_layers and "/" in plain(n) else n for n, t in zip(names, targets)]
     names = _distinct(bare, names)
     (last, count), *_ = Counter(n.rpartition("/")[2] for n in names).most_common(1)
-    # Most end alike, in "kernel" say.
+    # Most end alike, in "kernel" say. A kernel beside a bias says that it is one.
     if 2 * count >= len(names):
-        names = _distinct([n.removesuffix(f"/{last}") for n in names], names)
+        beside = Counter(n.rpartition("/")[0] for n in names)
+        cut = lambda n: n.removesuffix(f"/{last}") if beside[n.rpartition("/")[0]] == 1 else n
+        names = _distinct(list(map(cut, names)), names)
     return names
 
 
@@ -199,7 +209,7 @@ def _distinct(names: Sequence[str], otherwise: Sequence[str]) -> list[str]:
 
 def _heat_map(
     axes: Axes, grid: np.ndarray, across: Sequence[bool], names: Sequence[str],
-    layers: Sequence[int], title: str, from_zero: bool, last: bool,
+    layers: Sequence[int], title: str, from_zero: bool, last: bool, written: bool,
 ) -> None:  # fmt: skip
     """Rows are targets, columns are layers; what there is not stays grey."""
     norm, (rows, columns) = _scale(grid, from_zero), grid.shape
@@ -238,7 +248,7 @@ def _heat_map(
         # One number for a cell as wide as the row.
         if across[i] and j != (columns - 1) // 2:
             continue
-        if math.isinf(x) or ((across[i] or grid.size <= WRITTEN) and not math.isnan(x)):
+        if math.isinf(x) or ((across[i] or written) and not math.isnan(x)):
             # Viridis begins dark.
             dark = math.isfinite(x) and norm(x) < 0.6
             at, color = (columns - 1) / 2 if across[i] else j, "white" if dark else "black"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.fold import choice, fold
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import state_of, survey_call
 from lora_jax._core.paths import flatten
@@ -81,21 +83,39 @@ class TorchMapping:
         return self.entries[name]
 
     def __str__(self):
-        rows = [
-            (
-                e.name,
-                e.kind,
-                ", ".join(map(str, e.blocks)),
-                e.blocks[0].leaf.shape,
-                *(
-                    (g.in_axes, g.out_axes, g.batch_axes)
-                    if (g := e.blocks[0].leaf.geometry)
-                    else ((), (), ())
-                ),
-            )
-            for e in self.entries.values()
-        ]
-        return table(("torch", "kind", "leaf", "shape", "in", "out", "batch"), rows)
+        # Dots and slashes change places, so that names fold as paths do.
+        turn = str.maketrans("./", "/.")
+        rows = {e.name.translate(turn): _beside(e) for e in self.entries.values()}
+        shown = []
+        for name, (kind, leaf, *rest) in fold(rows):
+            torch = ".".join(choice([n.translate(turn) for n in part]) for part in name.parts)
+            part = lambda found, parts=name.parts: choice(parts[int(found[1])])
+            leaf = re.sub("\0(\\d+)\0", part, leaf)
+            shown.append((torch, kind, leaf, *rest))
+        return table(("torch", "kind", "leaf", "shape", "in", "out", "batch"), shown)
+
+
+def _beside(entry: Entry) -> tuple:
+    """What a table shows of it beside its name. A number that leaf and name share is written as
+    its place among the parts of the name, between NULs, so that layers that are alike are equal."""
+    numbers = [(i, part) for i, part in enumerate(entry.name.split(".")) if part.isdecimal()]
+
+    def placed(text: str) -> str:
+        left = list(numbers)
+
+        def place(found: re.Match) -> str:
+            same = [x for x in left if x[1] == found[0]]
+            if not same:
+                return found[0]
+            left.remove(same[0])
+            return f"\0{same[0][0]}\0"
+
+        return re.sub(r"\d+", place, text)
+
+    leaf = entry.blocks[0].leaf
+    g = leaf.geometry
+    axes = (g.in_axes, g.out_axes, g.batch_axes) if g else ((), (), ())
+    return entry.kind, ", ".join(placed(str(b)) for b in entry.blocks), leaf.shape, *axes
 
 
 def has_values(leaf: Any) -> bool:

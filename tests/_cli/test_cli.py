@@ -276,6 +276,13 @@ def test_tables_at_a_terminal(monkeypatch):
     assert max(map(len, narrow.splitlines())) <= 60 and "(6, 14)" in narrow
     assert "".join(w.split()[0] for w in narrow.splitlines()[3:5]).startswith(name[:30])
     assert shown(monkeypatch, 30, plain) == plain + "\n"
+    # Columns that are alike are said once where they are too many.
+    many = table(
+        ("name", "shape", "dtype", "rank"), [(name, (6, 4), "F32", 12), ("k", (6,), "F32", 12)]
+    )
+    narrow = shown(monkeypatch, 40, many)
+    assert "each: dtype F32, rank 12" in narrow and narrow.count("F32") == 1 and "(6, 4)" in narrow
+    assert "each:" not in shown(monkeypatch, 100, many)
     assert shown(monkeypatch, 100, "a\nb") == "a\nb\n"
 
 

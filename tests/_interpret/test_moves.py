@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, assert_equals_dense, examples, fails, value_and_grad
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,11 +17,11 @@ import lora_jax as lora
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 PARAMS = {
-    "w": jax.random.normal(KEYS[0], (6, 5)),
-    "u": jax.random.normal(KEYS[1], (6, 5)),
-    "square": jax.random.normal(KEYS[2], (6, 6)),
+    "w": rand.normal(KEYS[0], (6, 5)),
+    "u": rand.normal(KEYS[1], (6, 5)),
+    "square": rand.normal(KEYS[2], (6, 6)),
 }
-X = jax.random.normal(KEYS[3], (7, 6))
+X = rand.normal(KEYS[3], (7, 6))
 COLUMN, ROW = jnp.arange(5.0) - 2.5, jnp.arange(6.0) - 2.5
 TWICE = lambda x: jnp.concatenate([x, x], 1)
 OUTSIDE = jnp.array([0, 3, 1, 5])
@@ -196,7 +197,7 @@ def test_look_ups(name):
 def test_trained_rows_come_out_as_they_are():
     """Not as W + (v − W), of which large W would leave little."""
     table = jnp.full((8, 4), 1e3)
-    rows = 1e-3 * jax.random.normal(KEYS[0], (2, 4))
+    rows = 1e-3 * rand.normal(KEYS[0], (2, 4))
     ad = {"e": lora.Rows(rows, (2, 5), 8)}
     run = lora.adapt(lambda p, ids: p["e"][ids])
     got = run(lora.bind({"e": table}, ad), jnp.array([5, 1, 2]))
@@ -215,7 +216,7 @@ TABLES = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_trained_rows_of_joined_tables(name):
-    rows = 1e-3 * jax.random.normal(KEYS[0], (3, 4))
+    rows = 1e-3 * rand.normal(KEYS[0], (3, 4))
     params = {"e": jnp.full((8, 4), 1e3), "e2": jnp.full((4, 4), 1e3)}
     ad = {"e": lora.Rows(rows[:2], (2, 5), 8), "e2": lora.Rows(rows[2:], (1,), 4)}
     ad = ad if "one" in name else {"e": ad["e"]}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from by_hand import steps
 from common import adapted, assert_close, assert_equals_dense, examples
 from hypothesis import given
@@ -20,7 +21,7 @@ from lora_jax._interpret import interpreter as _interpret
 from lora_jax._interpret import repeats as _repeats
 
 KEY = jax.random.key(0)
-LAYER = {"w": 0.3 * jax.random.normal(KEY, (8, 8)), "v": 0.3 * jax.random.normal(KEY, (8, 8))}
+LAYER = {"w": 0.3 * rand.normal(KEY, (8, 8)), "v": 0.3 * rand.normal(KEY, (8, 8))}
 
 
 def layer(p, x, c=1.0):
@@ -50,7 +51,7 @@ def kinds(fn, *args):
     return [next(i for i, f in enumerate(firsts) if f is first) for first in firsts]
 
 
-X = jax.random.normal(KEY, (3, 8))
+X = rand.normal(KEY, (3, 8))
 
 
 def test_layers_under_numbered_scopes_are_one():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ LOOK_UPS = {
 
 
 def rows(size, seed=1):
-    value = size * jax.random.normal(jax.random.key(seed), (2, 4))
+    value = size * rand.normal(jax.random.key(seed), (2, 4))
     return {"table": lora.Rows(value, INDEX, 6)}
 
 
@@ -33,7 +34,7 @@ def rows(size, seed=1):
 def test_what_is_looked_up_is_the_row(name, dtype):
     """Where the base is a million times larger, too; the gradient is that of a plain table."""
     fn = LOOK_UPS[name]
-    params = {"table": (1e3 * jax.random.normal(jax.random.key(0), (6, 4))).astype(dtype)}
+    params = {"table": (1e3 * rand.normal(jax.random.key(0), (6, 4))).astype(dtype)}
     adapters = rows(1e-3)
     adapted = lora.adapt(lambda p: fn(p["table"]))
     got = adapted(lora.bind(params, adapters))
@@ -49,7 +50,7 @@ def test_what_is_looked_up_is_the_row(name, dtype):
 
 @given(st.integers(-20, 20), st.integers(-20, 20), st.integers(0, 99))
 def test_whatever_the_sizes(large, small, seed):
-    table = 10.0**large * jax.random.normal(jax.random.key(seed), (6, 4))
+    table = 10.0**large * rand.normal(jax.random.key(seed), (6, 4))
     adapters = rows(10.0**small, seed + 1)
     got = lora.adapt(lambda p: p["table"][IDS])(lora.bind({"table": table}, adapters))
     want = table.at[jnp.array(INDEX)].set(adapters["table"].value)[IDS]
@@ -58,7 +59,7 @@ def test_whatever_the_sizes(large, small, seed):
 
 def test_a_tied_table():
     """Looked up and multiplied with: both gradients reach the rows."""
-    params = {"table": jax.random.normal(jax.random.key(0), (6, 4))}
+    params = {"table": rand.normal(jax.random.key(0), (6, 4))}
     adapters = rows(1.0)
     fn = lambda p: jnp.tanh(p["table"][IDS]) @ p["table"].T
     call = lora.adapt(fn)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import rand
 from common import assert_close, noisy
 
 import lora_jax as lora
@@ -13,7 +14,7 @@ KEY = jax.random.key(0)
 def test_gradients_of_each_example_merge_once():
     """In the merged plan no merged weight has an axis of examples."""
     d = 64
-    params, x = {"w": jax.random.normal(KEY, (d, d)) / 8}, jax.random.normal(KEY, (5, 8, d))
+    params, x = {"w": rand.normal(KEY, (d, d)) / 8}, rand.normal(KEY, (5, 8, d))
     adapters = noisy(lora.init(KEY, params, lora.LoRAConfig(rank=2, targets="w")), key=1)
     fn = lambda p, x: jnp.tanh(x @ p["w"])
     apply = lora.adapt(fn, plan="merged")
@@ -25,8 +26,8 @@ def test_gradients_of_each_example_merge_once():
 
 
 def test_a_batched_and_an_unbatched_quantised_weight_of_one_input():
-    w, v = jax.random.normal(KEY, (3, 64, 64)) / 8, jax.random.normal(KEY, (64, 64)) / 8
-    q, other, x = quantized(w, "nf4"), quantized(v, "int8"), jax.random.normal(KEY, (5, 64))
+    w, v = rand.normal(KEY, (3, 64, 64)) / 8, rand.normal(KEY, (64, 64)) / 8
+    q, other, x = quantized(w, "nf4"), quantized(v, "int8"), rand.normal(KEY, (5, 64))
     params = {"w": v, "v": v}
     adapters = noisy(lora.init(KEY, params, lora.LoRAConfig(rank=2, targets=["w", "v"])), key=1)
     fn = lambda p, x: x @ p["w"] + jnp.sin(x @ p["v"])

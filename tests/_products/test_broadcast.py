@@ -3,20 +3,21 @@
 import jax
 import jax.numpy as jnp
 import pytest
+import rand
 from common import assert_close, value_and_grad
 from jax import lax
 
 import lora_jax as lora
 
-X = jax.random.normal(jax.random.key(0), (4, 2, 6))
+X = rand.normal(jax.random.key(0), (4, 2, 6))
 MATRIX = lora.Geometry((0,), (1,))
 
 
 def compare(fn, shape, geometry, x, plan="auto"):
     """The adapted function, its gradient and that of x equal the merged one's."""
     keys = jax.random.split(jax.random.key(1), 3)
-    a, b = (jax.random.normal(k, s) for k, s in zip(keys, geometry.factor_shapes(shape, 2)))
-    params = {"w": jax.random.normal(keys[2], shape)}
+    a, b = (rand.normal(k, s) for k, s in zip(keys, geometry.factor_shapes(shape, 2)))
+    params = {"w": rand.normal(keys[2], shape)}
     f = lora.adapt(fn, plan=plan)
     both = {"ad": {"w": lora.LoRA(a, b, 0.5, geometry)}, "x": x}
     want = value_and_grad(lambda v: fn(lora.merge(params, v["ad"]), v["x"]))(both)

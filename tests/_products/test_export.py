@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, noisy
 from jax import export, lax
 from jax.experimental import jet
@@ -12,10 +13,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import lora_jax as lora
 
 W = {
-    "w": jax.random.normal(jax.random.key(0), (16, 32)),
-    "v": jax.random.normal(jax.random.key(1), (16, 8)),
+    "w": rand.normal(jax.random.key(0), (16, 32)),
+    "v": rand.normal(jax.random.key(1), (16, 8)),
 }
-X = jax.random.normal(jax.random.key(2), (6, 16))
+X = rand.normal(jax.random.key(2), (6, 16))
 CONFIG = lora.LoRAConfig(rank=2, targets="*")
 ADAPTERS = noisy(lora.init(jax.random.key(3), W, CONFIG))
 
@@ -48,8 +49,8 @@ def test_taylor_mode(plan):
 def test_dropout_of_a_convolution_on_an_explicit_mesh():
     """The mask lies as the input does, and is that of one device."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
-    params = {"w": jax.random.normal(jax.random.key(4), (3, 16, 8))}
-    x = jax.random.normal(jax.random.key(5), (4, 6, 16))
+    params = {"w": rand.normal(jax.random.key(4), (3, 16, 8))}
+    x = rand.normal(jax.random.key(5), (4, 6, 16))
 
     def conv(p, x):
         dims = ("NWC", "WIO", "NWC")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rand
 from by_hand import steps
 from common import adapted, assert_close, assert_equals_dense, noisy
 from jax._src.ad_checkpoint import saved_residuals
@@ -166,7 +167,7 @@ def test_factors_that_run_along_outputs_are_not_shared(plan):
         q, k = (jnp.einsum("td,dhk->thk", x, p[n]) for n in "qk")
         return jnp.sum(q, 1) * jnp.sum(k, 1)
 
-    params = {n: jax.random.normal(jax.random.key(2), (8, h, 6)) for n, h in (("q", 4), ("k", 5))}
+    params = {n: rand.normal(jax.random.key(2), (8, h, 6)) for n, h in (("q", 4), ("k", 5))}
     rules = [lora.Rule("*", in_axes=(0, 1), out_axes=(2,))]
     assert_equals_dense(
         fn, params, jnp.ones((16, 8)), targets=["q", "k"], rules=rules, plan=plan, strict=False
@@ -180,7 +181,7 @@ def test_a_weight_that_depends_on_a_sibling_is_not_made_early():
         y = x @ p["q"]
         return y + x @ (p["k"] * y[0, 0])
 
-    params, x = {n: jax.random.normal(jax.random.key(1), (8, 8)) for n in "qk"}, jnp.ones((16, 8))
+    params, x = {n: rand.normal(jax.random.key(1), (8, 8)) for n in "qk"}, jnp.ones((16, 8))
     f, ad = adapted(fn, params, x, targets=["q", "k"])
     assert_close(f(lora.bind(params, ad), x), fn(lora.merge(params, ad), x))
 
@@ -193,10 +194,9 @@ def test_gradients_against_float64(plan, dtype):
     rows, d, k, r, scale = 512, 32, 48, 4, 2.0
     names = ("q", "v")
     params = {
-        n: jax.random.normal(jax.random.fold_in(key, i), (d, k)) / d**0.5
-        for i, n in enumerate(names)
+        n: rand.normal(jax.random.fold_in(key, i), (d, k)) / d**0.5 for i, n in enumerate(names)
     }
-    x = jax.random.normal(jax.random.fold_in(key, 9), (2, rows // 2, d)).astype(dtype)
+    x = rand.normal(jax.random.fold_in(key, 9), (2, rows // 2, d)).astype(dtype)
     params = jax.tree.map(lambda v: v.astype(dtype), params)
     fn = lambda p, x: jnp.tanh(x @ p["q"]) * (x @ p["v"])
     config = lora.LoRAConfig(rank=r, alpha=scale * r, targets=list(names))
@@ -331,8 +331,8 @@ def test_explicit_sharding(plan):
         (2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
     )
     with jax.set_mesh(mesh):
-        w = jax.device_put(jax.random.normal(jax.random.key(0), (16, 8)), P(None, "model"))
-        x = jax.device_put(jax.random.normal(jax.random.key(1), (8, 16)), P("data", None))
+        w = jax.device_put(rand.normal(jax.random.key(0), (16, 8)), P(None, "model"))
+        x = jax.device_put(rand.normal(jax.random.key(1), (8, 16)), P("data", None))
         fn = lambda p, x: jnp.tanh(x @ p["w"])
         f, ad = adapted(fn, {"w": w}, x, targets="w", plan=plan)
         want = jax.jit(
@@ -423,8 +423,8 @@ def test_what_beside_is_not_for_is_factored():
 
 def test_beside_a_quantised_weight():
     """Its numbers are read into the array that the factors stand in."""
-    params = {n: jax.random.normal(jax.random.key(i), (64, 64)) for i, n in enumerate("qkv")}
-    x = jax.random.normal(jax.random.key(9), (5, 64))
+    params = {n: rand.normal(jax.random.key(i), (64, 64)) for i, n in enumerate("qkv")}
+    x = rand.normal(jax.random.key(9), (5, 64))
     _, ad = adapted(three, params, x, targets=list("qkv"))
     base = lora.quant.quantize(params, list("qkv"))
 
@@ -483,7 +483,7 @@ def test_optimiser_state_is_of_the_adapters_alone():
 def test_accumulation_adds_one_adapter_tree(how):
     """Memory of 8 micro-batches accumulated: one step's, and one tree of adapters."""
     key, d, n = jax.random.key(0), 128, 8
-    params = [jax.random.normal(jax.random.fold_in(key, i), (d, d)) / d**0.5 for i in range(4)]
+    params = [rand.normal(jax.random.fold_in(key, i), (d, d)) / d**0.5 for i in range(4)]
     ad = lora.init(key, params, lora.LoRAConfig(rank=4, targets=["0", "1", "2", "3"]))
     batches = jnp.ones((n, 512, d))
     apply = lora.adapt(layers)

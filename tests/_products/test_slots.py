@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close
 
 from lora_jax._core.geometry import SLOT
@@ -17,7 +18,7 @@ SLOTS, IN, OUT = 4, 6, 3
 
 
 def drawn(i, *shape):
-    return jax.random.normal(jax.random.fold_in(KEY, i), shape)
+    return rand.normal(jax.random.fold_in(KEY, i), shape)
 
 
 def by_index(x, m, s):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import rand
 from common import adapted, assert_close, noisy, value_and_grad
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,7 +38,7 @@ def by_hand(w):
 def test_equal_to_ml_dtypes(dtype):
     """Codes are the bits of float4_e2m1fn, constants those of float8_e4m3fn; a block of zeros, and
     one that is small beside the largest."""
-    w = jax.random.normal(KEY, (64, 128)).at[3].set(0).at[5].multiply(1e-7).astype(dtype)
+    w = rand.normal(KEY, (64, 128)).at[3].set(0).at[5].multiply(1e-7).astype(dtype)
     q = jax.jit(lambda w: quantized(w, "nvfp4"))(w)
     codes, constants, scale, values = by_hand(w)
     np.testing.assert_array_equal(q.second[0], scale)
@@ -78,7 +79,7 @@ def test_half_way_is_even():
 
 def test_a_stack_has_a_number_for_each_weight():
     """Each weight as it would be by itself; a scan slices codes, constants and numbers."""
-    w = jax.random.normal(KEY, (3, 32, 48)) * jnp.array([1e-3, 1.0, 50.0])[:, None, None]
+    w = rand.normal(KEY, (3, 32, 48)) * jnp.array([1e-3, 1.0, 50.0])[:, None, None]
     q = quantized(w, "nvfp4", stack=1)
     assert q.second[0].shape == (3,) and q.sliceable
     for i in range(3):
@@ -87,7 +88,7 @@ def test_a_stack_has_a_number_for_each_weight():
         part = jax.tree.map(lambda x, i=i: x[i], q).part()
         np.testing.assert_array_equal(part.value(), one.value())
     fn = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w @ w.T), None), x, p["w"])[0]
-    x = jax.random.normal(KEY, (5, 32))
+    x = rand.normal(KEY, (5, 32))
     rule = lora.Rule("w", batch_axes=(0,), in_axes=(1,), out_axes=(2,))
     adapters = noisy(lora.init(KEY, {"w": q}, lora.LoRAConfig(rank=2, targets="w", rules=[rule])))
     got, want = (value_and_grad(run)(adapters) for run in (
@@ -99,7 +100,7 @@ def test_a_stack_has_a_number_for_each_weight():
 
 
 def test_named_sharded_and_gathered():
-    params = {"w": jax.random.normal(KEY, (64, 128))}
+    params = {"w": rand.normal(KEY, (64, 128))}
     base = lora.quant.quantize(params, "w", "nvfp4")
     assert lora.checkpoint.fingerprint(base) != lora.checkpoint.fingerprint(params)
     where = NamedSharding(Mesh(np.array(jax.devices()[:1]), "d"), P("d"))
@@ -114,9 +115,9 @@ def test_named_sharded_and_gathered():
 def test_a_step_under_fsdp(spec):
     """As on one device; what is gathered are codes and constants, no float of the weight's size."""
     fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T
-    base = {"w": quantized(jax.random.normal(KEY, (64, 256)), "nvfp4")}
+    base = {"w": quantized(rand.normal(KEY, (64, 256)), "nvfp4")}
     f, adapters = adapted(fn, lora.quant.dequantize(base), jnp.ones((8, 64)), targets="w")
-    x = jax.random.normal(KEY, (8, 64))
+    x = rand.normal(KEY, (8, 64))
     loss = lambda ad, q, x: jnp.mean(jnp.sin(f(lora.bind(q, ad), x)))
     step = jax.jit(jax.value_and_grad(loss))
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
@@ -137,7 +138,7 @@ def test_a_step_under_fsdp(spec):
 
 
 def test_loftq_leaves_less():
-    params = {"w": jax.random.normal(KEY, (64, 64))}
+    params = {"w": rand.normal(KEY, (64, 64))}
     f, start = adapted(lambda p, x: x @ p["w"], params, params["w"], targets="w")
     base, adapters = lora.quant.loftq(params, start, "w", "nvfp4")
     left = jnp.linalg.norm(params["w"] - lora.merge(base, adapters)["w"])

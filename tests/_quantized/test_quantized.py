@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rand
 from common import adapted, assert_close, fails, noisy, value_and_grad
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,7 +28,7 @@ FIGURES = {"nf4": (0.00846, 0.151904), "int4": (0.01159, 1 / 14)}
 @pytest.mark.parametrize("name", FIGURES)
 def test_errors_on_a_normal_distribution(name):
     """The figures of arXiv:2305.14314's data type, and of symmetric 4-bit integers."""
-    w = jax.random.normal(KEY, (2**15, 64))
+    w = rand.normal(KEY, (2**15, 64))
     codes, constants = encode(FORMATS[name], w)
     read = decode(FORMATS[name], codes, constants, jnp.float32)
     mse, worst = FIGURES[name]
@@ -195,7 +196,7 @@ def test_nothing_dequantised_is_kept():
     """The compiled step of eight layers holds one dequantised weight or two, not eight; and what it
     takes as arguments is 4.127 bits for each parameter."""
     n, d = 8, 256
-    params = {f"w{i}": jax.random.normal(jax.random.fold_in(KEY, i), (d, d)) / 16 for i in range(n)}
+    params = {f"w{i}": rand.normal(jax.random.fold_in(KEY, i), (d, d)) / 16 for i in range(n)}
 
     def fn(p, x):
         for i in range(n):
@@ -216,7 +217,7 @@ def test_nothing_dequantised_is_kept():
 
 def test_a_scan_reads_one_layer():
     """No array of the stack's shape in the compiled program, but codes."""
-    stack = jax.random.normal(KEY, (8, 128, 128)) / 16
+    stack = rand.normal(KEY, (8, 128, 128)) / 16
     fn = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
     survey = lora.survey(fn, {"w": stack}, jnp.ones((4, 128)))
     q = lora.quant.quantize({"w": stack}, "w", survey=survey, double=True)
@@ -244,10 +245,10 @@ def test_sharded():
 @pytest.mark.parametrize("how", ["shard_map", "pmap", "explicit batch", "slots"])
 def test_other_ways_to_spread(how):
     """The base's codes on every device, examples and their gradients spread."""
-    w = jax.random.normal(KEY, (2, 12, 64)) / 4
+    w = rand.normal(KEY, (2, 12, 64)) / 4
     q = {"w": quantized(w, "nf4"), "v": quantized(w[0].T, "int8")}
     fn = lambda p, x: jnp.tanh(x @ p["w"][0] + x @ p["w"][1]) @ p["v"]
-    x = jax.random.normal(KEY, (8, 5, 12))
+    x = rand.normal(KEY, (8, 5, 12))
     f, adapters = adapted(fn, lora.quant.dequantize(q), x, targets="w")
     loss = lambda ad, q, x: jnp.mean(jnp.sin(f(lora.bind(q, ad), x)))
     want = jax.jit(jax.value_and_grad(loss))(adapters, q, x)
@@ -306,7 +307,7 @@ def test_orbax_keeps_a_base_in_codes(tmp_path):
     import orbax.checkpoint as ocp
 
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    w = jax.random.normal(KEY, (64, 128))
+    w = rand.normal(KEY, (64, 128))
     base = {name: quantized(w, name) for name in FORMATS} | {"2": quantized(w, double=True)}
     place = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
     base = {k: jax.tree.map(place, q, q.specs(P("d", None), mesh)) for k, q in base.items()}
@@ -340,7 +341,7 @@ def test_leaf_by_leaf():
 def test_what_reads_a_quantised_base():
     """The singular vectors of LoRA-XS, the empty slot of a stack, PLoP's norms: those of its
     values. An initialiser cannot take anything out of codes."""
-    params = {"w": jax.random.normal(jax.random.key(0), (32, 16)), "v": jnp.ones((16, 2))}
+    params = {"w": rand.normal(jax.random.key(0), (32, 16)), "v": jnp.ones((16, 2))}
     small = lora.quant.quantize(params, "w", "int8")
     values = lora.quant.dequantize(small)
     config = lora.LoRAConfig(rank=2, targets="w")
@@ -363,7 +364,7 @@ def test_what_reads_a_quantised_base():
 
 def test_other_nodes_on_a_quantised_base():
     """Rows of a table and leaves trained in full start from what is read."""
-    table = jax.random.normal(KEY, (10, 64))
+    table = rand.normal(KEY, (10, 64))
     q = lora.quant.quantize({"table": table, "w": W}, ["table"], double=True)
     config = lora.LoRAConfig(rank=2, targets=["w"], rows={"table": [1, 3]})
     fn = lambda p, ids: p["table"][ids][:, :6] @ p["w"]
@@ -404,7 +405,7 @@ def test_errors(call, match):
 )
 def test_merging_into_codes_again(format, double):
     """As quantising what was merged; leaves without an adapter are the same arrays."""
-    params = {"w": jax.random.normal(KEY, (3, 64, 64)), "v": jnp.eye(64), "norm": jnp.ones(4)}
+    params = {"w": rand.normal(KEY, (3, 64, 64)), "v": jnp.eye(64), "norm": jnp.ones(4)}
     rule = lora.Rule("w", batch_axes=(0,), in_axes=(1,), out_axes=(2,))
     config = lora.LoRAConfig(rank=2, targets=["w"], rules=[rule])
     both = lora.select(params, lora.LoRAConfig(targets=["w", "v"], rules=[rule]))
@@ -446,7 +447,7 @@ def test_each_weight_is_read_once_where_a_step_is_lowered(monkeypatch):
     monkeypatch.setattr(weight, "read", lambda *a: read.append(1) or original(*a))
     monkeypatch.setattr(weight.Quantized, "each_half", lambda *a: halved.append(1))
     names = [f"w{i}" for i in range(5)]
-    params = {n: jax.random.normal(jax.random.key(0), (192, 192)) for n in names}
+    params = {n: rand.normal(jax.random.key(0), (192, 192)) for n in names}
     fn = lambda p, x: functools.reduce(lambda x, n: jnp.tanh(x @ p[n]), names, x)
     x = jnp.ones((7, 192))
     f, ad = adapted(fn, params, x, targets=names, plan="factored")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import adapted, assert_close, fails, noisy, value_and_grad
 from flax import nnx
 from jax import lax
@@ -23,7 +24,7 @@ from lora_jax._quantized.dot import halves
 from lora_jax._quantized.weight import quantized
 
 KEY = jax.random.key(0)
-normal = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / 8
+normal = lambda i, *shape: rand.normal(jax.random.fold_in(KEY, i), shape) / 8
 X = normal(0, 2, 5, 64)
 W = normal(1, 64, 128)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rand
 from common import assert_close, examples, fails, noisy, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,7 +81,7 @@ def test_scaled():
 def test_weights_by_leaf_and_layer_can_be_learned():
     """The gradient of a weight is ⟨∂loss/∂W, Δ⟩; of a stack, layer by layer."""
     one = {"layers": make(1)["layers"]}
-    target = jax.random.normal(KEY, (3, 10, 14))
+    target = rand.normal(KEY, (3, 10, 14))
 
     def loss(weights):
         merged = lora.merge(PARAMS, lora.algebra.combine([one], [{"layers": weights}]))["layers"]
@@ -96,7 +97,7 @@ def test_weights_by_leaf_and_layer_can_be_learned():
 def test_a_mixture_is_learned():
     """LoraHub, LoRA Soups: through combine, bind and adapt, gradients of the weights alone find
     those that made the data, for each leaf and layer."""
-    draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / 3
+    draw = lambda i, *shape: rand.normal(jax.random.fold_in(KEY, i), shape) / 3
     params = {"layers": draw(0, 3, 8, 8), "head": draw(1, 8, 5)}
     x = draw(2, 64, 8)
 
@@ -184,7 +185,7 @@ def test_extract():
     targets.check(got)
     assert_updates(got, updates(one), 256)
     assert set(kept.values()) == {1.0}
-    full = jax.tree.map(lambda x: x + jax.random.normal(KEY, x.shape), PARAMS)
+    full = jax.tree.map(lambda x: x + rand.normal(KEY, x.shape), PARAMS)
     got, kept = lora.algebra.extract(PARAMS, full, targets, drop=True)
     s = np.linalg.svd(
         np.asarray(full["dense"]["kernel"] - PARAMS["dense"]["kernel"]), compute_uv=False
@@ -357,7 +358,7 @@ def test_errors(call, match):
 def test_combine_rounds_once(dtype, weights, scale, seed):
     """In any type: w·s·B is exact, or in fp32 and rounded once there; A is as it was."""
     g = lora.Geometry((0,), (1,))
-    normal = lambda i, shape: jax.random.normal(jax.random.key(seed + i), shape).astype(dtype)
+    normal = lambda i, shape: rand.normal(jax.random.key(seed + i), shape).astype(dtype)
     nodes = [
         lora.LoRA(normal(k, (6, 2)), normal(k + 9, (2, 5)), scale, g) for k in range(len(weights))
     ]
@@ -374,9 +375,7 @@ def test_combine_rounds_once(dtype, weights, scale, seed):
 
 @given(st.lists(st.floats(-2, 2, width=16), min_size=1, max_size=3), st.integers(0, 99))
 def test_combine_of_leaves_in_full_and_by_rows_rounds_once(weights, seed):
-    normal = lambda i, shape: jax.random.normal(jax.random.key(seed + i), shape).astype(
-        jnp.bfloat16
-    )
+    normal = lambda i, shape: rand.normal(jax.random.key(seed + i), shape).astype(jnp.bfloat16)
     base = {"full": normal(0, (6, 5)), "rows": normal(1, (9, 4))}
     trees = [{"full": lora.Full(normal(k + 2, (6, 5))), "rows": lora.Rows(normal(k + 9, (2, 4)), (1, 7), 9)}
              for k in range(len(weights))]  # fmt: skip

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import fails
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +17,7 @@ GEOMETRY = {
     "w": ((6, 5), lora.Geometry((0,), (1,))),
     "e": ((3, 6, 5), lora.Geometry((1,), (2,), (0,))),
 }
-PARAMS = {
-    p: jax.random.normal(jax.random.key(i), s) for i, (p, (s, _)) in enumerate(GEOMETRY.items())
-}
+PARAMS = {p: rand.normal(jax.random.key(i), s) for i, (p, (s, _)) in enumerate(GEOMETRY.items())}
 algebra = lora.algebra
 
 
@@ -26,7 +25,7 @@ def adapters(seed, rank):
     def node(shape, g):
         a, b = g.factor_shapes(shape, rank)
         keys = jax.random.split(jax.random.key(seed))
-        return lora.LoRA(jax.random.normal(keys[0], a), jax.random.normal(keys[1], b), 0.5, g)
+        return lora.LoRA(rand.normal(keys[0], a), rand.normal(keys[1], b), 0.5, g)
 
     return {path: node(*sg) for path, sg in GEOMETRY.items()}
 

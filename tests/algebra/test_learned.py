@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import examples, fails, noisy, tolerance
 from figures import apart
 from flax import nnx
@@ -134,7 +135,7 @@ def test_no_update_is_formed():
 
 PARAMS = {
     "dense": {"kernel": jnp.ones((12, 20)), "bias": jnp.zeros(20)},
-    "table": jax.random.normal(KEY, (9, 8)),
+    "table": rand.normal(KEY, (9, 8)),
 }
 
 
@@ -280,6 +281,16 @@ def test_a_figure(name, tmp_path):
         assert f"(of {max(ranks)})" in figure.axes[1].get_title(loc="left")
     if "layers" in name and name != "no layers":
         assert figure.axes[len(ranks) and 1].get_xlabel() == "layer"
+
+
+def test_numbers_stand_in_both_panels_or_in_none():
+    """Columns are as wide as the panel with most rows lets them be: biases have no rank."""
+    flat = {f"h_{i}/kernel": square(i % 2) for i in range(25)}
+    flat |= {p.replace("kernel", "bias"): lora.Full(jnp.ones(8)) for p in flat}
+    size, rank, _ = learned_of(flat).plot().axes
+    assert rows(size)[0] == ["bias", "kernel"]
+    digits = [t.get_text() for axes in (size, rank) for t in axes.texts if "." in t.get_text()]
+    assert rank.images[0].get_array().size == 25 and not digits
 
 
 def rows(axes):
@@ -428,7 +439,7 @@ def test_through_treescope():
 
 def test_a_quantised_base():
     """Beside what is read of it."""
-    params = {"w": jax.random.normal(jax.random.key(0), (8, 64)), "t": jnp.ones((8, 64)) / 3}
+    params = {"w": rand.normal(jax.random.key(0), (8, 64)), "t": jnp.ones((8, 64)) / 3}
     q = lora.quant.quantize(params, ["w", "t"], double=True)
     node = lora.LoRA(jnp.ones((8, 1)), jnp.ones((1, 64)), 1.0, lora.Geometry((0,), (1,)))
     adapters = {"w": node, "t": lora.Rows(jnp.ones((2, 64)), (1, 3), 8)}

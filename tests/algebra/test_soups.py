@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, examples, fails, noisy, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,7 +171,7 @@ def test_passes():
     rough, less = lora.algebra.ties(trees, density=0.3, rank=2, passes=4)
     assert_close(less, best, factor=1024)
     assert_updates(rough, dense(exact), factor=4096)
-    stacked = jax.random.normal(KEY, (2, 60, 70)) ** 3  # wider than the subspace
+    stacked = rand.normal(KEY, (2, 60, 70)) ** 3  # wider than the subspace
     u, s, v = range_svd(stacked, 5, 0)
     better = range_svd(stacked, 5, 4)[1]
     most = np.linalg.svd(stacked, compute_uv=False)[:, :5]
@@ -206,7 +207,7 @@ def test_the_cut_is_an_element(values, density):
 
 def test_the_cut_in_float64():
     with jax.enable_x64(True):
-        x = jax.random.normal(KEY, (1, 101, 1), jnp.float64)
+        x = rand.normal(KEY, (1, 101, 1), jnp.float64)
         part = _elementwise.Part(x, jnp.ones((1,), jnp.float64))
         assert _elementwise._cut([part], 0.5).item() == np.sort(np.abs(x).ravel())[-50]
 
@@ -519,7 +520,7 @@ def test_more_elements_than_int32_counts(monkeypatch):
         jax.ShapeDtypeStruct((1, 2**17, 2**15), jnp.float32),
     )
     assert found.shape == (1, 3, 2**16)
-    x = jax.random.normal(KEY, (2, 7, 13))
+    x = rand.normal(KEY, (2, 7, 13))
     one = {"w": lora.Full(x)}
     want = lora.algebra.prune([one], density=0.3, base={"w": jnp.zeros(x.shape)})[0]["w"].value
     monkeypatch.setattr(_elementwise, "COUNTED", 50)

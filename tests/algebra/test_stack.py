@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, examples, fails, noisy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,8 +29,7 @@ SHAPES = {
     "bias": (7,),
 }
 PARAMS = {
-    n: jax.random.normal(jax.random.fold_in(KEY, i), s) / 3
-    for i, (n, s) in enumerate(SHAPES.items())
+    n: rand.normal(jax.random.fold_in(KEY, i), s) / 3 for i, (n, s) in enumerate(SHAPES.items())
 }
 IDS = jax.random.randint(KEY, (6, 5), 0, 10)
 
@@ -106,7 +106,7 @@ def test_gradients_of_a_stack():
     zoo = ZOO[:2]
     stacked = lora.algebra.stack(zoo)
     index = [1, 0, -1, 0, 1, 0]
-    x = jax.random.normal(KEY, (6, 5, D))
+    x = rand.normal(KEY, (6, 5, D))
     fn = lambda p, x: jnp.tanh(x @ p["layers"][1]) @ p["head"]
     head = lora.adapt(fn, strict=False)
 
@@ -200,16 +200,14 @@ def test_sharded():
 
 def test_decoding_with_a_cache():
     """One token at a time, each sequence with its adapter and its own keys and values."""
-    params = {
-        n: jax.random.normal(jax.random.fold_in(KEY, i), (D, D)) / 4 for i, n in enumerate("qkvo")
-    }
+    params = {n: rand.normal(jax.random.fold_in(KEY, i), (D, D)) / 4 for i, n in enumerate("qkvo")}
 
     def step(p, cache, x, t):
         k, v = cache[0].at[t].set(x @ p["k"]), cache[1].at[t].set(x @ p["v"])
         w = jax.nn.softmax(jnp.where(jnp.arange(len(k)) <= t, k @ (x @ p["q"]), -1e9))
         return (k, v), (w @ v) @ p["o"]
 
-    x = jax.random.normal(KEY, (3, 6, D))
+    x = rand.normal(KEY, (3, 6, D))
     config = lora.LoRAConfig(rank=2, targets=["q", "v"])
     zoo = [noisy(lora.init(KEY, params, config), key=i) for i in range(2)]
     stacked, index = lora.algebra.stack(zoo), jnp.array([1, -1, 0])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, examples, fails, noisy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ GEOMETRY = lora.Geometry((0,), (1,))
 
 
 def drawn(i, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.fold_in(KEY, i % 1000), shape).astype(dtype)
+    return rand.normal(jax.random.fold_in(KEY, i % 1000), shape).astype(dtype)
 
 
 def node(i, shape, rank, geometry=GEOMETRY, dtype=jnp.float32):

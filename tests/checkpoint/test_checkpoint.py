@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import rand
 from common import assert_close, examples, fails, noisy
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -36,9 +37,9 @@ from lora_jax.checkpoint._fingerprint import checksums
 
 KEY = jax.random.key(0)
 PARAMS = {
-    "up": {"kernel": jax.random.normal(KEY, (16, 32)), "bias": jnp.zeros(32)},
-    "down": {"kernel": jax.random.normal(KEY, (32, 16))},
-    "table": jax.random.normal(KEY, (10, 16)),
+    "up": {"kernel": rand.normal(KEY, (16, 32)), "bias": jnp.zeros(32)},
+    "down": {"kernel": rand.normal(KEY, (32, 16))},
+    "table": rand.normal(KEY, (10, 16)),
 }
 CONFIG = lora.LoRAConfig(
     rank=2, alpha=8, targets=["up", "down"], full="up/bias", rows={"table": [1, 4]}
@@ -141,7 +142,7 @@ def test_adapters_alone_need_nothing_but_the_directory(tmp_path):
 
 
 def test_the_base_is_not_in_it(tmp_path):
-    params = {"w": jax.random.normal(KEY, (1024, 1024))}
+    params = {"w": rand.normal(KEY, (1024, 1024))}
     adapters = make(lora.LoRAConfig(rank=2, targets="w"), params)
     saved(tmp_path, adapters, base=params, config=None)
     size = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
@@ -793,7 +794,7 @@ def test_damage_is_found(tmp_path):
 
 def test_every_bit_of_an_array_counts():
     """One flipped bit anywhere changes the checksum."""
-    x = np.array(jax.random.normal(KEY, (5, 7)))
+    x = np.array(rand.normal(KEY, (5, 7)))
     want = checksums({"x": x})
     words = x.view(np.uint32)
     for position in np.ndindex(x.shape):
@@ -813,7 +814,7 @@ def test_every_bit_of_an_array_counts():
 @examples(10)
 def test_checksums_do_not_know_of_shardings(data, dtype):
     shape = tuple(data.draw(st.lists(st.sampled_from([8, 16]), min_size=1, max_size=3)))
-    x = jax.random.normal(jax.random.key(data.draw(st.integers(0, 99))), shape).astype(dtype)
+    x = rand.normal(jax.random.key(data.draw(st.integers(0, 99))), shape).astype(dtype)
     names = data.draw(st.permutations(["fsdp", "tp", None, None]))[: len(shape)]
     spread = jax.device_put(x, NamedSharding(mesh(2, 4), P(*names)))
     assert checksums({"x": x}) == checksums({"x": spread}) == checksums({"x": np.asarray(x)})

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import GEOMETRIES, adapted, assert_close, assert_equals_dense, fails, noisy
 from jax.sharding import PartitionSpec as P
 from test_adapt import USES, W, X
@@ -55,7 +56,7 @@ def formula(n, w):
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_the_formula(name):
     shape, geometry = GEOMETRIES[name]
-    w = jax.random.normal(jax.random.key(0), shape)
+    w = rand.normal(jax.random.key(0), shape)
     n = node(w, geometry)
     merged = lora.merge({"w": w}, {"w": n})["w"]
     assert_close(merged, jnp.asarray(formula(n, w), jnp.float32))
@@ -111,8 +112,8 @@ def test_a_model(scanned):
 
 def test_a_small_gain_is_not_rounded_away():
     """In bf16 1.001 is 1; y + 0.001·y is not y for every second y or so, and is right on average."""
-    w = jax.random.normal(jax.random.key(0), (64, 64)).astype(jnp.bfloat16)
-    x = jax.random.normal(jax.random.key(1), (256, 64)).astype(jnp.bfloat16)
+    w = rand.normal(jax.random.key(0), (64, 64)).astype(jnp.bfloat16)
+    x = rand.normal(jax.random.key(1), (256, 64)).astype(jnp.bfloat16)
     config = lora.LoRAConfig(rank=2, targets="w")
     n = lora.methods.dora({"w": w}, lora.init(jax.random.key(2), {"w": w}, config))["w"]
     n = lora.DoRA(n.a, n.b, n.scale, n.geometry, magnitude=n.magnitude * 1.003)
@@ -129,7 +130,7 @@ def test_a_small_gain_is_not_rounded_away():
 @pytest.mark.parametrize("jit", [True, False])
 def test_norms_in_bf16(shape, axes, jit):
     """XLA's CPU backend has no product of bf16 with a result in fp32 for some of these layouts."""
-    w = jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16)
+    w = rand.normal(jax.random.key(0), shape).astype(jnp.bfloat16)
     g = lora.Geometry(*axes)
     a, b = (jnp.ones(s, jnp.bfloat16) for s in g.factor_shapes(shape, 2))
     make = jax.jit(lora.methods.dora) if jit else lora.methods.dora
@@ -199,7 +200,7 @@ def test_merged_into_a_base_of_16_bits_is_rounded_once(name, dtype):
     weight is the nearest number of that type, but for what fp32 loses."""
     shape, geometry = GEOMETRIES[name]
     shape = tuple(8 * n for n in shape)
-    w = jax.random.normal(jax.random.key(0), shape).astype(dtype)
+    w = rand.normal(jax.random.key(0), shape).astype(dtype)
     n = node(w, geometry, scale=3.0)
     want = formula(n, w)
     got = np.asarray(lora.merge({"w": w}, {"w": n})["w"], np.float64)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import rand
 from common import GEOMETRIES, assert_close, fails, value_and_grad
 from jax.sharding import PartitionSpec as P
 
@@ -122,7 +123,7 @@ def test_sharded_along_the_axes_that_they_share(method, name):
 
 @methods
 def test_initially_the_base(method):
-    params = {"w": jax.random.normal(KEY, (6, 5))}
+    params = {"w": rand.normal(KEY, (6, 5))}
     adapters, frozen = METHODS[method](KEY, params, lora.LoRAConfig(rank=2, targets="w"))
     merged = lora.merge(params, lora.methods.factors(adapters, frozen))["w"]
     top = np.linalg.norm(params["w"], 2)
@@ -172,9 +173,9 @@ def test_vera_starts_as_in_the_paper():
 
 @methods
 def test_gradients_are_those_of_the_formula(method):
-    params = {"q": jax.random.normal(KEY, (6, 5)), "v": jax.random.normal(KEY, (5, 4))}
+    params = {"q": rand.normal(KEY, (6, 5)), "v": rand.normal(KEY, (5, 4))}
     fn = lambda p, x: jnp.tanh(x @ p["q"]) @ p["v"]
-    x = jax.random.normal(KEY, (3, 6))
+    x = rand.normal(KEY, (3, 6))
     adapters, frozen = made(method, params, targets=["q", "v"])
     ours = lambda ad: lora.adapt(fn)(lora.bind(params, lora.methods.factors(ad, frozen)), x)
     (got_grads, got), (grads, want) = (
@@ -207,7 +208,7 @@ def test_vera_forms_no_gradient_of_what_is_shared():
 
 
 def test_adalora_works_as_it_is():
-    params = {"w": jax.random.normal(KEY, (6, 5))}
+    params = {"w": rand.normal(KEY, (6, 5))}
     adapters, _ = made("adalora", params, dropout=0.5)
     plain = lora.methods.factors(adapters)
     assert_close(lora.merge(params, adapters), lora.merge(params, plain))
@@ -221,7 +222,7 @@ def test_adalora_works_as_it_is():
 
 @methods
 def test_factors_are_for_all_that_takes_lora(method, tmp_path):
-    params = {"w": {"kernel": jax.random.normal(KEY, (6, 5))}}
+    params = {"w": {"kernel": rand.normal(KEY, (6, 5))}}
     adapters, frozen = made(method, params)
     plain = lora.methods.factors(adapters, frozen)
     delta = lora.merge(params, plain)["w"]["kernel"] - params["w"]["kernel"]
@@ -310,7 +311,7 @@ def test_only_what_is_trained_is_in_the_tree(method):
 
 
 def of(method, call):
-    params = {"w": jax.random.normal(KEY, (6, 5))}
+    params = {"w": rand.normal(KEY, (6, 5))}
     adapters, frozen = made(method, params)
     return call(params, adapters, frozen)
 

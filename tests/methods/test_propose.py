@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import examples, fails
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from lora_jax.methods._propose import _feature_norms, module_type
 
 
 def normal(i, *shape):
-    return jax.random.normal(jax.random.fold_in(jax.random.key(8), i), shape)
+    return rand.normal(jax.random.fold_in(jax.random.key(8), i), shape)
 
 
 PARAMS = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rand
 from common import assert_close, fails, tolerance
 
 import lora_jax as lora
@@ -21,7 +22,7 @@ def optax_promotes():
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return rand.normal(jax.random.key(seed), shape)
 
 
 def trajectory(tx, params, gradients):

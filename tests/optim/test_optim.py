@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rand
 from common import assert_close, fails, noisy
 
 import lora_jax as lora
@@ -24,8 +25,8 @@ def optax_promotes():
 
 
 PARAMS = {
-    "table": jax.random.normal(KEY, (10, 8)),
-    "up": {"kernel": jax.random.normal(KEY, (8, 6)), "bias": jnp.zeros(6)},
+    "table": rand.normal(KEY, (10, 8)),
+    "up": {"kernel": rand.normal(KEY, (8, 6)), "bias": jnp.zeros(6)},
 }
 IDS = jnp.array([1, 2, 3])
 

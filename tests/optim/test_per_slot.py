@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import rand
 from common import fails, noisy
 
 import lora_jax as lora
@@ -22,9 +23,9 @@ def as_optax_has_it():
 
 KEY, D, CAPACITY = jax.random.key(0), 6, 4
 PARAMS = {
-    "up": jax.random.normal(KEY, (D, 8)) / 2,
-    "layers": jax.random.normal(KEY, (2, 8, 8)) / 3,
-    "down": jax.random.normal(KEY, (8, 3)) / 3,
+    "up": rand.normal(KEY, (D, 8)) / 2,
+    "layers": rand.normal(KEY, (2, 8, 8)) / 3,
+    "down": rand.normal(KEY, (8, 3)) / 3,
     "bias": jnp.zeros(3),
 }
 
@@ -54,7 +55,7 @@ SEEN = [range(100), range(7, 100), (*range(3, 11), *range(25, 100, 2))]  # steps
 
 
 def examples(i, step):
-    x = jax.random.normal(jax.random.fold_in(jax.random.key(i), step), (2 + i % 2, D))
+    x = rand.normal(jax.random.fold_in(jax.random.key(i), step), (2 + i % 2, D))
     return x, jnp.sin(x[:, :3] * (i + 1))
 
 
@@ -338,7 +339,7 @@ def test_a_stack_over_devices(along):
     own = [noisy(lora.init(KEY, flat, config), key=i, scale=0.3) for i in range(3)]
     apply, tx = lora.adapt(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]), optax.sgd(0.1, 0.9)
     slots, capacity = lora.optim.per_slot(tx), 7
-    x, which = jax.random.normal(KEY, (6, 8)), jnp.array([0, 0, 1, 1, 2, -1])
+    x, which = rand.normal(KEY, (6, 8)), jnp.array([0, 0, 1, 1, 2, -1])
 
     def step(stacked, state, params):
         def total(stacked):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rand
 from common import assert_close, fails, tolerance
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -46,7 +47,7 @@ product = functools.partial(jnp.matmul, precision="highest")
 
 
 def normal(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return rand.normal(jax.random.key(seed), shape, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, noisy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,8 +18,8 @@ from lora_jax.algebra._svd import spread_svd
 CONFIG = lora.LoRAConfig(rank=4, alpha=8, targets=["up", "experts"],
                          rules=[lora.Rule("experts", in_axes=(1,), out_axes=(2,), batch_axes=(0,))])  # fmt: skip
 SPECS = {"up": P("d", None), "experts": P(None, None, "d")}
-PARAMS = {"up": jax.random.normal(jax.random.key(0), (16, 32)),
-          "experts": jax.random.normal(jax.random.key(1), (3, 24, 16))}  # fmt: skip
+PARAMS = {"up": rand.normal(jax.random.key(0), (16, 32)),
+          "experts": rand.normal(jax.random.key(1), (3, 24, 16))}  # fmt: skip
 ONE, TWO = (noisy(lora.init(jax.random.key(0), PARAMS, CONFIG), key=k, scale=1.0) for k in (1, 2))
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
@@ -114,9 +115,7 @@ def test_no_weight_is_gathered(spec):
 def test_spread_svd_is_the_svd(shape, decay):
     """Where its width is all that there is; but for what is below 10⁻⁴ of the largest."""
     keys = jax.random.split(jax.random.key(3))
-    u, v = (
-        jnp.linalg.qr(jax.random.normal(k, (shape[0], d, d)))[0] for k, d in zip(keys, shape[1:])
-    )
+    u, v = (jnp.linalg.qr(rand.normal(k, (shape[0], d, d)))[0] for k, d in zip(keys, shape[1:]))
     k = min(shape[1:])
     s = jnp.exp(-decay * jnp.arange(k, dtype=jnp.float32))
     x = jnp.matmul(u[..., :k] * s, v[..., :k].mT, precision="highest")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rand
 from common import fails
 from figures import apart
 from jax.sharding import AxisType, NamedSharding
@@ -57,7 +58,7 @@ def test_65b_parameters_in_33_6_gb():
 @functools.cache
 def small():
     shapes = llama(layers=2, d=64, hidden=128, vocab=256, dtype="float32")
-    params = jax.tree.map(lambda x: jax.random.normal(KEY, x.shape), shapes)
+    params = jax.tree.map(lambda x: rand.normal(KEY, x.shape), shapes)
     chosen = lora.select(params, lora.LoRAConfig(targets=["layers/*/kernel"], rules=STACKED))
     base = lora.quant.quantize(params, chosen, double=True)
     config = lora.LoRAConfig(rank=2, targets=["q_proj", "up"], rules=STACKED)
@@ -217,11 +218,11 @@ def test_an_optimiser_of_8_bits():
     from flashoptim_jax import flash_adamw
 
     key = jax.random.key(0)
-    params = {f"layer_{i}": jax.random.normal(jax.random.key(i), (64, 64)) / 8 for i in range(2)}
+    params = {f"layer_{i}": rand.normal(jax.random.key(i), (64, 64)) / 8 for i in range(2)}
     base = lora.quant.quantize(params, "*")
     start = lora.init(key, base, lora.LoRAConfig(rank=8, alpha=8, targets="*"))
     apply = lora.adapt(lambda p, x: jnp.tanh(x @ p["layer_0"]) @ p["layer_1"])
-    x = jax.random.normal(key, (32, 64))
+    x = rand.normal(key, (32, 64))
     loss = lambda ad: jnp.mean((apply(lora.bind(base, ad), x) - jnp.sin(x)) ** 2)
     flash = flash_adamw(
         3e-3, weight_decay=0.0, fused=False, master_weight_bits=None

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import GEOMETRIES, assert_close, examples, fails, noisy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ KEY = jax.random.key(0)
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 MESH = {k: jax.make_mesh((8,), ("d",), axis_types=(kind,)) for k, kind in KINDS.items()}
 CONFIG = lora.LoRAConfig(rank=2, targets="up", full="bias", rows={"table": [1, 2]})
-PARAMS = {"up": jax.random.normal(KEY, (16, 32)), "bias": jnp.ones(32), "table": jnp.ones((8, 16))}
+PARAMS = {"up": rand.normal(KEY, (16, 32)), "bias": jnp.ones(32), "table": jnp.ones((8, 16))}
 SPECS = {"up": P("d", None), "bias": P("d"), "table": P(None, "d")}
 ADAPTERS = [noisy(lora.init(KEY, PARAMS, CONFIG), key=k, scale=1.0) for k in (1, 2)]
 
@@ -217,9 +218,9 @@ def test_explicit_tables_and_kernels(name, along):
     spec = [None] * len(shape)
     spec[along] = "d"
     at = lambda x, *spec: jax.device_put(x, NamedSharding(MESH["explicit"], P(*spec)))
-    plain = {name: jax.random.normal(KEY, shape)}
+    plain = {name: rand.normal(KEY, shape)}
     params = {name: at(plain[name], *spec)}
-    x = at(jax.random.normal(KEY, (8, 12, 8)), "d")
+    x = at(rand.normal(KEY, (8, 12, 8)), "d")
     ids = at(jnp.arange(24).reshape(8, 3) % 16, "d")
     with jax.sharding.set_mesh(MESH["explicit"]):
         adapters = noisy(lora.init(KEY, params, lora.LoRAConfig(rank=2, **config)))

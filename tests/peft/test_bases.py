@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from base_models import BASES, Config
 from common import assert_close, fails, noisy
 from flax import nnx
@@ -560,9 +561,7 @@ def test_transformers_load_what_is_written(tmp_path, name, model):
 
     shapes, survey, x, _ = surveyed(name, model)
     params = lora.peft.load_base(BASES / name, shapes, survey, **NAMES.get(name, {}))
-    params = jax.tree.map(
-        lambda w: w + 0.1 * jax.random.normal(KEY, w.shape).astype(w.dtype), params
-    )
+    params = jax.tree.map(lambda w: w + 0.1 * rand.normal(KEY, w.shape).astype(w.dtype), params)
     if name == "llama_tied" and "lm_head" in params:
         params["lm_head"]["kernel"] = params["embed_tokens"]["embedding"].T
     if KINDS[name][2] != "float32":  # values that the files hold

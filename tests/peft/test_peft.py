@@ -682,3 +682,35 @@ def test_what_peft_writes(name, config, tmp_path):
     lora.peft.save(tmp_path / "ours", found.adapters, found.mapping)
     again = torch_models.output(name, tmp_path / "ours", np.asarray(x))
     np.testing.assert_allclose(again, want, atol=4e-6 * np.abs(want).max(), rtol=0)
+
+
+def test_a_mapping_prints_layers_that_are_alike_as_one():
+    """The number of the layer is one in both names, whatever other numbers they have."""
+    leaves = {"q": (4, 4), "k": (4, 2), "fc_0": (4, 6)}
+    params = {
+        f"h_{i}": {n: {"kernel": np.zeros(s, "f4")} for n, s in leaves.items()} for i in range(12)
+    }
+    params["h_2"]["fc_0"]["kernel"] = np.zeros((4, 8), "f4")
+    params["scanned"] = {"up": {"kernel": np.zeros((3, 4, 6), "f4")}}
+    names = {f"h.{i}.qk.weight": (6, 4) for i in range(12)}
+    names |= {f"h.{i}.fc_0.weight": (8 if i == 2 else 6, 4) for i in range(12)}
+    names |= {f"scanned.{i}.up.weight": (6, 4) for i in range(3)}
+    table = {r"h\.(\d+)\.qk\.weight": ["h_{1}/q/kernel", "h_{1}/k/kernel"]}
+
+    def fn(p, x):
+        for i in range(12):
+            q, k, fc = (x @ p[f"h_{i}"][n]["kernel"] for n in leaves)
+            x = x + q * k.sum() * fc.sum()
+        return jax.lax.scan(lambda x, w: ((x @ w)[:, :4], None), x, p["scanned"]["up"]["kernel"])[0]
+
+    survey = lora.survey(fn, params, np.zeros((2, 4), "f4"))
+    shown = str(lora.peft.mapping(names, params, survey, mapping=table)).split("\n")[2:]
+    assert [line.split("  ")[0] for line in shown] == [
+        "h.{0..11}.qk.weight",
+        "h.{0,1,3..11}.fc_0.weight",
+        "h.2.fc_0.weight",
+        "scanned.{0..2}.up.weight",
+    ]
+    whole = "\n".join(shown)
+    assert "h_{0..11}/q/kernel, h_{0..11}/k/kernel" in whole and "h_2/fc_0/kernel" in whole
+    assert "h_{0,1,3..11}/fc_0/kernel" in whole and "scanned/up/kernel[{0..2}]" in whole

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, fails, noisy, value_and_grad
 from safetensors.numpy import load_file
 
@@ -52,7 +53,7 @@ def test_layers_of_a_scan():
     def fn(p, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w / 16) @ w.T / 16, None), x, p["w"])[0]
 
-    x = jax.random.normal(jax.random.key(0), (4, 512))
+    x = rand.normal(jax.random.key(0), (4, 512))
     survey = lora.survey(fn, plain, x)
     config = lora.LoRAConfig(rank=2, targets="w")
     adapters = noisy(lora.init(jax.random.key(0), q, config, survey))

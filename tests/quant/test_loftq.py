@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, fails
 
 import lora_jax as lora
@@ -24,13 +25,13 @@ def left(params, base, adapters):
 @pytest.mark.parametrize("iterations, want", [(1, 0.852), (5, 0.750), (10, 0.732)])
 def test_residual_on_a_normal_distribution(iterations, want):
     """Rank 16 of 192: the smaller the matrix, the more of its error is of low rank."""
-    params = {"w": jax.random.normal(KEY, (192, 192))}
+    params = {"w": rand.normal(KEY, (192, 192))}
     got = left(params, *lora.quant.loftq(params, started(params, 16), "w", iterations=iterations))
     assert abs(got - want) < 0.012
 
 
 def test_one_iteration_is_the_svd_of_the_error():
-    params = {"w": jax.random.normal(KEY, (64, 96))}
+    params = {"w": rand.normal(KEY, (64, 96))}
     base, adapters = lora.quant.loftq(params, started(params, 4), "w", iterations=1)
     q = lora.quant.quantize(params, "w")
     np.testing.assert_array_equal(base["w"].codes, q["w"].codes)
@@ -44,7 +45,7 @@ def test_one_iteration_is_the_svd_of_the_error():
 @pytest.mark.parametrize("format, double", [("nf4", True), ("int8", False)])
 def test_stacks_and_leaves_without_an_adapter(format, double):
     """Each layer of a stack as by itself; types are kept; other leaves are the same arrays."""
-    stack = jax.random.normal(KEY, (3, 64, 64)).astype(jnp.bfloat16)
+    stack = rand.normal(KEY, (3, 64, 64)).astype(jnp.bfloat16)
     params = {"w": stack, "v": jnp.eye(64), "norm": jnp.ones(64)}
     rules = [lora.Rule("w", batch_axes=(0,), in_axes=(1,), out_axes=(2,))]
     start = started(params, 4, rules=rules)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import examples, fails
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 import lora_jax as lora
 from lora_jax._quantized.formats import FORMATS
 
-W = jax.random.normal(jax.random.key(0), (3, 128))
+W = rand.normal(jax.random.key(0), (3, 128))
 DOUBLE = {"nf4", "int4", "int8_block", "fp8_block"}
 
 

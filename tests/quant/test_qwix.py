@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, fails, installed, noisy, value_and_grad
 
 import lora_jax as lora
@@ -39,7 +40,7 @@ def by_hand(q):
 def some(dtype, shape, tiles, zero=False, scale="float32", qtype=None):
     k = jax.random.split(KEY, 3)
     if "float" in dtype:
-        codes = (2 * jax.random.normal(k[0], shape)).astype(dtype)
+        codes = (2 * rand.normal(k[0], shape)).astype(dtype)
     else:
         low, high = {"int8": (-128, 128), "int4": (-8, 8), "uint4": (0, 16)}[dtype]
         codes = jax.random.randint(k[0], shape, low, high).astype(dtype)
@@ -70,7 +71,7 @@ def check(q, values):
     assert base["w"].shape == values.shape and base["w"].dtype == values.dtype
     np.testing.assert_array_equal(jax.jit(lambda b: b.value())(base["w"]), values)
     fn = lambda p, x: (jnp.tanh(x @ p["w"]) @ p["w"].T).astype(jnp.float32)
-    x = jax.random.normal(KEY, (5, values.shape[0])).astype(values.dtype)
+    x = rand.normal(KEY, (5, values.shape[0])).astype(values.dtype)
     adapters = noisy(lora.init(KEY, plain, lora.LoRAConfig(rank=2, targets="w")))
     got, want = (value_and_grad(lambda ad, p=p: lora.adapt(fn)(lora.bind(p, ad), x))(adapters)
                  for p in (base, plain))  # fmt: skip
@@ -105,7 +106,7 @@ def test_scanned_layers_and_trees_that_hold_them():
     assert base["w"].sliceable and base["norm"].shape == (4,)
     plain = {"w": by_hand(q)}
     fn = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
-    x = jax.random.normal(KEY, (5, 32))
+    x = rand.normal(KEY, (5, 32))
     adapters = noisy(
         lora.init(KEY, plain, lora.LoRAConfig(rank=2, targets="w"), lora.survey(fn, plain, x))
     )
@@ -166,7 +167,7 @@ def test_without_a_qarray():
 def test_equal_to_qwix(qtype, how, scale):
     import qwix
 
-    w = jax.random.normal(KEY, (64, 32)).astype(scale)
+    w = rand.normal(KEY, (64, 32)).astype(scale)
     with jax.numpy_dtype_promotion("standard"):  # as qwix needs
         q = qwix.quantize(w, qtype, **how)
         want = qwix.dequantize(q)
@@ -186,7 +187,7 @@ def test_a_model_that_qwix_quantised():
         def __call__(self, x):
             return nn.Dense(16)(nn.tanh(nn.Dense(64)(x)))
 
-    net, x = Net(), jax.random.normal(KEY, (5, 32))
+    net, x = Net(), rand.normal(KEY, (5, 32))
     params = net.init(KEY, x)["params"]
     rules = [qwix.QuantizationRule(weight_qtype="nf4", tile_size=16)]
     abstract = jax.eval_shape(qwix.quantize_model(net, qwix.PtqProvider(rules)).init, KEY, x)[

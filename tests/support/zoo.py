@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import rand
 from flax import nnx
 from jax import lax
 
@@ -15,7 +16,7 @@ K = jax.random.key(5)
 
 
 def normal(i, *shape):
-    return jax.random.normal(jax.random.fold_in(K, i), shape) / 2
+    return rand.normal(jax.random.fold_in(K, i), shape) / 2
 
 
 IDS = jnp.array([[5, 3, 9, 11, 2], [7, 8, 1, 4, 2]])
