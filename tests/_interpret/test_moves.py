@@ -92,8 +92,8 @@ STACKS = {
 def test_a_stack_of_weights_made_one(name, geometry):
     """Its axis in both factors, or in one of them."""
     geometry = lora.Geometry(*geometry)
-    params = {"w": jax.random.normal(KEYS[0], (3, 2, 6, 5))}
-    a, b = (jax.random.normal(k, s) for k, s in zip(KEYS, geometry.factor_shapes((3, 2, 6, 5), 2)))
+    params = {"w": rand.normal(KEYS[0], (3, 2, 6, 5))}
+    a, b = (rand.normal(k, s) for k, s in zip(KEYS, geometry.factor_shapes((3, 2, 6, 5), 2)))
     adapters = {"w": lora.LoRA(a, b, 0.5, geometry)}
     fn = lambda p: STACKS[name](p["w"], X)
     run = value_and_grad(lambda ad: lora.adapt(fn)(lora.bind(params, ad)))
