@@ -98,7 +98,7 @@ def test_what_jax_and_python_keep_private_is_used_in_one_file():
 
 def test_the_house_is_flat():
     assert max(map(depth, MODULES)) <= 19
-    assert len(stands_on("lora_jax._bind")) <= 13
+    assert len(stands_on("lora_jax._bind")) <= 14
     assert not any(room(m) == "_interpret" for m in stands_on("lora_jax._bind"))
 
 
