@@ -107,8 +107,10 @@ def test_masks_of_leaves_joined_in_one_product_are_those_of_each_alone(name):
     alone = [branches(lambda p, x, n=n: x @ p[n], {n: params[n]}) for n in "uvw"]
     np.testing.assert_array_equal(out[:, : 3 * D], jnp.concatenate(alone, 1))
     assert distinct(alone)
-    total = branches(lambda p, x: x @ (p["u"] + p["v"]), {n: params[n] for n in "uv"})
-    np.testing.assert_array_equal(total, alone[0] + alone[1])
+    two = {n: params[n] for n in "uv"}
+    for fn in (jnp.add, lambda u, v: jnp.stack([u, v]).sum(0)):
+        total = branches(lambda p, x, fn=fn: x @ fn(p["u"], p["v"]), two)
+        np.testing.assert_array_equal(total, alone[0] + alone[1])
 
 
 @pytest.mark.parametrize("remat", [False, True])

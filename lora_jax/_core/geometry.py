@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from lora_jax._core import compat
+
 
 def names(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
@@ -173,8 +175,11 @@ class Factor:
         """
         rest = tuple(e for e in self.dims if e not in (d, into))
         f = self.order((*rest, *(e for e in (d, into) if self.has(e))))
-        n = len(rest)
-        return Factor(f.value.reshape(*f.value.shape[:n], -1), (*rest, into))
+        value, n = f.value, len(rest)
+        where = compat.explicit_sharding(value)
+        if where is not None:  # axes that are merged lie on every device
+            value = jax.sharding.reshard(value, where.update(spec=PartitionSpec(*where.spec[:n])))
+        return Factor(value.reshape(*value.shape[:n], -1), (*rest, into))
 
     def spread(self, sizes: Mapping[int, int]) -> Factor:
         """The factor with these axes as well; it is constant along those that it lacked."""

@@ -140,11 +140,24 @@ def _cuttable(arg: Any, spec: PartitionSpec, mesh: Any) -> Any:
     return arg.array() if isinstance(arg, Coded) else arg.with_base(value(arg.base))
 
 
+def _meeting(arg: Any, spec: PartitionSpec) -> Any:
+    """The argument, with factors whose types have shardings as the spec of the weight says."""
+
+    def move(f: Factor) -> Factor:
+        where = compat.explicit_sharding(f.value)
+        if where is None:
+            return f
+        own = where.update(spec=spec_along(f.dims, spec))
+        return Factor(jax.sharding.reshard(f.value, own), f.dims)
+
+    return arg.moved(arg.base, move, arg.axes) if is_weight(arg) else arg
+
+
 def _shard_map(ctx: Context, eqn: Equation, args: Sequence) -> list:
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
     # What the spec of a weight says of an axis holds for the factors that have that axis.
-    args = [_cuttable(a, s, p["mesh"]) for a, s in zip(args, p["in_specs"])]
+    args = [_cuttable(_meeting(a, s), s, p["mesh"]) for a, s in zip(args, p["in_specs"])]
 
     def spec(arg: Any, s: PartitionSpec) -> Any:
         if not is_weight(arg):

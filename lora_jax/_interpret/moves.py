@@ -7,7 +7,6 @@ W (in, out) with A (in, r) and B (r, out), out as (heads, size) reshapes B alone
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
@@ -17,8 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import times
-from lora_jax._core.geometry import PART, RANK, Factor, blocks_of, spec_along
+from lora_jax._core.geometry import Factor, spec_along
 from lora_jax._interpret.rule import (
     TOGETHER,
     Context,
@@ -29,12 +27,11 @@ from lora_jax._interpret.rule import (
     read_first,
 )
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight, origins
-from lora_jax._quantized.waiting import value
 
 Base: TypeAlias = Callable[[], Any]  # makes what the primitive makes of the base
 
 
-def _alone(
+def alone(
     fn: Callable[[Equation, Followed, Base, Sequence], Followed | jax.Array | str],
 ) -> Function:
     """The rule of a primitive whose first operand alone is a weight: fn(eqn, w, base, rest)."""
@@ -65,110 +62,6 @@ def _broadcast_in_dim(eqn: Equation, w: Followed, base: Base, rest: Sequence) ->
     shape, to = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     # An axis of size 1 that is repeated is none of the factors' any more: they are constant there.
     return w.relabelled(base(), {d: to[d] for d in range(w.ndim) if w.shape[d] == shape[to[d]]})
-
-
-def _reshape(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | jax.Array | str:
-    new_shape, order = eqn.params["new_sizes"], eqn.params["dimensions"]
-    if order is not None:  # a transpose first, as vmap makes of a convolution's kernel
-        shape = jax.ShapeDtypeStruct([w.shape[d] for d in order], w.dtype)
-        w = w.relabelled(shape, {old: new for new, old in enumerate(order)})
-    if 0 in new_shape:  # without elements there is no update, and no telling which axis is which
-        return value(base())
-    blocks = blocks_of(w.shape, new_shape)
-    if blocks is None:
-        return f"from {w.shape} to {new_shape} no axes are joined or split whole"
-    if isinstance(w, AdaptedWeight):
-        w = _one_sided(_with_repeats(w, blocks), blocks)
-    if not all(_reshapeable(f, w.shape, old) for f in w.parts.values() for old, _ in blocks):
-        return "it joins an axis of one factor with an axis that it lacks and the other has"
-    axes: list[tuple[int, ...]] = [()] * len(new_shape)
-    for old, new in blocks:  # (8, 2, 4) to (8, 8): [((0,), (0,)), ((1, 2), (1,))]
-        merged = tuple(dict.fromkeys(axis for d in old for axis in w.axes[d]))
-        for d in new:
-            axes[d] = merged
-    return w.moved(base(), lambda f: _reshape_factor(f, w.shape, new_shape, blocks), axes)
-
-
-# A block is reshaped in one factor and absent from the other, or in both: an in axis that is merged
-# with an out axis would be neither's.
-
-
-def _with_repeats(w: AdaptedWeight, blocks: Sequence) -> AdaptedWeight:
-    """The weight with each repeated axis, which neither factor has, given to the factors that have
-    another axis of its block."""
-    a, b = w.a, w.b
-
-    def move(f: Factor) -> Factor:
-        for old, _ in blocks:
-            big = [d for d in old if w.shape[d] > 1]
-            if any(map(f.has, big)):
-                f = f.spread({d: w.shape[d] for d in big if not (a.has(d) or b.has(d))})
-        return f
-
-    return w.moved(w.base, move, w.axes)
-
-
-def _one_sided(w: AdaptedWeight, blocks: Sequence) -> AdaptedWeight:
-    """The weight with the axes of a stack, and those that come from none of the leaf, in the one
-    factor alone that has the rest of their block."""
-    for old, _ in blocks:
-        big = {d for d in old if w.shape[d] > 1}
-        free = {d for d in big if (w.a.has(d) and w.b.has(d)) or not w.axes[d]}
-        keep = [n for n in "ab" if big - free <= {*w.parts[n].dims}]
-        if not all(_reshapeable(f, w.shape, old) for f in (w.a, w.b)) and free and keep:
-            for d in sorted(free):
-                w = only_in(w, d, keep[-1])
-    return w
-
-
-def only_in(w: AdaptedWeight, d: int, keep: str | None) -> AdaptedWeight:
-    """The weight with its axis d in the factor `keep` alone, or, summed over d, in none of them.
-
-    The rank is as many times larger: Σ_r A[d,r]·B[d,r] = Σ_(e,r) A[e,r]·(1 where d = e)·B[e,r].
-    """
-    n = w.shape[d]
-    into = PART if w.drops and w.seed is not None and w.seed.has(d) else RANK
-
-    def move(name: str, f: Factor) -> Factor:
-        f = f.spread({d: n})
-        if name != keep:
-            return f.within(d, into)
-        # (n, *f): e in front, and zero where d is not e
-        same = lax.broadcast_in_dim(
-            jnp.eye(n, dtype=bool), (n, *f.value.shape), (0, f.dims.index(d) + 1)
-        )
-        value = jnp.where(same, f.value[None], jnp.zeros((), f.value.dtype))
-        return Factor(value, (_NEW, *f.dims)).within(_NEW, into)
-
-    seed = w.seed.within(d, PART) if w.seed is not None and into == PART else w.seed
-    return dataclasses.replace(w, a=move("a", w.a), b=move("b", w.b), seed=seed, rows=None)
-
-
-_NEW = -9  # a label for the time being
-
-
-def _runs_along(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
-    return any(f.has(d) and shape[d] > 1 for d in old)
-
-
-def _reshapeable(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
-    # All of the block's axes, or none; those of size 1 say nothing.
-    big = [d for d in old if shape[d] > 1]
-    return len({f.has(d) for d in big}) <= 1
-
-
-def _reshape_factor(
-    f: Factor, shape: Sequence[int], new_shape: Sequence[int], blocks: Sequence
-) -> Factor:
-    f = f.sorted(rank_first=f.dims[0] == RANK)
-    # The rank stays first or last, where it was: between axes that are merged it could not.
-    dims = [d for old, new in blocks if _runs_along(f, shape, old) for d in new]
-    # Slots, in front of the weight's own axes, are no part of it either.
-    at = [i for i, d in enumerate(f.dims) if d >= 0] or [len(f.dims)]
-    dims = [*f.dims[: at[0]], *dims, *f.dims[at[-1] + 1 :]]
-    return Factor(
-        lax.reshape(f.value, [f.size(d) if d < 0 else new_shape[d] for d in dims]), (*dims,)
-    )
 
 
 def _slice(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
@@ -385,37 +278,6 @@ def _tile(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     return w.moved(base(), move, w.axes)
 
 
-def _reduce_sum(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
-    """A sum along axes of one factor is that of the factor."""
-    gone = eqn.params["axes"]
-    kept = [d for d in range(w.ndim) if d not in gone]
-    # The axes that are left, renumbered.
-    label = {d: i for i, d in enumerate(kept)}
-    if isinstance(w, Probe) and not any(w.axes[d] for d in gone):  # of repeats, or of a stack
-        return dataclasses.replace(w, a=None).relabelled(base(), label)
-    if not isinstance(w, AdaptedWeight) or w.indexed:
-        return "it is summed"
-    if w.gain is not None:
-        return GAIN
-    # Along an axis that neither factor has the update repeats: the sum is a multiple of it.
-    many = math.prod(w.shape[d] for d in gone if not w.a.has(d) and not w.b.has(d))
-    for d in gone:
-        if w.a.has(d) and w.b.has(d):  # a stack of weights: its sum has all of their ranks
-            w = only_in(w, d, None)
-    if {d for d in gone if w.a.has(d)} and {d for d in gone if w.b.has(d)}:
-        return f"it is summed {BOTH}"
-
-    def move(f: Factor) -> Factor:
-        value = jnp.sum(f.value, [i for i, d in enumerate(f.dims) if d in gone])
-        return Factor(value, tuple(label.get(d, d) for d in f.dims if d not in gone))
-
-    out = dataclasses.replace(w, rows=None).moved(
-        base(), move, [w.axes[d] for d in kept], {axis for d in gone for axis in w.axes[d]}
-    )
-    # On A alone, as A·B is linear in it.
-    return dataclasses.replace(out, a=Factor(times(out.a.value, float(many)), out.a.dims))
-
-
 def _barrier(ctx: Context, eqn: Equation, args: Sequence) -> list:
     # Over base and factors, so that what is made of either waits as the program says.
     leaves, treedef = jax.tree.flatten(args)
@@ -470,31 +332,29 @@ def _pvary(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
 
 
 RULES: dict[str, Rule] = {
-    "transpose": every(_alone(_transpose), moves=True),
-    "squeeze": every(_alone(_squeeze), moves=True),
-    "broadcast_in_dim": every(_alone(_broadcast_in_dim), moves=True),
-    "reshape": every(_alone(_reshape), moves=True),
-    "slice": every(_alone(_slice), moves=True),
-    "rev": read_first(_alone(_rev)),
-    "convert_element_type": every(_alone(_convert), moves=True),
-    "copy": every(_alone(_identity), moves=True),
-    "copy_p": every(_alone(_identity), moves=True),
-    "name": every(_alone(_identity), moves=True),
-    "device_put": read_first(_alone(_identity)),
-    "neg": read_first(_alone(_neg), moves=True),
+    "transpose": every(alone(_transpose), moves=True),
+    "squeeze": every(alone(_squeeze), moves=True),
+    "broadcast_in_dim": every(alone(_broadcast_in_dim), moves=True),
+    "slice": every(alone(_slice), moves=True),
+    "rev": read_first(alone(_rev)),
+    "convert_element_type": every(alone(_convert), moves=True),
+    "copy": every(alone(_identity), moves=True),
+    "copy_p": every(alone(_identity), moves=True),
+    "name": every(alone(_identity), moves=True),
+    "device_put": read_first(alone(_identity)),
+    "neg": read_first(alone(_neg), moves=True),
     "mul": read_first(_mul, moves=True),
     "div": read_first(_div, moves=True),
     "stop_gradient": every(_stop_gradient, moves=True),
-    "reduce_precision": read_first(_alone(_identity), moves=True),
+    "reduce_precision": read_first(alone(_identity), moves=True),
     "split": read_first(_split, moves=True),
     "unstack": read_first(_unstack, moves=True),
-    "pad": read_first(_alone(_pad)),
-    "tile": read_first(_alone(_tile), moves=True),
-    "reduce_sum": read_first(_alone(_reduce_sum)),
+    "pad": read_first(alone(_pad)),
+    "tile": read_first(alone(_tile), moves=True),
     "optimization_barrier": read_first(_barrier),
     "sharding_constraint": every(_sharding_constraint, moves=True),
     "reshard": every(_reshard),
-    "all_gather": every(_alone(_all_gather)),
-    "pvary": read_first(_alone(_pvary)),
-    "pcast": read_first(_alone(_pvary)),
+    "all_gather": every(alone(_all_gather)),
+    "pvary": read_first(alone(_pvary)),
+    "pcast": read_first(alone(_pvary)),
 }

@@ -23,6 +23,7 @@ TOGETHER = "another weight enters it as well"
 INDEX = "it is used as an index"
 
 TOKENS = "it is adapted token by token"
+MASKS = "it is joined of several leaves, each with a dropout mask of its own"
 
 
 def no_rule(name: str) -> str:

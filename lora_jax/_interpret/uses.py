@@ -1,4 +1,4 @@
-"""The rules of the primitives that multiply by a weight: contractions and convolutions.
+"""The rules of the primitives that multiply by a weight: contractions, by one or by experts.
 
 Each binds the primitive unchanged on the frozen base and adds the low-rank product beside it.
 
@@ -15,23 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, addable, cast, contract, holding, meeting, plus, times
 from lora_jax._core.geometry import PART, RANK, Factor
-from lora_jax._interpret.moves import only_in
 from lora_jax._interpret.observe import observed
-from lora_jax._interpret.rule import TOKENS, Context, Equation, Function, Rule
+from lora_jax._interpret.rule import MASKS, TOKENS, Context, Equation, Function, Rule
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Probe, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
 from lora_jax._products.frozen import Frozen, product
 
-MASKS = "it is joined of several leaves, each with a dropout mask of its own"
 TWO = "two adapted weights meet, and one of them has to be an array"
 
 
-def _adds(fn: Function) -> Function:
+def adds(fn: Function) -> Function:
     """The rule `fn` where an update can be added to the result: else the weight is merged."""
 
     def whole(ctx: Context, eqn: Equation, args: Sequence) -> Sequence | str:
@@ -185,158 +181,6 @@ def _product(
     )
 
 
-def _conv_axes(eqn: Equation) -> tuple[int, list[int]]:
-    """The kernel's axis of output features, and those that are summed."""
-    out, *inner = eqn.params["dimension_numbers"].rhs_spec
-    return out, inner
-
-
-def _rows_first(ctx: Context, eqn: Equation, args: Sequence) -> Sequence:
-    """Where both are weights, the left one (looked-up rows, say) becomes an array."""
-    x, w = args
-    return (ctx.materialise(x, eqn, why=TWO), w) if is_weight(x) and is_weight(w) else args
-
-
-def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
-    """The convolution by A with `rank` output features, then B at each position.
-
-    In a grouped convolution A is shared by the groups: it runs once in each of them.
-    """
-    x, w = _rows_first(ctx, eqn, args)
-    p = eqn.params
-    dn, groups = p["dimension_numbers"], p["feature_group_count"]
-    if (why := _odd_conv(eqn, x)) is not None:
-        return why
-    out_dim, inner = _conv_axes(eqn)
-    # For a kernel that is used transposed, A and B change places.
-    name = "b" if w.a.has(out_dim) else "a"
-    for d in inner:
-        if w.a.has(d) and w.b.has(d):  # of several kernels, stacked along the window
-            w = only_in(w, d, name)
-    first, second = (w.a, w.b) if name == "a" else (w.b, w.a)
-    # A must run along the window and the input features alone, B along the output features.
-    if any(
-        first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
-    ) or not second.has(out_dim):
-        return (
-            "one factor must have all axes of the window and the input features, the other that "
-            "of the output features: make the adapters with lora.survey of this function"
-        )
-    if w.tokens is not None:
-        return TOKENS
-    if w.a.has(PART):
-        return MASKS
-    # A gain along what is summed cannot be applied to the sum.
-    if w.gain is not None and {*w.gain.dims} != {RANK, out_dim}:
-        return "DoRA's units are not the output features"
-    ctx.used(w, eqn, (inner, (out_dim,), ()))
-    y = ctx.bind(eqn, [x, w.base])[0]
-
-    dtype = meeting(x.dtype, w.dtype, y.dtype)
-    # Below, x is the branch's alone: the base has seen it whole.
-    x = dropout(cast(x, dtype), w, ctx.use())
-    first = Factor(times(cast(first.value, x.dtype), w.scale), first.dims)
-    where = compat.explicit_sharding(y)
-    h = _conv_down(eqn, w.ndim, x, first, where)
-    # h: (..., batch·groups, ..., rank, ...); B: (rank, out) -> (rank, groups, out / groups)
-    batch, feature = dn.out_spec[:2]
-    h = h.reshape(*h.shape[:batch], y.shape[batch], groups, *h.shape[batch + 1 :])
-    out: list = [("x", d) for d in range(y.ndim)]
-    hl = list(out)
-    hl[feature] = "rank"
-    hl.insert(batch + 1, "group")
-    out[feature : feature + 1] = ["group", "out"]
-    second = second.relabel({out_dim: out_dim})  # without axes of size 1 that the window may have
-    b = cast(second.order((RANK, out_dim)).value, x.dtype)
-    b = b.reshape(b.shape[0], groups, b.shape[1] // groups)
-    delta = contract(
-        h,
-        hl,
-        b,
-        ("rank", "group", "out"),
-        out,
-        where and where.update(spec=_in_groups(where.spec, feature, groups)),
-        precision=p["precision"],
-        preferred_element_type=holding(y.dtype),
-    )
-    # y: (N, ..., out), with one label alone: that of the gain.
-    along = [out_dim if d == feature else None for d in range(y.ndim)]
-    return [w.gained(plus(y, delta.reshape(y.shape)), along)]
-
-
-def _odd_conv(eqn: Equation, x: Any) -> str | None:
-    """Why no weight is followed into a convolution, if so."""
-    if is_weight(x):
-        return "it is what the kernel runs over"
-    if eqn.params["batch_group_count"] != 1:
-        return "the batch is split into groups: it is the derivative of a grouped convolution"
-    return None
-
-
-def _probed_conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
-    x, w = _rows_first(ctx, eqn, args)
-    if (why := _odd_conv(eqn, x)) is not None:
-        return why
-    out_dim, inner = _conv_axes(eqn)
-    ctx.used(w, eqn, (inner, (out_dim,), ()))
-    if w.a is not None:
-        down = lambda x, a: _conv_down(eqn, w.ndim, x, Factor(a, w.a.dims))
-        x = observed(w, inner, x, down)
-    return ctx.bind(eqn, [x, w.base])
-
-
-def _in_groups(spec: PartitionSpec, feature: int, groups: int) -> PartitionSpec:
-    """The spec of an array the features of which are split into (groups, features of one)."""
-    two = (spec[feature], None) if groups > 1 else (None, spec[feature])
-    return PartitionSpec(*spec[:feature], *two, *spec[feature + 1 :])
-
-
-def _conv_down(
-    eqn: Equation, ndim: int, x: jax.Array, first: Factor, where: NamedSharding | None = None
-) -> jax.Array:
-    """The convolution by a factor without an axis of the output features: its rank is theirs.
-
-    `where`: the sharding of the model's own result, where it is part of types.
-    """
-    p = eqn.params
-    dn = p["dimension_numbers"]
-    out_dim, inner = _conv_axes(eqn)
-    # In the kernel's own order of axes, with the rank where the output features are.
-    kernel = _insert(first, [d for d in inner if not first.has(d)])
-    kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(ndim))).value
-    return lax.conv_general_dilated(
-        _groups_to_batch(x, dn.lhs_spec[0], dn.lhs_spec[1], p["feature_group_count"]),
-        kernel,
-        p["window_strides"],
-        p["padding"],
-        p["lhs_dilation"],
-        p["rhs_dilation"],
-        dn,
-        precision=p["precision"],
-        out_sharding=where and where.update(spec=_but(where.spec, dn.out_spec[1])),
-    )
-
-
-def _but(spec: PartitionSpec, d: int) -> PartitionSpec:
-    return PartitionSpec(*(None if i == d else s for i, s in enumerate(spec)))
-
-
-def _groups_to_batch(x: jax.Array, batch: int, feature: int, groups: int) -> jax.Array:
-    """(N, ..., groups·c) as (N·groups, ..., c): one ordinary convolution for all groups."""
-    if groups == 1:
-        return x
-    n, each = x.shape[batch], x.shape[feature] // groups
-    # (N, ..., groups, c), (N, groups, ..., c), (N·groups, ..., c)
-    x = x.reshape(*x.shape[:feature], groups, each, *x.shape[feature + 1 :])
-    x = jnp.moveaxis(x, feature, batch + 1)
-    return x.reshape(*x.shape[:batch], n * groups, *x.shape[batch + 2 :])
-
-
-def _insert(f: Factor, dims: Sequence[int]) -> Factor:
-    """The factor with axes of size 1 for `dims` in front."""
-    return Factor(lax.expand_dims(f.value, range(len(dims))), (*dims, *f.dims)) if dims else f
-
-
 def _ragged_axes(eqn: Equation, args: Sequence) -> tuple[int, int, int, bool] | None:
     """(group, in, out) of the weight, and whether x is (tokens, in); None for other forms."""
     x, w = args[:2]
@@ -419,8 +263,7 @@ def _probed_ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | st
 
 RULES: dict[str, Rule] = {
     "dot_general": Rule(
-        _adds(_product_rule(_dot)), _product_rule(_probed_dot), _product_rule(_coded_dot)
+        adds(_product_rule(_dot)), _product_rule(_probed_dot), _product_rule(_coded_dot)
     ),
-    "conv_general_dilated": Rule(_adds(_conv), _probed_conv),
-    "ragged_dot_general": Rule(_adds(_ragged_dot), _probed_ragged_dot),
+    "ragged_dot_general": Rule(adds(_ragged_dot), _probed_ragged_dot),
 }
