@@ -218,19 +218,27 @@ class Adapted(Traceable):
         fixed = self.parameters(constants, arrays)
         # Without dead equations: a use that no output depends on is no use.
         outs = interpreter.run(*compat.live(jaxpr), frozen, fixed=fixed)
-        untouched = {id(x) for x in frozen}
-        outs = [
-            # Each rule returns a new object, so identity tells what `fn` returns as it got it.
-            interpreter.returned(o, moved=id(o) not in untouched) if is_weight(o) else o
-            for o in outs
-        ]
+        # Each rule returns a new object, so identity tells what `fn` returns as it got it.
+        place = {id(x): i for i, x in enumerate(frozen)}
+        as_array = lambda o: (
+            interpreter.returned(o, moved=id(o) not in place) if is_weight(o) else o
+        )
+        # After what `fn` returns comes what it has written into NNX objects. A Variable that got
+        # its own weight back, as from `nnx.remat`, keeps it.
+        n = len(jax.tree.leaves(shapes[0]))
+        changed = jax.tree.unflatten(jax.tree.structure(shapes[1]), outs[n:])
+        if any(id(o) in place for o in outs[n:]):
+            own = {id(x): i for i, x in enumerate(arrays)}
+            same = lambda old, new: id(new) in place and place[id(new)] == own.get(id(old))
+            changed = nnx.without(changed, self.objects(constants, arrays)[1], same)
+        out = jax.tree.unflatten(jax.tree.structure(shapes[0]), map(as_array, outs[:n]))
+        changed = jax.tree.map(as_array, changed, is_leaf=is_weight)
         if self.merge_aware is not None:
             self._check_products(interpreter.events)
         # Codes without an adapter may be unused, and are no part of the coverage.
         leaves = {x.origin: x.shape for x in frozen if is_weight(x) and not isinstance(x, Coded)}
         coverage = Coverage.of(leaves, interpreter.events)
-        out = jax.tree.unflatten(jax.tree.structure(shapes), outs)
-        return out, coverage, interpreter.saves or has_own(compat.opened(jaxpr)[0])
+        return (out, changed), coverage, interpreter.saves or has_own(compat.opened(jaxpr)[0])
 
     def _as_stored(self, arrays: Sequence, format: str) -> Iterator:
         """The arrays, with each adapted weight on a base that is read as it will be stored."""

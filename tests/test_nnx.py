@@ -432,3 +432,38 @@ def test_whatever_a_call_does(calls):
         assert [id(v) for v in variables(shared).values()] == [
             id(v) for v in variables(nnx.state(model, nnx.Not(nnx.Param))).values()
         ]
+
+
+@pytest.mark.parametrize("form", ["state", "module"])
+def test_a_weight_that_comes_back_from_remat_stays_adapted(form):
+    """`nnx.remat` writes each Variable back, with the weight as it came."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+        def __call__(self, x):
+            return nnx.remat(lambda layer, x: jnp.tanh(layer(x)))(self.up, x)
+
+    model = Net(nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    fn, params = {
+        "state": (lambda state, x: nnx.merge(graph, state)(x), state),
+        "module": (lambda model, x: model(x), model),
+    }[form]
+    config = lora.LoRAConfig(rank=RANK, targets="up/kernel")
+    x = jnp.ones((2, WIDTH))
+    adapters = lora.init(jax.random.key(0), params, config, lora.survey(fn, params, x))
+    adapters = jax.tree.map(lambda v: v + 0.1, adapters)
+    call, want = lora.adapt(fn), fn(lora.merge(params, adapters), x)
+
+    def twice(adapters):
+        bound = lora.bind(params, adapters)
+        first = call(bound, x)
+        assert lora.coverage(fn, bound, x).low_rank  # still there
+        return first, call(bound, x)
+
+    # A module from outside of jit cannot be written to within it, by NNX's rule.
+    for run in (twice, jax.jit(twice)) if form == "state" else (twice,):
+        for got in run(adapters):
+            assert_close(got, want)

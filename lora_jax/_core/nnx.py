@@ -328,6 +328,18 @@ def changes(before: list) -> Changes:
     )
 
 
+def without(new: Changes, before: list, same: Callable[[Any, Any], bool]) -> Changes:
+    """The changes without those of variables that hold the same as `before`, by `same`."""
+
+    def is_new(i: int, variable: Any) -> bool:
+        (_, contents), (now, _) = before[i], _contents(variable)[""]
+        old, _ = contents[""]
+        return len(old) != len(now) or not all(map(same, old, now))
+
+    variables = {i: x for i, x in new.variables.items() if is_new(i, x)}
+    return dataclasses.replace(new, variables=variables)
+
+
 def update(args: Any, new: Changes) -> None:
     """Writes the changes into the objects among the arguments, as `nnx.jit` does."""
     if not (new.variables or new.attributes or new.removed):

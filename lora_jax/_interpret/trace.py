@@ -69,11 +69,15 @@ class Traceable:
         constants = tuple(_ARRAY if is_array(x) else x for x in leaves)
         return Constants(treedef, constants, tuple(map(type, constants)), static), arrays
 
-    def call(self, constants: Constants, arrays: Iterable) -> tuple:
-        """(what the function returns, what it changed of the NNX objects among its arguments)."""
+    def objects(self, constants: Constants, arrays: Iterable) -> tuple:
+        """((arguments, named ones) with new NNX objects, what these hold)."""
         arrays = iter(arrays)
         leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
-        (args, kwargs), before = nnx.unpack(*jax.tree.unflatten(constants.treedef, leaves))
+        return nnx.unpack(*jax.tree.unflatten(constants.treedef, leaves))
+
+    def call(self, constants: Constants, arrays: Iterable) -> tuple:
+        """(what the function returns, what it changed of the NNX objects among its arguments)."""
+        (args, kwargs), before = self.objects(constants, arrays)
         # Static arguments come back as they are, by position or by name.
         for where, value in constants.static:
             (args if isinstance(where, int) else kwargs)[where] = value

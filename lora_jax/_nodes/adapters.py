@@ -8,6 +8,7 @@ Shapes: W (in, out), A (in, r), B (r, out), all with the same batch axes in fron
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -178,7 +179,7 @@ class DoRA(LowRank):
             )
         # W' = V · m / n = V + gain · V: as a difference, in fp32, a small gain is not rounded away.
         m = self.magnitude.astype(wide(self.magnitude.dtype))
-        n = jax.lax.stop_gradient(norms(self, base)).astype(m.dtype)
+        n = norms(jax.lax.stop_gradient(self), jax.lax.stop_gradient(base)).astype(m.dtype)
         # An output unit of V that is zero stays so; the inner `where` spares its gradient 0 / 0.
         gain = jnp.where(n > 0, (m - n) / jnp.where(n > 0, n, 1), 0)
         gain = jnp.expand_dims(gain, len(self.geometry.batch_axes))  # (*batch, 1, *out)
@@ -218,7 +219,11 @@ def norms(node: LowRank, base: Any) -> jax.Array:
         return contract(x, xl, y, yl, out, own, precision=jax.lax.Precision.HIGHEST)
 
     # (*batch, r, *out); (*batch, r, r); (*batch, r, *out)
-    aw = product(a, g.a_dims, w, range(base.ndim), g.b_dims)
+    if base.dtype == jnp.bfloat16 and a.dtype == jnp.float32 and where is None:
+        dims = g.a_dims, tuple(range(base.ndim)), g.b_dims
+        (aw,) = _down_p.bind(*compat.same_vma(a, base), dims=dims)
+    else:
+        aw = product(a, g.a_dims, w, range(base.ndim), g.b_dims)
     aa = product(a, g.a_dims, a, rename(g.a_dims), (*g.batch_axes, RANK, other))
     aab = product(aa, (*g.batch_axes, RANK, other), b, rename(g.b_dims), g.b_dims)
     # Summed over the rank: (*batch, *out)
@@ -229,6 +234,33 @@ def norms(node: LowRank, base: Any) -> jax.Array:
     squares = squares.transpose([left.index(d) for d in (*g.batch_axes, *g.out_axes)])
     # Where the terms cancel, rounding may leave a sum below zero.
     return jnp.sqrt(jnp.maximum(squares + low_rank, 0))
+
+
+def _down(a: jax.Array, w: jax.Array, *, dims: tuple) -> list[jax.Array]:
+    """Aᵀ·W of A in fp32 and W in bf16, by labels of A, W and the result."""
+    al, wl, out = dims
+    highest = jax.lax.Precision.HIGHEST
+    return [contract(a, al, cast(w, a.dtype), wl, out, precision=highest)]
+
+
+def _down_in_parts(a: jax.Array, w: jax.Array, *, dims: tuple) -> list[jax.Array]:
+    """The same to the last bit of A, without a copy of W in fp32: A is a sum of three in bf16,
+    whose products with W are exact in fp32."""
+    al, wl, out = dims
+    parts = []
+    for _ in range(3):  # 24 bits of 8 each; XLA may drop a cast there and back, but not this
+        parts.append(jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7))
+        a = a - parts[-1]
+    three = jax.lax.concatenate([cast(p, w.dtype) for p in parts], al.index(RANK))
+    aw = contract(three, al, w, wl, out, preferred_element_type=a.dtype)
+    rank = a.shape[al.index(RANK)]
+    return [functools.reduce(jax.lax.add, jax.lax.split(aw, [rank] * 3, out.index(RANK)))]
+
+
+# A CPU has no product of bf16 with a result in fp32 for some layouts.
+_down_p = compat.primitive(
+    "down_exactly", _down, cuda=_down_in_parts, rocm=_down_in_parts, tpu=_down_in_parts
+)
 
 
 @jax.tree_util.register_dataclass

@@ -13,6 +13,8 @@ from test_adapt import USES, W, X
 from zoo import IDS, Transformer
 
 import lora_jax as lora
+from lora_jax._core.geometry import RANK
+from lora_jax._nodes.adapters import _down, _down_in_parts
 
 # Rows joined again: nobody can tell that the parts' gains are one, so the weight is materialised.
 JOINED = {"concatenated rows", "concatenated in a jit"}
@@ -206,3 +208,19 @@ def test_merged_into_a_base_of_16_bits_is_rounded_once(name, dtype):
     got = np.asarray(lora.merge({"w": w}, {"w": n})["w"], np.float64)
     half = np.asarray(np.spacing(np.abs(want).astype(w.dtype)), np.float64) / 2
     assert (np.abs(got - want) <= half + np.abs(want).max() * 2.0**-21).all()
+
+
+def test_norms_read_a_base_in_bf16_as_it_is():
+    """On GPUs and TPUs no copy of W in fp32 is made, and nothing of A in fp32 is lost."""
+    w = jax.random.normal(jax.random.key(0), (64, 48)).astype(jnp.bfloat16)
+    a = jnp.linspace(1 / 3, 7 / 9, 64 * 4).reshape(64, 4) ** 9
+    dims = ((0, RANK), (0, 1), (RANK, 1))
+    (got,), (want,) = (f(a, w, dims=dims) for f in (_down_in_parts, _down))
+    assert_close(got, want)
+    exact = np.asarray(a, np.float64).T @ np.asarray(w, np.float64)
+    off = lambda x: np.abs(np.asarray(x, np.float64) - exact).max()
+    assert off(got) <= 2 * off(want)
+    n = node(w, lora.Geometry((0,), (1,)))
+    bound = lambda ad: lora.bind({"w": w}, {"w": ad})["w"].gain.value
+    text = jax.export.export(jax.jit(bound), platforms=["cuda"])(n).mlir_module()
+    assert "64x48xf32" not in text.split("stablehlo.dot_general")[1]
