@@ -4,8 +4,8 @@ A Llama-style model of two layers (d = 512, feed-forward 1408), rank 8 on all li
 forward pass as a ratio to the base model's, medians of interleaved rounds in one process. "By hand"
 gathers each example's factors and multiplies by them in the model's own modules.
 
-`--pod` compiles a training step of 64 tenants for 256 chips of a TPU v5e instead, which needs libtpu
-and no TPU: 7B-shaped, rank 16, 64 examples of 256 tokens, each of its tenant.
+`--pod` compiles a training step of 64 tenants for 256 chips of a TPU v5e instead, which needs
+libtpu and no TPU: 7B-shaped, rank 16, 64 examples of 256 tokens, each of its tenant.
 """
 
 from __future__ import annotations
