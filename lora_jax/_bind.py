@@ -15,7 +15,6 @@ from lora_jax._core.paths import flatten, map_with_path, nearest
 from lora_jax._core.placement import check_placed
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node, is_node
-from lora_jax._nodes.tokens import remembered
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
 from lora_jax._quantized.waiting import is_waiting
 
@@ -69,7 +68,7 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
             return Coded(base, origin=path, axes=own_axes(base))
         if node is None:
             return _frozen(base)
-        return remembered(node).weight(base, path, key)
+        return node.weight(base, path, key)
 
     # For a plain tree this is `map_with_path` alone.
     return map_shared(lambda tree: map_with_path(leaf, tree), params, nodes)

@@ -55,6 +55,10 @@ class LowRank(Node):
 
     def weight(self, base: Any, path: str, key: chex.PRNGKey | None = None) -> AdaptedWeight:
         """`base` with this update beside it; nothing is computed but the masks' key data."""
+        # Chosen from a stack under vmap: a product may read the stack itself.
+        of_stack = getattr(self, "_of_stack", None)
+        if of_stack is not None:
+            return of_stack.weight(base, path, key)
         return AdaptedWeight(
             base,
             Factor(self.a, self.geometry.a_dims),

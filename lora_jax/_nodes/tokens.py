@@ -69,17 +69,12 @@ class ForTokens(Node):
 
 
 def remembering(node: Any, whole: Any, slot: jax.Array) -> Any:
-    """The node of one slot of a stack, which knows of the stack: for `bind`, and for it alone.
+    """The node of one slot of a stack, whose `weight` holds the stack itself.
 
-    What it knows is no part of the tree. Each change of an array makes another node, and this one
-    is forgotten.
+    What it knows is no part of the tree. Each change of an array makes another node, which does not
+    know of it.
     """
     # Frozen: its arrays stay those of the slot. A look-up reads rows, and no slot of each token.
     if isinstance(node, LoRA) and not node.embedding:
         object.__setattr__(node, "_of_stack", ForTokens(whole, slot))
     return node
-
-
-def remembered(node: Any) -> Any:
-    """The stack and the slot of a node, as a node for all tokens; itself, if it knows of none."""
-    return getattr(node, "_of_stack", node)

@@ -162,10 +162,12 @@ def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None
 def slot_count(stacked: Any, call: str) -> int:
     """How many slots a stack has, with the empty one; `call` is one that would do."""
     nodes = flatten(stacked, is_leaf=is_node)
+    # The axes of what is trained in full are those that its array has: nothing tells it.
+    slots = lambda x: x.more_axes == 1 if hasattr(x, "geometry") else not isinstance(x, ForTokens)
     wrong = [
         f"'{path}' is a {type(x).__name__}" + " that has no slots" * is_node(x)
         for path, x in nodes.items()
-        if not is_node(x) or x.more_axes != 1
+        if not is_node(x) or not slots(x)
     ]
     call = f"stacked = lora.algebra.stack([...], capacity=8), then {call}"
     sizes = {x.shape[0] for node in nodes.values() if not wrong for x in jax.tree.leaves(node)}

@@ -277,7 +277,7 @@ def own_factors(
     # PEFT has no rank of 0: an update of zeros keeps one, or all.
     if not keep.any():
         keep = np.arange(len(keep)) < 1 if len(regions) > 1 else np.ones_like(keep)
-    return own_a[:, keep], own_b[:, :, keep]
+    return (own_a, own_b) if keep.all() else (own_a[:, keep], own_b[:, :, keep])
 
 
 def changes_outside(node: LowRank, blocks: Iterable[Block], magnitude: Any = None) -> bool:
@@ -299,6 +299,8 @@ def together(
     """One A and B for several blocks in a row: A shared where it is the same, else B block-diagonal
     over the ranks of all."""
     known = [a for a, _ in parts if a is not None]
+    if len(known) == len(parts) == 1:
+        return known[0], parts[0][1]
     # q, k, v of one fused kernel: A is theirs together, and B one above the other.
     if all(a.dtype == known[0].dtype and np.array_equal(a, known[0]) for a in known):
         rank = known[0].shape[1]

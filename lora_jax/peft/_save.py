@@ -308,7 +308,7 @@ def _stored(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarr
             failures.append(
                 f"'{name}' holds NaN or infinity; take an earlier checkpoint, or less of it"
             )
-        elif not _finite(cast):
+        elif kind is not None and not _finite(cast):
             failures.append(f"'{name}' holds a number that {kind} does not: dtype='float32'")
         out[name] = cast
     raise_all("these adapters cannot be written for PEFT:", failures)

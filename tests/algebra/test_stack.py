@@ -303,7 +303,8 @@ def test_many_trained_at_once():
     how=st.sampled_from(["eager", "jit", "vmap"]),
 )
 def test_what_has_no_slot_is_nan(index, dtype, how):
-    """-1 is the base, 0 to 2 are slots, every other number is NaN and is not written."""
+    """-1 is the base, 0 to 2 are slots, every other number is an error or, where it is traced, NaN
+    and not written."""
     info = np.iinfo(dtype)
     index = int(np.clip(index, info.min, info.max))
     node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
@@ -313,18 +314,70 @@ def test_what_has_no_slot_is_nan(index, dtype, how):
     choose["vmap"] = lambda s, i: jax.tree.map(
         lambda x: x[0], jax.vmap(lora.algebra.choose, (None, 0))(s, i[None])
     )
-    got = choose[how](stacked, number)["w"].b
-    want = index + 1.0 if -1 <= index < 3 else np.nan
-    np.testing.assert_array_equal(got, np.full((1, 2), want, np.float32))
+    if how == "eager" and not -1 <= index < 3:
+        with fails(f"no slot has the number {index}: expected -1, the base, or 0 to 2"):
+            choose[how](stacked, number)
+    else:
+        got = choose[how](stacked, number)["w"].b
+        want = index + 1.0 if -1 <= index < 3 else np.nan
+        np.testing.assert_array_equal(got, np.full((1, 2), want, np.float32))
     put = jax.jit(lambda s, i: lora.algebra.put(s, i, {"w": node}))(stacked, number)["w"].b
     changed = stacked["w"].b.at[index].set(1.0) if 0 <= index < 3 else stacked["w"].b
     np.testing.assert_array_equal(put, changed)
 
 
-@pytest.mark.parametrize("index", [1.5, True, jnp.array([0.0])])
+@pytest.mark.parametrize("index", [1.5, True, jnp.array([0.0]), None, "0", [[0], [0, 1]]])
 def test_an_index_is_an_integer(index):
-    with fails("expected integers as an index, found"):
+    with fails("expected integers as an index"):
         lora.algebra.choose(lora.algebra.stack(ZOO), index)
+
+
+GEOMETRY = lora.Geometry((0,), (1,))
+NODE = {"w": lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, GEOMETRY)}
+STACK = lora.algebra.stack([NODE], capacity=4)
+BY_TOKEN = lora.algebra.choose(STACK, jnp.zeros((1, 1), int))
+of_type = lambda dtype: jax.tree.map(lambda x: x.astype(dtype), NODE)
+large = {"w": dataclasses.replace(NODE["w"], scale=1e6)}
+
+
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        *(
+            (functools.partial(call, tree), "expected a stack, found:")
+            for tree in (NODE, PARAMS, {}, None, BY_TOKEN)
+            for call in (
+                lambda tree: lora.algebra.choose(tree, 0),
+                lambda tree: lora.algebra.choose(tree, jnp.array([0])),
+                lambda tree: lora.algebra.put(tree, 0, NODE),
+            )
+        ),
+        *(
+            (functools.partial(lora.algebra.stack, x), "expected a list of adapter trees, found a")
+            for x in (None, NODE, STACK, 3)
+        ),
+        (lambda: lora.algebra.stack([STACK]), "'w': is a stack, or a part of one"),
+        (lambda: lora.algebra.put(STACK, 0, STACK), "'w': is a stack, or a part of one"),
+        (lambda: lora.algebra.put(STACK, 0, of_type("complex64")), "'w': is complex"),
+        (
+            lambda: lora.algebra.put(lora.algebra.stack([of_type("float16")]), 0, large),
+            "hold NaN or infinity",
+        ),
+        (lambda: lora.algebra.choose(STACK, 2**40), "no slot has the number 1099511627776"),
+        (
+            lambda: lora.algebra.choose(STACK, [0, 1], [True, False, True]),
+            r"mask: expected one of \(2,\), as the index is, found \(3,\)",
+        ),
+        (lambda: lora.algebra.choose(STACK, 0, "x"), "mask: expected booleans, found <U1"),
+        (lambda: lora.algebra.choose(STACK, 0, [True, False]), None),
+    ],
+)
+def test_what_a_stranger_might_pass(call, match):
+    if match is None:
+        call()
+    else:
+        with fails(match):
+            call()
 
 
 # For some tokens alone

@@ -204,8 +204,28 @@ def test_nothing_is_changed_by_what_does_not_fit():
     for active in (jnp.ones(5, bool), jnp.ones(3, bool), jnp.ones(4)):
         with fails(r"active: expected 4 booleans, found"):
             update(stacked, state, stacked, active=active)
-    with fails(r"expected a stack, found arrays with"):
+    with fails(r"(?s)expected a stack, found:.*'up' is a LoRA that has no slots"):
         lora.optim.per_slot(TX).init(TENANTS[0])
+    smaller = jax.tree.map(lambda x: x[:, :2], stacked)
+    with fails(r"(?s)not that of this stack.*mu\['up'\].a: expected \(5, "):
+        update(smaller, state, smaller)
+    spoilt = TX.init(TENANTS[0])
+    spoilt.hyperparams["learning_rate"] = jnp.float32(jnp.nan)
+    with fails(r"(?s)this state holds NaN:.*learning_rate"):
+        lora.optim.join(TX, stacked, state, 0, TENANTS[0], spoilt)
+    with fails(r"expected nothing, found a str"):
+        lora.optim.join(TX, stacked, state, 0, TENANTS[0], "state")
+    for tx in (None, "adam", optax.adam):
+        with fails("tx: expected an optax.GradientTransformation, found"):
+            lora.optim.per_slot(tx)
+        with fails("tx: expected an optax.GradientTransformation, found"):
+            lora.optim.join(tx, stacked, state, 0, TENANTS[0])
+    for capacity in (0, -4, 4.0, None, True):
+        with fails("capacity=.*expected an integer >= 1"):
+            lora.optim.by_slot(jnp.ones(2), jnp.zeros(2, int), capacity)
+    for values in ("ab", [True, False], [[1.0], [1.0, 2.0]]):
+        with fails(r"expected \(B,\) values and \(B,\) integers"):
+            lora.optim.by_slot(values, [0, 1], 4)
 
 
 def test_checkpoints(tmp_path):
