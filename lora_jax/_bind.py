@@ -16,7 +16,7 @@ from lora_jax._core.placement import check_placed
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node, is_node
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
-from lora_jax._quantized.weight import is_quantized
+from lora_jax._quantized.weight import check_codes, is_quantized
 
 if TYPE_CHECKING:
     import chex
@@ -57,7 +57,9 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
     {'q': {'kernel': AdaptedWeight('q/kernel', shape=(64, 32), dtype=float32, rank=4, scale=4.0)}}
     """
     nodes = {}
-    if adapters is not None:
+    if adapters is None:
+        check_codes(flatten(state_of(params), is_leaf=is_weight))
+    else:
         nodes = without_frozen(adapter_nodes(params, adapters, "bind"), "bind")
     key = None if dropout_key is None else as_key(dropout_key, CALL)
 
@@ -83,6 +85,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
             f"model, adapters = lora.detach(adapted), then lora.{verb}(model, adapters)"
         )
     leaves = flatten(state_of(params), is_leaf=is_weight)
+    check_codes(leaves)
     bound = [p for p, x in leaves.items() if is_weight(x)]
     if bound:
         raise LoRAError(

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax._quantized.formats import FORMATS
-from lora_jax._quantized.weight import in_codes, rounded
+from lora_jax._quantized.make import in_codes, rounded
 
 KEY = jax.random.key(0)
 

@@ -12,8 +12,9 @@ from lora_jax._core.geometry import RANK, Factor, static
 from lora_jax._core.order import ordered
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._quantized.formats import FORMATS
+from lora_jax._quantized.make import rounded
 from lora_jax._quantized.waiting import Waiting
-from lora_jax._quantized.weight import is_quantized, rounded
+from lora_jax._quantized.weight import is_quantized
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,8 @@ from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._quantized.formats import FORMATS
-from lora_jax._quantized.weight import Quantized, in_codes, is_quantized
+from lora_jax._quantized.make import in_codes
+from lora_jax._quantized.weight import Quantized, check_codes, is_quantized
 from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
@@ -142,6 +143,7 @@ def dequantize(params: Any) -> Any:
     >>> bool((lora.quant.dequantize(lora.quant.quantize(params, "q"))["q"] == params["q"]).all())
     True
     """
+    check_codes(flatten(state_of(params)))
     # Jitted, so that the codes' steps to numbers are fused and none of them is an array.
     read = jax.jit(lambda q: q.value())
     leaf = lambda _, x: read(x) if is_quantized(x) else x
@@ -160,6 +162,8 @@ def errors(params: Any, other: Any) -> dict[str, float]:
     one, two = (flatten(state_of(x)) for x in (params, other))
     failures = [f"'{p}' is in one tree alone" for p in sorted(one.keys() ^ two.keys())]
     raise_all("these are not the parameters of one model:", failures)
+    check_codes(one)
+    check_codes(two)
     both = [p for p in one if is_quantized(one[p]) or is_quantized(two[p])]
     return {p: float(_error(one[p], two[p])) for p in both}
 
