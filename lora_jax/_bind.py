@@ -107,6 +107,9 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
                 f"'{path}' is adapted, but the parameters have no such leaf; nearest: "
                 + ", ".join(nearest(path, leaves, 3))
             )
+        elif not hasattr(leaves[path], "shape"):
+            found = type(leaves[path]).__name__
+            failures.append(f"'{path}' is adapted, and the parameters have a {found} there")
         elif (problem := node.misfit(tuple(leaves[path].shape))) is not None:
             shapes = ", ".join(f"{n} {getattr(node, n).shape}" for n in node.dims)
             # Every array with one axis more or fewer: `choose` was forgotten, or was one too many.

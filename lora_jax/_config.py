@@ -243,7 +243,8 @@ class LoRAConfig(_Named):
         for name in ("targets", "exclude", "full"):
             value = getattr(self, name)
             # `all` of nothing is True: an empty sequence passes, an empty string must not.
-            several = isinstance(value, Iterable) and value != "" and all(map(_is_pattern, value))
+            several = isinstance(value, Iterable) and not isinstance(value, str)
+            several = several and all(map(_is_pattern, value))
             if not (_is_pattern(value) or several):
                 yield f"{name}={value!r}: expected one or several patterns; {ONE_PATTERN}"
             elif name == "targets" and several and not (value or self._others):

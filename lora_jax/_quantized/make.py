@@ -23,6 +23,21 @@ from lora_jax._quantized.formats import (
 from lora_jax._quantized.weight import Quantized
 
 
+def check_format(format: Any, call: str) -> str | None:
+    """What is wrong with the name of a format."""
+    if isinstance(format, str) and format in FORMATS:
+        return None
+    return f"{call}={format!r}: expected one of {', '.join(FORMATS)}"
+
+
+def unstorable(w: Any) -> str | None:
+    """Why no format is for a leaf, or a weight that stands for one."""
+    shape, dtype = tuple(w.shape), w.dtype
+    if len(shape) < 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.floating):
+        return f"is {dtype}{shape}: expected floats, of two axes or more"
+    return None
+
+
 def quantized(
     w: jax.Array,
     format: str = "nf4",
@@ -38,11 +53,9 @@ def quantized(
     >>> q, bool(abs(q.value() - jnp.linspace(-1, 1, 128).reshape(2, 64)).max() < 0.152)
     (Quantized((2, 64), float32, 'nf4', 4.5 bits), True)
     """
-    fmt = FORMATS.get(format)
-    if fmt is None:
-        raise LoRAError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
-    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating) or 0 in w.shape:
-        raise LoRAError(f"cannot quantise {w.shape} {w.dtype}: expected floats of two axes or more")
+    fmt, wrong = FORMATS[format], unstorable(w)
+    if wrong:
+        raise LoRAError(f"what is to be quantised {wrong}")
     if double and fmt.block is None:
         raise LoRAError(f"double quantisation is for blocks; {format!r} has a constant per channel")
     if double and (fmt.power or fmt.whole):

@@ -77,7 +77,7 @@ def loftq(
     call = "lora.quant.loftq(params, adapters, targets, iterations=5)"
     check_numbers(call, iterations=(iterations, COUNT))
     adapter_nodes(params, adapters, "quant.loftq")
-    chosen = chosen_leaves(params, targets, format, survey)
+    chosen = chosen_leaves(params, targets, format, survey, double)
     nodes = {p: n for p, n in lora_nodes(adapters).items() if p in chosen}
     if not nodes:
         raise_all(
