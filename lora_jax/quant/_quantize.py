@@ -121,7 +121,9 @@ def not_finite(path: str, w: Any) -> list[str]:
         return [f"'{path}' is a {type(w).__name__}: expected an array"]
     if wrong := unstorable(w):
         return [f"'{path}' {wrong}"]
-    if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return [f"'{path}' is a shape without numbers: give load=, or call it by jax.eval_shape"]
+    if isinstance(w, jax.core.Tracer):
         return []
     # A constant of a jitted function has values.
     with jax.ensure_compile_time_eval():
@@ -163,7 +165,14 @@ def dequantize(params: Any) -> Any:
     >>> bool((lora.quant.dequantize(lora.quant.quantize(params, "q"))["q"] == params["q"]).all())
     True
     """
-    check_codes(flatten(state_of(params)))
+    leaves = flatten(state_of(params))
+    check_codes(leaves)
+    shapes = [
+        p
+        for p, x in leaves.items()
+        if is_quantized(x) and isinstance(x.codes, jax.ShapeDtypeStruct)
+    ]
+    raise_all("these leaves are shapes, without codes to read:", (f"'{p}'" for p in shapes))
     # Jitted, so that the codes' steps to numbers are fused and none of them is an array.
     read = jax.jit(lambda q: q.value())
     leaf = lambda _, x: read(x) if is_quantized(x) else x
