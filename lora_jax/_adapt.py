@@ -17,9 +17,10 @@ from lora_jax._interpret.coverage import Coverage, Use
 from lora_jax._interpret.interpreter import Interpreter
 from lora_jax._interpret.saving import has_own, policy
 from lora_jax._interpret.trace import Constants, Traceable
-from lora_jax._nodes.stored import Stored, check_format, problems
+from lora_jax._nodes.stored import Stored, problems
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, is_weight
 from lora_jax._products.plan import AWARE, PLANS
+from lora_jax._quantized.make import check_format
 
 
 def adapt(

@@ -16,7 +16,7 @@ from lora_jax._core.placement import check_placed
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node, is_node
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
-from lora_jax._quantized.waiting import is_waiting
+from lora_jax._quantized.waiting import check_codes, is_waiting
 
 if TYPE_CHECKING:
     import chex
@@ -57,7 +57,9 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
     {'q': {'kernel': AdaptedWeight('q/kernel', shape=(64, 32), dtype=float32, rank=4, scale=4.0)}}
     """
     nodes = {}
-    if adapters is not None:
+    if adapters is None:
+        check_codes(flatten(state_of(params), is_leaf=is_weight))
+    else:
         nodes = without_frozen(adapter_nodes(params, adapters, "bind"), "bind")
     key = None if dropout_key is None else as_key(dropout_key, CALL)
 
@@ -90,6 +92,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
             + verb.format(params="model", adapters="adapters")
         )
     leaves = flatten(state_of(params), is_leaf=is_weight)
+    check_codes(leaves)
     bound = [p for p, x in leaves.items() if is_weight(x)]
     if bound:
         raise LoRAError(
@@ -112,7 +115,8 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
                 + ", ".join(nearest(path, leaves, 3))
             )
         elif not hasattr(leaves[path], "shape"):
-            failures.append(f"'{path}' is a {type(leaves[path]).__name__}, no array")
+            found = type(leaves[path]).__name__
+            failures.append(f"'{path}' is adapted, and the parameters have a {found} there")
         elif not _is_of_arrays(node):
             failures.append(f"the adapter of '{path}' holds what is no array")
         elif (problem := node.misfit(tuple(leaves[path].shape))) is not None:

@@ -17,10 +17,11 @@ from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._core.placement import away, near
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node
-from lora_jax._nodes.stored import check_format, layout, unstorable
+from lora_jax._nodes.stored import layout
 from lora_jax._nodes.weight import is_weight
+from lora_jax._quantized.make import check_format, in_codes, unstorable
 from lora_jax._quantized.waiting import value
-from lora_jax._quantized.weight import in_codes, is_quantized
+from lora_jax._quantized.weight import is_quantized
 
 
 def merge(

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax._quantized.formats import FORMATS
-from lora_jax._quantized.weight import in_codes, rounded
+from lora_jax._quantized.make import in_codes, rounded
 
 KEY = jax.random.key(0)
 
@@ -278,6 +278,19 @@ def test_training_lowers_the_loss_that_is_deployed():
     # to a rounding: a number half way between two levels may fall to either side
     assert abs(error(deployed) - trained) < 0.02 * trained
     assert error(deployed) < 0.9 * before, (error(deployed), before)
+
+
+def test_a_small_update_does_not_arrive_on_the_levels():
+    """docs/quantized.md, which base: on arrays and on 8 bits the right share of numbers crosses."""
+    params = {"w": jax.random.normal(KEY, (128, 128))}
+    u = 0.01 * jax.random.normal(jax.random.key(1), (128, 128))
+    g = lora.Geometry((0,), (1,))
+    node = lambda u: {"w": lora.LoRA(u, jnp.eye(128), 1.0, g)}
+    stored = lambda base, u: lora.merge(base, node(u), requantize="nf4")["w"].value()
+    for format, low, high in ((None, 0.9, 1.1), ("int8_block", 0.9, 1.1), ("nf4", 0, 0.1)):
+        base = lora.quant.quantize(params, "w", format) if format else params
+        moved = stored(base, u) - stored(base, jnp.zeros_like(u))
+        assert low <= jnp.vdot(moved, u) / jnp.vdot(u, u) <= high, format
 
 
 def call(

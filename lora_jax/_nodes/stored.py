@@ -6,14 +6,13 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax._core.geometry import RANK, Factor, static
 from lora_jax._core.order import ordered
 from lora_jax._nodes.weight import AdaptedWeight
-from lora_jax._quantized.formats import FORMATS
+from lora_jax._quantized.make import rounded, unstorable
 from lora_jax._quantized.waiting import Waiting
-from lora_jax._quantized.weight import is_quantized, rounded
+from lora_jax._quantized.weight import is_quantized
 
 
 @jax.tree_util.register_dataclass
@@ -101,14 +100,6 @@ def layout(w: AdaptedWeight, format: str) -> dict[str, Any]:
     return dict(in_axes=in_axes, stack=stack, double=False)
 
 
-def unstorable(w: AdaptedWeight) -> str | None:
-    """Why no format is for a leaf."""
-    shape, dtype = tuple(w.shape), w.dtype
-    if len(shape) < 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.floating):
-        return f"is {dtype}{shape}: expected floats, of two axes or more"
-    return None
-
-
 def problems(w: AdaptedWeight) -> list[str]:
     """Why a leaf cannot be trained as it will be stored."""
     found = [unstorable(w)]
@@ -121,10 +112,3 @@ def problems(w: AdaptedWeight) -> list[str]:
     if w.rows is not None:
         found.append("has rows that are trained by themselves")
     return [f"'{w.origin}' {problem}" for problem in found if problem]
-
-
-def check_format(format: Any, call: str) -> str | None:
-    """What is wrong with the name of a format."""
-    if isinstance(format, str) and format in FORMATS:
-        return None
-    return f"{call}={format!r}: expected one of {', '.join(FORMATS)}"

@@ -67,6 +67,35 @@ class Format:
     def bits(self) -> int:
         return 4 if self.levels is not None else 8 * jnp.dtype(self.dtype).itemsize
 
+    def holds(self, codes: Any, constants: Any, *second: Any) -> bool:
+        """Whether a weight is kept in arrays of these types; see `Quantized`."""
+        if not all(map(is_float, second)):
+            return False
+        if self.tiles and self.levels is None:
+            own = codes == jnp.int8 or is_float(codes)
+        else:
+            own = codes == (self.dtype or jnp.uint8)
+        if self.parts == 16:
+            more = constants == jnp.uint8 and not second
+        elif self.power:
+            more = constants == jnp.float8_e8m0fnu and not second
+        elif self.whole:  # or what both stand for, in fp32
+            more = is_float(constants) and len(second) == (constants == jnp.float8_e4m3fn)
+        elif second and not self.tiles:
+            more = constants == jnp.uint8 and len(second) == 2 and self.name in FORMATS
+            more = more and self.block is not None
+        else:
+            more = is_float(constants) and len(second) < 2
+        return own and more
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether this is a floating type, or the name of one."""
+    try:
+        return dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
 
 _INT4 = tuple(i / 7 for i in range(-7, 8))
 
@@ -200,8 +229,8 @@ def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> j
 def level(levels: Sequence[float], codes: jax.Array) -> jax.Array:
     """The levels of codes of four bits, in fp32: looked up on GPUs, where the compiler writes out
     what halving has on the way, by halving elsewhere, where it writes out what a look-up has."""
-    # A value for each of 16 codes: int4 and E2M1 have 15 levels, and never use the last.
-    return level_p.bind(codes, levels=(*levels, *(0.0,) * (16 - len(levels))))[0]
+    # A value for each of 16 codes: int4 and E2M1 have 15 levels, and nothing writes the last.
+    return level_p.bind(codes, levels=(*levels, *(math.nan,) * (16 - len(levels))))[0]
 
 
 def looked_up(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.Array:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import numpy as np
 from jax import lax
 
+from lora_jax._core.errors import raise_all
 from lora_jax._core.geometry import static
 
 
@@ -42,6 +43,10 @@ class Waiting:
         def value(self, after: jax.Array | None = None) -> jax.Array:
             """The weight as an array; with `after`, made anew and no sooner than that is there."""
             ...
+
+    def problem(self) -> str | None:
+        """What is wrong with its arrays, if they were damaged since it was made."""
+        return None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,3 +131,12 @@ def value(base: Any, after: jax.Array | None = None) -> jax.Array:
 def is_waiting(x: Any) -> bool:
     """Whether a base is no array, but what one is made of where it is used."""
     return isinstance(x, Waiting)
+
+
+def check_codes(leaves: Mapping[str, Any]) -> None:
+    """That each quantised leaf of {path: leaf} is what it says; all that are not are listed."""
+    found = {path: x.problem() for path, x in leaves.items() if is_waiting(x)}
+    raise_all(
+        "these quantised leaves were damaged since they were made:",
+        (f"'{path}': {wrong}" for path, wrong in found.items() if wrong),
+    )

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -25,20 +24,15 @@ from lora_jax._core.geometry import names, static
 from lora_jax._core.order import ordered
 from lora_jax._quantized.formats import (
     FORMATS,
-    SECOND,
     STORED,
-    Format,
     blocks_of,
     decode,
-    doubled,
     dynamic_level,
-    encode,
-    pack,
     read,
     read_tiles,
     undoubled,
-    whole_scale,
 )
+from lora_jax._quantized.problem import problem
 from lora_jax._quantized.waiting import Waiting
 
 
@@ -233,37 +227,14 @@ class Quantized(Waiting):
         picked = dataclasses.replace(self, codes=codes, constants=constants, second=None, stack=0)
         return picked.value()
 
-    def _require_one_part(self) -> None:
-        """That codes and constants are of one part of the weight, where they were cut by hand."""
-        fmt, (*lead, last) = STORED[self.format], self.stored
-        n, block = blocks_of(last, fmt.block)
-        found = tuple(self.constants.shape)
-        if fmt.tiles:
-            parts = [self.constants.shape, *(x.shape for x in self.second or ())]
-            good = all(d % c == 0 for shape in parts for c, d in zip(shape, self.stored))
-        elif fmt.block is None:
-            good = all(c in (1, d) for c, d in zip(found, self.stored))
-        elif self.double:
-            groups = math.ceil(math.prod(lead[self.stack :]) * n / SECOND)
-            good = found == (*lead[: self.stack], groups, SECOND) and n * block == last + self.pad
-        else:
-            # Scales; scales and offsets; 16 bytes for eight blocks.
-            each = {1: n, 2: 2 * n, 16: 2 * n}[fmt.parts]
-            good = found == (*lead, each) and n * block == last + self.pad
-        if not good:
-            raise LoRAError(
-                f"codes {self.codes.shape} and constants {found} of {self.format!r} are not of one "
-                "part of a weight. By hand (shard_map, all_gather) cut the last axis between "
-                f"blocks of {fmt.block}, and, with double quantisation, the first axis after the "
-                f"stack alone, in groups of {SECOND} constants; `jax.jit` needs no such care"
-            )
-
     def __repr__(self) -> str:
-        if not hasattr(self.codes, "shape"):  # what jax.tree.map made of it: shapes, shardings
-            return f"Quantized(codes={self.codes}, constants={self.constants}, {self.format!r})"
-        arrays = all(hasattr(x, "size") for x in jax.tree.leaves(self))
-        bits = f", {self.bits:.4g} bits" if arrays else ""
-        return f"Quantized({self.shape}, {self.dtype}, {self.format!r}{bits})"
+        if problem(self) is not None:  # also what jax.tree.map made of it: shapes, shardings
+            codes, constants = (
+                f"{x.dtype}{x.shape}" if hasattr(x, "dtype") else x
+                for x in (self.codes, self.constants)
+            )
+            return f"Quantized(codes={codes}, constants={constants}, {self.format!r})"
+        return f"Quantized({self.shape}, {self.dtype}, {self.format!r}, {self.bits:.4g} bits)"
 
     def value(self, after: jax.Array | None = None) -> jax.Array:
         """The weight as an array; with `after`, read anew and no sooner than that is there."""
@@ -299,9 +270,13 @@ class Quantized(Waiting):
         shape = (*rest, blocks_of(last, STORED[self.format].block)[0])
         return undoubled(self.constants, self.second, shape, self.stack, *level)
 
+    def problem(self) -> str | None:
+        return problem(self)
+
     def _there(self, after: jax.Array | None) -> Quantized:
         """The weight as it lies there, about to be read."""
-        self._require_one_part()
+        if (wrong := problem(self)) is not None:
+            raise LoRAError(wrong)
         # Else XLA may read all weights at the start, or keep one reading for the backward pass.
         codes = self.codes if after is None else ordered(after, self.codes)
         q = dataclasses.replace(self, codes=codes, moves=(), moved_to=None)
@@ -315,78 +290,6 @@ def lie(q: Quantized, sharding: NamedSharding) -> Quantized:
     explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
     place = jax.sharding.reshard if explicit else lax.with_sharding_constraint
     return jax.tree.map(lambda x, s: place(x, NamedSharding(sharding.mesh, s)), q, specs)
-
-
-def quantized(
-    w: jax.Array,
-    format: str = "nf4",
-    *,
-    in_axes: Sequence[int] = (-2,),
-    stack: int = 0,
-    double: bool = False,
-) -> Quantized:
-    """One array; see `quantize`.
-
-    >>> import jax.numpy as jnp
-    >>> q = quantized(jnp.linspace(-1, 1, 128).reshape(2, 64), "nf4")
-    >>> q, bool(abs(q.value() - jnp.linspace(-1, 1, 128).reshape(2, 64)).max() < 0.152)
-    (Quantized((2, 64), float32, 'nf4', 4.5 bits), True)
-    """
-    fmt = FORMATS.get(format)
-    if fmt is None:
-        raise LoRAError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
-    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating) or 0 in w.shape:
-        raise LoRAError(f"cannot quantise {w.shape} {w.dtype}: expected floats of two axes or more")
-    if double and fmt.block is None:
-        raise LoRAError(f"double quantisation is for blocks; {format!r} has a constant per channel")
-    if double and (fmt.power or fmt.whole):
-        raise LoRAError(f"double=True: the constants of {format!r} are of 8 bits without it")
-    if fmt.block is None:
-        axes = tuple(d % w.ndim for d in in_axes)
-        # (*rest, *in axes), then (*rest, in): one constant for each row
-        front = jnp.moveaxis(w, axes, range(-len(axes), 0))
-        flat = front.reshape(*front.shape[: w.ndim - len(axes)], -1)
-        codes, constants = encode(fmt, flat)
-        # Back to the weight's axes; constants have ones where the in axes are.
-        codes = jnp.moveaxis(codes.reshape(front.shape), range(-len(axes), 0), axes)
-        constants = jnp.expand_dims(constants, sorted(axes))
-        return Quantized(codes, constants, None, format, np.dtype(w.dtype), stack=stack)
-    return _in_blocks(w, fmt, stack, double)[0]
-
-
-def rounded(w: jax.Array, format: str, *, in_axes: Any, stack: int, double: bool) -> jax.Array:
-    """What `quantized` makes of an array, read again: without codes that are packed and taken
-    apart, which on CPUs takes five times as long as all else."""
-    fmt = FORMATS[format]
-    if fmt.block is None:
-        return quantized(w, format, in_axes=in_axes, stack=stack).value()
-    q, codes = _in_blocks(w, fmt, stack, double)
-    read = decode(fmt, codes, q.block_constants(), w.dtype)
-    return read.reshape(*w.shape[:-1], -1)[..., : w.shape[-1]]
-
-
-def _in_blocks(w: jax.Array, fmt: Format, stack: int, double: bool) -> tuple[Quantized, jax.Array]:
-    """(the weight, its codes as numbers of their own, (..., blocks, block))."""
-    shape, dtype = tuple(w.shape), np.dtype(w.dtype)
-    n, block = blocks_of(shape[-1], fmt.block)
-    # Zeros fill the last block; a block is (..., n, block).
-    w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, n * block - shape[-1])])
-    blocks = w.reshape(*shape[:-1], n, block)
-    second: Any = None
-    if fmt.whole:
-        second = (whole_scale(blocks, stack),)
-        scale = jnp.expand_dims(second[0], range(stack, w.ndim))  # as the constants
-        codes, constants = encode(fmt, blocks, scale)
-    else:
-        codes, constants = encode(fmt, blocks)
-    if double:
-        constants, second = doubled(constants, stack)
-    flat = codes.reshape(*shape[:-1], n * block)
-    flat, pad = pack(flat) if fmt.bits == 4 else flat, n * block - shape[-1]
-    return Quantized(flat, constants, second, fmt.name, dtype, pad, stack), codes
-
-
-in_codes = jax.jit(quantized, static_argnames=("format", "in_axes", "stack", "double"))
 
 
 def _unread(self: Quantized, *_: Any, **__: Any) -> None:

@@ -97,6 +97,8 @@ def bitsandbytes_weight(
             f"expected a dict of tensors, found {type(tensors).__name__}: "
             "lora.quant.bitsandbytes_weight(safetensors.numpy.load_file(path), name)"
         )
+    if not isinstance(kernel, bool):
+        raise LoRAError(f"kernel={kernel!r}: expected True or False")
     if isinstance(name, str):
         q = _one(tensors, name)
     elif not isinstance(name, Sequence) or not name or not all(isinstance(n, str) for n in name):

@@ -39,7 +39,10 @@ def gathered(params: Any, axes: str | Sequence[str]) -> Any:
     >>> lora.quant.gathered(lora.quant.quantize(params, "w"), "fsdp")["w"].read_at.spec
     P(None, None)
     """
-    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    call = "lora.quant.gathered(jax.device_put(params, shardings), 'fsdp')"
+    axes = (axes,) if isinstance(axes, str) else axes
+    if not isinstance(axes, Sequence) or not axes or not all(isinstance(n, str) for n in axes):
+        raise LoRAError(f"axes={axes!r}: expected the names of mesh axes, {call}")
     failures: list[str] = []
     found = []
 
@@ -58,7 +61,6 @@ def gathered(params: Any, axes: str | Sequence[str]) -> Any:
         return dataclasses.replace(q, read_at=NamedSharding(where.mesh, PartitionSpec(*rest)))
 
     result = map_state(lambda tree: map_with_path(leaf, tree), params)
-    call = "lora.quant.gathered(jax.device_put(params, shardings), 'fsdp')"
     raise_all(f"expected quantised leaves on a mesh with {', '.join(axes)}:", failures, call)
     if not found:
         raise LoRAError(f"no leaf is quantised: {call}, with params = lora.quant.quantize(...)")

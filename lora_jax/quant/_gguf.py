@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core.errors import LoRAError
+from lora_jax._quantized.formats import is_float
 from lora_jax._quantized.weight import Quantized
 
 # {type: (bytes of a block, of them constants, constants' type, bytes whose halves lie together)}
@@ -61,8 +62,10 @@ def gguf_weight(
             f"expected a tensor of gguf.GGUFReader(path).tensors, or several, found "
             f"{type(tensors).__name__}: lora.quant.gguf_weight(reader.tensors[0])"
         )
+    if not isinstance(kernel, bool):
+        raise LoRAError(f"kernel={kernel!r}: expected True or False")
     each = list(tensors) if several else [tensors]
-    if not jnp.issubdtype(np.dtype(dtype), jnp.floating):
+    if not is_float(dtype):
         raise LoRAError(f"dtype={dtype!r}: expected a floating type, dtype=jnp.bfloat16")
     found = [_checked(t, i if several else None) for i, t in enumerate(each)]
     kinds = sorted({kind for kind, _ in found})

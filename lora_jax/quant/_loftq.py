@@ -17,7 +17,8 @@ from lora_jax._core.nnx import map_state
 from lora_jax._core.numbers import COUNT, check_numbers
 from lora_jax._core.paths import map_with_path
 from lora_jax._nodes.adapters import LoRA
-from lora_jax._quantized.weight import Quantized, quantized
+from lora_jax._quantized.make import quantized
+from lora_jax._quantized.weight import Quantized
 from lora_jax._survey import Survey
 from lora_jax.algebra._svd import from_svd
 from lora_jax.methods._start import each, lora_nodes, plain_svd
@@ -76,7 +77,7 @@ def loftq(
     call = "lora.quant.loftq(params, adapters, targets, iterations=5)"
     check_numbers(call, iterations=(iterations, COUNT))
     adapter_nodes(params, adapters, "quant.loftq")
-    chosen = chosen_leaves(params, targets, format, survey)
+    chosen = chosen_leaves(params, targets, format, survey, double)
     nodes = {p: n for p, n in lora_nodes(adapters).items() if p in chosen}
     if not nodes:
         raise_all(

@@ -7,19 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path
-from lora_jax._quantized.formats import FORMATS
-from lora_jax._quantized.weight import Quantized, in_codes, is_quantized
+from lora_jax._quantized.make import check_format, in_codes, unstorable
+from lora_jax._quantized.waiting import check_codes
+from lora_jax._quantized.weight import Quantized, is_quantized
 from lora_jax._select import select
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 
-NOT_FINITE = "these leaves cannot be quantised, a block would take on the value of one number:"
+NOT_FINITE = "these leaves cannot be quantised; of NaN or infinity a block would take on the value:"
 
 
 FINITE = (
@@ -69,15 +71,26 @@ def quantize(
     >>> lora.quant.quantize(params, "kernel", double=True)["q"]["kernel"]
     Quantized((64, 64), float32, 'nf4', 4.516 bits)
     """
-    chosen = chosen_leaves(params, targets, format, survey)
+    chosen = chosen_leaves(params, targets, format, survey, double)
+    if load is not None and not callable(load):
+        raise LoRAError(f"load={load!r}: expected a function of a path, load=lambda path: ...")
     bad: list[str] = []
+
+    def loaded(path: str, like: Any) -> Any:
+        w = load(path)
+        found, want = (getattr(x, "shape", None) for x in (w, like))
+        if found != want:
+            bad.append(f"'{path}': load gives {type(w).__name__} {found}, expected an array {want}")
+        return w
 
     def leaf(path: str, w: Any) -> Any:
         # One leaf at a time: only its codes stay.
-        w = w if load is None else load(path)
+        w = w if load is None else loaded(path, w)
         if path not in chosen:
             return w
-        bad.extend(not_finite(path, w))
+        if wrong := not_finite(path, w):
+            bad.extend(wrong)
+            return w
         return quantize_leaf(w, chosen[path].geometry, format, double)
 
     result = map_state(lambda tree: map_with_path(leaf, tree), params)
@@ -85,10 +98,15 @@ def quantize(
     return result
 
 
-def chosen_leaves(params: Any, targets: Any, format: str, survey: Survey | None) -> Targets:
+def chosen_leaves(
+    params: Any, targets: Any, format: str, survey: Survey | None, double: bool = False
+) -> Targets:
     """The leaves to be quantised, checked."""
-    if format not in FORMATS:
-        raise LoRAError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
+    wrong = check_format(format, "format")
+    if wrong:
+        raise LoRAError(wrong)
+    if not isinstance(double, bool):
+        raise LoRAError(f"double={double!r}: expected True or False")
     chosen = targets
     if not isinstance(targets, Targets):
         # The rank is of no account: only which leaves, and which of their axes are contracted.
@@ -99,13 +117,19 @@ def chosen_leaves(params: Any, targets: Any, format: str, survey: Survey | None)
 
 
 def not_finite(path: str, w: Any) -> list[str]:
-    """What is wrong with a leaf that holds NaN or infinity; of a traced one nothing is known."""
-    if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
+    """Why a leaf cannot be quantised; of a traced one the values are not known."""
+    if not isinstance(w, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return [f"'{path}' is a {type(w).__name__}: expected an array"]
+    if wrong := unstorable(w):
+        return [f"'{path}' {wrong}"]
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return [f"'{path}' is a shape without numbers: give load=, or call it by jax.eval_shape"]
+    if isinstance(w, jax.core.Tracer):
         return []
     # A constant of a jitted function has values.
     with jax.ensure_compile_time_eval():
         w = jnp.asarray(w)
-        if not jnp.issubdtype(w.dtype, jnp.floating) or bool(_all_finite(w)):
+        if bool(_all_finite(w)):
             return []
         # One axis at a time: a flat index would gather a sharded leaf.
         index: list[int] = []
@@ -142,6 +166,14 @@ def dequantize(params: Any) -> Any:
     >>> bool((lora.quant.dequantize(lora.quant.quantize(params, "q"))["q"] == params["q"]).all())
     True
     """
+    leaves = flatten(state_of(params))
+    check_codes(leaves)
+    shapes = [
+        p
+        for p, x in leaves.items()
+        if is_quantized(x) and isinstance(x.codes, jax.ShapeDtypeStruct)
+    ]
+    raise_all("these leaves are shapes, without codes to read:", (f"'{p}'" for p in shapes))
     # Jitted, so that the codes' steps to numbers are fused and none of them is an array.
     read = jax.jit(lambda q: q.value())
     leaf = lambda _, x: read(x) if is_quantized(x) else x
@@ -158,9 +190,17 @@ def errors(params: Any, other: Any) -> dict[str, float]:
     0.092
     """
     one, two = (flatten(state_of(x)) for x in (params, other))
+    check_codes(one)
+    check_codes(two)
     failures = [f"'{p}' is in one tree alone" for p in sorted(one.keys() ^ two.keys())]
+    both = [p for p in one if p in two and (is_quantized(one[p]) or is_quantized(two[p]))]
+    for p in both:
+        pair = [getattr(x, "shape", type(x).__name__) for x in (one[p], two[p])]
+        if pair[0] != pair[1]:
+            failures.append(f"'{p}' is {pair[0]} in one and {pair[1]} in the other")
+        elif any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((one[p], two[p]))):
+            failures.append(f"'{p}' is a shape without numbers")
     raise_all("these are not the parameters of one model:", failures)
-    both = [p for p in one if is_quantized(one[p]) or is_quantized(two[p])]
     return {p: float(_error(one[p], two[p])) for p in both}
 
 

@@ -110,6 +110,8 @@ def _problems(x: Any) -> Iterator[str]:
         yield f"codes of {kind}; expected int4, int8, {', '.join(FLOATS)}, or those of 'nf4'"
     if str(scale.dtype) not in SCALES:
         yield f"a scale of {scale.dtype}; expected one of {', '.join(SCALES)}"
+    elif not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, "f4")).all():
+        yield "its scale is not finite: it is damaged, or of a run that diverged"
     for name, a in parts.items():
         if a.ndim != codes.ndim or any(n == 0 or d % n for d, n in zip(codes.shape, a.shape)):
             yield f"{name} {a.shape} does not stand for equal parts of qvalue {codes.shape}"
@@ -118,11 +120,6 @@ def _problems(x: Any) -> Iterator[str]:
     zero = parts.get("zero_point")
     if zero is not None and zero.dtype != codes.dtype:
         yield f"a zero_point of {zero.dtype}, and codes of {kind}"
-    if (
-        not isinstance(scale, jax.core.Tracer)
-        and not np.isfinite(np.asarray(scale, "float32")).all()
-    ):
-        yield "its scale is not finite: it is damaged, or of a run that diverged"
 
 
 def _codes_of(qtype: Any) -> str | None:

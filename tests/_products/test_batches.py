@@ -6,7 +6,7 @@ import rand
 from common import assert_close, noisy
 
 import lora_jax as lora
-from lora_jax._quantized.weight import quantized
+from lora_jax._quantized.make import quantized
 
 KEY = jax.random.key(0)
 

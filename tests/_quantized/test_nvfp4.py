@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax._quantized.formats import _e4m3, unpack
-from lora_jax._quantized.weight import quantized
+from lora_jax._quantized.make import quantized
 
 KEY = jax.random.key(0)
 

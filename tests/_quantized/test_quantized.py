@@ -18,7 +18,7 @@ from zoo import IDS, Transformer
 import lora_jax as lora
 from lora_jax._quantized import formats, weight
 from lora_jax._quantized.formats import FORMATS, NF4, decode, dynamic_map, encode, pack, unpack
-from lora_jax._quantized.weight import quantized
+from lora_jax._quantized.make import quantized
 
 KEY = jax.random.key(0)
 # (mean squared error on N(0, 1), largest |w - ŵ| as a part of the block's largest)

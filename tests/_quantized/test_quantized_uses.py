@@ -21,7 +21,7 @@ import lora_jax as lora
 from lora_jax._core.einsum import contract
 from lora_jax._quantized import dot as _quantized_dot
 from lora_jax._quantized.dot import halves
-from lora_jax._quantized.weight import quantized
+from lora_jax._quantized.make import quantized
 
 KEY = jax.random.key(0)
 normal = lambda i, *shape: rand.normal(jax.random.fold_in(KEY, i), shape) / 8

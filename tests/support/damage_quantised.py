@@ -321,10 +321,15 @@ OUTCOMES = {"bitsandbytes": bitsandbytes_outcome, "gguf": gguf_outcome}
 
 def run(kind: str, first: int, count: int) -> collections.Counter:
     """{outcome: how many}; raises, with the seed, at what is neither right nor a LoRAError."""
+    return run_of(OUTCOMES[kind], kind, first, count)
+
+
+def run_of(outcome: Any, kind: str, first: int, count: int) -> collections.Counter:
+    """The same, by a function of a seed."""
     found: collections.Counter = collections.Counter()
     for seed in range(first, first + count):
         try:
-            found[OUTCOMES[kind](seed)] += 1
+            found[outcome(seed)] += 1
         except Exception as e:
             raise AssertionError(f"{kind}, seed {seed}: {type(e).__name__}: {e}") from e
     return found

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from lora_jax._quantized.weight import Quantized, quantized
+from lora_jax._quantized.make import quantized
+from lora_jax._quantized.weight import Quantized
 
 DTYPES = [jnp.float32, jnp.float32, jnp.bfloat16, jnp.float16]
 

@@ -1,0 +1,46 @@
+"""Quantised leaves, arrays of qwix's and files that were damaged: read as they say, or refused."""
+
+import pytest
+
+pytest.importorskip("gguf")
+
+import jax
+import jax.numpy as jnp
+from common import fails
+from damage_codes import OUTCOMES, good
+from damage_quantised import run_of
+
+import lora_jax as lora
+
+CASES = {"codes": 25, "qarray": 40, "safetensors": 60, "gguf file": 60}
+
+
+@pytest.mark.parametrize("kind", OUTCOMES)
+def test_damaged(kind):
+    found = run_of(OUTCOMES[kind], kind, 0, CASES[kind])
+    assert found["refused"] > 2 and found["read"] > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OUTCOMES)
+def test_many_damaged(kind):
+    assert run_of(OUTCOMES[kind], kind, 5000, 20 * CASES[kind])["read"] > 50
+
+
+def test_every_door_names_the_leaf():
+    """Codes that were cast with a tree of floats."""
+    q = good("nf4", (8, 128), "float32", False, 0)
+    bad = {"a": {"w": jax.tree.map(lambda x: x.astype("bfloat16"), q)}, "b": jnp.ones(3)}
+    node = lora.init(
+        jax.random.key(0), {"a": {"w": q.value()}}, lora.LoRAConfig(rank=1, targets="w")
+    )
+    match = "(?s)were damaged since they were made:.*'a/w': bfloat16, bfloat16 are not the types of"
+    for door in (
+        lambda: lora.bind(bad, None),
+        lambda: lora.bind(bad, node),
+        lambda: lora.merge(bad, node),
+        lambda: lora.quant.dequantize(bad),
+        lambda: lora.quant.errors(bad, bad),
+    ):
+        with fails(match):
+            door()
