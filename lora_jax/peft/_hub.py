@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax._core.errors import LoRAError
-from lora_jax.peft._file import as_path
+from lora_jax.peft._arguments import as_path
 
 NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 

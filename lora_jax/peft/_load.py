@@ -18,11 +18,12 @@ from lora_jax._core.paths import flatten, nest
 from lora_jax._core.table import table
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
+from lora_jax.peft._arguments import as_float, as_names
 from lora_jax.peft._build import Build
 from lora_jax.peft._config import PeftConfig, peft_config
 from lora_jax.peft._deltas import check
 from lora_jax.peft._experts import on_leaves
-from lora_jax.peft._file import CONFIG, as_float, as_names
+from lora_jax.peft._file import CONFIG
 from lora_jax.peft._find import Finder, finish
 from lora_jax.peft._formats import open_any
 from lora_jax.peft._hub import folder as on_disk

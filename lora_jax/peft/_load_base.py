@@ -18,7 +18,8 @@ from lora_jax._core.paths import map_with_path
 from lora_jax._quantized.weight import Quantized
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
-from lora_jax.peft._file import DTYPES, as_float
+from lora_jax.peft._arguments import as_float
+from lora_jax.peft._file import DTYPES
 from lora_jax.peft._hub import folder as folder_of
 from lora_jax.peft._mapping import TorchMapping
 from lora_jax.peft._place import Piece, Placed, is_float, placed

@@ -19,16 +19,17 @@ from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
+from lora_jax.peft._arguments import as_names
 from lora_jax.peft._config import peft_config
 from lora_jax.peft._export import Export
-from lora_jax.peft._file import CONFIG, DTYPES, TENSORS, as_names
+from lora_jax.peft._file import CONFIG, DTYPES, TENSORS
 from lora_jax.peft._files import partial, remove, writing
 from lora_jax.peft._find import Finder, finish
 from lora_jax.peft._hub import folder as folder_of
+from lora_jax.peft._keys import PREFIX
 from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._names import is_head
 from lora_jax.peft._orders import Orders
-from lora_jax.peft._parse import PREFIX
 from lora_jax.peft._safetensors import INDEX, called, open_base
 from lora_jax.peft._servers import TARGETS
 
