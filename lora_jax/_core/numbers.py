@@ -22,9 +22,9 @@ def integer(x: Any) -> int | None:
     (4, None, None)
     """
     try:
-        # A traced integer raises a TypeError of JAX's here, and 4.0 one of Python's.
+        # A traced integer raises a TypeError of JAX's, 4.0 one of Python's, a dict a ValueError.
         return None if jnp.issubdtype(jnp.result_type(x), jnp.bool_) else operator.index(x)
-    except TypeError:
+    except (TypeError, ValueError):
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,29 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._core.errors import LoRAError
+from lora_jax._core.errors import LoRAError, raise_all
 
 
 def as_path(folder: Any) -> Path:
-    if not isinstance(folder, str | os.PathLike):
-        raise LoRAError(f"expected the path of a folder, found {type(folder).__name__}")
-    return Path(folder)
+    try:
+        found = Path(folder)
+    except TypeError:
+        raise LoRAError(f"expected the path of a folder, found {type(folder).__name__}") from None
+    if "\0" in str(found):
+        raise LoRAError(f"{str(found)!r}: a path holds no NUL")
+    return found
+
+
+def one_of(value: Any, among: Iterable[str], argument: str) -> None:
+    """Raises unless a text that a caller gives is one of several."""
+    if not (isinstance(value, str) and value in among):
+        raise LoRAError(f"{argument}={value!r}: expected one of {', '.join(among)}")
+
+
+def check_texts(**given: Any) -> None:
+    """Raises for all arguments that are neither texts nor None."""
+    odd = [f"{k}={v!r}" for k, v in given.items() if not isinstance(v, str | None)]
+    raise_all("expected texts, or None:", odd)
 
 
 def as_names(names: Any, argument: str) -> tuple[str, ...] | None:
@@ -36,7 +51,7 @@ def as_float(dtype: Any) -> np.dtype | None:
         return None
     try:
         kind = np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         kind = np.dtype(object)
     if not jnp.issubdtype(kind, jnp.floating):
         raise LoRAError(f"dtype={dtype!r}: expected a floating-point type: dtype='bfloat16'")

@@ -180,7 +180,7 @@ def read_tensors(
     """({name: where it lies}, the file's metadata), checked as in `open_adapter`."""
     with reading(path):
         stored, metadata = _tensors(path)
-    tensors = renamed(stored, rename or {}, path)
+    tensors = renamed(stored, {} if rename is None else rename, path)
     # By the header, which the length of the file has confirmed: nothing is read yet.
     total = sum(t.nbytes for t in tensors.values())
     if max_bytes is not None and total > max_bytes:

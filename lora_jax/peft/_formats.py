@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax._core.errors import LoRAError, quoted, raise_all
-from lora_jax.peft._arguments import as_path
+from lora_jax.peft._arguments import as_path, check_texts, one_of
 from lora_jax.peft._config import peft_config
 from lora_jax.peft._file import (
     AGAIN,
@@ -85,8 +85,9 @@ def open_any(
     Raises:
       LoRAError: as `open_adapter`; a format that is not known, or is not that of the tensors.
     """
-    if format is not None and format not in FORMATS:
-        raise LoRAError(f"format={format!r}: expected one of {', '.join(FORMATS)}, or None")
+    if format is not None:
+        one_of(format, FORMATS, "format")
+    check_texts(part=part)
     path = as_path(folder)
     alone = _is(path)
     single = path if alone else path / DIFFUSERS

@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_jax._core.errors import quoted, raise_all
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import COUNT, refused
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.table import table
 from lora_jax._survey import Survey
@@ -210,6 +211,7 @@ def load(
     """
     dtype, ignore = as_float(dtype), as_names(ignore, "ignore") or ()
     conv1d, experts = as_names(conv1d, "conv1d"), as_names(experts, "experts")
+    raise_all("lora.peft.load(...):", refused(max_bytes=(max_bytes, COUNT.or_none)))
     leaves = leaf_infos(params, survey)
     if max_bytes is None:
         # Twice the base in fp32, which no adapter needs; of a small base some may.

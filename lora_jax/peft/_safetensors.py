@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax.peft._arguments import as_names
+from lora_jax.peft._arguments import as_names, as_path
 from lora_jax.peft._file import (
     DTYPES,
     checked,
@@ -255,7 +255,7 @@ def write_copy(
     Raises:
       LoRAError: `out` exists, or cannot be written.
     """
-    out, done = Path(out), 0
+    out, done = as_path(out), 0
     total = sum(file.stat().st_size for file in base.files)
 
     def told(count: int) -> None:
