@@ -19,8 +19,8 @@ from lora_jax.algebra._combine import combine, resize
 from lora_jax.algebra._soups import dare, knots, ties
 from lora_jax.peft._export import Export
 from lora_jax.peft._files import replacing
+from lora_jax.peft._keys import PREFIX
 from lora_jax.peft._mapping import Entry, TorchMapping
-from lora_jax.peft._parse import PREFIX
 from lora_jax.peft._parts import Experts, Update
 from lora_jax.peft._save import write_folder
 from lora_jax.peft._settings import unknown
@@ -62,7 +62,7 @@ def combine_folders(
       LoRAError: `out` exists, or something cannot be combined; all of that is listed.
     """
     odd = [f"{f}: its weight is {w}" for f, w in zip(folders, weights) if not math.isfinite(w)]
-    raise_all("the weights are to be finite:", odd)
+    raise_all("the weights are to be finite, as in ADAPTER:0.5:", odd)
     adapters = [open_torch(folder, ignore, rename) for folder in folders]
     raise_all("these adapters cannot be combined:", _unfit(adapters))
     # Torch names are the leaves: flat trees of LoRA nodes, for the functions of `algebra`.

@@ -121,7 +121,10 @@ def to_peft(
         try:
             chosen = mapping_from_json(stored["mapping"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-            raise LoRAError(f"{directory}: its mapping is damaged: {e!r:.200}") from e
+            raise LoRAError(
+                f"{directory}: its mapping is damaged: {e!r:.200}; name the torch model: "
+                "--torch model.safetensors"
+            ) from e
     else:
         chosen = _mapping(found.adapters, params, survey, mapping, torch, experts_a or "in")
         if experts is None:

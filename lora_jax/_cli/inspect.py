@@ -24,7 +24,7 @@ from lora_jax.checkpoint._checkpoint import Restored, restore
 from lora_jax.checkpoint._describe import config_to_json
 from lora_jax.peft._file import CONFIG, TENSORS, opened
 from lora_jax.peft._formats import DIFFUSERS
-from lora_jax.peft._parse import split
+from lora_jax.peft._keys import split
 from lora_jax.peft._parts import NewRows, Update
 from lora_jax.peft._safetensors import open_base
 

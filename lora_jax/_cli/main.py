@@ -35,7 +35,14 @@ def main() -> None:
 def _of_the_main_thread(error: sys.UnraisableHookArgs) -> None:
     """Prints what could be raised nowhere. So do threads of orbax's libraries, over a full disk,
     when the main one has raised it already."""
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
+        return
+    # `_stopped` was called while garbage was collected, as by JAX's callback: a moment later.
+    if isinstance(error.exc_value, SystemExit):
+        code = error.exc_value.code
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit(code))
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+    else:
         sys.__unraisablehook__(error)
 
 

@@ -19,8 +19,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.paths import nearest
 from lora_jax.peft._experts import ways
-from lora_jax.peft._find import looked_up
-from lora_jax.peft._mapping import Entry
+from lora_jax.peft._mapping import Entry, looked_up
 from lora_jax.peft._names import is_head, is_wrapper
 from lora_jax.peft._orders import Orders
 from lora_jax.peft._parts import Experts, NewRows, Update, Value
@@ -124,7 +123,9 @@ class _Placing:
         if found is None:
             return self.rename(name)
         if len(found) != 1:
-            raise LoRAError(f"mapping: '{name}' is {found}, expected one tensor of the base")
+            raise LoRAError(
+                f"mapping: '{name}' is {found}, expected one tensor of the base, as text"
+            )
         # The table may name a module: then the parameter has its own last name there.
         return found[0] if found[0] in self.shapes else f"{found[0]}.{name.rpartition('.')[2]}"
 

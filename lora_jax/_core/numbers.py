@@ -24,9 +24,9 @@ def integer(x: Any) -> int | None:
     if isinstance(x, str | bytes):  # NumPy takes "i" for a type
         return None
     try:
-        # A traced integer raises a TypeError of JAX's here, and 4.0 one of Python's.
+        # A traced integer raises a TypeError of JAX's, 4.0 one of Python's, a dict or a class a ValueError.
         return None if jnp.issubdtype(jnp.result_type(x), jnp.bool_) else operator.index(x)
-    except (TypeError, ValueError):  # the latter of a class, whose dtype is none
+    except (TypeError, ValueError):
         return None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lora_jax._core.errors import LoRAError, quoted, raise_all
-from lora_jax.peft._patterns import PLAIN, Budget, Modules, Patterns, SafePattern, endings
+from lora_jax.peft._patterns import PLAIN, Budget, Layers, Modules, Patterns, SafePattern, endings
 from lora_jax.peft._settings import LORA_ALONE, MERGE, OTHERS, REFUSED, switches, unknown
 
 # PEFT 0.21 has 45.
@@ -28,29 +28,6 @@ USED = ("r", "alora_invocation_tokens")
 
 # Initialisations that leave the base as it was, so that B·A is the whole change.
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
-
-
-@dataclasses.dataclass(frozen=True)
-class Layers:
-    """The layers of which modules are targets; `behind`: names before their number, () for any."""
-
-    numbers: frozenset[int]
-    behind: tuple[str, ...]
-
-    def have(self, module: str) -> bool:
-        """Whether a module is in one of them; by PEFT's rule, the first number that is a layer's.
-
-        >>> layers = Layers(frozenset([1]), ())
-        >>> layers.have("model.layers.1.q"), layers.have("model.layers.0.1.q"), layers.have("q")
-        (True, False, False)
-        """
-        parts = module.split(".")
-        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
-        # Without a pattern two names are in front.
-        found = [i for i in numbers if i > 1] if not self.behind else []
-        for name in self.behind:
-            found += [i for i in numbers if f".{'.'.join(parts[:i])}".endswith(f".{name}")]
-        return bool(found) and int(parts[found[0]]) in self.numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,12 +194,22 @@ def peft_config(
     )
     if config.dora and (adalora or config.lora_bias):
         with_what = "AdaLoRA" if adalora else "lora_bias"
-        check.failures.append(f"use_dora with {with_what}, which PEFT does not have")
+        check.failures.append(
+            f"use_dora with {with_what}, which PEFT does not have; if it was not trained: "
+            "lora.peft.load(..., ignore=['use_dora'])"
+        )
     # PEFT passes these over, so the adapter would not be what its settings say.
     foreign = [k for k in LORA_ALONE if kind in OTHERS and switches(raw.get(k))]
-    check.failures += [f"{k} is set, which is no setting of {kind}" for k in foreign]
+    check.failures += [
+        f"{k} is set, which is no setting of {kind}, and PEFT passes it over: "
+        f"lora.peft.load(..., ignore=['{k}'])"
+        for k in foreign
+    ]
     if not 0 <= config.dropout < 1:
-        check.failures.append(f"lora_dropout={config.dropout}, expected a rate in [0, 1)")
+        check.failures.append(
+            f"lora_dropout={config.dropout}, expected a rate in [0, 1); to train "
+            "without: lora.peft.load(..., ignore=['lora_dropout'])"
+        )
     raise_all(f"{where}: not a configuration that can be loaded:", check.failures)
     return config
 
@@ -326,7 +313,7 @@ class _Checks:
 
     def layers(self) -> Layers | None:
         found = self.raw.get("layers_to_transform")
-        numbers = [found] if _is_place(found) else found
+        numbers: Any = [found] if _is_place(found) else found
         if numbers is None or numbers == []:
             return None
         if not _is_places(numbers):

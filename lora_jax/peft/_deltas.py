@@ -14,7 +14,8 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.numbers import COUNT, SHARE, refused
 from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._file import AdapterFile
-from lora_jax.peft._forms import FORMS, Misfit, Place
+from lora_jax.peft._form import Misfit, Place
+from lora_jax.peft._forms import FORMS
 from lora_jax.peft._parts import Delta, Update
 
 MERGE_OR_LOAD = (

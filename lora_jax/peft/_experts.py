@@ -11,7 +11,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_jax._core.errors import LoRAError, quoted
+from lora_jax._core.errors import quoted
+from lora_jax.peft._arguments import one_of
 from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._file import AdapterFile
 from lora_jax.peft._parts import Experts, Update, plain_name
@@ -141,8 +142,8 @@ def on_leaves(
       order, along: `experts` and `experts_a` of `lora.peft.load`.
     """
     turns = {None: (False, True), "in": (False,), "out": (True,)}
-    if along not in turns:
-        raise LoRAError(f"experts_a={along!r}: expected 'in' or 'out'")
+    if along is not None:
+        one_of(along, ("in", "out"), "experts_a")
     found = [
         way
         for turn in turns[along]

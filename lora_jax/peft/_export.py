@@ -16,6 +16,7 @@ from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, Rows
 from lora_jax._nodes.node import is_node
 from lora_jax.peft._blocks import Block, changes_outside, from_leaf, own_factors, together, torch_b
 from lora_jax.peft._mapping import Entry, TorchMapping
+from lora_jax.peft._settings import as_alpha
 
 # What is written is what this PEFT writes.
 VERSION = "0.21.2"
@@ -77,7 +78,10 @@ class Export:
             nodes = [self.nodes.get(b.leaf.path) for b in entry.blocks]
             kinds = {type(n) for n in nodes if n is not None}
             if len(kinds) > 1:
-                self.failures.append(f"'{entry.name}': its leaves are trained in different ways")
+                self.failures.append(
+                    f"'{entry.name}': its leaves, one tensor in torch, are trained in different "
+                    "ways; merge it: lora.merge"
+                )
             elif kinds:
                 make: dict[type, Callable] = {
                     LoRA: self._lora,
@@ -92,7 +96,9 @@ class Export:
         """Every element of every trained leaf belongs to one torch parameter."""
         for path, node in self.nodes.items():
             if not is_node(node):
-                self.failures.append(f"'{path}' is a {type(node).__name__}, not an adapter")
+                self.failures.append(
+                    f"'{path}' is a {type(node).__name__}, not an adapter; pass lora.init's tree"
+                )
                 continue
             blocks = self.blocks.get(path, [])
             shape = tuple(node.shape)
@@ -109,7 +115,10 @@ class Export:
                     "by its columns and the other by its rows; untie them in the model"
                 )
             elif blocks[0].leaf.shape != shape:
-                self.failures.append(f"'{path}' {shape}, but {blocks[0].leaf.shape} in the mapping")
+                self.failures.append(
+                    f"'{path}' {shape}, but {blocks[0].leaf.shape} in the mapping; make it of "
+                    "these parameters: lora.peft.mapping(names, params, survey)"
+                )
             # A part without a parameter is an error only if it changes. The blocks of a tied leaf
             # are there twice.
             elif (n := sum(math.prod(b.shape) for b in set(blocks))) != math.prod(shape) and (
@@ -117,14 +126,17 @@ class Export:
                 or changes_outside(node, blocks, self.mapping.untouched.get(path))
             ):
                 self.failures.append(
-                    f"'{path}' {shape}: the mapping has {n:,} of {math.prod(shape):,} elements"
+                    f"'{path}' {shape}: the mapping has {n:,} of {math.prod(shape):,} elements; "
+                    "name the torch parameters of the others too"
                 )
 
     def _lora(self, entry: Entry, nodes: Sequence[LowRank | None]) -> None:
         # One constant for the parameter: that of other leaves goes into their B.
         scale = next((n.scale for n in nodes if n is not None and n.scale), 0.0)
         if not all(math.isfinite(n.scale) for n in nodes if n is not None):
-            self.failures.append(f"'{entry.name}': the scale of its adapter is not finite")
+            self.failures.append(
+                f"'{entry.name}': the scale of its adapter is not finite; give a finite alpha"
+            )
             return
         dropout = next(n.dropout for n in nodes if n is not None)
         parts: list[tuple[np.ndarray | None, np.ndarray]] = []
@@ -181,7 +193,10 @@ class Export:
         known = [n for n in nodes if n is not None]
         if entry.layout is None or entry.shape is None or len(known) < len(nodes):
             what = "its shape in torch" if entry.layout is None else "the others of its leaves"
-            self.failures.append(f"'{entry.name}' is trained in full, but {what} are not known")
+            self.failures.append(
+                f"'{entry.name}' is trained in full, but {what} are not known; name it with its "
+                "shape: lora.peft.mapping({name: shape}, params, survey)"
+            )
             return
         pieces = [np.asarray(n.value)[b.slices] for b, n in zip(entry.blocks, known)]
         self.values[entry.name] = from_leaf(pieces, entry.layout, entry.blocks, entry.shape)
@@ -208,7 +223,10 @@ class Export:
             return
         rank = max(low.rank for low in self.low.values())
         if uniform is not True and uniform < rank:
-            self.failures.append(f"uniform_rank={uniform}, but there is a rank {rank}")
+            self.failures.append(
+                f"uniform_rank={uniform}, but there is a rank {rank}: uniform_rank={rank}, or "
+                f"lora.algebra.resize(adapters, {uniform}) first"
+            )
         rank = rank if uniform is True else uniform
         # The scale that most have, so that the fewest B are rounded.
         scales = collections.Counter(low.scale for low in self.low.values() if low.scale)
@@ -219,7 +237,10 @@ class Export:
     def _attention(self, module: str, low: _Low) -> None:
         out = self.low.get(module + ".out_proj.weight")
         if out is None:
-            self.failures.append(f"'{module}': PEFT adapts in_proj and out_proj, or neither")
+            self.failures.append(
+                f"'{module}': PEFT adapts in_proj and out_proj, or neither; name both, in "
+                "`targets` and in the mapping"
+            )
             return
         # PEFT adds this update twice: half of it each time.
         if self.doubled:
@@ -322,7 +343,10 @@ class Export:
         for name, value in self.values.items():
             module, _, last = name.rpartition(".")
             if module in adapted and last != "bias":
-                self.failures.append(f"'{name}' is trained in full, and '{module}' is adapted")
+                self.failures.append(
+                    f"'{name}' is trained in full, and '{module}' is adapted; PEFT does one of the "
+                    "two: merge the adapter, lora.merge"
+                )
             owner = module.rpartition(".")[0]
             if last == "bias" and module not in modules:
                 if f"{owner}.in_proj_weight" in self.low and module == f"{owner}.out_proj":
@@ -356,15 +380,6 @@ class Export:
                         f"'{name}' is trained in full, which PEFT takes to mean '{module}' as "
                         "well, which is adapted; train or adapt both in the same way"
                     )
-
-
-def as_alpha(rank: int, scale: float) -> int | float:
-    """The alpha with alpha / rank == scale, to the last bit where there is one."""
-    # It may be rounded: the number beside it may be the one that divides back.
-    alpha = scale * rank
-    near = [float(round(alpha)), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf)]
-    alpha = next((x for x in near if x / rank == scale), alpha)
-    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import io
 import json
 import math
 import os
-import re
 import stat
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax.peft._arguments import as_path
+from lora_jax.peft._keys import NAME, renamed
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -48,13 +49,13 @@ MAX_LISTS = 10_000
 # Of JSON: Python's own readers and writers fail at about a thousand.
 MAX_DEPTH = 64
 
-# Few signs, and in ASCII: names come into messages and into expressions as they are.
-NAME = re.compile(r"[\w\-+:@]+(\.[\w\-+:@]+)*", re.ASCII)
-
 TO_SAFETENSORS = (
     "a pickle runs code when it is opened, so it is refused. Where you trust it, convert it once, "
     "in PyTorch: `PeftModel.from_pretrained(base, folder).save_pretrained(folder)`"
 )
+
+
+AGAIN = "copy the file again, or write it again in the tool that made it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,43 +174,13 @@ def open_adapter(
     return AdapterFile(folder, config, tensors, folder / TENSORS)
 
 
-def as_path(folder: Any) -> Path:
-    if not isinstance(folder, str | os.PathLike):
-        raise LoRAError(f"expected the path of a folder, found {type(folder).__name__}")
-    return Path(folder)
-
-
-def as_names(names: Any, argument: str) -> tuple[str, ...] | None:
-    """A list of texts that a caller gives, or None; a text alone would be read by its letters."""
-    if names is None:
-        return None
-    found = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else (names,)
-    if isinstance(names, str) or not all(isinstance(x, str) for x in found):
-        right = names if isinstance(names, str) else "name"
-        raise LoRAError(f"{argument}={names!r}: expected a list of texts: {argument}=[{right!r}]")
-    return found
-
-
-def as_float(dtype: Any) -> np.dtype | None:
-    """A floating-point type that a caller asks for, or None."""
-    if dtype is None:
-        return None
-    try:
-        kind = np.dtype(dtype)
-    except TypeError:
-        kind = np.dtype(object)
-    if not jnp.issubdtype(kind, jnp.floating):
-        raise LoRAError(f"dtype={dtype!r}: expected a floating-point type: dtype='bfloat16'")
-    return kind
-
-
 def read_tensors(
     path: Path, max_bytes: int | None = None, rename: Mapping[str, str] | None = None
 ) -> tuple[Mapping[str, Stored], Mapping[str, Any]]:
     """({name: where it lies}, the file's metadata), checked as in `open_adapter`."""
     with reading(path):
         stored, metadata = _tensors(path)
-    tensors = renamed(stored, rename or {}, path)
+    tensors = renamed(stored, {} if rename is None else rename, path)
     # By the header, which the length of the file has confirmed: nothing is read yet.
     total = sum(t.nbytes for t in tensors.values())
     if max_bytes is not None and total > max_bytes:
@@ -218,30 +189,6 @@ def read_tensors(
             f"parameters can need ({max_bytes:,}); lora.peft.load(..., max_bytes={total})"
         )
     return tensors, metadata
-
-
-def renamed(
-    tensors: Mapping[str, Any], rename: Mapping[str, str], where: object
-) -> Mapping[str, Any]:
-    """The tensors under the names that the caller's expressions make of theirs."""
-    if not isinstance(rename, Mapping):
-        raise LoRAError(f"rename: expected {{expression: text}}, found {type(rename).__name__}")
-    out: dict[str, Any] = {}
-    for name, stored in tensors.items():
-        new = name
-        for old, text in rename.items():
-            try:
-                new = re.sub(old, text, new)
-            except (re.error, IndexError, TypeError) as e:
-                raise LoRAError(
-                    f"rename: {old!r}: {text!r} is not a regular expression and a text ({e}): "
-                    f"rename={{'^': 'base_model.model.'}}"
-                ) from None
-        # Two names that become one would lose a tensor.
-        if new in out or not NAME.fullmatch(new):
-            raise LoRAError(f"{where}: rename makes '{name}' {new!r}, which is no name, or taken")
-        out[new] = stored
-    return out
 
 
 def parse_json(data: bytes, where: object) -> dict:
@@ -261,13 +208,13 @@ def parse_json(data: bytes, where: object) -> dict:
 
     # Before it is parsed: lists in lists would take gigabytes.
     if data.count(b"[") + data.count(b"{") > MAX_LISTS + len(data) // 12:
-        raise LoRAError(f"{where}: it is nested too deeply, or holds only lists")
+        raise LoRAError(f"{where}: it is nested too deeply, or holds only lists; {AGAIN}")
     try:
         value = json.loads(data.decode(), object_pairs_hook=pairs, parse_constant=constant)
     # UnicodeDecodeError is a ValueError.
     except (ValueError, RecursionError) as e:
         text = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
-        raise LoRAError(f"{where}: not the JSON that is expected: {text[:200]}") from None
+        raise LoRAError(f"{where}: not the JSON that is expected: {text[:200]}; {AGAIN}") from None
     if not isinstance(value, dict):
         raise LoRAError(f"{where}: expected a JSON object, found {type(value).__name__}")
     # Level by level, as recursion would fail where it is to check.
@@ -277,7 +224,7 @@ def parse_json(data: bytes, where: object) -> dict:
         level = [x for items in inside for x in items if isinstance(x, dict | list)]
         if not level:
             return value
-    raise LoRAError(f"{where}: it is nested too deeply")
+    raise LoRAError(f"{where}: it is nested too deeply; {AGAIN}")
 
 
 def read_json(path: Path, most: int = MAX_HEADER, keys: int = MAX_HEADER) -> dict:
@@ -313,7 +260,7 @@ def checked(path: str | os.PathLike) -> Generator[Any, None, None]:
     except (SafetensorError, OSError, ValueError) as e:
         # The message may quote the file: escaped, and cut.
         text = ascii(str(e))[1:201]
-        raise LoRAError(f"{path}: expected a safetensors file: {text}") from e
+        raise LoRAError(f"{path}: expected a safetensors file: {text}; {AGAIN}") from e
 
 
 @contextlib.contextmanager
@@ -363,9 +310,9 @@ def _tensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     # Offsets that are wrong one by one say nothing of gaps.
     if not failures:
         failures = list(_gaps(stored, 8 + length, size))
-    raise_all(f"{path}: the header is not one of an adapter:", failures[:20])
+    raise_all(f"{path}: the header is not one of an adapter:", failures[:20], AGAIN)
     if not stored:
-        raise LoRAError(f"{path}: holds no tensor")
+        raise LoRAError(f"{path}: holds no tensor; {AGAIN}")
     # Last: of the format's own reader the messages are about bytes, and not about names.
     with checked(path):
         pass

@@ -18,12 +18,12 @@ from lora_jax._core.errors import LoRAError
 @contextlib.contextmanager
 def replacing(out: Path) -> Generator[Path, None, None]:
     """A path beside `out` for what becomes `out` if all goes well, and is removed otherwise."""
-    # Also a link that leads nowhere.
-    if os.path.lexists(out):
-        raise LoRAError(f"{out} is there already, and is left as it is; give another path")
-    if not out.parent.is_dir():
-        raise LoRAError(f"{out}: there is no folder {out.parent}")
     with writing(out):
+        # Also a link that leads nowhere.
+        if os.path.lexists(out):
+            raise LoRAError(f"{out} is there already, and is left as it is; give another path")
+        if not out.parent.is_dir():
+            raise LoRAError(f"{out}: there is no folder {out.parent}; make it first")
         new = partial(out)
     try:
         yield new
@@ -35,7 +35,9 @@ def replacing(out: Path) -> Generator[Path, None, None]:
     except LoRAError as e:
         raise LoRAError(str(e).replace(str(new), str(out))) from e
     finally:
-        remove(new)
+        # Of a name that is too long, nothing is there, and the system does not even look.
+        with contextlib.suppress(OSError):
+            remove(new)
 
 
 @contextlib.contextmanager

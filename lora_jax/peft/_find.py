@@ -12,15 +12,13 @@ from typing import Any
 from lora_jax._core.errors import SHOWN, LoRAError, raise_all
 from lora_jax._core.paths import nearest
 from lora_jax.peft._blocks import Block, LeafInfo, block, layouts
-from lora_jax.peft._mapping import BIASES, Entry
+from lora_jax.peft._mapping import BIASES, TABLE, Entry, looked_up
 from lora_jax.peft._names import WRAPPERS, Names, is_head, tokens_of
 from lora_jax.peft._parts import NewRows, Update
 from lora_jax.peft._settings import MERGE
 
 # Last names of a weight, which its module's name stands for.
 WEIGHTS = ("kernel", "weight", "embedding", "scale", "w", "table")
-
-TABLE = 'mapping={r"model\\.layers\\.(\\d+)\\.self_attn\\.q_proj": "layers_{1}/attn/query/kernel"}'
 
 
 class Finder:
@@ -283,39 +281,6 @@ class Finder:
                 return None
             out.append(Block(leaf, index))
         return tuple(out) or None
-
-
-def looked_up(table: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
-    """What a `mapping` says of a torch parameter, by its module's name or its own.
-
-    >>> looked_up({r"h\\.(\\d+)\\.q": "layers/q[{1}]"}, "h.2.q.weight")
-    ('layers/q[2]',)
-
-    Raises:
-      LoRAError: the table is malformed, or several keys match.
-    """
-    names = [name.removesuffix(".weight"), name]
-    exact = next((n for n in names if n in table), None)
-    items = table.items() if exact is None else [(re.escape(exact), table[exact])]
-    found = {}
-    for key, value in items:
-        try:
-            hit = next((h for n in names if (h := re.fullmatch(key, n))), None)
-            if hit:
-                texts = (value,) if isinstance(value, str) else tuple(value)
-                if not texts:
-                    raise ValueError("no leaf")
-                groups = hit[0], *hit.groups("")
-                # By what they say: several keys may match if they mean the same.
-                found[tuple(t.format(*groups, **hit.groupdict("")) for t in texts)] = key
-        except (re.error, IndexError, KeyError, ValueError, TypeError, AttributeError) as e:
-            raise LoRAError(
-                f"mapping: {key!r}: {value!r} is not a regular expression and a leaf, or list "
-                f"of leaves, with its groups ({e!r}): {TABLE}"
-            ) from None
-    if len(found) > 1:
-        raise LoRAError(f"the keys {', '.join(map(repr, found.values()))} all match it")
-    return next(iter(found), None)
 
 
 def _unknown(leaf: LeafInfo) -> str:

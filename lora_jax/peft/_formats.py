@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax._core.errors import LoRAError, quoted, raise_all
+from lora_jax.peft._arguments import as_path, check_texts, one_of
 from lora_jax.peft._config import peft_config
-from lora_jax.peft._export import as_alpha
 from lora_jax.peft._file import (
+    AGAIN,
     CONFIG,
     TENSORS,
     AdapterFile,
     Stored,
-    as_path,
     open_adapter,
     parse_json,
     read_config,
     read_tensors,
     reading,
 )
-from lora_jax.peft._parse import PREFIX
+from lora_jax.peft._keys import PREFIX
+from lora_jax.peft._settings import as_alpha
 
 MLX = "adapters.safetensors"
 
@@ -84,8 +85,9 @@ def open_any(
     Raises:
       LoRAError: as `open_adapter`; a format that is not known, or is not that of the tensors.
     """
-    if format is not None and format not in FORMATS:
-        raise LoRAError(f"format={format!r}: expected one of {', '.join(FORMATS)}, or None")
+    if format is not None:
+        one_of(format, FORMATS, "format")
+    check_texts(part=part)
     path = as_path(folder)
     alone = _is(path)
     single = path if alone else path / DIFFUSERS
@@ -94,7 +96,9 @@ def open_any(
     found = "single" if alone else next((f for n, f in names.items() if _is(path / n)), None)
     wanted = "single" if format in ("diffusers", "kohya") else format or found or "peft"
     if wanted != "single" and part is not None:
-        raise LoRAError(f"{path}: part={part!r}, but an adapter of {wanted} is of one model")
+        raise LoRAError(
+            f"{path}: part={part!r}, but an adapter of {wanted} is of one model: part=None"
+        )
     if wanted == "peft":
         return open_adapter(folder, max_bytes, rename)
     if wanted == "mlx":
@@ -111,7 +115,8 @@ def open_any(
     own = "kohya" if flat else "diffusers"
     if format not in (None, own):
         raise LoRAError(
-            f"{path}: format={format!r}, but '{next(iter(tensors))}' is a name of {own}"
+            f"{path}: format={format!r}, but '{next(iter(tensors))}' is a name of {own}: "
+            f"format={own!r}"
         )
     return _Single(AdapterFile(path, {}, tensors, single, own), metadata).read(part)
 
@@ -204,7 +209,9 @@ class _Single:
             name = module if chosen is not None or not own else f"{own}.{module}"
             alpha, a = ends.pop("alpha", None), ends.get("lora_A.weight")
             if a is None:
-                self.failures.append(f"'{next(iter(ends.values()), alpha)}': without its lora_down")
+                self.failures.append(
+                    f"'{next(iter(ends.values()), alpha)}': without its lora_down; {AGAIN}"
+                )
                 continue
             rank = (self.file.shape(a) or (1,))[0]
             # A rank of 0 is refused by `parse`, with the name of the tensor; here it would divide.
@@ -234,7 +241,8 @@ class _Single:
         found, end = next((k for k in known if k[0]), (None, ""))
         if found is None:
             self.failures.append(
-                f"'{name}': not a tensor of a LoRA (lora_A, lora_B, lora_down, lora_up, alpha)"
+                f"'{name}': not a tensor of a LoRA (lora_A, lora_B, lora_down, lora_up, alpha); "
+                "leave it out of the file, or rename= it to one"
             )
             return
         module = found["module"]

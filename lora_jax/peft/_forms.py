@@ -4,93 +4,28 @@ and the update ΔW (out, in) that it makes of them, in float64.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from lora_jax.peft._config import PeftConfig
-
-Shapes = Mapping[str, tuple[int, ...]]
-Arrays = Mapping[str, np.ndarray]
-
-
-class Misfit(Exception):
-    """Tensors that do not fit together."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """One of PEFT's types.
-
-    Attributes:
-      names: of its tensors, behind the name of the module.
-      sizes: (out, in, rank) that shapes imply; 0 for what they do not say, and for no rank.
-      update: ΔW (out, in) of the tensors; the inputs of a convolution as torch has them.
-      base: whether ΔW depends on the weight.
-    """
-
-    names: tuple[str, ...]
-    sizes: Callable[[Shapes, PeftConfig, str], tuple[int, int, int]]
-    update: Callable[[Arrays, Place], np.ndarray]
-    base: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where an update falls: the module's name, its sizes, and its weight (out, in) if needed."""
-
-    module: str
-    n_out: int
-    n_in: int
-    config: PeftConfig
-    rank: int
-    weight: np.ndarray | None = None
-
-    @property
-    def base(self) -> np.ndarray:
-        assert self.weight is not None  # `Form.base` asks for it
-        return self.weight
-
-
-# The sizes of each type
-
-
-def _has(shapes: Shapes, *names: str) -> None:
-    lacking = [n for n in names if n not in shapes]
-    more = [n for n in shapes if n not in names]
-    if lacking or more:
-        text = f"lacks {', '.join(lacking)}" if lacking else f"also has {', '.join(more)}"
-        raise Misfit(text)
-
-
-def _axes(shapes: Shapes, **axes: int | tuple[int, ...]) -> None:
-    for name, n in axes.items():
-        allowed = (n,) if isinstance(n, int) else n
-        if name in shapes and (len(shapes[name]) not in allowed or 0 in shapes[name]):
-            raise Misfit(f"{name} {shapes[name]}: expected {' or '.join(map(str, allowed))} axes")
-
-
-def _equal(what: str, *sizes: Any) -> None:
-    if len(set(sizes)) > 1:
-        raise Misfit(f"{what} differ: {', '.join(map(str, sizes))}")
+from lora_jax.peft._form import Arrays, Form, Misfit, Place, Shapes, axes_of, equal, has
 
 
 def _loha_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
     pair = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     core = tuple(n for n in ("hada_t1", "hada_t2") if n in shapes)
-    _has(shapes, *pair, *(("hada_t1", "hada_t2") if core else ()))
-    _axes(shapes, **dict.fromkeys(pair, 2), hada_t1=4, hada_t2=4)
+    has(shapes, *pair, *(("hada_t1", "hada_t2") if core else ()))
+    axes_of(shapes, **dict.fromkeys(pair, 2), hada_t1=4, hada_t2=4)
     for i, name in enumerate(("hada_w1_a", "hada_w1_b")):
-        _equal("the shapes of its two factors", shapes[name], shapes[pair[2 + i]])
+        equal("the shapes of its two factors", shapes[name], shapes[pair[2 + i]])
     # w_a (out, r), w_b (r, in); with a core (r, out), (r, in) around (r, r, *window).
     (a, b), rank = (shapes["hada_w1_a"], shapes["hada_w1_b"]), shapes["hada_w1_b"][0]
-    _equal("its ranks", rank, a[0] if core else a[1], *(n for c in core for n in shapes[c][:2]))
+    equal("its ranks", rank, a[0] if core else a[1], *(n for c in core for n in shapes[c][:2]))
     if not core:
         return a[0], b[1], rank
-    _equal("the shapes of its two cores", shapes["hada_t1"], shapes["hada_t2"])
+    equal("the shapes of its two cores", shapes["hada_t1"], shapes["hada_t2"])
     return a[1], b[1] * math.prod(shapes["hada_t1"][2:]), rank
 
 
@@ -117,9 +52,9 @@ def _lokr_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, i
     first = ("lokr_w1",) if "lokr_w1" in shapes else ("lokr_w1_a", "lokr_w1_b")
     second = ("lokr_w2",) if "lokr_w2" in shapes else ("lokr_w2_a", "lokr_w2_b")
     core = ("lokr_t2",) if "lokr_t2" in shapes else ()
-    _has(shapes, *first, *second, *core)
-    _axes(shapes, lokr_w1=2, lokr_w1_a=2, lokr_w1_b=2, lokr_w2_a=2, lokr_w2_b=2, lokr_t2=4)
-    _axes(shapes, lokr_w2=(2, 3, 4))
+    has(shapes, *first, *second, *core)
+    axes_of(shapes, lokr_w1=2, lokr_w1_a=2, lokr_w1_b=2, lokr_w2_a=2, lokr_w2_b=2, lokr_t2=4)
+    axes_of(shapes, lokr_w2=(2, 3, 4))
     # w1 (out₁, in₁) and w2 (out₂, in₂, *window), each whole or of two factors.
     one = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
     ranks = [n for f in (first,) if len(f) > 1 for n in (shapes[f[0]][1], shapes[f[1]][0])]
@@ -132,7 +67,7 @@ def _lokr_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, i
     # PEFT would take w2 and leave the core.
     if core and len(second) == 1:
         raise Misfit("also has lokr_t2")
-    _equal("its ranks", *ranks)
+    equal("its ranks", *ranks)
     return one[0] * two[0], one[1] * math.prod(two[1:]), ranks[0] if ranks else 0
 
 
@@ -151,14 +86,14 @@ def _lokr(t: Arrays, at: Place) -> np.ndarray:
 
 
 def _miss_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
-    _has(shapes, "miss_block")
+    has(shapes, "miss_block")
     shape, init = shapes["miss_block"], config.own["init_weights"]
-    _axes(shapes, miss_block=3 if init == "bat" else 2)
+    axes_of(shapes, miss_block=3 if init == "bat" else 2)
     if init == "bat":
-        _equal("the sides of its blocks", *shape[1:])
+        equal("the sides of its blocks", *shape[1:])
         return shape[0] * shape[1], 0, shape[1]
     if init == "mini":
-        _equal("mini_r and the block's columns", config.own["mini_r"], shape[1])
+        equal("mini_r and the block's columns", config.own["mini_r"], shape[1])
         return 0, 0, shape[0]
     return shape[1], 0, shape[0]
 
@@ -186,11 +121,11 @@ def _miss(t: Arrays, at: Place) -> np.ndarray:
 def _hira_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
     table = "hira_embedding_A" in shapes or "hira_embedding_B" in shapes
     names = ("hira_embedding_A", "hira_embedding_B") if table else ("hira_A", "hira_B")
-    _has(shapes, *names)
-    _axes(shapes, **dict.fromkeys(names, 2 if table else (2, 3, 4, 5)))
+    has(shapes, *names)
+    axes_of(shapes, **dict.fromkeys(names, 2 if table else (2, 3, 4, 5)))
     a, b = (shapes[n] for n in names)
-    _equal("its ranks", a[0], b[1])
-    _equal("the windows of its B", math.prod(b[2:]), 1)
+    equal("its ranks", a[0], b[1])
+    equal("the windows of its B", math.prod(b[2:]), 1)
     # No scale depends on its rank, and PEFT reads no pattern.
     return b[0], math.prod(a[1:]), 0
 
@@ -209,10 +144,10 @@ def _vera_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, i
             "the shared vera_A and vera_B are not in the file, and torch's generator made them; "
             "save it in PEFT with save_projection=True"
         )
-    _has(shapes, *own, "vera_A", "vera_B")
-    _axes(shapes, **dict.fromkeys(own, 1), vera_A=2, vera_B=2)
+    has(shapes, *own, "vera_A", "vera_B")
+    axes_of(shapes, **dict.fromkeys(own, 1), vera_A=2, vera_B=2)
     (n_out,), (rank,) = shapes["vera_lambda_b"], shapes["vera_lambda_d"]
-    _equal("its ranks", rank, shapes["vera_A"][0], shapes["vera_B"][1])
+    equal("its ranks", rank, shapes["vera_A"][0], shapes["vera_B"][1])
     if n_out > shapes["vera_B"][0]:
         raise Misfit(f"out {n_out}, but vera_B is {shapes['vera_B']}")
     # vera_A is as wide as the widest module: in is that of the leaf.
@@ -231,16 +166,16 @@ def _vera(t: Arrays, at: Place) -> np.ndarray:
 def _gralora_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
     general = ("gralora_A_general.weight", "gralora_B_general.weight")
     both = any(n in shapes for n in general)
-    _has(shapes, "gralora_A", "gralora_B", *(general if both else ()))
-    _axes(shapes, gralora_A=3, gralora_B=3, **dict.fromkeys(general, 2))
+    has(shapes, "gralora_A", "gralora_B", *(general if both else ()))
+    axes_of(shapes, gralora_A=3, gralora_B=3, **dict.fromkeys(general, 2))
     (k, n_in, rank), (k_b, rank_b, n_out) = shapes["gralora_A"], shapes["gralora_B"]
-    _equal("its blocks", k, k_b)
-    _equal("its ranks", rank, rank_b)
-    _equal("the remainder of its rank by its blocks", rank % k, 0)
+    equal("its blocks", k, k_b)
+    equal("its ranks", rank, rank_b)
+    equal("the remainder of its rank by its blocks", rank % k, 0)
     if both:
         a, b = (shapes[n] for n in general)
-        _equal("the shapes of its general factors", (a[0], k * n_in), (b[1], a[1]))
-        _equal("its outputs", k * n_out, b[0])
+        equal("the shapes of its general factors", (a[0], k * n_in), (b[1], a[1]))
+        equal("its outputs", k * n_out, b[0])
     return k * n_out, k * n_in, rank
 
 
@@ -264,8 +199,8 @@ def _gralora(t: Arrays, at: Place) -> np.ndarray:
 
 
 def _fourier_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
-    _has(shapes, "fourierft_spectrum")
-    _axes(shapes, fourierft_spectrum=1)
+    has(shapes, "fourierft_spectrum")
+    axes_of(shapes, fourierft_spectrum=1)
     return 0, 0, 0
 
 
@@ -301,9 +236,9 @@ def _randperm(n: int, first: int, seed: int) -> np.ndarray:
 
 
 def _shira_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
-    _has(shapes, "shira_weight", "shira_indices")
-    _axes(shapes, shira_weight=1, shira_indices=2)
-    _equal("the shapes of its places", shapes["shira_indices"], (2, shapes["shira_weight"][0]))
+    has(shapes, "shira_weight", "shira_indices")
+    axes_of(shapes, shira_weight=1, shira_indices=2)
+    equal("the shapes of its places", shapes["shira_indices"], (2, shapes["shira_weight"][0]))
     return 0, 0, 0
 
 
@@ -321,8 +256,8 @@ def _shira(t: Arrays, at: Place) -> np.ndarray:
 
 
 def _ia3_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
-    _has(shapes, "ia3_l")
-    _axes(shapes, ia3_l=(2, 3, 4, 5))
+    has(shapes, "ia3_l")
+    axes_of(shapes, ia3_l=(2, 3, 4, 5))
     shape, inputs = shapes["ia3_l"], config.scales_inputs(module)
     # (out, 1) or (1, in); of a convolution (1, out, 1, …) or (1, in, 1, …).
     axis = 0 if len(shape) == 2 and not inputs else 1
@@ -347,13 +282,13 @@ def _ia3(t: Arrays, at: Place) -> np.ndarray:
 
 
 def _oft_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
-    _has(shapes, "oft_R.weight")
-    _axes(shapes, **{"oft_R.weight": 2})
+    has(shapes, "oft_R.weight")
+    axes_of(shapes, **{"oft_R.weight": 2})
     blocks, side = shapes["oft_R.weight"][0], _side(shapes["oft_R.weight"][1])
     if side * (side - 1) // 2 != shapes["oft_R.weight"][1]:
         raise Misfit(f"oft_R {shapes['oft_R.weight']}: no triangle has so many elements")
     if config.own["block_share"]:
-        _equal("the blocks that are shared", blocks, 1)
+        equal("the blocks that are shared", blocks, 1)
     # One rotation may turn all blocks of the inputs.
     return 0, 0 if blocks == 1 else blocks * side, 0
 

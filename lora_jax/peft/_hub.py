@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax._core.errors import LoRAError
-from lora_jax.peft._file import as_path
+from lora_jax.peft._arguments import as_path, check_texts
 
 NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
@@ -39,7 +39,9 @@ def folder(
     True
     """
     found = as_path(name)
-    if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+    check_texts(revision=revision)
+    inside = as_path("" if subfolder is None else subfolder)
+    if inside.is_absolute() or ".." in inside.parts:
         raise LoRAError(f"{name}: subfolder={subfolder!r}: expected a path inside the folder")
     # What is on this machine comes first, also a link that leads nowhere.
     if isinstance(name, str) and NAME.fullmatch(name) and not os.path.lexists(name):

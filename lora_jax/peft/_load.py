@@ -14,15 +14,17 @@ import numpy as np
 
 from lora_jax._core.errors import quoted, raise_all
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import COUNT, refused
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.table import table
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
+from lora_jax.peft._arguments import as_float, as_names
 from lora_jax.peft._build import Build
 from lora_jax.peft._config import PeftConfig, peft_config
 from lora_jax.peft._deltas import check
 from lora_jax.peft._experts import on_leaves
-from lora_jax.peft._file import CONFIG, as_float, as_names
+from lora_jax.peft._file import CONFIG
 from lora_jax.peft._find import Finder, finish
 from lora_jax.peft._formats import open_any
 from lora_jax.peft._hub import folder as on_disk
@@ -209,6 +211,7 @@ def load(
     """
     dtype, ignore = as_float(dtype), as_names(ignore, "ignore") or ()
     conv1d, experts = as_names(conv1d, "conv1d"), as_names(experts, "experts")
+    raise_all("lora.peft.load(...):", refused(max_bytes=(max_bytes, COUNT.or_none)))
     leaves = leaf_infos(params, survey)
     if max_bytes is None:
         # Twice the base in fp32, which no adapter needs; of a small base some may.

@@ -15,10 +15,12 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import map_state
 from lora_jax._core.paths import map_with_path
+from lora_jax._quantized.formats import FORMATS
 from lora_jax._quantized.weight import Quantized
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
-from lora_jax.peft._file import DTYPES, as_float
+from lora_jax.peft._arguments import as_float, one_of
+from lora_jax.peft._file import DTYPES
 from lora_jax.peft._hub import folder as folder_of
 from lora_jax.peft._mapping import TorchMapping
 from lora_jax.peft._place import Piece, Placed, is_float, placed
@@ -136,6 +138,7 @@ def _to_quantise(
     if how is None:
         return {}, {}
     given = dict(how) if isinstance(how, Mapping) else {"format": how}
+    one_of(given.get("format", "nf4"), FORMATS, "quantize: format")
     if unknown := given.keys() - {"targets", "format", "double"}:
         raise LoRAError(
             f"quantize: {', '.join(map(repr, sorted(map(str, unknown))))} is none of its settings: "

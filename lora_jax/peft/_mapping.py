@@ -27,6 +27,10 @@ BIASES = ("bias", "b")
 FLAX = ("kernel", "embedding")
 
 
+# An example of one that is given.
+TABLE = 'mapping={r"model\\.layers\\.(\\d+)\\.self_attn\\.q_proj": "layers_{1}/attn/query/kernel"}'
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One torch parameter.
@@ -172,3 +176,36 @@ def as_table(mapping: Mapping[str, Any] | TorchMapping | None) -> Mapping[str, A
     if isinstance(mapping, TorchMapping):
         return {e.name: [str(b) for b in e.blocks] for e in mapping.entries.values()}
     return mapping
+
+
+def looked_up(table: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
+    """What a `mapping` says of a torch parameter, by its module's name or its own.
+
+    >>> looked_up({r"h\\.(\\d+)\\.q": "layers/q[{1}]"}, "h.2.q.weight")
+    ('layers/q[2]',)
+
+    Raises:
+      LoRAError: the table is malformed, or several keys match.
+    """
+    names = [name.removesuffix(".weight"), name]
+    exact = next((n for n in names if n in table), None)
+    items = table.items() if exact is None else [(re.escape(exact), table[exact])]
+    found = {}
+    for key, value in items:
+        try:
+            hit = next((h for n in names if (h := re.fullmatch(key, n))), None)
+            if hit:
+                texts = (value,) if isinstance(value, str) else tuple(value)
+                if not texts:
+                    raise ValueError("no leaf")
+                groups = hit[0], *hit.groups("")
+                # By what they say: several keys may match if they mean the same.
+                found[tuple(t.format(*groups, **hit.groupdict("")) for t in texts)] = key
+        except (re.error, IndexError, KeyError, ValueError, TypeError, AttributeError) as e:
+            raise LoRAError(
+                f"mapping: {key!r}: {value!r} is not a regular expression and a leaf, or list "
+                f"of leaves, with its groups ({e!r}): {TABLE}"
+            ) from None
+    if len(found) > 1:
+        raise LoRAError(f"the keys {', '.join(map(repr, found.values()))} all match it")
+    return next(iter(found), None)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax.peft._file import as_names
+from lora_jax.peft._arguments import as_names
 
 
 class Orders:

@@ -16,39 +16,18 @@ from lora_jax._core.errors import raise_all
 from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._deltas import delta
 from lora_jax.peft._experts import is_inside, read_experts
-from lora_jax.peft._file import CONFIG, AdapterFile
-from lora_jax.peft._forms import FORMS, Misfit
+from lora_jax.peft._file import AGAIN, CONFIG, AdapterFile
+from lora_jax.peft._form import Misfit
+from lora_jax.peft._forms import FORMS
+from lora_jax.peft._keys import PREFIX, split, way_on
 from lora_jax.peft._parts import Delta, NewRows, Parsed, Table, Update, Value, plain_name
-
-# PEFT keeps a model in two wrappers, by these names.
-PREFIX = "base_model.model."
-
-# The last part of a key, and what it is. Anything else is a parameter in full (modules_to_save).
-TAILS = {
-    "lora_A.weight": "a",
-    "lora_B.weight": "b",
-    "lora_B.bias": "b_bias",
-    "lora_embedding_A": "table_a",
-    "lora_embedding_B": "table_b",
-    "lora_A": "a",
-    "lora_B": "b",
-    "lora_E": "e",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "token_adapter.trainable_tokens_delta": "rows",
-}
+from lora_jax.peft._settings import MERGE
 
 # The settings without which PEFT looks for no such tensor.
 SWITCHES = {"b_bias": "lora_bias", "magnitude": "use_dora"}
 
 # Heads that PEFT adds to modules_to_save, whether the model has them or not.
 HEADS = frozenset(("classifier", "score"))
-
-# The name of an adapter, which PEFT leaves out of its files, behind the name of a parameter.
-NAMED = re.compile(
-    r"(\.(?:lora_(?:embedding_)?[ABE]|lora_magnitude_vector|trainable_tokens_delta))"
-    r"\.(\w+?)(?=\.weight$|\.bias$|$)"
-)
 
 # PEFT's own parameters of kinds that are not known here, such as KaSA's lora_diag.
 UNKNOWN = re.compile(r".*\.(lora_\w+|token_adapter)(\.\w+)*")
@@ -75,43 +54,6 @@ def parse(file: AdapterFile, config: PeftConfig, *, doubled_out_proj: bool = Tru
         together, or that PEFT would ignore; all of them are listed.
     """
     return _Parser(file, config, doubled_out_proj).parsed()
-
-
-def split(key: str) -> tuple[str, str | None]:
-    """(module, one of `TAILS`' kinds) of a tensor, or (its whole name, None).
-
-    Modules may have names such as "lora_gate", so only the end says what PEFT put there.
-
-    >>> split("base_model.model.block.lora_gate.lora_A.default.weight")
-    ('block.lora_gate', 'a')
-    """
-    found = NAMED.search(name := key.removeprefix(PREFIX))
-    # A state dict that was saved as it is has the name of the adapter in it; this is PEFT's own.
-    if found is not None and found[2] == "default":
-        name = name[: found.end(1)] + name[found.end() :]
-    tail = next((t for t in TAILS if name.endswith("." + t)), None)
-    return (name, None) if tail is None else (name.removesuffix("." + tail), TAILS[tail])
-
-
-def way_on(keys: Sequence[str]) -> str:
-    """What `rename` makes PEFT's names of these, or ""."""
-    ways: dict[str, str] = {}
-    for key in keys:
-        found = NAMED.search(key)
-        if "_orig_mod." in key:  # torch.compile's
-            ways[r"_orig_mod\."] = ""
-        if found is not None and found[2] not in ("weight", "bias", "default"):
-            ways[rf"(lora_\w+|_delta)\.{found[2]}\b"] = r"\1"
-        if found is None and key.endswith((".lora_A", ".lora_B")):
-            ways[r"(\.lora_[AB])$"] = r"\1.weight"
-        plain = key.replace("_orig_mod.", "")
-        before = plain.partition(PREFIX)[0] if PREFIX in plain else ""
-        # DistributedDataParallel's "module.".
-        if before:
-            ways["^" + re.escape(before)] = ""
-        elif not plain.startswith(PREFIX):
-            ways[r"^(?!base_model\.model\.)"] = PREFIX
-    return f"lora.peft.load(..., rename={ways})" if ways else ""
 
 
 class _Parser:
@@ -202,7 +144,9 @@ class _Parser:
         # A module that is saved in full may have parameters of such names.
         elif UNKNOWN.fullmatch(name) and not self.config.saved(name):
             self.odd.append(key)
-            self._wrong(key, "not a tensor of plain LoRA, rsLoRA, AdaLoRA or trainable tokens")
+            self._wrong(
+                key, f"not a tensor of plain LoRA, rsLoRA, AdaLoRA or trainable tokens; {MERGE}"
+            )
         # bias="all" stores a bias of a module in modules_to_save under both of its names.
         elif found := COPY.fullmatch(name):
             self.copies.append((key, found.groups()))
@@ -215,7 +159,11 @@ class _Parser:
         """Whether it is a tensor of a type that is no LoRA, or none at all there."""
         assert self.form is not None
         if kind is not None:
-            self._wrong(key, f"a tensor of a LoRA; PEFT skips it in one of {self.config.kind}")
+            self._wrong(
+                key,
+                f"a tensor of a LoRA; PEFT skips it where peft_type is {self.config.kind!r}: "
+                f"correct {CONFIG}, or leave it out of the file",
+            )
             return True
         found = next((n for n in self.form.names if name.endswith("." + n)), None)
         if found is not None:
@@ -278,7 +226,7 @@ class _Parser:
         if extra or lacking:
             self._wrong(
                 next(iter(parts.values())),
-                f"'{module}' has {', '.join(sorted(parts))}, but not {', '.join(lacking)}"
+                f"'{module}' has {', '.join(sorted(parts))}, but not {', '.join(lacking)}; {AGAIN}"
                 if lacking
                 else f"'{module}' also has {', '.join(sorted(extra))}; PEFT would ignore it"
                 + "".join(f": set {SWITCHES[n]} in {CONFIG}" for n in extra & SWITCHES.keys()),
@@ -397,11 +345,16 @@ class _Parser:
         found = [v for k, v in tokens.items() if module.endswith(k)]
         if len(shape) != 2 or len(found) != 1 or len(found[0]) != shape[0]:
             self._wrong(
-                key, f"trainable_token_indices gives {[len(f) for f in found[:5]]} rows for it"
+                key,
+                f"trainable_token_indices gives {[len(f) for f in found[:5]]} rows for it; "
+                f"in {CONFIG} '{module}' needs as many as the tensor",
             )
             return []
         if len(set(found[0])) != len(found[0]):
-            self._wrong(key, "trainable_token_indices names a row twice")
+            self._wrong(
+                key,
+                "trainable_token_indices names a row twice; leave one out there, and its row here",
+            )
         return [NewRows(plain_name(module) + ".weight", shape, key, found[0])]
 
 
@@ -416,9 +369,10 @@ def _misfit(
         return f"A {a} and B {b}: expected (rank, in) and (out, rank)"
     # PEFT groups B alone: (out, rank / groups, 1, …).
     if b[1] != a[0] and len(a) > 2 and a[0] % b[1] == 0:
-        return f"B {b} for rank {a[0]}: a grouped convolution, whose update is not a grouped kernel"
+        what = "a grouped convolution, whose update is not a grouped kernel"
+        return f"B {b} for rank {a[0]}: {what}; {MERGE}"
     if b[1] != a[0] or math.prod(b[2:]) != 1:
-        return f"A {a} and B {b} have different ranks"
+        return f"A {a} and B {b} have different ranks; {AGAIN}"
     if e is not None and e != (a[0], 1):
         return f"E {e}, expected ({a[0]}, 1)"
     # (out,) of a product, (1, out, 1, …) of a convolution.

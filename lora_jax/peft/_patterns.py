@@ -225,6 +225,29 @@ class Modules:
         return any(end in self.names for end in endings(module))
 
 
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The layers of which modules are targets; `behind`: names before their number, () for any."""
+
+    numbers: frozenset[int]
+    behind: tuple[str, ...]
+
+    def have(self, module: str) -> bool:
+        """Whether a module is in one of them; by PEFT's rule, the first number that is a layer's.
+
+        >>> layers = Layers(frozenset([1]), ())
+        >>> layers.have("model.layers.1.q"), layers.have("model.layers.0.1.q"), layers.have("q")
+        (True, False, False)
+        """
+        parts = module.split(".")
+        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+        # Without a pattern two names are in front.
+        found = [i for i in numbers if i > 1] if not self.behind else []
+        for name in self.behind:
+            found += [i for i in numbers if f".{'.'.join(parts[:i])}".endswith(f".{name}")]
+        return bool(found) and int(parts[found[0]]) in self.numbers
+
+
 class Patterns:
     """A map of patterns to values; the first one, in the file's order, that ends a name counts.
 

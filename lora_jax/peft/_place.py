@@ -23,8 +23,8 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._blocks import Block, LeafInfo, to_leaf
 from lora_jax.peft._file import DTYPES
-from lora_jax.peft._find import TABLE, Finder
-from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
+from lora_jax.peft._find import Finder
+from lora_jax.peft._mapping import TABLE, Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._names import is_head
 from lora_jax.peft._orders import Orders
 from lora_jax.peft._safetensors import Base, Tensor, called, tied_tables
@@ -206,6 +206,8 @@ class _Placing:
             # By its name in the file, as `ignore` looks at names before `rename`.
             name = next((own for own, _ in self.tensors.values() if own not in self.entries), "")
             fixes.append(f"or leave tensors out: {self.call}(..., ignore=[r'{re.escape(name)}'])")
+        elif unfilled:
+            fixes.append("leave leaves that the folder does not have out of `params`")
         # Some of each: a tensor without a leaf and a leaf without a tensor often belong together.
         sides = [*self.wrong, *unused[:EACH], *unfilled[:EACH], *unused[EACH:], *unfilled[EACH:]]
         raise_all(

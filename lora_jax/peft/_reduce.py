@@ -14,7 +14,7 @@ from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._deltas import matrix, needs_base
 from lora_jax.peft._file import AdapterFile, Made
 from lora_jax.peft._find import Finder
-from lora_jax.peft._forms import Misfit
+from lora_jax.peft._form import Misfit
 from lora_jax.peft._mapping import BIASES, Entry, has_values
 from lora_jax.peft._parts import Delta, Update, Value
 

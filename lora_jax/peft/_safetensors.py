@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax.peft._arguments import as_names, as_path
 from lora_jax.peft._file import (
     DTYPES,
-    as_names,
     checked,
     opened,
     parse_json,
     read_json,
     reading,
-    renamed,
 )
 from lora_jax.peft._files import replacing, writing
+from lora_jax.peft._keys import renamed
 
 INDEX = "model.safetensors.index.json"
 
@@ -143,7 +143,7 @@ def open_base(path: str | os.PathLike) -> Base:
             own = tensors[name].file.name if name in tensors else "no file"
             if own != where:
                 failures.append(f"'{name}' is in {where} by the index, found in {own}")
-    raise_all(f"{path}: the files do not belong together:", failures)
+    raise_all(f"{path}: the files do not belong together:", failures, "copy the folder again")
     settings = (path if whole else path.parent) / "config.json"
     # A link that leads nowhere is an error, and not a model without settings.
     return Base(path, starts, tensors, read_json(settings) if os.path.lexists(settings) else {})
@@ -255,7 +255,7 @@ def write_copy(
     Raises:
       LoRAError: `out` exists, or cannot be written.
     """
-    out, done = Path(out), 0
+    out, done = as_path(out), 0
     total = sum(file.stat().st_size for file in base.files)
 
     def told(count: int) -> None:

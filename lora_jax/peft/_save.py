@@ -13,24 +13,28 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._core.numbers import COUNT, refused
+from lora_jax._core.numbers import Number, integer, refused
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
+from lora_jax.peft._arguments import as_names, as_path, check_texts, one_of
 from lora_jax.peft._config import peft_config
 from lora_jax.peft._export import Export
-from lora_jax.peft._file import CONFIG, DTYPES, TENSORS, as_names
+from lora_jax.peft._file import CONFIG, DTYPES, TENSORS
 from lora_jax.peft._files import partial, remove, writing
 from lora_jax.peft._find import Finder, finish
 from lora_jax.peft._hub import folder as folder_of
+from lora_jax.peft._keys import PREFIX
 from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._names import is_head
 from lora_jax.peft._orders import Orders
-from lora_jax.peft._parse import PREFIX
 from lora_jax.peft._safetensors import INDEX, called, open_base
 from lora_jax.peft._servers import TARGETS
+
+# A rank that the file may have, see `peft_config`.
+RANK = Number("an integer >= 1 and < 16,777,216", lambda x: 1 <= x < 1 << 24, whole=True)
 
 
 def mapping(
@@ -71,9 +75,10 @@ def mapping(
     model.layers.0.q.weight  linear  layers_0/q/kernel  (4, 3)  (0)  (1)  -
     model.layers.0.q.bias    value   layers_0/q/bias    (3)     -    -    -
     """
-    if experts_a not in ("in", "out"):
-        raise LoRAError(f"experts_a={experts_a!r}: expected 'in' or 'out'")
+    one_of(experts_a, ("in", "out"), "experts_a")
     shapes = names if isinstance(names, Mapping) else open_base(_at(names)).shapes
+    odd = [f"{n!r}: {s!r}" for n, s in shapes.items() if not (isinstance(n, str) and _is_shape(s))]
+    raise_all("names: expected {torch name: shape}, such as {'q.weight': (3, 4)}:", odd)
     own = called({n: tuple(s) for n, s in shapes.items()}, ignore, rename, "lora.peft.mapping")
     finder = Finder(leaf_infos(params, survey), as_table(mapping))
     orders = Orders({name: shape for name, (_, shape) in own.items()}, conv1d)
@@ -88,6 +93,11 @@ def mapping(
     finish(finder, "lora.peft.mapping")
     order = as_names(experts, "experts") or ()
     return TorchMapping(ordered(found, list(order)))
+
+
+def _is_shape(shape: Any) -> bool:
+    fits = lambda n: (size := integer(n)) is not None and size >= 0
+    return isinstance(shape, Sequence) and not isinstance(shape, str) and all(map(fits, shape))
 
 
 def _at(names: str | os.PathLike) -> Path:
@@ -208,10 +218,13 @@ def save(
             f"mapping: expected a TorchMapping, found {type(mapping).__name__}: "
             "lora.peft.load(...).mapping, or lora.peft.mapping(names, params, survey)"
         )
-    if target not in TARGETS:
-        raise LoRAError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
+    one_of(target, TARGETS, "target")
+    check_texts(base_model_name=base_model_name, task_type=task_type)
+    if not isinstance(config, Mapping | None):
+        raise LoRAError(f"config: expected a dict of settings, found {type(config).__name__}")
+    folder = as_path(folder)
     if not isinstance(uniform_rank, bool):
-        asked = refused(uniform_rank=(uniform_rank, COUNT))
+        asked = refused(uniform_rank=(uniform_rank, RANK))
         raise_all("lora.peft.save(..., uniform_rank=True), or 8:", asked)
     nodes = flatten(adapters, is_leaf=is_node)
     check_factors(nodes)
@@ -234,7 +247,7 @@ def save(
     # What the server will read, with what the caller adds.
     written = {**settings, **known}
     raise_all(f"{target} cannot load these adapters:", TARGETS[target](written, tensors))
-    write_folder(Path(folder), tensors, settings, dtype=dtype, more=known)
+    write_folder(folder, tensors, settings, dtype=dtype, more=known)
 
 
 def write_folder(
@@ -290,7 +303,7 @@ def _stored(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarr
     """The tensors as the file holds them, checked after the cast."""
     try:
         kind = None if dtype is None else np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         raise LoRAError(f"dtype={dtype!r}: expected one of {_types()}") from None
     if kind is not None and kind not in DTYPES.values():
         raise LoRAError(f"dtype={kind}: expected one of {_types()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,3 +96,12 @@ def switches(value: Any) -> bool:
     if isinstance(value, dict | list):
         return any(map(switches, value.values() if isinstance(value, dict) else value))
     return bool(value) and value not in NOTHING
+
+
+def as_alpha(rank: int, scale: float) -> int | float:
+    """The alpha with alpha / rank == scale, to the last bit where there is one."""
+    # It may be rounded: the number beside it may be the one that divides back.
+    alpha = scale * rank
+    near = [float(round(alpha)), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf)]
+    alpha = next((x for x in near if x / rank == scale), alpha)
+    return int(alpha) if alpha == int(alpha) else alpha

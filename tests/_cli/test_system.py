@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tracemalloc
 
 import damage_cli
@@ -45,6 +47,27 @@ def test_a_thousand_runs_on_damaged_input():
 def test_a_run_that_is_killed(tmp_path, number):
     args = kills.inputs(tmp_path)["merge"]
     assert kills.killed(tmp_path, args, number, None) in ("partial", "nothing", "whole")
+
+
+COLLECTED = """
+import gc, os, signal, sys, time
+from lora_jax._cli import main
+sys.unraisablehook = main._of_the_main_thread
+signal.signal(signal.SIGTERM, main._stopped)
+def once(*_):
+    gc.callbacks.remove(once)
+    os.kill(os.getpid(), signal.SIGTERM)
+gc.callbacks.append(once)
+gc.collect()
+while True:
+    time.sleep(0.01)
+"""
+
+
+def test_a_signal_while_garbage_is_collected():
+    """Python drops what is raised there; the process ends all the same."""
+    done = subprocess.run([sys.executable, "-c", COLLECTED], timeout=120, capture_output=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, b"")
 
 
 @pytest.mark.slow

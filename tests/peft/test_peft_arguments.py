@@ -1,8 +1,12 @@
 """What a call is given, and what a stranger's folder may hold, is refused by name or taken as meant."""
 
+import contextlib
+import inspect
 import itertools
 import json
 import os
+import shutil
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -249,3 +253,36 @@ def test_many_experts_of_one_name(tmp_path, pairs):
         with fails(many if pairs > MAX_PAIRS else "no leaves have these names and sizes"):
             lora.peft.load(folder, params, survey)
     assert len(calls) == (0 if pairs > MAX_PAIRS else 2 * pairs**2)
+
+
+# Whatever an argument is
+
+ODD = [3, -1, b"x", [1], [], {"x": "y"}, {1: 2}, object(), np.zeros(3), int, "\0", "x" * 5000, 10**30,
+       {"q.weight": None}, {"q.weight": "ab"}, {3: (4, 6)}, {"q.weight": (-1, 2)}, complex(1, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["load", "save", "mapping", "load_base", "save_base"])
+def test_whatever_an_argument_is(tmp_path, name, monkeypatch):
+    """It is taken, or refused by a LoRAError; and nothing half written stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    params = {"q": {"kernel": jnp.zeros((6, 4))}}
+    folder = written(tmp_path / "a", pair("q", 6, 4))
+    save_file({"q.weight": np.zeros((4, 6), "f4")}, tmp_path / "base.safetensors")
+    found = lora.peft.load(folder, params)
+    given = {
+        "load": {"folder": folder, "params": params},
+        "save": {"folder": "new", "adapters": found.adapters, "mapping": found.mapping},
+        "mapping": {"names": {"q.weight": (4, 6)}, "params": params},
+        "load_base": {"folder": "base.safetensors", "params": params},
+        "save_base": {"folder": "new", "params": params, "like": "base.safetensors"},
+    }[name]
+    call = getattr(lora.peft, name)
+    for argument in inspect.signature(call).parameters:
+        for value in ODD:
+            with warnings.catch_warnings(), contextlib.suppress(lora.LoRAError):
+                warnings.simplefilter("ignore")
+                call(**{**given, argument: value})
+            for path in tmp_path.glob("new"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not list(tmp_path.glob("*.partial"))

@@ -1,0 +1,58 @@
+"""What callers give, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._core.errors import LoRAError, raise_all
+
+
+def as_path(folder: Any) -> Path:
+    try:
+        found = Path(folder)
+    except TypeError:
+        raise LoRAError(f"expected the path of a folder, found {type(folder).__name__}") from None
+    if "\0" in str(found):
+        raise LoRAError(f"{str(found)!r}: a path holds no NUL")
+    return found
+
+
+def one_of(value: Any, among: Iterable[str], argument: str) -> None:
+    """Raises unless a text that a caller gives is one of several."""
+    if not (isinstance(value, str) and value in among):
+        raise LoRAError(f"{argument}={value!r}: expected one of {', '.join(among)}")
+
+
+def check_texts(**given: Any) -> None:
+    """Raises for all arguments that are neither texts nor None."""
+    odd = [f"{k}={v!r}" for k, v in given.items() if not isinstance(v, str | None)]
+    raise_all("expected texts, or None:", odd)
+
+
+def as_names(names: Any, argument: str) -> tuple[str, ...] | None:
+    """A list of texts that a caller gives, or None; a text alone would be read by its letters."""
+    if names is None:
+        return None
+    found = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else (names,)
+    if isinstance(names, str) or not all(isinstance(x, str) for x in found):
+        right = names if isinstance(names, str) else "name"
+        raise LoRAError(f"{argument}={names!r}: expected a list of texts: {argument}=[{right!r}]")
+    return found
+
+
+def as_float(dtype: Any) -> np.dtype | None:
+    """A floating-point type that a caller asks for, or None."""
+    if dtype is None:
+        return None
+    try:
+        kind = np.dtype(dtype)
+    except (TypeError, ValueError):
+        kind = np.dtype(object)
+    if not jnp.issubdtype(kind, jnp.floating):
+        raise LoRAError(f"dtype={dtype!r}: expected a floating-point type: dtype='bfloat16'")
+    return kind
