@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.numbers import integer
 from lora_jax.checkpoint._fingerprint import Fingerprint
 
 
@@ -32,12 +32,8 @@ def refuse_variables(base: Fingerprint, wanted: Iterable[str]) -> None:
 
 
 def step_number(step: Any) -> int:
-    try:
-        # Also NumPy's and JAX's integers, and no floats. A bool is an index, and no step.
-        number = -1 if isinstance(step, bool) else operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0:
+    number = integer(step)
+    if number is None or number < 0:
         raise LoRAError(f"step={step!r}: expected an integer from 0 on")
     return number
 

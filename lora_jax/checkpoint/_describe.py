@@ -69,10 +69,21 @@ def nodes_from_json(described: Mapping[str, Mapping], adapters: Any, where: str)
             "pass adapters like them, arrays or shapes: lora.checkpoint.restore(manager, adapters, "
             "base=params)",
         )
-        return {p: node_from_json(x, classes) for p, x in described.items()}
-    found = map(type, jax.tree.leaves(adapters, is_leaf=is_node))
-    classes = {kind(cls): cls for cls in found if issubclass(cls, LowRank)}
-    return {p: node_from_json(x, classes) for p, x in described.items() if _is_of(x, classes)}
+    else:
+        found = map(type, jax.tree.leaves(adapters, is_leaf=is_node))
+        classes = {kind(cls): cls for cls in found if issubclass(cls, LowRank)}
+    nodes, failures = {}, []
+    for path, x in described.items():
+        try:
+            if _is_of(x, classes):
+                nodes[path] = node_from_json(x, classes)
+                # Sizes of arrays that do not fit one another, axes that there are not, no scale.
+                failures += [f"'{path}': {p}" for p in [nodes[path].misfit(nodes[path].shape)] if p]
+                float(getattr(nodes[path], "scale", 0))
+        except (TypeError, ValueError, AttributeError, LookupError) as e:
+            failures.append(f"'{path}': {e}")
+    raise_all(f"{where} is damaged: these adapters are none:", failures, "restore another step")
+    return nodes
 
 
 def _is_of(x: Mapping, classes: Mapping[str, type]) -> bool:

@@ -71,7 +71,7 @@ def description(manager: ocp.CheckpointManager, step: int | None) -> tuple[int, 
             f"{where} has format {record['format']}; this version reads up to {FORMAT}: "
             "pip install -U lora_jax"
         )
-    if record.get("crc32") != crc32(record):
+    if record.get("crc32") != crc32(record) or not _is_whole(record):
         raise LoRAError(
             f"{where} is damaged: its description is not what was written. Other steps there: "
             f"{[s for s in manager.all_steps() if s != step] or 'none'}"
@@ -82,6 +82,42 @@ def description(manager: ocp.CheckpointManager, step: int | None) -> tuple[int, 
             "renamed. Give it back its name, or copy the whole run to a directory of its own"
         )
     return step, record
+
+
+def _is_whole(record: Mapping) -> bool:
+    """Whether it has the parts that `save` writes: its checksum may be a stranger's."""
+    text = lambda x: isinstance(x, str)
+    parts = {
+        "base": _is_type,
+        "nodes": lambda x: isinstance(x, dict) and text(x.get("kind")),
+        "adapters": _is_entry,
+        "state": _is_entry,
+        # These may be None.
+        "content": text,
+        "config": lambda _: True,
+        "metrics": lambda x: isinstance(x, float),
+    }
+    empty = [name for name in ("content", "config", "metrics") if record.get(name, 0) is None]
+    return "data" in record and all(
+        isinstance(record.get(name), dict) and all(map(fits, record[name].values()))
+        for name, fits in parts.items()
+        if name not in empty
+    )
+
+
+def _is_type(x: Any) -> bool:
+    """[dtype, shape]"""
+    return (
+        isinstance(x, list)
+        and [*map(type, x)] == [str, list]
+        and all(type(n) is int and 0 <= n < 2**63 for n in x[1])
+    )
+
+
+def _is_entry(x: Any) -> bool:
+    """What `recorded` says of a leaf."""
+    of = isinstance(x, dict) and ("value" in x or _is_type(x.get("array")))
+    return of and ("value" in x or type(x.get("sum")) is type(x.get("key", "")) is str)
 
 
 def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:

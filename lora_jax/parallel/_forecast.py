@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from lora_jax._core import compat
+from lora_jax._core.errors import LoRAError
 from lora_jax._core.table import table
 from lora_jax.parallel._hlo import Collective, collectives
 from lora_jax.parallel._topology import capacity
@@ -128,6 +129,9 @@ def forecast(
       A `Forecast`, which prints as tables. Where the TPU compiler says that the program does not
       fit, that is a forecast as well; any other error of compiling is raised.
 
+    Raises:
+      LoRAError: `fn` is no function.
+
     The whole recipe, with a mesh of the devices at hand; for a pod, it is another mesh:
 
     >>> import math, jax, jax.numpy as jnp, optax, lora_jax as lora
@@ -163,6 +167,10 @@ def forecast(
     >>> plan.aliased == sum(map(local, trained))  # the donated adapters and state
     True
     """
+    if not callable(fn):
+        raise LoRAError(
+            f"expected a function, found a {type(fn).__name__}: lora.parallel.forecast(step, *args)"
+        )
     # A function that is jitted already keeps its own settings where none are given here.
     given = [d for d in (donate_argnums, out_shardings) if d not in ((), None)]
     jitted: Any = fn

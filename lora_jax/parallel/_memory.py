@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 
-from lora_jax._core.errors import LoRAError
+from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.figures import Shown, needs_matplotlib, written
+from lora_jax._core.geometry import names
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized
+from lora_jax.parallel._forecast import Forecast
 from lora_jax.parallel._state_shardings import state_shardings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from lora_jax.parallel._forecast import Forecast
 
 PARTS = ("base", "constants", "adapters", "gradients", "optimizer")
 
@@ -172,11 +172,26 @@ def memory(
     all        9.70           9.70
     base: 16,777,216 parameters, 4.127 bits each
     """
+    if not (optimizer is None or hasattr(optimizer, "init")):
+        raise LoRAError(
+            f"expected an optax transformation, found a {type(optimizer).__name__}: "
+            "lora.parallel.memory(params, adapters, optax.adam(1e-3))"
+        )
+    if not isinstance(forecast, Forecast | None):
+        raise LoRAError(
+            f"expected a forecast, found a {type(forecast).__name__}: lora.parallel.memory(params, "
+            "adapters, tx, forecast=lora.parallel.forecast(step, *args))"
+        )
     found = flatten(state_of(params))
     if not found or not all(hasattr(x, "shape") for x in found.values()):
         raise LoRAError(
             "expected parameters, arrays or shapes: lora.parallel.memory(params, adapters, tx)"
         )
+    raise_all(
+        "these leaves do not divide among their devices:",
+        (f"'{p}' {x.shape} at {x.sharding.spec}" for p, x in found.items() if not _divides(x)),
+        "pad them, or change their shardings",
+    )
     leaves, base, constants, count = {}, Bytes(), Bytes(), 0
     for path, x in found.items():
         # A plain leaf counts as its own codes, without constants.
@@ -198,6 +213,14 @@ def memory(
     if forecast is not None:
         parts["activations"] = _activations(forecast, parts["gradients"])
     return Memory(parts, leaves, count)
+
+
+def _divides(x: Any) -> bool:
+    where = getattr(x, "sharding", None)
+    if is_quantized(x) or not isinstance(where, NamedSharding):
+        return True
+    parts = [math.prod(where.mesh.shape[n] for n in names(entry)) for entry in where.spec]
+    return all(n % part == 0 for n, part in zip(x.shape, parts))
 
 
 def _activations(forecast: Forecast, gradients: Bytes) -> Bytes:
@@ -242,7 +265,14 @@ def _beside(trained: Any, optimizer: Any, shardings: Any) -> tuple[Bytes, Bytes]
 
 def _each(tree: Any, like: Any) -> list:
     # Not `jax.tree.leaves`: a None is no leaf there, and would shift the others.
-    return jax.tree.structure(like).flatten_up_to(tree)
+    try:
+        return jax.tree.structure(like).flatten_up_to(tree)
+    except ValueError as e:
+        raise LoRAError(
+            f"the shardings are of another tree than what is trained ({e}): "
+            "lora.parallel.memory(params, adapters, tx, shardings=lora.parallel.shardings(params, "
+            "adapters))"
+        ) from None
 
 
 def _sum(tree: Any, shardings: Any = None) -> Bytes:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import names as mesh_axes
@@ -82,6 +82,12 @@ def shardings(
     """
     if uneven not in ("error", "replicate"):
         raise LoRAError(f"uneven={uneven!r}: expected 'error' or 'replicate'")
+    if not isinstance(mesh, Mesh | AbstractMesh | None):
+        raise LoRAError(
+            f"expected a mesh, found a {type(mesh).__name__}: lora.parallel.shardings(params, "
+            "adapters, mesh=jax.make_mesh((4, 2), ('fsdp', 'tp')))"
+        )
+    rules = None if rules is None else _pairs(rules)
     # A spec is a tuple to `jax.tree`, and None is nothing: both are leaves here.
     base = flatten(state_of(params), is_leaf=_says_where)
     failures: list[str] = []
@@ -207,6 +213,8 @@ def _base_sharding(
                 return None, f"{found}: {problem}"
         if mesh is None:
             return found, None
+        if odd := [x for x in found if x is not P.UNCONSTRAINED and not _is_entry(x)]:
+            return None, f"{found}: {odd[0]!r} is no name of an axis"
         names = [name for entry in found for name in mesh_axes(entry)]
         unknown = set(names) - set(mesh.axis_names)
         if unknown:
@@ -231,6 +239,31 @@ def _base_sharding(
     if not isinstance(found, NamedSharding) and len(found.device_set) > 1:
         return None, f"has a {type(found).__name__}; expected a NamedSharding"
     return found, None
+
+
+def _is_entry(x: Any) -> bool:
+    """Whether x says where an axis of an array lies: along an axis of a mesh, several or none."""
+    several = isinstance(x, tuple | list) and all(isinstance(name, str) for name in x)
+    return x is None or isinstance(x, str) or several
+
+
+def _pairs(rules: Any) -> list[tuple[str, Any]]:
+    """The rules, if each is (logical axis, None, a mesh axis or several)."""
+    fits = lambda pair: (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and _is_entry(pair[1])
+    )
+    # A dict is the names alone, and a name of two letters would pass for a pair.
+    pairs = list(rules) if isinstance(rules, Iterable) and not isinstance(rules, Mapping) else [0]
+    if not all(map(fits, pairs)):
+        raise LoRAError(
+            f"rules={rules!r}: expected pairs of a logical axis and what it is on the mesh: "
+            "lora.parallel.shardings(params, adapters, mesh=mesh, rules=[('embed', 'fsdp'), "
+            "('mlp', ('tp',)), ('layers', None)])"
+        )
+    return pairs
 
 
 def _ruled(names: PartitionSpec, rules: Sequence, own: Sequence[str]) -> PartitionSpec:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.paths import path_of
@@ -47,8 +47,9 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
     >>> adam.count, adam.mu["q"].a, adam.nu["q"].b
     (P(), P('fsdp', None), P(None, 'tp'))
     """
-    structure = jax.tree.structure(tree)
-    if jax.tree.structure(shardings) != structure:
+    structure, at = jax.tree.structure(tree), jax.tree.leaves(shardings)
+    places = PartitionSpec | Sharding
+    if jax.tree.structure(shardings) != structure or not all(isinstance(x, places) for x in at):
         raise LoRAError(
             "the shardings are of another tree; expected the structure of the trained tree, "
             f"{structure}, found {jax.tree.structure(shardings)}: "
@@ -57,7 +58,7 @@ def state_shardings(state: Any, tree: Any, shardings: Any) -> Any:
         )
     # (leaf, sharding) in the structure of the tree: a part of the state is compared with this.
     paired = _bare(jax.tree.map(_Pair, tree, shardings))
-    some = next(iter(jax.tree.leaves(shardings)), P())
+    some = next(iter(at), P())
     odd: list[str] = []
     # Replicated, in the form that the caller's shardings have: a spec, a sharding, or one device.
     everywhere = P() if isinstance(some, PartitionSpec) else some

@@ -12,6 +12,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import Mesh
 
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.numbers import integer
 
 GIB = 2**30
 
@@ -78,13 +79,13 @@ def topology_mesh(name: str, /, *, num_slices: int = 1, **axes: int) -> Mesh:
     >>> import lora_jax as lora
     >>> mesh = lora.parallel.topology_mesh("v5e:16x16", fsdp=16, tp=16)  # doctest: +SKIP
     """
-    match = re.fullmatch(r"(v\d\w*|tpu\d\w*|h100):(\d+(?:x\d+)+)", name)
+    match = re.fullmatch(r"(v\d\w*|tpu\d\w*|h100):([1-9]\d*(?:x[1-9]\d*)+)", str(name), re.ASCII)
     if not match:
         raise LoRAError(f"{name!r} is not the name of a topology: expected e.g. {NAMES}")
     kind, shape = match[1], tuple(map(int, match[2].split("x")))
-    if not axes or min(num_slices, *axes.values()) < 1:
+    if not axes or any((integer(n) or 0) < 1 for n in (num_slices, *axes.values())):
         raise LoRAError(
-            f"expected positive sizes, found num_slices={num_slices}, {axes}: "
+            f"expected positive integers, found num_slices={num_slices}, {axes}: "
             f"lora.parallel.topology_mesh({name!r}, fsdp={math.prod(shape)})"
         )
     devices = (_gpus if kind == "h100" else _tpus)(name, shape, num_slices)

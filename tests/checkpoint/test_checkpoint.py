@@ -33,6 +33,7 @@ from lora_jax.checkpoint._describe import (
     node_from_json,
     node_to_json,
 )
+from lora_jax.checkpoint._directory import crc32
 from lora_jax.checkpoint._fingerprint import checksums
 
 KEY = jax.random.key(0)
@@ -747,6 +748,34 @@ def test_a_newer_format(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
     with fails("is damaged: its description is not what was written"):
         lora.checkpoint.restore(tmp_path, base=PARAMS)
+
+
+def test_a_record_that_no_save_wrote(tmp_path):
+    """With a checksum of its own: whatever stands in it, an error of ours."""
+    saved(tmp_path, state=TX.init(make()))
+    file = tmp_path / "5" / "lora" / "metadata"
+    good = json.loads(file.read_text())
+
+    def places(x, at=()):
+        yield at
+        for key in x if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ():
+            yield from places(x[key], (*at, key))
+
+    rng, found = random.Random(0), {"error": 0, "read": 0}
+    small = {n: good[n] for n in ("base", "nodes", "adapters", "state", "config", "content")}
+    for at in rng.sample([at for at in places(small) if at], 25):
+        record = json.loads(json.dumps(good))
+        *parents, last = at
+        holder = functools.reduce(lambda x, key: x[key], parents, record)
+        holder[last] = rng.choice([None, -1, 1.5, "x", [], {}, [1, 2], {"a": 1}, True])
+        file.write_text(json.dumps(record | {"crc32": crc32(record)}))
+        for like in (make(), None):
+            try:
+                lora.checkpoint.restore(tmp_path, like, base=PARAMS)
+                found["read"] += 1
+            except lora.LoRAError:
+                found["error"] += 1
+    assert found["error"] > 15
 
 
 def damaged(path, rng):

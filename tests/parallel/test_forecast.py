@@ -272,9 +272,12 @@ def test_it_prints(mesh):
         (
             "v5e:2x2",
             {},
-            r"expected positive sizes.*lora.parallel.topology_mesh\('v5e:2x2', fsdp=4\)",
+            r"expected positive integers.*lora.parallel.topology_mesh\('v5e:2x2', fsdp=4\)",
         ),
-        ("v5e:2x2", {"fsdp": 0}, r"expected positive sizes, found num_slices=1, \{'fsdp': 0\}"),
+        ("v5e:2x2", {"fsdp": 0}, r"expected positive integers, found num_slices=1, \{'fsdp': 0\}"),
+        *(("v5e:2x2", {"fsdp": n}, "expected positive integers") for n in ("4", 4.0, True, None)),
+        ("v5e:2x2", {"fsdp": 4, "num_slices": "2"}, "expected positive integers"),
+        *((name, {"fsdp": 1}, "is not the name of a topology") for name in (None, "h100:1x1x0")),
         ("h100:8x8", {"fsdp": 64}, r"partitions, hosts of each and GPUs of each"),
     ],
 )

@@ -102,12 +102,25 @@ def test_of_one_device():
     assert compiled.memory_analysis().argument_size_in_bytes == want
 
 
-@pytest.mark.parametrize(
-    "call", [lambda: lora.parallel.memory({}, None), lambda: lora.parallel.memory({"w": 1}, None)]
-)
-def test_errors(call):
-    with fails("expected parameters"):
-        call()
+def test_errors():
+    shape = lambda n: jax.ShapeDtypeStruct((n, 4), "float32")
+    w, config = {"w": shape(8)}, lora.LoRAConfig(rank=2, targets="w")
+    adapters = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, config), w)
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    odd = jax.ShapeDtypeStruct((9, 4), "float32", sharding=NamedSharding(mesh, P("fsdp")))
+    memory, tx = lora.parallel.memory, optax.adam(1e-3)
+    for args, more, match in (
+        (({}, None), {}, "expected parameters"),
+        (({"w": 1}, None), {}, "expected parameters"),
+        ((w, adapters, 5), {}, "expected an optax transformation, found a int"),
+        ((w, adapters, tx), {"shardings": 5}, "the shardings are of another tree"),
+        ((w, adapters, tx), {"forecast": 5}, "expected a forecast, found a int"),
+        (({"w": odd}, None), {}, r"do not divide among their devices:(?s:.*)'w' \(9, 4\) at P"),
+    ):
+        with fails(match):
+            memory(*args, **more)
+    with fails("expected a function, found a int"):
+        lora.parallel.forecast(5)
 
 
 def test_full_fine_tuning():

@@ -239,6 +239,11 @@ def test_uneven():
     (lambda: lora.parallel.shardings({**SPECS, "experts": P("tp", "tp")}, ADAPTERS, mesh=MESH), "'experts': .* names an axis of the mesh twice"),
     (lambda: lora.parallel.shardings({**SPECS, "experts": ("tp", None)}, ADAPTERS, mesh=MESH), r"'experts': the base has a tree there; a PartitionSpec is written P\('fsdp', 'tp'\)"),
     (lambda: lora.parallel.shardings(SPECS, SPECS), "expected adapters or Targets, found a tree with a P[a-zA-Z]* at 'dense/bias'"),
+    (lambda: lora.parallel.shardings({**SPECS, "experts": P(3)}, ADAPTERS, mesh=MESH), "'experts': P.*: 3 is no name of an axis"),
+    (lambda: lora.parallel.shardings(SPECS, ADAPTERS, mesh=(4, 2)), r"expected a mesh, found a tuple: .*mesh=jax.make_mesh"),
+    *((lambda rules=rules: lora.parallel.shardings(SPECS, ADAPTERS, mesh=MESH, rules=rules), r"(?s)rules=.*: expected pairs .*rules=\[\('embed', 'fsdp'\)")
+      for rules in ({"tp": "fsdp"}, "ab", 5, ["ab"], [None], [("a", 3)], [(["a"], "tp")], [("a", ["tp", 1])])),
+    (lambda: lora.parallel.state_shardings(ADAPTERS, ADAPTERS, jax.tree.map(lambda _: "tp", ADAPTERS)), "the shardings are of another tree"),
     (lambda: lora.parallel.shardings(SPECS, ADAPTERS, uneven="drop"), "uneven='drop': expected 'error' or 'replicate'"),
     (lambda: lora.parallel.state_shardings(ADAPTERS, ADAPTERS, SPECS), "the shardings are of another tree"),
 ])  # fmt: skip
