@@ -13,6 +13,7 @@ from lora_jax._nodes.adapters import LoRA, norms
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized
+from lora_jax.algebra._finite import check_finite
 
 
 def dora(params: Any, adapters: Any) -> dict:
@@ -43,6 +44,7 @@ def dora(params: Any, adapters: Any) -> dict:
     Array([5., 2.], dtype=float32)
     """
     check_factors(adapter_nodes(params, adapters, "methods.dora"))
+    check_finite(adapters, base=params)
     leaves = flatten(state_of(params))
 
     def leaf(path: str, node: Any) -> Any:

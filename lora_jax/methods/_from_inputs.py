@@ -259,7 +259,7 @@ def corda(
         u = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(c), True), u)
         return from_svd(node, u, s, v, node.rank, node.scale)
 
-    return off_the_base(params, adapters, make)
+    return off_the_base(params, adapters, make, "methods.corda")
 
 
 @jax.jit

@@ -69,7 +69,7 @@ def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any,
         usv = svd(w, node.rank) if niter is None else range_svd(w, node.rank, niter)
         return from_svd(node, *usv, node.rank, node.scale)
 
-    return off_the_base(params, adapters, make)
+    return off_the_base(params, adapters, make, "methods.pissa")
 
 
 def olora(params: Any, adapters: Any) -> tuple[Any, dict]:
@@ -91,7 +91,7 @@ def olora(params: Any, adapters: Any) -> tuple[Any, dict]:
         q, r = jnp.linalg.qr(w.mT)
         return as_node(node, r[:, : node.rank].mT, q[:, :, : node.rank].mT)
 
-    return off_the_base(params, adapters, make)
+    return off_the_base(params, adapters, make, "methods.olora")
 
 
 def orthogonal(key: chex.PRNGKey, adapters: Any, *, scale: float = 0.1) -> dict:

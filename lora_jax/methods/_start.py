@@ -21,6 +21,7 @@ from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized
 from lora_jax._targets import Targets
 from lora_jax.algebra._combine import linear
+from lora_jax.algebra._finite import is_finite
 
 
 def lora_nodes(adapters: Any) -> dict[str, LoRA]:
@@ -42,12 +43,17 @@ def each(adapters: Any, make: Callable) -> dict:
     return nest({p: make(p, n) if isinstance(n, LoRA) else n for p, n in flat.items()})
 
 
-def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]:
+def off_the_base(params: Any, adapters: Any, make: Callable, verb: str) -> tuple[Any, dict]:
     """(base − scale·A·B, adapters), with nodes from make(path, node, w), w (n, in, out)."""
     # For its checks alone: adapters of this model.
-    adapter_nodes(params, adapters, "init")
+    adapter_nodes(params, adapters, verb)
     nodes = lora_nodes(adapters)
     leaves = flatten(state_of(params))
+    raise_all(
+        "these hold NaN or infinity:",
+        (f"'{p}' of the base" for p in nodes if not is_finite(leaves[p])),
+        f"look at the base, or leave them out of the adapters: lora.{verb}(params, adapters)",
+    )
     raise_all(
         "these leaves are quantised, and their codes cannot give up a part:",
         (f"'{p}'" for p in nodes if is_quantized(leaves[p])),
