@@ -117,12 +117,13 @@ def orthogonal(key: chex.PRNGKey, adapters: Any, *, scale: float = 0.1) -> dict:
     >>> bool(jnp.abs(node.a @ node.b).max() < 1e-6)
     True
     """
-    key = as_key(key)
+    key = as_key(key, "lora.methods.orthogonal({key}, adapters)")
     call = "lora.methods.orthogonal(key, adapters, scale=0.1)"
     check_numbers(call, traced=True, scale=(scale, NOT_NEGATIVE))
     raise_all(
         "an orthogonal initialisation needs an even rank:",
         (f"'{p}' has rank {n.rank}" for p, n in lora_nodes(adapters).items() if n.rank % 2),
+        "lora.init(key, params, lora.LoRAConfig(rank=8))",
     )
 
     def make(path: str, node: LoRA) -> LoRA:
@@ -169,6 +170,7 @@ def on_original(adapters: Any, start: Any) -> dict:
     raise_all(
         "these are not the adapters before and after:",
         sorted(f"'{p}' is in one of them alone" for p in after.keys() ^ before.keys()),
+        "lora.methods.on_original(trained, start), with the start that training began from",
     )
     # `combine` folds the scales into B; leaves in full and by rows are not relative to a base.
     low = lambda flat: nest({p: n for p, n in flat.items() if isinstance(n, LoRA)})

@@ -74,7 +74,9 @@ class LoRAXS(Indirect):
             raise LoRAError(f"expected its singular vectors, found {what}: {call}")
         want = (self.shape, self.rank, self.geometry)
         if (found := (frozen.shape, frozen.rank, frozen.geometry)) != want:
-            raise LoRAError(f"expected singular vectors of {want}, found {found}")
+            raise LoRAError(
+                f"expected singular vectors of {want}, found {found}: {CALL.format('lora_xs')}"
+            )
         b = constant(frozen.b, self.r.dtype)
         # R (*batch, rank, rank) times B (*batch, rank, out), the out axes as one.
         flat = b.reshape(*b.shape[: len(self.geometry.batch_axes) + 1], -1)

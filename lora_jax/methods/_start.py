@@ -23,6 +23,11 @@ from lora_jax._targets import Targets
 from lora_jax.algebra._combine import linear
 from lora_jax.algebra._finite import is_finite
 
+FIX = (
+    "a scale must be positive and a rank one that the leaf has: "
+    "lora.init(key, params, lora.LoRAConfig(rank=8, alpha=16))"
+)
+
 
 def lora_nodes(adapters: Any) -> dict[str, LoRA]:
     """{path: node} of the leaves that an initialiser sets."""
@@ -33,7 +38,7 @@ def lora_nodes(adapters: Any) -> dict[str, LoRA]:
         _, i, o = n.geometry.sizes(n.shape)
         if n.rank > min(i, o):
             failures.append(f"'{p}' has rank {n.rank}, above min(in={i}, out={o})")
-    raise_all("these adapters cannot be initialised:", failures, "a scale must be positive")
+    raise_all("these adapters cannot be initialised:", failures, FIX)
     return nodes
 
 
