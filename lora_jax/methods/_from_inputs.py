@@ -132,7 +132,8 @@ def _identity(g: Geometry, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """(*batch, *in, in): the identity, for each weight of the stack."""
     batch, inner = ([shape[d] for d in axes] for axes in (g.batch_axes, g.in_axes))
     n = g.sizes(shape)[1]
-    eye = jnp.eye(n, dtype=wide(dtype)).reshape(*inner, n)
+    # NumPy's fp64 is fp32 to JAX, unless it is told otherwise.
+    eye = jnp.eye(n, dtype=jax.dtypes.canonicalize_dtype(wide(dtype))).reshape(*inner, n)
     return jnp.broadcast_to(eye, (*batch, *inner, n))
 
 

@@ -13,6 +13,7 @@ from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.mesh import anywhere, placed, placement
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import check_values
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import near
 from lora_jax._merge import unmerge
@@ -54,6 +55,7 @@ def off_the_base(params: Any, adapters: Any, make: Callable, verb: str) -> tuple
     adapter_nodes(params, adapters, verb)
     nodes = lora_nodes(adapters)
     leaves = flatten(state_of(params))
+    check_values(((f"'{p}'", leaves[p]) for p in nodes), f"lora.{verb}(params, adapters)")
     raise_all(
         "these hold NaN or infinity:",
         (f"'{p}' of the base" for p in nodes if not is_finite(leaves[p])),
