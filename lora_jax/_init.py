@@ -104,7 +104,7 @@ def targets_of(
     fix = f"{call}(key, params, lora.select(params, config, survey))"
     targets.check_fit(flatten(state_of(params)), fix)
     # JAX would make fp32 of it, with no more than a warning.
-    if jnp.finfo(targets.config.dtype).bits > 32 and not jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(targets.config.dtype) != targets.config.dtype:
         raise LoRAError(
             "dtype=float64: JAX has it after jax.config.update('jax_enable_x64', True); "
             "or lora.LoRAConfig(dtype='float32')"

@@ -108,7 +108,7 @@ SHARE = Number("a share in (0, 1]", lambda x: 0 < x <= 1)
 BELOW_ONE = Number("a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
-def refused(traced: bool = False, **asked: tuple[Any, Number]) -> list[str]:
+def refused(traced: bool = False, /, **asked: tuple[Any, Number]) -> list[str]:
     """A line for each argument, name=(value, what is asked of it), that is no such number."""
     return [
         f"{name}={x!r}: expected {kind.text}"

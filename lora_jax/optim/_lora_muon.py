@@ -80,8 +80,8 @@ def lora_muon(
     >>> tx = lora.optim.lora_muon(1e-2, weight_decay=0.1)
     """
     check_settings(CALL, learning_rate=learning_rate, b1=b1, weight_decay=weight_decay)
-    known = [x for x in (learning_rate, weight_decay) if is_real(x)]
-    if len(known) == 2 and math.prod(known) >= 1:
+    both: Any = (learning_rate, weight_decay)
+    if all(map(is_real, both)) and math.prod(both) >= 1:
         raise LoRAError(
             f"learning_rate={learning_rate} times weight_decay={weight_decay}: expected less than "
             f"1, the share of the product that decays in a step: {CALL}"
