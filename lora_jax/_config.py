@@ -87,8 +87,11 @@ class Rule(Named, theirs=THEIRS):
 
     def _cures(self) -> dict[str, str]:
         """{number that is wrong: what was meant}; `LoRAConfig` refuses them, all rules in one."""
-        values = {n: (getattr(self, n), *asked) for n, asked in NUMBERS.items()}
-        return {n: _meant(*x) for n, x in values.items() if not x[1].or_none.fits(x[0])}
+        return {
+            n: _meant(getattr(self, n), kind, default)
+            for n, (kind, default) in NUMBERS.items()
+            if not kind.or_none.fits(getattr(self, n))
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +292,7 @@ class LoRAConfig(Named, theirs=THEIRS):
 PATTERNS = ("targets", "exclude", "full")
 
 # What is asked of the numbers, and what to take in their place.
-NUMBERS = {
+NUMBERS: dict[str, tuple[Number, float]] = {
     "rank": (COUNT, 8),
     "alpha": (Number("a finite number other than 0", lambda x: x != 0), 16),
     "dropout": (BELOW_ONE, 0.1),

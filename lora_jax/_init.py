@@ -14,6 +14,7 @@ from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import check_values
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import check_placed, near
 from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
@@ -67,6 +68,8 @@ def init(
         raise LoRAError(f"{wrong}: lora.init(jax.random.key(0), params, config{given})")
     targets, key = targets_of(params, config, survey), as_key(key)
     config, leaves = targets.config, flatten(state_of(params))
+    whole = ((f"'{p}'", leaves[p]) for p in (*targets.full, *targets.rows))
+    check_values(whole, "jax.eval_shape(lora.init, key, params, targets)")
     check_placed(leaves, {*targets.lora, *targets.full, *targets.rows})
     flat: dict[str, Any] = {}
     failures: list[str] = []
@@ -101,7 +104,7 @@ def targets_of(
     fix = f"{call}(key, params, lora.select(params, config, survey))"
     targets.check_fit(flatten(state_of(params)), fix)
     # JAX would make fp32 of it, with no more than a warning.
-    if jnp.finfo(targets.config.dtype).bits > 32 and not jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(targets.config.dtype) != targets.config.dtype:
         raise LoRAError(
             "dtype=float64: JAX has it after jax.config.update('jax_enable_x64', True); "
             "or lora.LoRAConfig(dtype='float32')"

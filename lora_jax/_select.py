@@ -347,7 +347,7 @@ class _Selection:
                         f"be named once; found {index}"
                     )
                 else:
-                    rows[path] = (tuple(x.shape), index)
+                    rows[path] = (tuple(x.shape), tuple(index))
         return rows
 
 

@@ -446,6 +446,7 @@ STACKED = lora.algebra.stack([ADAPTERS, ADAPTERS])
     (lambda: lora.init(jnp.zeros(4, jnp.uint32), PARAMS, CONFIG), "wrap_key_data\\(words, impl='rbg'\\)"),
     (lambda: lora.init(KEY, PARAMS, with_(init=jax.nn.initializers.orthogonal)), r"init=jax.nn.initializers.orthogonal\(\)"),
     (lambda: lora.init(KEY, PARAMS, with_(init=lambda k, s, d: jnp.ones(s, "int32"))), "expected float32, found int32"),
+    (lambda: lora.init(KEY, jax.eval_shape(lambda: PARAMS), with_(targets="down", full="up/kernel")), "(?s)shapes and no values:.*'up/kernel'.*jax.eval_shape"),
     (lambda: lora.init(KEY, PARAMS, with_(dtype="float64")), r"jax_enable_x64.*LoRAConfig\(dtype='float32'\)"),
     (lambda: lora.init(KEY, {"up": PARAMS["down"]}, lora.select(PARAMS, CONFIG)), "(?s)'down/kernel': expected .* no such leaf.*'up/kernel': expected"),
     (lambda: lora.methods.init_vera(KEY, {}, lora.select(PARAMS, CONFIG)), "found no such leaf\\nlora.methods.init_vera"),

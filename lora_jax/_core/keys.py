@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import zlib
 from typing import Any
@@ -23,13 +24,14 @@ def as_key(key: Any, call: str = "lora.init({key}, params, config)") -> jax.Arra
     Raises:
       LoRAError: it is none; with the corrected call.
     """
-    dtype, shape = getattr(key, "dtype", None), jnp.shape(key) if hasattr(key, "dtype") else None
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     if typed and shape == ():
         return key
     # A raw key of jax.random.PRNGKey; with more axes it would be several keys.
-    if dtype == jnp.uint32 and shape == jax.eval_shape(jax.random.PRNGKey, 0).shape:
-        return jax.random.wrap_key_data(key)
+    if dtype == jnp.uint32 and len(shape) == 1:
+        with contextlib.suppress(TypeError, ValueError):  # words of another implementation
+            return jax.random.wrap_key_data(key)
     # `init(7, params, config)`: the integer was meant as a seed.
     whole = isinstance(key, numbers.Integral) and not isinstance(key, bool)
     found, cure = type(key).__name__, f"jax.random.key({key if whole else 0})"

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -108,13 +108,23 @@ SHARE = Number("a share in (0, 1]", lambda x: 0 < x <= 1)
 BELOW_ONE = Number("a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
-def refused(traced: bool = False, **asked: tuple[Any, Number]) -> list[str]:
+def refused(traced: bool = False, /, **asked: tuple[Any, Number]) -> list[str]:
     """A line for each argument, name=(value, what is asked of it), that is no such number."""
     return [
         f"{name}={x!r}: expected {kind.text}"
         for name, (x, kind) in asked.items()
         if not kind.fits(x, traced)
     ]
+
+
+def check_values(leaves: Iterable[tuple[str, Any]], call: str) -> None:
+    """Raises for (name, tree) with shapes alone, with the corrected call."""
+    abstract = lambda tree: any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+    raise_all(
+        "these have shapes and no values:",
+        (name for name, tree in leaves if abstract(tree)),
+        f"on arrays, or under jax.eval_shape: {call}",
+    )
 
 
 def check_numbers(call: str, traced: bool = False, **asked: tuple[Any, Number]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax._core.errors import raise_all
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import check_values
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.node import is_node
 
@@ -26,15 +27,9 @@ def check_finite(*trees: Any, weights: Iterable[Any] = (), base: Any = None) -> 
       base: parameters; only leaves that have an adapter are looked at.
     """
     flat = [flatten(tree, is_leaf=is_node) for tree in trees]
-    raise_all(
-        "these have shapes and no values:",
-        (
-            f"'{path}'"
-            for nodes in flat
-            for path, node in nodes.items()
-            if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node))
-        ),
-        "call it under jax.eval_shape, or on arrays",
+    check_values(
+        ((f"'{path}'", node) for nodes in flat for path, node in nodes.items()),
+        "jax.eval_shape(lora.algebra.combine, adapters)",
     )
     leaves = {} if base is None else flatten(state_of(base))
     of = lambda k: f" of adapters[{k}]" if len(trees) > 1 else ""

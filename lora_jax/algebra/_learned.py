@@ -251,9 +251,10 @@ def _singular_values(node: LoRA) -> jax.Array:
 
 def _norms(x: Any, batch: tuple[int, ...]) -> jax.Array:
     """Frobenius norms of the weights that are stacked along `batch`, in that order, (n,)."""
-    return anywhere(jax.jit(functools.partial(_each_norm, batch)))(x)
+    return anywhere(functools.partial(_each_norm, batch))(x)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _each_norm(batch: tuple[int, ...], x: Any) -> jax.Array:
     x, rest = value(x), tuple(d for d in range(x.ndim) if d not in batch)
     squares = jnp.sum(jnp.square(x.astype(wide(x.dtype))), rest)

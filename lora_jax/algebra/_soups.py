@@ -271,7 +271,7 @@ def _method(how: str, density: float = 1.0, rate: float = 0.0, per_weight: bool 
             f"rate={rate}: expected the probability to drop an element, in [0, 1): rate=0.9"
         )
     if not isinstance(per_weight, bool):
-        raise LoRAError(f"per_weight={per_weight!r}: expected True or False")
+        raise LoRAError(f"per_weight={per_weight!r}: expected True or False: per_weight=True")
     return Method(density if trim else 1.0, rate if drop else 0.0, elect, per_weight)
 
 

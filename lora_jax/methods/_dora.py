@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import check_values
 from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._nodes.adapters import LoRA, norms
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized
+from lora_jax.algebra._finite import check_finite
 
 
 def dora(params: Any, adapters: Any) -> dict:
@@ -43,7 +45,10 @@ def dora(params: Any, adapters: Any) -> dict:
     Array([5., 2.], dtype=float32)
     """
     check_factors(adapter_nodes(params, adapters, "methods.dora"))
+    check_finite(adapters, base=params)
     leaves = flatten(state_of(params))
+    adapted = flatten(adapters, is_leaf=is_node)
+    check_values(((f"'{p}'", leaves[p]) for p in adapted), "lora.methods.dora(params, adapters)")
 
     def leaf(path: str, node: Any) -> Any:
         if not isinstance(node, LoRA):

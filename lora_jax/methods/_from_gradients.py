@@ -20,6 +20,7 @@ from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import LoRA, LowRank
 from lora_jax._nodes.node import is_node
 from lora_jax._targets import Target, Targets
+from lora_jax.algebra._finite import is_finite
 from lora_jax.algebra._svd import as_node, from_svd, svd
 from lora_jax.methods._start import (
     each,
@@ -169,7 +170,7 @@ def lora_ga(params: Any, adapters: Any, gradients: Any, *, gamma: float = 16.0) 
         # Other directions for B than for A: with one set in both, the first step has rank r only.
         return as_node(node, c * u[:, :, :r], c * v[:, r : 2 * r])
 
-    return off_the_base(params, adapters, make)
+    return off_the_base(params, adapters, make, "methods.lora_ga")
 
 
 def lora_one(
@@ -226,6 +227,8 @@ def _gradients(gradients: Any, nodes: Mapping[str, LoRA], rank: Callable) -> dic
             failures.append(f"'{path}' has none")
         elif tuple(g.shape) != node.shape:
             failures.append(f"'{path}': expected one of {node.shape}, found {tuple(g.shape)}")
+        elif not is_finite(g):
+            failures.append(f"'{path}': it holds NaN or infinity")
         else:
             matrices = node.geometry.matrices
             found[path] = svd(g) if isinstance(g, LoRA) else plain_svd(matrices(widened(g)))

@@ -132,7 +132,8 @@ def _identity(g: Geometry, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """(*batch, *in, in): the identity, for each weight of the stack."""
     batch, inner = ([shape[d] for d in axes] for axes in (g.batch_axes, g.in_axes))
     n = g.sizes(shape)[1]
-    eye = jnp.eye(n, dtype=wide(dtype)).reshape(*inner, n)
+    # NumPy's fp64 is fp32 to JAX, unless it is told otherwise.
+    eye = jnp.eye(n, dtype=jax.dtypes.canonicalize_dtype(wide(dtype))).reshape(*inner, n)
     return jnp.broadcast_to(eye, (*batch, *inner, n))
 
 
@@ -184,7 +185,10 @@ def eva(adapters: Any, moments: Mapping[str, chex.Array], *, rho: float = 2.0) -
     nodes = lora_nodes(adapters)
     moments = checked_moments(moments, nodes)
     if rho > 1 and any(isinstance(c, jax.core.Tracer) for c in moments.values()):
-        raise LoRAError("the ranks depend on the values of the moments: not under jit; pass rho=1")
+        raise LoRAError(
+            "the ranks depend on the values of the moments: not under jit; pass rho=1: "
+            "lora.methods.eva(adapters, moments, rho=1)"
+        )
     # With rho = 1 the ranks stay and all of it may be traced; above, ranks become shapes.
     ranks = {p: n.rank for p, n in nodes.items()}
     with jax.ensure_compile_time_eval() if rho > 1 else contextlib.nullcontext():
@@ -240,7 +244,10 @@ def corda(
     True
     """
     if mode not in ("instruction", "knowledge"):
-        raise LoRAError(f"mode={mode!r}: expected 'instruction' or 'knowledge'")
+        raise LoRAError(
+            f"mode={mode!r}: expected 'instruction' or 'knowledge': "
+            "lora.methods.corda(params, adapters, moments, mode='instruction')"
+        )
     call = "lora.methods.corda(params, adapters, moments, mode=..., damping=0.01)"
     check_numbers(call, traced=True, damping=(damping, POSITIVE))
     moments = checked_moments(moments, lora_nodes(adapters))
@@ -259,7 +266,7 @@ def corda(
         u = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(c), True), u)
         return from_svd(node, u, s, v, node.rank, node.scale)
 
-    return off_the_base(params, adapters, make)
+    return off_the_base(params, adapters, make, "methods.corda")
 
 
 @jax.jit

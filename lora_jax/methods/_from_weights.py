@@ -69,7 +69,7 @@ def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any,
         usv = svd(w, node.rank) if niter is None else range_svd(w, node.rank, niter)
         return from_svd(node, *usv, node.rank, node.scale)
 
-    return off_the_base(params, adapters, make)
+    return off_the_base(params, adapters, make, "methods.pissa")
 
 
 def olora(params: Any, adapters: Any) -> tuple[Any, dict]:
@@ -91,7 +91,7 @@ def olora(params: Any, adapters: Any) -> tuple[Any, dict]:
         q, r = jnp.linalg.qr(w.mT)
         return as_node(node, r[:, : node.rank].mT, q[:, :, : node.rank].mT)
 
-    return off_the_base(params, adapters, make)
+    return off_the_base(params, adapters, make, "methods.olora")
 
 
 def orthogonal(key: chex.PRNGKey, adapters: Any, *, scale: float = 0.1) -> dict:
@@ -117,12 +117,13 @@ def orthogonal(key: chex.PRNGKey, adapters: Any, *, scale: float = 0.1) -> dict:
     >>> bool(jnp.abs(node.a @ node.b).max() < 1e-6)
     True
     """
-    key = as_key(key)
+    key = as_key(key, "lora.methods.orthogonal({key}, adapters)")
     call = "lora.methods.orthogonal(key, adapters, scale=0.1)"
     check_numbers(call, traced=True, scale=(scale, NOT_NEGATIVE))
     raise_all(
         "an orthogonal initialisation needs an even rank:",
         (f"'{p}' has rank {n.rank}" for p, n in lora_nodes(adapters).items() if n.rank % 2),
+        "lora.init(key, params, lora.LoRAConfig(rank=8))",
     )
 
     def make(path: str, node: LoRA) -> LoRA:
@@ -169,6 +170,7 @@ def on_original(adapters: Any, start: Any) -> dict:
     raise_all(
         "these are not the adapters before and after:",
         sorted(f"'{p}' is in one of them alone" for p in after.keys() ^ before.keys()),
+        "lora.methods.on_original(trained, start), with the start that training began from",
     )
     # `combine` folds the scales into B; leaves in full and by rows are not relative to a base.
     low = lambda flat: nest({p: n for p, n in flat.items() if isinstance(n, LoRA)})

@@ -16,7 +16,7 @@ from lora_jax._core.geometry import RANK, Geometry, static
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.mesh import anywhere, placed, placement
 from lora_jax._core.nnx import state_of
-from lora_jax._core.numbers import NOT_NEGATIVE, check_numbers
+from lora_jax._core.numbers import NOT_NEGATIVE, check_numbers, check_values
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import near
 from lora_jax._init import targets_of
@@ -74,7 +74,9 @@ class LoRAXS(Indirect):
             raise LoRAError(f"expected its singular vectors, found {what}: {call}")
         want = (self.shape, self.rank, self.geometry)
         if (found := (frozen.shape, frozen.rank, frozen.geometry)) != want:
-            raise LoRAError(f"expected singular vectors of {want}, found {found}")
+            raise LoRAError(
+                f"expected singular vectors of {want}, found {found}: {CALL.format('lora_xs')}"
+            )
         b = constant(frozen.b, self.r.dtype)
         # R (*batch, rank, rank) times B (*batch, rank, out), the out axes as one.
         flat = b.reshape(*b.shape[: len(self.geometry.batch_axes) + 1], -1)
@@ -126,6 +128,7 @@ def init_lora_xs(
     check_numbers(call, traced=True, std=(std, NOT_NEGATIVE))
     key, targets = as_key(key), targets_of(params, config, survey, "lora.methods.init_lora_xs")
     leaves, dtype = flatten(state_of(params)), targets.config.dtype
+    check_values(((f"'{p}'", leaves[p]) for p in targets.lora), call)
     raise_all(
         "LoRA-XS takes singular vectors of the leaf, and these have fewer than the rank:",
         (

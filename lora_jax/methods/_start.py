@@ -13,6 +13,7 @@ from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.mesh import anywhere, placed, placement
 from lora_jax._core.nnx import state_of
+from lora_jax._core.numbers import check_values
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import near
 from lora_jax._merge import unmerge
@@ -21,6 +22,12 @@ from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized
 from lora_jax._targets import Targets
 from lora_jax.algebra._combine import linear
+from lora_jax.algebra._finite import is_finite
+
+FIX = (
+    "a scale must be positive and a rank one that the leaf has: "
+    "lora.init(key, params, lora.LoRAConfig(rank=8, alpha=16))"
+)
 
 
 def lora_nodes(adapters: Any) -> dict[str, LoRA]:
@@ -32,7 +39,7 @@ def lora_nodes(adapters: Any) -> dict[str, LoRA]:
         _, i, o = n.geometry.sizes(n.shape)
         if n.rank > min(i, o):
             failures.append(f"'{p}' has rank {n.rank}, above min(in={i}, out={o})")
-    raise_all("these adapters cannot be initialised:", failures, "a scale must be positive")
+    raise_all("these adapters cannot be initialised:", failures, FIX)
     return nodes
 
 
@@ -42,12 +49,18 @@ def each(adapters: Any, make: Callable) -> dict:
     return nest({p: make(p, n) if isinstance(n, LoRA) else n for p, n in flat.items()})
 
 
-def off_the_base(params: Any, adapters: Any, make: Callable) -> tuple[Any, dict]:
+def off_the_base(params: Any, adapters: Any, make: Callable, verb: str) -> tuple[Any, dict]:
     """(base − scale·A·B, adapters), with nodes from make(path, node, w), w (n, in, out)."""
     # For its checks alone: adapters of this model.
-    adapter_nodes(params, adapters, "init")
+    adapter_nodes(params, adapters, verb)
     nodes = lora_nodes(adapters)
     leaves = flatten(state_of(params))
+    check_values(((f"'{p}'", leaves[p]) for p in nodes), f"lora.{verb}(params, adapters)")
+    raise_all(
+        "these hold NaN or infinity:",
+        (f"'{p}' of the base" for p in nodes if not is_finite(leaves[p])),
+        f"look at the base, or leave them out of the adapters: lora.{verb}(params, adapters)",
+    )
     raise_all(
         "these leaves are quantised, and their codes cannot give up a part:",
         (f"'{p}'" for p in nodes if is_quantized(leaves[p])),

@@ -88,7 +88,10 @@ def _check_shared(frozen: Any, **need: tuple[int, int]) -> None:
     for name, want in need.items():
         found = jnp.shape(frozen[name])
         if len(found) != 2 or any(f < w for f, w in zip(found, want)):
-            raise LoRAError(f"expected a shared {name} of at least {want}, found {found}")
+            raise LoRAError(
+                f"expected a shared {name} of at least {want}, found {found}: "
+                + CALL.format("vera")
+            )
 
 
 def init_vera(

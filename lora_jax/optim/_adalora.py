@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.numbers import integer, is_real
 from lora_jax._nodes.node import is_node
 from lora_jax.methods._adalora import CALL, AdaLoRA, adalora_nodes
+from lora_jax.optim._settings import check_optimiser
 
 
 class AdaLoRAState(NamedTuple):
@@ -107,6 +109,9 @@ def adalora(
     4
     """
     _check(target_rank, steps, tinit, tfinal, interval, beta1, beta2)
+    check_optimiser(tx, CALL)
+    # NumPy's integers would overflow in the budget's cubes.
+    steps, tinit, tfinal, interval = map(operator.index, (steps, tinit, tfinal, interval))
     tx = optax.with_extra_args_support(tx)
     end = steps - tfinal
 

@@ -89,7 +89,7 @@ def galore(
       weight_decay: decoupled, of all leaves.
       targets: what `select` returned: the leaves to project, and which of their axes are rows,
         columns or a stack (scanned layers, experts). The paper takes attention's and MLP's. None:
-        every leaf of two axes; then one of more axes is trained by plain Adam.
+        every real leaf of two axes; then one of more axes is trained by plain Adam.
 
     Returns:
       An optimiser for any parameter tree; leaves that are not projected are trained by plain Adam,
@@ -323,7 +323,9 @@ def _geometries(params: Any, targets: Targets | None) -> dict[str, Geometry]:
     """{path: axes} of the leaves that are projected."""
     flat = flatten(params)
     if targets is None:
-        return {path: MATRIX for path, x in flat.items() if x.ndim == 2}
+        # The Gram matrix of a complex gradient is another; plain Adam takes it.
+        real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+        return {path: MATRIX for path, x in flat.items() if x.ndim == 2 and real(x)}
     call = "lora.optim.galore(0.01, targets=lora.select(params, config, survey))"
     dataclasses.replace(targets, full={}, rows={}).check_fit(flat, call)
     return {path: t.geometry for path, t in targets.lora.items()}

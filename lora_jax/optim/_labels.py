@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import optax
 
+from lora_jax._core.errors import LoRAError
 from lora_jax._nodes.node import is_node
-from lora_jax.optim._settings import check_settings
+from lora_jax.optim._settings import check_optimiser, check_settings
 
 FROZEN = "frozen"
 
@@ -51,6 +52,8 @@ def trained_only(tx: optax.GradientTransformation) -> optax.GradientTransformati
     33
     """
 
+    check_optimiser(tx, "lora.optim.trained_only(optax.adam(1e-3))")
+
     def trained_or_frozen(tree: Any) -> Any:
         return jax.tree.map(lambda label: FROZEN if label == FROZEN else "trained", labels(tree))
 
@@ -89,6 +92,11 @@ def lora_plus(
         ratio=ratio,
         embedding_learning_rate=embedding_learning_rate,
     )
+    if not callable(make) or isinstance(make, type):
+        raise LoRAError(
+            f"make={type(make).__name__}: expected a function of a learning rate, which is called "
+            "with two of them: lora.optim.lora_plus(optax.adam, 1e-4)"
+        )
     # A schedule is a function of the step, and so is its multiple.
     times = lambda rate: lambda step: ratio * rate(step)
     fast = times(learning_rate) if callable(learning_rate) else ratio * learning_rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._core.einsum import product, wide
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.numbers import is_real
 from lora_jax._nodes.adapters import LowRank
 from lora_jax.optim._labels import decays
 from lora_jax.optim._pairs import (
@@ -24,7 +27,7 @@ from lora_jax.optim._pairs import (
     with_columns,
     zeros_like,
 )
-from lora_jax.optim._settings import check_settings
+from lora_jax.optim._settings import check_optimiser, check_settings
 
 CALL = "lora.optim.lora_muon(1e-2, b1=0.95, weight_decay=0.1)"
 
@@ -44,14 +47,14 @@ def lora_muon(
     """LoRA-Muon (Cesista et al., arXiv:2606.12921, algorithm 1): steepest descent in
     the spectral norm of the change of W', as Muon, on the product of two factors.
 
-        dA = ½·msign(m_A·R_B)·R_B / s,    R_B = (B·Bᵀ)^−½,    msign(U·Σ·Vᵀ) = U·Vᵀ,
+        dA = ½·msign(m_A·R_B)·R_B / |s|,    R_B = (B·Bᵀ)^−½,    msign(U·Σ·Vᵀ) = U·Vᵀ,
 
     and likewise dB, with m the averages of g. Good for: a learning rate that is the spectral norm
     of the change of W' in one step (half for each factor), so that it carries over between ranks,
     widths and values of alpha; and half of Adam's state. It is LoRA-RITE without memory (b1 = b2 =
     0), up to the norm of the step.
 
-    The paper has s = 1; the division by s, which makes the step independent of alpha, is ours. So
+    The paper has s = 1; the division by |s|, which makes the step independent of alpha, is ours. So
     is the way to compute: inverse roots of r × r matrices by eigendecompositions, exact to fp32
     (the paper's appendix B iterates polynomials). Directions that a factor or its momentum lacks,
     below √(r·ε) of the largest, about 10⁻³, are left out, so that at B = 0 only B moves. So is the
@@ -71,12 +74,20 @@ def lora_muon(
       As `lora_rite`.
 
     Raises:
-      LoRAError: as `lora_rite`.
+      LoRAError: as `lora_rite`; a learning rate times weight decay of 1 or more.
 
     >>> import lora_jax as lora
     >>> tx = lora.optim.lora_muon(1e-2, weight_decay=0.1)
     """
     check_settings(CALL, learning_rate=learning_rate, b1=b1, weight_decay=weight_decay)
+    both: Any = (learning_rate, weight_decay)
+    if all(map(is_real, both)) and math.prod(both) >= 1:
+        raise LoRAError(
+            f"learning_rate={learning_rate} times weight_decay={weight_decay}: expected less than "
+            f"1, the share of the product that decays in a step: {CALL}"
+        )
+    if other is not None:
+        check_optimiser(other, "lora.optim.lora_muon(1e-2, other=optax.adam(1e-3))")
     if decays(weight_decay):
         scaled = _split_decay(learning_rate, weight_decay)
     else:
@@ -113,14 +124,15 @@ def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
 
 
 def _muon(m: jax.Array, y: jax.Array, scale: float):
-    """½·msign(m·R)·R / s of a factor's momentum m (n, p, r) and the other factor y (n, q, r)."""
+    """½·msign(m·R)·R / |s| of a factor's momentum m (n, p, r) and the other factor y (n, q, r)."""
     # (n, r, r), the symmetric inverse root of yᵀ·y.
     root = power(gram(y), -0.5)
     # msign does not depend on the size of m: this only keeps the squares in range.
     peak = jnp.max(jnp.abs(m), (-2, -1), keepdims=True)
     m = product(m / jnp.where(peak > 0, peak, 1), root)
     # msign(M) = M·(Mᵀ·M)^−½; the last root takes the step from the basis back to the factor.
-    return product(product(m, power(gram(m), -0.5)), root) / (2 * scale)
+    # m has the sign of s, and W' moves by s times this: the product is along the gradient.
+    return product(product(m, power(gram(m), -0.5)), root) / (2 * abs(scale))
 
 
 def _split_decay(

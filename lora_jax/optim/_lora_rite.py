@@ -30,7 +30,7 @@ from lora_jax.optim._pairs import (
     with_node,
     zeros_like,
 )
-from lora_jax.optim._settings import check_settings
+from lora_jax.optim._settings import check_optimiser, check_settings
 
 CALL = "lora.optim.lora_rite(2e-4, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.1)"
 
@@ -100,6 +100,8 @@ def lora_rite(
     check_settings(
         CALL, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
     )
+    if other is not None:
+        check_optimiser(other, "lora.optim.lora_rite(2e-4, other=optax.adam(1e-3))")
     tx = optax.chain(
         scale_by_lora_rite(b1, b2, eps),
         optax.add_decayed_weights(weight_decay) if decays(weight_decay) else optax.identity(),

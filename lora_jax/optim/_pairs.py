@@ -60,6 +60,10 @@ def has_factors(x: Any) -> bool:
             "this transformation needs A and B together, and optax.partition gives them different "
             "labels: map 'a' and 'b' of lora.optim.labels(adapters) to one label"
         )
+    if x.scale == 0:
+        raise LoRAError(
+            "an adapter of scale 0 has no gradient and no step: lora.LoRAConfig(alpha=16)"
+        )
     return not any(hidden)
 
 

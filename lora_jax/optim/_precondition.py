@@ -20,7 +20,7 @@ from lora_jax._core.errors import LoRAError
 from lora_jax._nodes.adapters import LowRank
 from lora_jax.optim._labels import FROZEN, labels
 from lora_jax.optim._pairs import columns, gram, power, stateless, with_columns
-from lora_jax.optim._settings import check_settings
+from lora_jax.optim._settings import check_optimiser, check_settings
 
 
 def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
@@ -99,8 +99,11 @@ def lora_pro(
     >>> tx = optax.chain(lora.optim.lora_pro(), optax.adamw(1e-4))
     """
     check_settings("lora.optim.lora_pro(delta=1e-8)", delta=delta)
-    if x not in FREE:
-        raise LoRAError(f"x={x!r}: expected one of {', '.join(map(repr, FREE))}")
+    if not (isinstance(x, str) and x in FREE):
+        raise LoRAError(
+            f"x={x!r}: expected one of {', '.join(map(repr, FREE))}: "
+            "lora.optim.lora_pro(x='sylvester')"
+        )
 
     def leaf(g: LowRank, node: LowRank):
         (a, bt), (ga, gbt) = columns(node), columns(g)
@@ -189,6 +192,7 @@ def lora_fa(
     """
 
     check_settings("lora.optim.lora_fa(tx, corrected=True, delta=1e-8)", delta=delta)
+    check_optimiser(tx, "lora.optim.lora_fa(optax.adam(1e-3))")
 
     def trained(tree: Any):
         # The factor that was drawn; the other begins at zero and is trained.

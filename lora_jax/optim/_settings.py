@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_jax._core.errors import LoRAError
 from lora_jax._core.numbers import BELOW_ONE, COUNT, NOT_NEGATIVE, check_numbers
 
 # What is asked of each, by its name.
@@ -23,3 +24,10 @@ def check_settings(call: str, **settings: Any) -> None:
     """Raises for numbers out of range; arrays pass that `optax.inject_hyperparams` has traced."""
     fixed = {k: x for k, x in settings.items() if not (k in SCHEDULES and callable(x))}
     check_numbers(call, traced=True, **{k: (x, KINDS[k]) for k, x in fixed.items()})
+
+
+def check_optimiser(tx: Any, call: str) -> None:
+    """Raises unless this is an optimiser, and not the function that makes one."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        found = f"the function {tx.__name__}" if hasattr(tx, "__name__") else type(tx).__name__
+        raise LoRAError(f"expected an optimiser, such as optax.adam(1e-3), found {found}: {call}")

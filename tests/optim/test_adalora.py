@@ -32,6 +32,19 @@ def optax_promotes():
 
 
 # ---------------------------------------------------------------- the schedule
+def test_a_schedule_in_numpy_s_integers():
+    """The cubes of the budget are Python's: 3000³ is no int32."""
+    adapters = {"w": lora.methods.AdaLoRA(jnp.ones((9, 8)), jnp.ones(8), jnp.ones((8, 9)),
+                                          geometry=lora.Geometry((0,), (1,)))}  # fmt: skip
+    masks = []
+    for kind in (int, np.int32):
+        settings = dict(tinit=kind(2), tfinal=kind(500), steps=kind(3000), interval=kind(1))
+        tx = lora.optim.adalora(optax.sgd(0.1), target_rank=2, **settings)
+        state = tx.init(adapters)._replace(step=jnp.int32(1200))
+        masks.append(tx.update(adapters, state, adapters)[1].mask["w"].lam)
+    assert masks[0].sum() == masks[1].sum() < 8
+
+
 def test_the_schedule_of_the_readme():
     """72 matrices, init_r 12, target_r 8, tinit 500, tfinal 1500, total_step 3000."""
     of = dict(start=72 * 12, target=72 * 8, tinit=500, end=1500)

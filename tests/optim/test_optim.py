@@ -189,3 +189,29 @@ def test_numbers_are_checked(name, argument):
     kinds += [] if name == "adalora" else [jnp.asarray]
     for kind in kinds if good is not None else ():
         make(**given | {argument: kind(good)})
+
+
+@pytest.mark.parametrize("call, match", [
+    (lambda: lora.optim.lora_plus(optax.adam(1e-3), 1e-4), r"make=.*: lora.optim.lora_plus\(optax.adam, 1e-4\)"),
+    (lambda: lora.optim.lora_fa(optax.adam), r"found the function adam: lora.optim.lora_fa\("),
+    (lambda: lora.optim.trained_only(optax.adam), "found the function adam: lora.optim.trained_only"),
+    (lambda: lora.optim.adalora(optax.adam, target_rank=2, steps=9), "found the function adam: lora.optim.adalora"),
+    (lambda: lora.optim.lora_rite(1e-3, other=optax.adam), "found the function adam: lora.optim.lora_rite"),
+    (lambda: lora.optim.lora_muon(1e-3, other=3), "found int: lora.optim.lora_muon"),
+    (lambda: lora.optim.lora_muon(10.0, weight_decay=0.1), "(?s)expected less than 1.*lora.optim.lora_muon"),
+    (lambda: lora.optim.lora_pro(x=["zero"]), r"x=\['zero'\]: expected one of"),
+    (lambda: lora.optim.lora_muon(1e-3).init({"w": lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 0.0, lora.Geometry((0,), (1,)))}), "scale 0 has no gradient"),
+])  # fmt: skip
+def test_the_call_that_was_meant(call, match):
+    with fails(match):
+        call()
+
+
+def test_galore_of_complex_weights_is_adam():
+    """A complex gradient has no real Gram matrix; and its conjugate is not forgotten."""
+    params = {"w": jnp.ones((3, 4), jnp.complex64) * (1 + 2j)}
+    loss = lambda p: jnp.sum(jnp.abs(p["w"] - 3j) ** 2)
+    grads = jax.tree.map(jnp.conj, jax.grad(loss)(params))
+    txs = lora.optim.galore(0.1, rank=2), optax.adam(0.1)
+    got, want = (tx.update(grads, tx.init(params), params)[0]["w"] for tx in txs)
+    assert_close([got.real, got.imag], [want.real, want.imag])
