@@ -17,6 +17,9 @@ import error_catalogue
 def test_the_first_page():
     ((code, printed),) = snippets("docs/index.md")
     assert_prints(code, printed)
+    # It says of itself what the README says, to which docs/claims.md holds both.
+    why = lambda page: re.findall(r"^- \*\*.*?\n\n", (ROOT / page).read_text(), re.M | re.S)[0]
+    assert why("docs/index.md") == why("README.md")
 
 
 def test_each_namespace_has_its_page_of_the_reference():

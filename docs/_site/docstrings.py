@@ -65,9 +65,9 @@ def process(app, what, name, obj, options, lines):
 
 def several(app, doctree):
     """The space between names that `process` took away."""
-    for name in doctree.findall(addnodes.literal_strong):
-        if re.fullmatch(r"\w+(,\w+)+", name.astext()):
-            name.children = [nodes.Text(name.astext().replace(",", ", "))]
+    for comma in doctree.findall(addnodes.literal_strong):
+        if comma.astext() == ",":
+            comma.children = [nodes.Text(", ")]
 
 
 def signature(app, what, name, obj, options, args, returns):

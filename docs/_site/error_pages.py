@@ -73,8 +73,11 @@ WANTED = re.compile(r"expected ([^:]+?)(?:[,;]? found\b.*)?$")
 def parts(text: str) -> tuple[str, str]:
     """What is wrong, where the message says that, and what to do."""
     cause, cure = cause_and_cure(text)
-    wanted = WANTED.match(cure)
-    return (cause if says_something(cause) else text), f"give {wanted[1]}" if wanted else cure
+    if not says_something(cure):  # a call alone, that is made when it is raised
+        cure = f"give {wanted[1]}" if (wanted := WANTED.search(cause)) else ""
+    elif wanted := WANTED.match(cure):
+        cure = f"give {wanted[1]}"
+    return (cause if says_something(cause) else text), re.sub("^expected ", "give ", cure)
 
 
 def advice(m) -> str:
