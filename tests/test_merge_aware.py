@@ -282,8 +282,8 @@ def test_training_lowers_the_loss_that_is_deployed():
 
 def test_a_small_update_does_not_arrive_on_the_levels():
     """docs/quantized.md, which base: on arrays and on 8 bits the right share of numbers crosses."""
-    params = {"w": jax.random.normal(KEY, (128, 128))}
-    u = 0.01 * jax.random.normal(jax.random.key(1), (128, 128))
+    params = {"w": rand.normal(KEY, (128, 128))}
+    u = 0.01 * rand.normal(jax.random.key(1), (128, 128))
     g = lora.Geometry((0,), (1,))
     node = lambda u: {"w": lora.LoRA(u, jnp.eye(128), 1.0, g)}
     stored = lambda base, u: lora.merge(base, node(u), requantize="nf4")["w"].value()

@@ -24,7 +24,7 @@ def integer(x: Any) -> int | None:
     if isinstance(x, str | bytes):  # NumPy takes "i" for a type
         return None
     try:
-        # A traced integer raises a TypeError of JAX's, 4.0 one of Python's, a dict or a class a ValueError.
+        # A traced integer raises a TypeError of JAX's, 4.0 one of Python's; a dict, a ValueError.
         return None if jnp.issubdtype(jnp.result_type(x), jnp.bool_) else operator.index(x)
     except (TypeError, ValueError):
         return None

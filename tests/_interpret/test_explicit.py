@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rand
 from common import assert_close, noisy, value_and_grad
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
@@ -55,7 +56,7 @@ def test_equals_one_device(name, placed):
     device: JAX's own gradient of a grouped kernel is wrong where the batch is sharded."""
     fn, shape, geometry, spec, x_shape, x_spec = USES[name]
     mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AxisType.Explicit,) * 2)
-    params, x = {"w": jax.random.normal(KEYS[0], shape)}, jax.random.normal(KEYS[1], x_shape)
+    params, x = {"w": rand.normal(KEYS[0], shape)}, rand.normal(KEYS[1], x_shape)
     factors = (jnp.zeros(s) for s in geometry.factor_shapes(shape, 2))
     adapters = noisy({"w": lora.LoRA(*factors, 0.5, geometry)}, scale=1.0)
     alone = (lambda p, x: x @ p["w"]) if "mapped" in name else fn

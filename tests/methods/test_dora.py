@@ -212,7 +212,7 @@ def test_merged_into_a_base_of_16_bits_is_rounded_once(name, dtype):
 
 def test_norms_read_a_base_in_bf16_as_it_is():
     """On GPUs and TPUs no copy of W in fp32 is made, and nothing of A in fp32 is lost."""
-    w = jax.random.normal(jax.random.key(0), (64, 48)).astype(jnp.bfloat16)
+    w = rand.normal(jax.random.key(0), (64, 48)).astype(jnp.bfloat16)
     a = jnp.linspace(1 / 3, 7 / 9, 64 * 4).reshape(64, 4) ** 9
     dims = ((0, RANK), (0, 1), (RANK, 1))
     (got,), (want,) = (f(a, w, dims=dims) for f in (_down_in_parts, _down))
