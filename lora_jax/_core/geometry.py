@@ -16,8 +16,6 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lora_jax._core import compat
-
 
 def names(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
@@ -175,11 +173,7 @@ class Factor:
         """
         rest = tuple(e for e in self.dims if e not in (d, into))
         f = self.order((*rest, *(e for e in (d, into) if self.has(e))))
-        value, n = f.value, len(rest)
-        where = compat.explicit_sharding(value)
-        if where is not None:  # axes that are merged lie on every device
-            value = jax.sharding.reshard(value, where.update(spec=PartitionSpec(*where.spec[:n])))
-        return Factor(value.reshape(*value.shape[:n], -1), (*rest, into))
+        return Factor(f.value.reshape(*f.value.shape[: len(rest)], -1), (*rest, into))
 
     def spread(self, sizes: Mapping[int, int]) -> Factor:
         """The factor with these axes as well; it is constant along those that it lacked."""

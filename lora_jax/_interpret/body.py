@@ -8,9 +8,42 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lora_jax._core import compat
+from lora_jax._interpret import bodies, convs, joins, lookups, loops, moves, reshapes, uses
 from lora_jax._interpret.rule import Equation
-from lora_jax._interpret.rules import only_moves
 from lora_jax._nodes.weight import is_weight, origins
+
+# No primitive is in two of them.
+RULES = (
+    moves.RULES
+    | reshapes.RULES
+    | joins.RULES
+    | uses.RULES
+    | convs.RULES
+    | lookups.RULES
+    | bodies.RULES
+    | loops.RULES
+)
+
+
+def may_move(eqn: Equation) -> bool:
+    """Whether an equation may stand between a parameter and the product that uses it."""
+    rule = RULES.get(eqn.primitive.name)
+    return rule is not None and rule.moves
+
+
+def by_number(eqn: Equation) -> bool:
+    """Whether an equation keeps a stack of factors with one number for all tokens: what moves
+    weights, the product, which reads the factors by it, and bodies."""
+    return may_move(eqn) or eqn.primitive.name in _BY_NUMBER
+
+
+_BY_NUMBER = ("dot_general", *bodies.RULES, *loops.RULES)
+
+
+def only_moves(eqn: Equation) -> bool:
+    """Whether an equation moves its one operand, and makes nothing else of it."""
+    return may_move(eqn) and len(eqn.invars) == len(eqn.outvars) == 1
+
 
 # Their results differ along an axis only if an operand does.
 _ELEMENTWISE = frozenset(

@@ -19,8 +19,7 @@ from lora_jax._core.einsum import cast, contract, holding, meeting, plus, times
 from lora_jax._core.geometry import PART, RANK, Factor
 from lora_jax._interpret.observe import observed
 from lora_jax._interpret.reshapes import only_in
-from lora_jax._interpret.rule import MASKS, TOKENS, Context, Equation, Rule
-from lora_jax._interpret.uses import TWO, adds
+from lora_jax._interpret.rule import MASKS, TOKENS, TWO, Context, Equation, Rule, adds
 from lora_jax._nodes.weight import is_weight
 from lora_jax._products.contract import dropout
 

@@ -11,11 +11,10 @@ from typing import Any
 import jax
 
 from lora_jax._core import compat
-from lora_jax._interpret.body import Running
+from lora_jax._interpret.body import RULES, Running, by_number, may_move
 from lora_jax._interpret.coverage import LOW_RANK, MATERIALISED, Use
 from lora_jax._interpret.repeats import Body, Repeats
 from lora_jax._interpret.rule import Equation, no_rule
-from lora_jax._interpret.rules import RULES, by_number, may_move
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, has_seed, is_weight, origins
 from lora_jax._quantized.sending import sent
 from lora_jax._quantized.waiting import is_waiting, value

@@ -17,8 +17,8 @@ from jax import lax
 
 from lora_jax._core.einsum import cast, times
 from lora_jax._core.geometry import PART, RANK, Factor
-from lora_jax._interpret.moves import GAIN, REPEATED, scaled_along, spread_to
-from lora_jax._interpret.rule import TOKENS, Context, Equation, Rule, read_first
+from lora_jax._interpret.moves import REPEATED, scaled_along, spread_to
+from lora_jax._interpret.rule import GAIN, TOKENS, Context, Equation, Rule, read_first
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight, origins
 
 ROWS = "rows that were looked up are activations where they are added"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +18,17 @@ from jax.sharding import NamedSharding
 from lora_jax._core import compat
 from lora_jax._core.geometry import Factor, spec_along
 from lora_jax._interpret.rule import (
-    TOGETHER,
+    BOTH,
+    GAIN,
+    Base,
     Context,
     Equation,
-    Function,
     Rule,
+    alone,
     every,
     read_first,
 )
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight, origins
-
-Base: TypeAlias = Callable[[], Any]  # makes what the primitive makes of the base
-
-
-def alone(
-    fn: Callable[[Equation, Followed, Base, Sequence], Followed | jax.Array | str],
-) -> Function:
-    """The rule of a primitive whose first operand alone is a weight: fn(eqn, w, base, rest)."""
-
-    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
-        w, *rest = args
-        if not is_weight(w) or any(map(is_weight, rest)):
-            return TOGETHER
-        out = fn(eqn, w, lambda: ctx.bind(eqn, [w.base, *rest])[0], rest)
-        return out if isinstance(out, str) else [out]
-
-    return whole
 
 
 def _transpose(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
@@ -154,8 +139,6 @@ def _times(
 
 
 REPEATED = "it is repeated along a new axis there"
-GAIN = "DoRA's gain is of the sum W + A·B, and not of what is joined with it"
-BOTH = "along the axes of both factors"
 
 
 def scaled_along(

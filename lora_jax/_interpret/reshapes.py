@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from lora_jax._core import compat
 from lora_jax._core.einsum import times
 from lora_jax._core.geometry import PART, RANK, Factor, blocks_of
-from lora_jax._interpret.moves import BOTH, GAIN, Base, alone
-from lora_jax._interpret.rule import Equation, Rule, every, read_first
+from lora_jax._interpret.rule import BOTH, GAIN, Base, Equation, Rule, alone, every, read_first
 from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe
 from lora_jax._quantized.waiting import value
 
@@ -87,7 +88,7 @@ def only_in(w: AdaptedWeight, d: int, keep: str | None) -> AdaptedWeight:
     into = PART if w.drops and w.seed is not None and w.seed.has(d) else RANK
 
     def move(name: str, f: Factor) -> Factor:
-        f = f.spread({d: n})
+        f = _whole(f.spread({d: n}), d)
         if name != keep:
             return f.within(d, into)
         # (n, *f): e in front, and zero where d is not e
@@ -99,6 +100,15 @@ def only_in(w: AdaptedWeight, d: int, keep: str | None) -> AdaptedWeight:
 
     seed = w.seed.within(d, PART) if w.seed is not None and into == PART else w.seed
     return dataclasses.replace(w, a=move("a", w.a), b=move("b", w.b), seed=seed, rows=None)
+
+
+def _whole(f: Factor, d: int) -> Factor:
+    """The factor with all of axis d, which is to be merged, on every device."""
+    where = compat.explicit_sharding(f.value)
+    if where is None:
+        return f
+    spec = PartitionSpec(*(None if e == d else s for e, s in zip(f.dims, where.spec)))
+    return Factor(jax.sharding.reshard(f.value, where.update(spec=spec)), f.dims)
 
 
 def _runs_along(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:

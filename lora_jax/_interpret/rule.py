@@ -10,7 +10,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe
+import jax
+
+from lora_jax._core.einsum import addable
+from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight
 
 Context: TypeAlias = Any  # the `Interpreter`
 Equation: TypeAlias = Any  # of a jaxpr
@@ -23,6 +26,9 @@ TOGETHER = "another weight enters it as well"
 INDEX = "it is used as an index"
 
 TOKENS = "it is adapted token by token"
+GAIN = "DoRA's gain is of the sum W + A·B, and not of what is joined with it"
+BOTH = "along the axes of both factors"
+TWO = "two adapted weights meet, and one of them has to be an array"
 MASKS = "it is joined of several leaves, each with a dropout mask of its own"
 
 
@@ -68,3 +74,40 @@ def every(fn: Function, moves: bool = False) -> Rule:
 def read_first(fn: Function, moves: bool = False) -> Rule:
     """One function for adapted weights and probes; coded ones are read."""
     return Rule(fn, fn, None, moves)
+
+
+Base: TypeAlias = Callable[[], Any]  # makes what the primitive makes of the base
+
+
+def alone(
+    fn: Callable[[Equation, Followed, Base, Sequence], Followed | jax.Array | str],
+) -> Function:
+    """The rule of a primitive whose first operand alone is a weight: fn(eqn, w, base, rest)."""
+
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
+        w, *rest = args
+        if not is_weight(w) or any(map(is_weight, rest)):
+            return TOGETHER
+        out = fn(eqn, w, lambda: ctx.bind(eqn, [w.base, *rest])[0], rest)
+        return out if isinstance(out, str) else [out]
+
+    return whole
+
+
+def adds(fn: Function) -> Function:
+    """The rule `fn` where an update can be added to the result: else the weight is merged."""
+
+    def whole(ctx: Context, eqn: Equation, args: Sequence) -> Sequence | str:
+        if can_add(eqn):
+            return fn(ctx, eqn, args)
+        types = " and ".join(str(v.aval.dtype) for v in eqn.invars[:2])
+        name = f"{eqn.primitive.name} of {types} to {eqn.outvars[0].aval.dtype}"
+        why = "no number of its type can be added to the result"
+        read = lambda v: ctx.materialise(v, eqn, name, why) if is_weight(v) else v
+        return ctx.bind(eqn, list(map(read, args)))
+
+    return whole
+
+
+def can_add(eqn: Equation) -> bool:
+    return addable([v.aval.dtype for v in eqn.invars[:2]], eqn.outvars[0].aval.dtype)

@@ -16,34 +16,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._core.einsum import Labels, addable, cast, contract, holding, meeting, plus, times
+from lora_jax._core.einsum import Labels, cast, contract, holding, meeting, plus, times
 from lora_jax._core.geometry import PART, RANK, Factor
 from lora_jax._interpret.observe import observed
-from lora_jax._interpret.rule import MASKS, TOKENS, Context, Equation, Function, Rule
+from lora_jax._interpret.rule import (
+    MASKS,
+    TOKENS,
+    TWO,
+    Context,
+    Equation,
+    Function,
+    Rule,
+    adds,
+    can_add,
+)
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Probe, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
 from lora_jax._products.frozen import Frozen, product
-
-TWO = "two adapted weights meet, and one of them has to be an array"
-
-
-def adds(fn: Function) -> Function:
-    """The rule `fn` where an update can be added to the result: else the weight is merged."""
-
-    def whole(ctx: Context, eqn: Equation, args: Sequence) -> Sequence | str:
-        if _can_add(eqn):
-            return fn(ctx, eqn, args)
-        types = " and ".join(str(v.aval.dtype) for v in eqn.invars[:2])
-        name = f"{eqn.primitive.name} of {types} to {eqn.outvars[0].aval.dtype}"
-        why = "no number of its type can be added to the result"
-        read = lambda v: ctx.materialise(v, eqn, name, why) if is_weight(v) else v
-        return ctx.bind(eqn, list(map(read, args)))
-
-    return whole
-
-
-def _can_add(eqn: Equation) -> bool:
-    return addable([v.aval.dtype for v in eqn.invars[:2]], eqn.outvars[0].aval.dtype)
 
 
 def _product_rule(fn: Callable) -> Function:
@@ -81,7 +70,7 @@ def _dot(ctx: Context, eqn: Equation, side: int, w: AdaptedWeight, x: jax.Array)
     else:
         siblings = ctx.siblings(eqn, 1 - side)
         # Not those whose gain is applied to x first: it would be another input.
-        uses += [u for u in siblings if not _gains_input(*u) and _can_add(u[0])]
+        uses += [u for u in siblings if not _gains_input(*u) and can_add(u[0])]
     # One group: q, k and v of an input share the product with A and what the plan makes of it.
     products = [_product(ctx, e, s, x, xl, w) for e, s, w in uses]
     outs = contracted(x, xl, products, ctx.plan)
