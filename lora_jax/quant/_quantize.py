@@ -76,8 +76,7 @@ def quantize(
         raise LoRAError(f"load={load!r}: expected a function of a path, load=lambda path: ...")
     bad: list[str] = []
 
-    def loaded(path: str, like: Any) -> Any:
-        w = load(path)
+    def loaded(path: str, like: Any, w: Any) -> Any:
         found, want = (getattr(x, "shape", None) for x in (w, like))
         if found != want:
             bad.append(f"'{path}': load gives {type(w).__name__} {found}, expected an array {want}")
@@ -85,7 +84,7 @@ def quantize(
 
     def leaf(path: str, w: Any) -> Any:
         # One leaf at a time: only its codes stay.
-        w = w if load is None else loaded(path, w)
+        w = w if load is None else loaded(path, w, load(path))
         if path not in chosen:
             return w
         if wrong := not_finite(path, w):

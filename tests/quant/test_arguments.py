@@ -35,7 +35,7 @@ CALLS = {
     "format of loftq": (lambda x: quant.loftq(P, AD, "w", x), "format=.*: expected one of nf4"),
     "double of loftq": (lambda x: quant.loftq(P, AD, "w", double=x), "expected True or False"),
     "what load gives": (lambda x: quant.quantize(P, "w", load=lambda _: x), "'w': load gives"),
-    "the other tree": (lambda x: quant.errors(Q, {"w": x, "n": 0}), "'w' is .* in the other"),
+    "the other tree": (lambda x: quant.errors(Q, {"w": x, "n": 0}), "not the parameters of one model:.*'w"),
     "gguf's kernel": (lambda x: quant.gguf_weight([], kernel=x), "kernel=.*expected True or False"),
     "bitsandbytes' kernel": (
         lambda x: quant.bitsandbytes_weight({}, "w", kernel=x), "kernel=.*expected True or False"),
@@ -68,10 +68,8 @@ def test_other_odd_arguments():
 
 LEAVES = {
     "one axis": (jnp.ones(4), r"float32\(4,\)|ambiguous|axes"),
-    "nothing": (jnp.ones((0, 4)), ""),
     "complex": (W.astype("complex64"), "complex64"),
     "integers": (jnp.ones((8, 64), "int32"), "int32"),
-    "text": ("x", ""),
     "a shape": (jax.ShapeDtypeStruct((8, 64), "float32"), "'w' is a shape without numbers: give load="),
     "infinity": (np.full((8, 64), np.inf), r"'w': inf at index \(0, 0\)"),
 }  # fmt: skip
@@ -80,8 +78,6 @@ LEAVES = {
 @pytest.mark.parametrize("name", LEAVES)
 def test_odd_leaves(name):
     leaf, match = LEAVES[name]
-    with fails(f"(?s)'w'.*|{match}"):
-        quant.quantize({"w": leaf, "n": W}, "w")
     with fails(match):
         quant.quantize({"w": leaf, "n": W}, "w")
 
