@@ -10,10 +10,11 @@ On disk, in a step's directory: `adapters/` and `state/` (orbax), `lora/` (JSON)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -141,6 +142,7 @@ def save(
         something else, or another run saves to it (see `_run.py` for what is guaranteed, on which
         file system); the adapters are not of this base or configuration; `data` is not JSON,
         `metrics` are not numbers, or a leaf of `state` cannot be saved. Nothing is written then.
+        Or what is written, or was before, did not get to the disk.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora, orbax.checkpoint as ocp, tempfile
     >>> params = {"q": jnp.ones((8, 8))}
@@ -178,8 +180,9 @@ def save(
     # A step that is not after the latest goes on: below it is the same one again, or an error.
     if (latest is None or step > latest) and not (force or manager.should_save(step)):
         return False
-    # Orbax would wait as well.
-    manager.wait_until_finished()
+    # Orbax would wait as well; what went wrong in the background is raised here.
+    with _written(f"the save before step {step}"):
+        manager.wait_until_finished()
     # Other processes may have saved since.
     manager.reload()
     latest = manager.latest_step()
@@ -220,7 +223,20 @@ def save(
     # Last, when nothing that can be known beforehand speaks against it.
     claim(manager, step)
     args = ocp.args.Composite(lora=ocp.args.JsonSave(record), **items)
-    return manager.save(step, args=args, metrics=metrics, force=force)
+    with _written(f"step {step}"):
+        return manager.save(step, args=args, metrics=metrics, force=force)
+
+
+@contextlib.contextmanager
+def _written(what: str) -> Generator[None, None, None]:
+    """One error for whatever the file system, tensorstore or orbax raise as they write."""
+    try:
+        yield
+    except Exception as e:
+        raise LoRAError(
+            f"{what} could not be written, {type(e).__name__}: {e}. The steps that were complete "
+            "are; make room, or use another directory, and save again"
+        ) from e
 
 
 def restore(

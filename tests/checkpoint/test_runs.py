@@ -70,6 +70,22 @@ def test_whatever_goes_wrong_first_all_processes_are_told(monkeypatch, error, me
     assert len(told) == 1 and found.value.__cause__ is error
 
 
+@pytest.mark.parametrize("name", ["save", "wait_until_finished"])
+def test_a_disk_that_is_full(tmp_path, monkeypatch, name):
+    """Also of a save in the background, which the next one waits for."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with ocp.CheckpointManager(tmp_path) as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(manager, name, full)
+            with fails("step 1 could not be written, OSError: .*No space left.*save again"):
+                save(manager, 1)
+        assert save(manager, 1)
+    assert same(tmp_path, 1, ADAPTERS)
+
+
 def test_one_after_the_other(tmp_path):
     """In one process: managers that are closed, whether or not they are gone."""
     managers = []
