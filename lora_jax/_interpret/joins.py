@@ -134,7 +134,8 @@ def _beside(
     if not weights[0].drops:
         return _along(RANK, firsts), _along(RANK, seconds), None
     parts = lambda fs: [f.spread({PART: 1}) for f in _placed(fs, [{}] * len(fs), RANK)]
-    return (*(_along(PART, fs) for fs in (parts(firsts), parts(seconds), _seeds(weights, PART))),)
+    seeds = _seeds(weights, PART)
+    return _along(PART, parts(firsts)), _along(PART, parts(seconds)), _along(PART, seeds)
 
 
 def _along(dim: int, factors: Sequence[Factor]) -> Factor:
