@@ -171,8 +171,8 @@ class LoRAConfig(Named, theirs=THEIRS):
     def _wrong(self) -> Iterable[tuple[str, str, str]]:
         """(field, what is wrong with it, a value that is right)."""
         for name, (kind, default) in NUMBERS.items():
-            if not kind.fits(value := getattr(self, name)):
-                failure = f"{name}={value!r}, expected {kind.text}"
+            value = getattr(self, name)
+            for failure in refused(**{name: (value, kind)}):
                 yield name, failure, _meant(value, kind, default)
         for name in PATTERNS:
             value = getattr(self, name)

@@ -399,6 +399,9 @@ def further(known: tuple[Message, ...]) -> list[Message]:
                 case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name), args=[*_, value]):
                     if name.strip("_") not in ("append", "add", "wrong"):
                         continue
+                # Also beside what it is about, and what to give: (field, message, value).
+                case ast.Yield(value=ast.Tuple(elts=[_, value, _])):
+                    pass
                 case ast.Yield(value=value) | ast.Return(value=value):
                     pass
                 case ast.Assign(targets=[ast.Subscript()], value=value):

@@ -24,15 +24,16 @@ from lora_jax._core.geometry import names, static
 from lora_jax._core.order import ordered
 from lora_jax._quantized.formats import (
     FORMATS,
+    SECOND,
     STORED,
     blocks_of,
     decode,
     dynamic_level,
+    is_float,
     read,
     read_tiles,
     undoubled,
 )
-from lora_jax._quantized.problem import problem
 from lora_jax._quantized.waiting import Waiting
 
 
@@ -228,7 +229,7 @@ class Quantized(Waiting):
         return picked.value()
 
     def __repr__(self) -> str:
-        if problem(self) is not None:  # also what jax.tree.map made of it: shapes, shardings
+        if self.problem() is not None:  # also what jax.tree.map made of it: shapes, shardings
             codes, constants = (
                 f"{x.dtype}{x.shape}" if hasattr(x, "dtype") else x
                 for x in (self.codes, self.constants)
@@ -271,11 +272,57 @@ class Quantized(Waiting):
         return undoubled(self.constants, self.second, shape, self.stack, *level)
 
     def problem(self) -> str | None:
-        return problem(self)
+        """Why the fields are not those of one weight, as of leaves that were cut by hand, cast, or
+        restored into others; None if they are."""
+        fmt = STORED.get(self.format) if isinstance(self.format, str) else None
+        if fmt is None:
+            return f"format={self.format!r}: expected one of {', '.join(STORED)}"
+        second = () if self.second is None else self.second
+        if not isinstance(second, tuple | list):
+            return f"expected a tuple of arrays as second, found a {type(second).__name__}"
+        arrays = (self.codes, self.constants, *second)
+        if odd := [x for x in arrays if not (hasattr(x, "shape") and hasattr(x, "dtype"))]:
+            return f"expected arrays as codes and constants, found a {type(odd[0]).__name__}"
+        if not is_float(self.stored_dtype):
+            return f"stored_dtype={self.stored_dtype!r}: expected a floating type"
+        if not fmt.holds(*(x.dtype for x in arrays)):
+            return f"{', '.join(str(x.dtype) for x in arrays)} are not the types of {self.format!r}"
+        shape, *others = (tuple(x.shape) for x in arrays)
+        whole = all(type(n) is int and n >= 0 for n in (self.pad, self.stack))
+        if not whole or self.stack >= max(len(shape), 1):
+            return f"pad={self.pad!r} and stack={self.stack!r} of codes {shape}"
+        *lead, last = self.stored if shape else (0,)
+        if last < 1:
+            return f"pad={self.pad} of codes {shape}: there is nothing"
+        stack = tuple(lead[: self.stack])
+        n, block = blocks_of(last, fmt.block)
+        each = n * min(fmt.parts, 2)  # scales; scales and offsets; 16 bytes for eight blocks
+        if fmt.block is None:
+            many = [(k, d) for x in others for k, d in zip(x, self.stored)]
+            good = all(k and d % k == 0 if fmt.tiles else k in (1, d) for k, d in many)
+            good = good and all(len(x) == len(shape) for x in others)
+        elif self.double:
+            groups = math.ceil(math.prod(lead[self.stack :]) * n / SECOND)
+            good = others == [(*stack, groups, SECOND), (*stack, groups), stack]
+        else:
+            scale = (others[1:] or [()])[
+                0
+            ]  # of NVFP4, for each of a stack, or of layers put together
+            good = others[0] == (*lead, each) and scale == tuple(lead[: len(scale)])
+            good = good and len(scale) >= len(stack) * fmt.whole and each % fmt.parts == 0
+        pad = self.pad <= (fmt.bits == 4) if fmt.tiles else self.pad == n * block - last
+        if good and pad:
+            return None
+        return (
+            f"codes {shape} and constants {', '.join(map(str, others))} of {self.format!r} are not "
+            "of one part of a weight. By hand (shard_map, all_gather) cut the last axis between "
+            f"blocks of {fmt.block}, and, with double quantisation, the first axis after the "
+            f"stack alone, in groups of {SECOND} constants; `jax.jit` needs no such care"
+        )
 
     def _there(self, after: jax.Array | None) -> Quantized:
         """The weight as it lies there, about to be read."""
-        if (wrong := problem(self)) is not None:
+        if (wrong := self.problem()) is not None:
             raise LoRAError(wrong)
         # Else XLA may read all weights at the start, or keep one reading for the backward pass.
         codes = self.codes if after is None else ordered(after, self.codes)

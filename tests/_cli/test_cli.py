@@ -374,7 +374,7 @@ def test_convert_there_and_back(tmp_path, form):
         with ocp.CheckpointManager(path) as manager:
             manager.save(3, args=ocp.args.StandardSave(MODELS[name][1](name)))
     text = run("convert", g.folder(name), tmp_path / "run", "--params", path)
-    assert "model/layers/1/self_attn/q_proj/kernel" in text
+    assert "model/layers/{0,1}/self_attn/q_proj/kernel" in text, text
     found = lora.checkpoint.restore(tmp_path / "run", base=MODELS[name][1](name))
     assert found.step == 0 and found.data["peft"]["config"]["r"] == 4
     run("convert", tmp_path / "run", tmp_path / "back", "--to", "peft")
@@ -544,8 +544,8 @@ def test_combine(tmp_path):
 def test_modules_without_a_parent_are_meant_alone(tmp_path):
     folder = written(tmp_path / "in", pair("lin", 4, 4), target_modules=["lin"])
     combine_folders(tmp_path / "out", [folder], [1.0])
-    targeted = open_torch(tmp_path / "out").config.targeted
-    assert targeted("lin") and not targeted("block.lin")
+    targets = open_torch(tmp_path / "out").config.targets
+    assert "lin" in targets and "block.lin" not in targets
 
 
 def test_what_cannot_be_combined_is_listed(tmp_path):
