@@ -175,11 +175,18 @@ def checked(adapters: Any) -> Any:
     check_factors(flat)
     raise_all(
         "these factors do not fit each other:",
-        (f"'{p}': {wrong}" for p, n in flat.items() if (wrong := n.misfit(tuple(n.shape)))),
+        (f"'{p}' {wrong}" for p, n in flat.items() if (wrong := _unfit(n))),
         "make them by lora.init(key, params, config)",
     )
     # NumPy's fp64, as JAX has it.
     return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, adapters)
+
+
+def _unfit(node: Any) -> str | None:
+    if node.more_axes:
+        return "is a stack, or a part of one: lora.algebra.choose(stacked, 0) of it first"
+    wrong = node.misfit(tuple(node.shape))
+    return wrong and f"does not fit: {wrong}"
 
 
 def differ(nodes: list, base: Any) -> str | None:

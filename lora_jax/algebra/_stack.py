@@ -337,8 +337,6 @@ def _fitted(node: Any, like: Any) -> Any:
     """A node as the slot has it; None is an empty slot."""
     if node is None:
         return like
-    if node.more_axes:
-        raise LoRAError("is a stack, or a part of one: lora.algebra.choose(stacked, 0) of it first")
     kinds = [
         any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in jax.tree.leaves(n))
         for n in (node, like)

@@ -356,8 +356,8 @@ large = {"w": dataclasses.replace(NODE["w"], scale=1e6)}
             (functools.partial(lora.algebra.stack, x), "expected a list of adapter trees, found a")
             for x in (None, NODE, STACK, 3)
         ),
-        (lambda: lora.algebra.stack([STACK]), "'w': is a stack, or a part of one"),
-        (lambda: lora.algebra.put(STACK, 0, STACK), "'w': is a stack, or a part of one"),
+        (lambda: lora.algebra.stack([STACK]), "'w' is a stack, or a part of one"),
+        (lambda: lora.algebra.put(STACK, 0, STACK), "'w' is a stack, or a part of one"),
         (lambda: lora.algebra.put(STACK, 0, of_type("complex64")), "'w': is complex"),
         (
             lambda: lora.algebra.put(lora.algebra.stack([of_type("float16")]), 0, large),

@@ -25,7 +25,7 @@ def left(params, base, adapters):
 @pytest.mark.parametrize("iterations, want", [(1, 0.852), (5, 0.750), (10, 0.732)])
 def test_residual_on_a_normal_distribution(iterations, want):
     """Rank 16 of 192: the smaller the matrix, the more of its error is of low rank."""
-    params = {"w": rand.normal(KEY, (192, 192))}
+    params = {"w": jax.random.normal(KEY, (192, 192))}
     got = left(params, *lora.quant.loftq(params, started(params, 16), "w", iterations=iterations))
     assert abs(got - want) < 0.012
 
