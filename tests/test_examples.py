@@ -241,6 +241,7 @@ def test_convnet_surveys_every_kernel():
     assert targets.parameters == 3272
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("promotes")
 def test_a_sweep_is_its_solo_runs(monkeypatch):
     """Other ranks, alphas, rates and data in one step: each as alone, the padding still zero."""

@@ -96,6 +96,7 @@ def test_shapes_and_reads_tell_layers_apart():
     assert kinds(wide, params, X) == [0, 0, 0, 0, 4, 4, 4, 4]
 
 
+@pytest.mark.slow
 @examples(12)
 @given(
     st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=2, max_size=6),

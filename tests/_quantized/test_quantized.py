@@ -146,6 +146,7 @@ def test_equals_the_dequantised_base(name, format):
     assert_close(frozen, fn(plain, x))
 
 
+@pytest.mark.slow
 def test_gradient_of_the_input_through_frozen_weights():
     q = {"w": quantized(W, "nf4"), "v": quantized(W.T, "int8")}
     fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]

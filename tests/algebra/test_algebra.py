@@ -199,6 +199,7 @@ def test_extract():
     )
 
 
+@pytest.mark.slow
 def test_extract_also_what_is_trained_in_full():
     config = dataclasses.replace(CONFIG, full="dense/bias", rows={"table": [2]})
     one = make(1, config)
@@ -246,6 +247,7 @@ def test_compare():
     assert "dense/kernel" in str(some) and "1" in str(some)
 
 
+@pytest.mark.slow
 def test_compare_only_directions_that_exist():
     """A zero update has none, one of cancelling factors either; of a stack, each weight has its
     own; angles are those of the space, whatever the rank of the factors."""

@@ -513,6 +513,7 @@ def test_errors(call, match):
         call()
 
 
+@pytest.mark.slow
 def test_more_elements_than_int32_counts(monkeypatch):
     """A leaf is counted in parts, each of which fits, whatever its elements: all may be zeros."""
     found = jax.eval_shape(

@@ -131,6 +131,7 @@ def value_and_gradients(f):
     return jax.jit(lambda *args: (f(*args), jax.grad(loss, (0, 2))(*args)))
 
 
+@pytest.mark.slow
 def test_a_model_with_a_scan_and_experts():
     stacked = lora.algebra.stack(
         ZOO, capacity=6

@@ -218,6 +218,7 @@ def test_a_pruned_triplet_can_come_back():
     assert trail[23:] == [([True, False], [True, False])] * 7  # back; then the mask is fixed
 
 
+@pytest.mark.slow
 def test_equal_importances_are_counted_too():
     """Gradients of zero: all scores are zero, and still as many are kept as the budget says."""
     adapters = start()

@@ -157,6 +157,7 @@ def test_a_subspace_only_when_due():
     assert same == [True, True, False, True]
 
 
+@pytest.mark.slow
 def test_training():
     """A regression in which every kind of leaf takes part; jit is eager."""
     params = {"up": normal(0, 8, 16) / 3, "stack": normal(1, 2, 16, 16) / 4, "bias": jnp.zeros(16)}

@@ -136,6 +136,7 @@ def check_kills(tmp_path, kills, steps):
     return resumed
 
 
+@pytest.mark.slow
 def test_kill(tmp_path):
     check_kills(tmp_path, kills=2, steps=60)
 

@@ -49,10 +49,7 @@ def noisy(adapters, key=7, scale=0.1):
     """Adapters with every array random, so that nothing is zero by accident."""
     leaves, treedef = jax.tree.flatten(adapters)
     keys = jax.random.split(jax.random.key(key), len(leaves))
-    leaves = [
-        x + scale * rand.normal(k, x.shape, jnp.float32).astype(x.dtype)
-        for k, x in zip(keys, leaves)
-    ]
+    leaves = [x + rand.normal(k, x.shape, x.dtype, scale) for k, x in zip(keys, leaves)]
     return jax.tree.unflatten(treedef, leaves)
 
 

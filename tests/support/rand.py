@@ -12,11 +12,12 @@ def _generator(key):
     return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
 
 
-def normal(key, shape=(), dtype=jnp.float32):
-    """Standard normal values; of a traced key those of `jax.random`."""
+def normal(key, shape=(), dtype=jnp.float32, scale=1.0):
+    """Normal values of a standard deviation; of a traced key those of `jax.random`."""
     if isinstance(key, jax.core.Tracer):
-        return jax.random.normal(key, shape, dtype)
+        return (scale * jax.random.normal(key, shape, dtype)).astype(dtype)
     draw = _generator(key).standard_normal
+    values = draw(shape)
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jnp.asarray((draw(shape) + 1j * draw(shape)) / 2**0.5, dtype)
-    return jnp.asarray(draw(shape), dtype)
+        values = (values + 1j * draw(shape)) / 2**0.5
+    return jnp.asarray(scale * values, dtype)
