@@ -14,7 +14,7 @@ from support.common import assert_close, fails
 import lora_jax as lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nnx.capture:DeprecationWarning")
-WIDTH, RANK, RATE = 8, 2, 0.01
+WIDTH, RANK, RATE = 8, 2, 0.002
 LAYERS = ("up", "down", "query", "value")
 
 

@@ -95,7 +95,8 @@ def test_any_movement_of_a_weight(case):
 @examples(8)
 @given(moves())
 def test_a_reshape_that_joins_axes_of_two_kinds(case):
-    """The one movement that no factors follow: refused by name, or materialised where allowed."""
+    """Rows with columns is the one that no factors follow: refused by name, or materialised where
+    allowed. With an axis of a stack the rank is as many times larger."""
     shape, kinds, steps, seed = case
     params, adapters, x = weighed(shape, kinds, seed)
 
@@ -103,13 +104,16 @@ def test_a_reshape_that_joins_axes_of_two_kinds(case):
         w, now = move(p["w"], kinds, steps, np.random.default_rng(seed))
         mixed = sorted(set(range(w.ndim - 1)) - set(joinable(w.shape, now)))
         assume(mixed)
+        two.append({*now[mixed[0] : mixed[0] + 2]})
         return contracted(joined(w, now, mixed[0])[0], x)
 
+    two = []
     want = run(lora.merge(params, adapters), x)
     bound = lora.bind(params, adapters)
-    with fails("'w' .* is materialised by `reshape`"):
-        lora.adapt(run)(bound, x)
-    got = lora.adapt(run, strict=False)(bound, x)
+    if refused := two[0] == {"i", "o"}:
+        with fails("'w' .* is materialised by `reshape`"):
+            lora.adapt(run)(bound, x)
+    got = lora.adapt(run, strict=not refused)(bound, x)
     np.testing.assert_allclose(got, want, atol=2e-4 * max(1.0, float(jnp.abs(want).max())))
 
 

@@ -332,9 +332,9 @@ def without(new: Changes, before: list, same: Callable[[Any, Any], bool]) -> Cha
     """The changes without those of variables that hold the same as `before`, by `same`."""
 
     def is_new(i: int, variable: Any) -> bool:
-        (_, contents), (now, _) = before[i], _contents(variable)[""]
-        old, _ = contents[""]
-        return len(old) != len(now) or not all(map(same, old, now))
+        (_, contents), (now, structure) = before[i], _contents(variable)[""]
+        old, was = contents[""]  # the structure has the metadata
+        return structure != was or not all(map(same, old, now))
 
     variables = {i: x for i, x in new.variables.items() if is_new(i, x)}
     return dataclasses.replace(new, variables=variables)
