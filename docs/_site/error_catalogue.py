@@ -37,6 +37,19 @@ def source(file: Path) -> ast.Module:
 
 
 @cache
+def nodes(tree: ast.AST) -> list[ast.AST]:
+    """All of a tree, which is looked through many times."""
+    return [*ast.walk(tree)]
+
+
+@cache
+def returned(function: ast.AST) -> list[ast.AST]:
+    """What it returns or yields."""
+    kinds = ast.Return | ast.Yield | ast.YieldFrom
+    return [n.value for n in nodes(function) if isinstance(n, kinds) and n.value is not None]
+
+
+@cache
 def module_file(module: str) -> Path | None:
     at = PACKAGE.parent / Path(*module.split("."))
     found = [f for f in (at.with_suffix(".py"), at / "__init__.py") if f.is_file()]
@@ -82,7 +95,7 @@ def assigned(node: ast.AST, name: str) -> list[ast.AST]:
     function = enclosing(node, FUNCTION)
     found = []
     while function is not None:
-        for n in ast.walk(function):
+        for n in nodes(function):
             if isinstance(n, ast.Assign):
                 for target in n.targets:
                     if isinstance(target, ast.Name) and target.id == name:
@@ -242,7 +255,7 @@ def text_of(file: Path, node: ast.AST, depth: int = 0) -> str:
                 return text_of(*found, depth + 1)
         case ast.Call(func=ast.Name(id=name)):
             if (found := defined(file, name)) and isinstance(found[1], ast.FunctionDef):
-                for n in ast.walk(found[1]):
+                for n in nodes(found[1]):
                     if isinstance(n, ast.Return) and n.value is not None:
                         text = text_of(found[0], n.value, depth + 1)
                         if " " in text or "(" in text:
@@ -278,22 +291,12 @@ def texts_of(file: Path, node: ast.AST, depth: int = 0) -> list[str]:
         case ast.Attribute(attr=name, value=ast.Name(id="self")):
             return [t for v in gathered(node, name, ast.ClassDef) for t in again(v)]
         case ast.Call(func=ast.Name(id=name)) if found := defined(file, name):
-            values = [
-                n.value
-                for n in ast.walk(found[1])
-                if isinstance(n, ast.Return | ast.Yield | ast.YieldFrom) and n.value is not None
-            ]
-            return [t for v in values for t in texts_of(found[0], v, depth + 1)]
+            return [t for v in returned(found[1]) for t in texts_of(found[0], v, depth + 1)]
         case ast.Call(func=ast.Attribute(attr=name, value=ast.Name(id="self"))):
             around = enclosing(node, ast.ClassDef)
             for f in around.body if around else []:
                 if isinstance(f, ast.FunctionDef) and f.name == name:
-                    return [
-                        t
-                        for n in ast.walk(f)
-                        if isinstance(n, ast.Return | ast.Yield | ast.YieldFrom) and n.value
-                        for t in again(n.value)
-                    ]
+                    return [t for v in returned(f) for t in again(v)]
             return []
     text = text_of(file, node, depth)
     return [text] if says_something(text) or "|" in text else []
@@ -318,7 +321,7 @@ def gathered(node: ast.AST, name: str, around=FUNCTION) -> Iterator[ast.AST]:
         (isinstance(n, ast.Name) and n.id == name)
         or (isinstance(n, ast.Attribute) and n.attr == name)
     )
-    for n in ast.walk(holder) if holder is not None else ():
+    for n in nodes(holder) if holder is not None else ():
         match n:
             case ast.Assign(targets=[target], value=value) if own(target):
                 yield value
@@ -467,7 +470,7 @@ def uses(file: Path, name: str) -> frozenset[tuple[Path, str]]:
     if found is None:
         return frozenset()
     out = set()
-    for node in ast.walk(found[1]):
+    for node in nodes(found[1]):
         if isinstance(node, ast.Name):
             out.add((found[0], node.id))
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

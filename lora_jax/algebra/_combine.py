@@ -175,7 +175,7 @@ def checked(adapters: Any) -> Any:
     check_factors(flat)
     raise_all(
         "these factors do not fit each other:",
-        (f"'{p}' {wrong}" for p, n in flat.items() if (wrong := _unfit(n))),
+        (f"'{p}'{wrong}" for p, n in flat.items() if (wrong := _unfit(n))),
         "make them by lora.init(key, params, config)",
     )
     # NumPy's fp64, as JAX has it.
@@ -184,9 +184,9 @@ def checked(adapters: Any) -> Any:
 
 def _unfit(node: Any) -> str | None:
     if node.more_axes:
-        return "is a stack, or a part of one: lora.algebra.choose(stacked, 0) of it first"
+        return " is a stack, or a part of one: lora.algebra.choose(stacked, 0) of it first"
     wrong = node.misfit(tuple(node.shape))
-    return wrong and f"does not fit: {wrong}"
+    return wrong and f": {wrong}"
 
 
 def differ(nodes: list, base: Any) -> str | None:

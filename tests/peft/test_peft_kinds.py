@@ -196,7 +196,7 @@ def test_square_experts_need_to_be_told(tmp_path):
     folder, tensors = square(tmp_path / "a", peft_version="0.21.2")
     with fails("2 ways to assign its tensors fit.*experts_a='in'"):
         lora.peft.load(folder, params, targets)
-    with fails("expected 'in' or 'out'"):
+    with fails("experts_a='inputs': expected one of in, out"):
         lora.peft.load(folder, params, targets, experts_a="inputs")
     a = tensors["experts.lora_A.weight"].reshape(3, 2, 6)
     b = tensors["experts.lora_B.weight"].reshape(6, 2, 3)
