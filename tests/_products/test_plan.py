@@ -189,8 +189,16 @@ def test_a_weight_that_depends_on_a_sibling_is_not_made_early():
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_gradients_against_float64(plan, dtype):
-    """Each plan within the dtype's bound of fp64 dense autodiff, and within twice LoRA by hand."""
-    key = jax.random.key(5)
+    """Each plan within the dtype's bound of fp64 dense autodiff, and within twice LoRA by hand: the
+    worst leaf of three draws."""
+    ours, hand = np.max([errors_against_float64(plan, dtype, seed) for seed in (5, 6, 7)], 0)
+    assert ours <= 32 * float(jnp.finfo(dtype).eps)
+    assert ours <= 2 * hand, ours / hand
+
+
+def errors_against_float64(plan, dtype, seed):
+    """Relative errors (norms) of the worst leaf: (ours, by hand)."""
+    key = jax.random.key(seed)
     rows, d, k, r, scale = 512, 32, 48, 4, 2.0
     names = ("q", "v")
     params = {
@@ -224,14 +232,11 @@ def test_gradients_against_float64(plan, dtype):
     def errors(loss):
         got = jax.jit(jax.grad(loss, (0, 1)))(ad, x)
         return [
-            np.abs(np.asarray(g, np.float64) - w).max() / np.abs(w).max()
+            np.linalg.norm(np.asarray(g, np.float64) - w) / np.linalg.norm(w)
             for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want))
         ]
 
-    eps = float(jnp.finfo(dtype).eps)
-    worst = max(errors(ours))
-    assert worst <= 32 * eps
-    assert worst <= 2 * max(errors(hand))
+    return max(errors(ours)), max(errors(hand))
 
 
 def test_auto_does_not_merge_where_bits_would_be_lost():
