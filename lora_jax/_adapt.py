@@ -16,6 +16,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._interpret.coverage import Coverage, Use
 from lora_jax._interpret.interpreter import Interpreter
 from lora_jax._interpret.saving import has_own, policy
+from lora_jax._interpret.stops import with_stops
 from lora_jax._interpret.trace import Constants, Traceable
 from lora_jax._nodes.stored import Stored, problems
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Followed, is_weight
@@ -145,7 +146,7 @@ class Adapted(Traceable):
         super().__init__(fn, static_argnums, static_argnames)
         self.part, self.made = part, made
         if plan not in PLANS:
-            raise LoRAError(f"plan={plan!r} is not one of {', '.join(PLANS)}")
+            raise LoRAError(f'plan={plan!r} is not one of {", ".join(PLANS)}: {made}, plan="auto")')
         if not (save is None or save == "products" or callable(save)):
             raise LoRAError(
                 f'save={save!r} is neither None, "products" nor a policy of '
@@ -201,7 +202,9 @@ class Adapted(Traceable):
         if self.merge_aware is not None:
             told = list(self._as_stored(told, self.merge_aware))
         # A base whose gradient is stopped has no tangent, so no gradient of its size is formed.
-        frozen = [_frozen(x) if is_weight(x) else x for x in told]
+        # Without dead equations: a use that no output depends on is no use.
+        program, consts = compat.live(jaxpr)
+        frozen = with_stops(program, [_frozen(x) if is_weight(x) else x for x in told])
         adapted = [x for x in frozen if isinstance(x, AdaptedWeight)]
         apart = [x for x in adapted if x.apart] if self.plan == "merged" else []
         # x·(W + s·A·B) has no input of the branch alone that could be dropped.
@@ -217,8 +220,7 @@ class Adapted(Traceable):
         plan = self.plan if self.merge_aware is None else AWARE
         interpreter = Interpreter(plan, self.policy)
         fixed = self.parameters(constants, arrays)
-        # Without dead equations: a use that no output depends on is no use.
-        outs = interpreter.run(*compat.live(jaxpr), frozen, fixed=fixed)
+        outs = interpreter.run(program, consts, frozen, fixed=fixed)
         # Each rule returns a new object, so identity tells what `fn` returns as it got it.
         place = {id(x): i for i, x in enumerate(frozen)}
         as_array = lambda o: (

@@ -60,9 +60,7 @@ def _long_axes(v: Any) -> set[int]:
 class Running:
     """A body under evaluation: its values, and who makes and who multiplies them."""
 
-    def __init__(
-        self, eqns: Sequence, outs: Sequence, env: dict, scopes: int, fixed: Iterable = ()
-    ):
+    def __init__(self, eqns: Sequence, env: dict, scopes: int, fixed: Iterable = ()):
         self.env = env
         self.scopes = scopes
         # The inputs that no data enters.
@@ -70,7 +68,6 @@ class Running:
         # The ids of the equations that were evaluated, in their turn or ahead of it.
         self.done: set[int] = set()
         self._eqns = eqns
-        self._outs = outs
 
     def read(self, v: Any) -> Any:
         return v.val if isinstance(v, compat.Literal) else self.env[v]
@@ -84,35 +81,6 @@ class Running:
 
     def maker(self, v: Any) -> Equation | None:
         return self._makers.get(v)
-
-    @functools.cached_property
-    def _readers(self) -> dict:
-        # {value: the equations that it enters; None for the outputs}
-        found = collections.defaultdict(list)
-        for eqn, values in [*((e, e.invars) for e in self._eqns), (None, self._outs)]:
-            for v in values:
-                if not isinstance(v, compat.Literal):
-                    found[v].append(eqn)
-        return found
-
-    def frozen(self, v: Any) -> bool:
-        """Whether `v` is an input of the body, moved at most, and all that becomes of it goes
-        through stop_gradient."""
-        while (eqn := self.maker(v)) is not None:
-            if not only_moves(eqn):
-                return False
-            v = eqn.invars[0]
-
-        def stopped(v: Any) -> bool:
-            return all(
-                e is not None
-                and (
-                    e.primitive.name == "stop_gradient" or (only_moves(e) and stopped(e.outvars[0]))
-                )
-                for e in self._readers[v]
-            )
-
-        return stopped(v)
 
     @functools.cached_property
     def _products(self) -> dict:

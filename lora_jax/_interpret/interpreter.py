@@ -28,7 +28,7 @@ class Interpreter:
         self.policy = policy  # of jax.checkpoint, for the bodies of scans that weights enter
         self.saves = False  # whether there was such a body
         self.events: dict[tuple, Use] = {}
-        self._body = Running([], [], {}, 0)
+        self._body = Running([], {}, 0)
         self._jits: dict = {}  # see `once`
         self._uses = 0
 
@@ -48,7 +48,7 @@ class Interpreter:
         env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
         still = [v for v, one in zip(jaxpr.invars, fixed) if one]
         still += [v for v, x in zip(jaxpr.invars, args) if is_weight(x)]
-        body = Running(jaxpr.eqns, jaxpr.outvars, env, scopes, [*jaxpr.constvars, *still])
+        body = Running(jaxpr.eqns, env, scopes, [*jaxpr.constvars, *still])
         # Bodies nest: rules run those inside by this method.
         outer, self._body = self._body, body
         repeats = Repeats(jaxpr) if any(map(is_weight, args)) else None
@@ -227,10 +227,6 @@ class Interpreter:
     def constant(self, v: Any) -> bool:
         """Whether a value of the body is made of parameters and constants alone."""
         return self._body.constant(v)
-
-    def frozen(self, v: Any) -> bool:
-        """Whether the body lets no gradient through to the parameter that a value is."""
-        return self._body.frozen(v)
 
     def varies(self, v: Any) -> set[int]:
         """The axes along which the elements of a value of the body may differ."""

@@ -87,6 +87,7 @@ def _labels(parts: Sequence[Followed]) -> dict | str:
         axes = tuple(map(lambda first, all_: first or all_, parts[0].axes, axes))
     return dict(
         origin=tuple(dict.fromkeys(o for w in parts for o in origins(w))),
+        stopped=all(w.stopped for w in parts),
         axes=axes,
         stacked=union(w.stacked for w in parts),
         indexed=union(w.indexed for w in parts),

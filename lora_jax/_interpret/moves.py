@@ -95,7 +95,7 @@ def _neg(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
 def _stop_gradient(ctx: Context, eqn: Equation, args: Sequence) -> list:
     (w,) = args
     base = ctx.bind(eqn, [w.base])[0]
-    if ctx.frozen(eqn.invars[0]):  # the program freezes the parameter: the adapter trains
+    if w.stopped:  # the program freezes the parameter: the adapter trains
         return [w.with_base(base)]
     # A target, a straight-through estimator, rows that were looked up: a constant to the gradient.
     return [w.moved(base, lambda f: Factor(lax.stop_gradient(f.value), f.dims), w.axes)]

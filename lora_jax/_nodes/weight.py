@@ -56,6 +56,7 @@ class Followed:
       axes: for each axis of `base`, the axes of the original leaf that it came from.
       stacked: the axes of the original leaf that were consumed by a loop or an index.
       indexed: those of `stacked` that a gather consumed, with the look-up not yet decided.
+      stopped: whether each use of the leaf goes through `stop_gradient`: that is of the base then.
     """
 
     base: Any
@@ -63,6 +64,7 @@ class Followed:
     axes: tuple[tuple[int, ...], ...] = static(default=(), kw_only=True)
     stacked: tuple[int, ...] = static(default=(), kw_only=True)
     indexed: tuple[int, ...] = static(default=(), kw_only=True)
+    stopped: bool = static(default=False, kw_only=True)
 
     lora_leaf = True  # for `_core.paths`: one leaf of a parameter tree
 

@@ -305,9 +305,8 @@ class Quantized(Waiting):
             groups = math.ceil(math.prod(lead[self.stack :]) * n / SECOND)
             good = others == [(*stack, groups, SECOND), (*stack, groups), stack]
         else:
-            scale = (others[1:] or [()])[
-                0
-            ]  # of NVFP4, for each of a stack, or of layers put together
+            # Of NVFP4, for each of a stack, or of layers put together.
+            scale = others[1] if others[1:] else ()
             good = others[0] == (*lead, each) and scale == tuple(lead[: len(scale)])
             good = good and len(scale) >= len(stack) * fmt.whole and each % fmt.parts == 0
         pad = self.pad <= (fmt.bits == 4) if fmt.tiles else self.pad == n * block - last

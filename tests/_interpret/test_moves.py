@@ -111,6 +111,14 @@ def test_a_stack_of_weights_made_one(name, geometry):
 
 STOP = jax.lax.stop_gradient
 IDS = jnp.array([1, 3, 3, 0])
+INSIDE = {
+    "jit": lambda f, w: jax.jit(f)(w),
+    "jit that moves it": lambda f, w: jax.jit(lambda w: jax.jit(jnp.transpose)(f(w).T))(w),
+    "checkpoint": lambda f, w: jax.checkpoint(f)(w),
+    "scan": lambda f, w: jax.lax.scan(lambda c, _: (c + f(w), None), 0 * f(w), None, 2)[0],
+    "scan of a stack": lambda f, w: jax.lax.map(f, jnp.stack([w, 2 * w])),
+    "cond": lambda f, w: jax.lax.cond(jnp.sum(X) < 1e9, f, lambda w: 0 * f(w), w),
+}
 STOPPED = {
     "a target network": lambda p, x: (x @ p["w"], x @ STOP(p["w"])),
     "a target network in a jit": lambda p, x: (x @ p["w"], jax.jit(jnp.dot)(x, STOP(p["w"].T).T)),
@@ -118,6 +126,13 @@ STOPPED = {
     "straight through": lambda p, x: x @ (p["w"] + STOP(3 * p["w"] - p["w"])),
     "rows": lambda p, x: p["w"][IDS] + 2 * STOP(p["w"][IDS]),
     "rows alone": lambda p, x: STOP(p["w"][IDS]) + x[:4] @ p["u"],
+    **{
+        f"inside of a {name}": lambda p, x, run=run: (
+            x @ p["w"],
+            run(lambda w: x @ STOP(w), p["w"]),
+        )
+        for name, run in INSIDE.items()
+    },
 }
 
 
@@ -138,14 +153,16 @@ def test_rounded_straight_through():
     assert_close(got(adapters), want(adapters), factor=256)
 
 
-def test_the_base_is_stopped_and_the_adapter_trains():
-    fn = lambda p, x: x @ STOP(p["w"].T).T
-    plain = lambda p, x: x @ p["w"]
+@pytest.mark.parametrize("run", [None, "jit", "checkpoint", "scan", "cond"])
+def test_the_base_is_stopped_and_the_adapter_trains(run):
+    run = INSIDE.get(run, lambda f, w: f(w.T.T))
+    fn = lambda p, x: run(lambda w: x @ STOP(w), p["w"])
+    plain = lambda p, x: run(lambda w: x @ w, p["w"])
     params = {"w": PARAMS["w"]}
     adapters = lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=2, targets="w"))
     loss = lambda fn: lambda ad: jnp.sum(lora.adapt(fn)(lora.bind(params, ad), X) ** 2)
     got, want = (jax.grad(loss(f))(adapters)["w"] for f in (fn, plain))
-    np.testing.assert_array_equal(got.b, want.b)
+    assert_close(got, want)
     assert jnp.abs(got.b).max() > 0
 
 
