@@ -23,6 +23,7 @@ from lora_jax._core.numbers import COUNT, check_numbers
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.node import array_names, is_node
 from lora_jax.algebra._stack import places, slot_count
+from lora_jax.optim._settings import check_optimiser
 
 if TYPE_CHECKING:
     import chex
@@ -81,7 +82,8 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
            [[ 0. ,  0. ]]], dtype=float32)
     """
 
-    inner = optax.with_extra_args_support(checked_tx(tx, "lora.optim.per_slot(optax.adam(1e-4))"))
+    check_optimiser(tx, "lora.optim.per_slot(optax.adam(1e-4))")
+    inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> PerSlotState:
         nodes, count = flatten(params, is_leaf=is_node), slot_count(params, "tx.init(stacked)")
@@ -152,13 +154,6 @@ def by_slot(values: chex.Array, slots: chex.Array, capacity: int) -> tuple[chex.
     return total / jnp.maximum(count, 1).astype(total.dtype), count > 0
 
 
-def checked_tx(tx: Any, call: str) -> Any:
-    """What has the two functions of an optimiser."""
-    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
-        raise LoRAError(f"tx: expected an optax.GradientTransformation, found {tx!r}: {call}")
-    return tx
-
-
 def of_each_other(stacked: Any, state: Any, tx: Any) -> int:
     """n, of a stack and a state that belong to each other and to `tx`."""
     call = "state = lora.optim.per_slot(tx).init(stacked)"
@@ -178,7 +173,8 @@ def of_each_other(stacked: Any, state: Any, tx: Any) -> int:
         call,
     )
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
-    want, has = jax.eval_shape(checked_tx(tx, call).init, like), state.inner
+    check_optimiser(tx, call)
+    want, has = jax.eval_shape(tx.init, like), state.inner
     if jax.tree.structure(want) != jax.tree.structure(has):
         raise LoRAError(
             f"the state is not of this optimiser: expected {jax.tree.structure(want)}, found "

@@ -28,6 +28,6 @@ def check_settings(call: str, **settings: Any) -> None:
 
 def check_optimiser(tx: Any, call: str) -> None:
     """Raises unless this is an optimiser, and not the function that makes one."""
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
         found = f"the function {tx.__name__}" if hasattr(tx, "__name__") else type(tx).__name__
         raise LoRAError(f"expected an optimiser, such as optax.adam(1e-3), found {found}: {call}")

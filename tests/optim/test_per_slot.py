@@ -216,9 +216,9 @@ def test_nothing_is_changed_by_what_does_not_fit():
     with fails(r"expected nothing, found a str"):
         lora.optim.join(TX, stacked, state, 0, TENANTS[0], "state")
     for tx in (None, "adam", optax.adam):
-        with fails("tx: expected an optax.GradientTransformation, found"):
+        with fails("expected an optimiser, such as optax.adam"):
             lora.optim.per_slot(tx)
-        with fails("tx: expected an optax.GradientTransformation, found"):
+        with fails("expected an optimiser, such as optax.adam"):
             lora.optim.join(tx, stacked, state, 0, TENANTS[0])
     for capacity in (0, -4, 4.0, None, True):
         with fails("capacity=.*expected an integer >= 1"):
