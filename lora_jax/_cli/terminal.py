@@ -73,7 +73,7 @@ def _ruled(block: str) -> bool:
         ruled.add_row(*map(_plain, row))
     console.print(ruled)
     if alike:
-        typer.echo("each: " + ", ".join(f"{c[0].strip()} {c[1].strip()}" for c in alike))
+        echo("each: " + ", ".join(f"{c[0].strip()} {c[1].strip()}" for c in alike))
     return True
 
 
