@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import reviews
 import serve_swap
-import sweep
 from common import assert_close, noisy
 from models import bert
 from models.convnet import ConvNet
@@ -245,6 +244,8 @@ def test_convnet_surveys_every_kernel():
 @pytest.mark.usefixtures("promotes")
 def test_a_sweep_is_its_solo_runs(monkeypatch):
     """Other ranks, alphas, rates and data in one step: each as alone, the padding still zero."""
+    import sweep  # scikit-learn takes seconds
+
     settings = [sweep.SWEEP[i] for i in (4, 7)]
     model = sweep.Reader(width=16, layers=1)
     for name, value in dict(SWEEP=settings, model=model, adapted=lora.adapt(model.apply)).items():

@@ -1,5 +1,6 @@
 """Parameters in qwix's arrays: the values of qwix, and adapters that train on them."""
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -50,18 +51,20 @@ def some(dtype, shape, tiles, zero=False, scale="float32", qtype=None):
 
 
 KINDS = {
-    "channelwise": some("int8", (64, 32), (1, 32)),
-    "whole": some("int8", (64, 32), (1, 1), scale="bfloat16"),
-    "tiles": some("int8", (64, 32), (4, 32), scale="bfloat16"),
-    "tiles of both axes": some("int8", (64, 32), (4, 8)),
-    "zero points": some("int8", (64, 32), (4, 32), zero=True, scale="bfloat16"),
-    "int4": some("int4", (64, 32), (4, 32), zero=True, scale="bfloat16"),
-    "int4, odd": some("int4", (64, 33), (1, 33)),
-    "int3": some("int4", (64, 32), (1, 32), qtype="int3"),
-    "nf4": some("uint4", (64, 32), (4, 32), qtype="nf4", scale="bfloat16"),
-    "fp8": some("float8_e4m3fn", (64, 32), (1, 32)),
-    "mxfp8": some("float8_e4m3fn", (64, 32), (2, 32), qtype="mxfp8"),
-    "mxfp4": some("float4_e2m1fn", (64, 32), (2, 32), qtype="mxfp4", scale="bfloat16"),
+    "channelwise": functools.partial(some, "int8", (64, 32), (1, 32)),
+    "whole": functools.partial(some, "int8", (64, 32), (1, 1), scale="bfloat16"),
+    "tiles": functools.partial(some, "int8", (64, 32), (4, 32), scale="bfloat16"),
+    "tiles of both axes": functools.partial(some, "int8", (64, 32), (4, 8)),
+    "zero points": functools.partial(some, "int8", (64, 32), (4, 32), zero=True, scale="bfloat16"),
+    "int4": functools.partial(some, "int4", (64, 32), (4, 32), zero=True, scale="bfloat16"),
+    "int4, odd": functools.partial(some, "int4", (64, 33), (1, 33)),
+    "int3": functools.partial(some, "int4", (64, 32), (1, 32), qtype="int3"),
+    "nf4": functools.partial(some, "uint4", (64, 32), (4, 32), qtype="nf4", scale="bfloat16"),
+    "fp8": functools.partial(some, "float8_e4m3fn", (64, 32), (1, 32)),
+    "mxfp8": functools.partial(some, "float8_e4m3fn", (64, 32), (2, 32), qtype="mxfp8"),
+    "mxfp4": functools.partial(
+        some, "float4_e2m1fn", (64, 32), (2, 32), qtype="mxfp4", scale="bfloat16"
+    ),
 }
 
 
@@ -83,7 +86,7 @@ def check(q, values):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_values_are_those_of_the_definition(name):
-    q = KINDS[name]
+    q = KINDS[name]()
     base = lora.quant.from_qwix(q)
     np.testing.assert_array_equal(base.value(), by_hand(q))
     four = name.startswith(("int4", "int3", "nf4", "mxfp4"))
@@ -95,7 +98,8 @@ def test_values_are_those_of_the_definition(name):
 
 @pytest.mark.parametrize("name", ["zero points", "nf4"])
 def test_training(name):
-    check(KINDS[name], by_hand(KINDS[name]))
+    q = KINDS[name]()
+    check(q, by_hand(q))
 
 
 def test_scanned_layers_and_trees_that_hold_them():
@@ -118,19 +122,19 @@ def test_scanned_layers_and_trees_that_hold_them():
 
 
 BAD = {
-    "tiles": (qarray(jnp.ones((64, 32), "int8"), jnp.ones((3, 32))), r"scale \(3, 32\) does not stand"),
-    "axes": (qarray(jnp.ones((64, 32), "int8"), jnp.ones(32)), r"scale \(32,\) does not stand"),
-    "codes": (qarray(jnp.ones((4, 4), "int32"), jnp.ones((1, 4))), "codes of int32; expected int4"),
-    "qtype": (qarray(jnp.ones((4, 4), "int8"), jnp.ones((1, 4)), None, "int9"), "'int9' is none"),
-    "nf4": (qarray(jnp.ones((4, 4), "int8"), jnp.ones((1, 4)), None, "nf4"), "'nf4' has uint4"),
-    "uint4": (qarray(jnp.ones((4, 4), "uint4"), jnp.ones((1, 4))), "codes of uint4; expected"),
-    "scale": (qarray(jnp.ones((4, 4), "int8"), jnp.ones((1, 4), "int32")), "a scale of int32"),
-    "zero": (qarray(jnp.ones((4, 4), "int8"), jnp.ones((1, 4)), jnp.ones((1, 4))), "zero_point of fl"),
-    "nan": (qarray(jnp.ones((4, 4), "int8"), jnp.full((1, 4), jnp.nan)), "scale is not finite"),
-    "shapes": (qarray(jax.ShapeDtypeStruct((4, 4), "int8"), jnp.ones((1, 4))), "jax.eval_shape"),
-    "none": (qarray(None, None, None, jnp.int8), "no qvalue or no scale"),
+    "tiles": (lambda: qarray(jnp.ones((64, 32), "int8"), jnp.ones((3, 32))), r"scale \(3, 32\) does not stand"),
+    "axes": (lambda: qarray(jnp.ones((64, 32), "int8"), jnp.ones(32)), r"scale \(32,\) does not stand"),
+    "codes": (lambda: qarray(jnp.ones((4, 4), "int32"), jnp.ones((1, 4))), "codes of int32; expected int4"),
+    "qtype": (lambda: qarray(jnp.ones((4, 4), "int8"), jnp.ones((1, 4)), None, "int9"), "'int9' is none"),
+    "nf4": (lambda: qarray(jnp.ones((4, 4), "int8"), jnp.ones((1, 4)), None, "nf4"), "'nf4' has uint4"),
+    "uint4": (lambda: qarray(jnp.ones((4, 4), "uint4"), jnp.ones((1, 4))), "codes of uint4; expected"),
+    "scale": (lambda: qarray(jnp.ones((4, 4), "int8"), jnp.ones((1, 4), "int32")), "a scale of int32"),
+    "zero": (lambda: qarray(jnp.ones((4, 4), "int8"), jnp.ones((1, 4)), jnp.ones((1, 4))), "zero_point of fl"),
+    "nan": (lambda: qarray(jnp.ones((4, 4), "int8"), jnp.full((1, 4), jnp.nan)), "scale is not finite"),
+    "shapes": (lambda: qarray(jax.ShapeDtypeStruct((4, 4), "int8"), jnp.ones((1, 4))), "jax.eval_shape"),
+    "none": (lambda: qarray(None, None, None, jnp.int8), "no qvalue or no scale"),
     "no scale": (
-        qarray(jnp.ones((4, 4), "int8"), None, jnp.ones((1, 4), "int8"), jnp.int8),
+        lambda: qarray(jnp.ones((4, 4), "int8"), None, jnp.ones((1, 4), "int8"), jnp.int8),
         "no qvalue or no scale",
     ),
 }  # fmt: skip
@@ -138,9 +142,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_errors(name):
-    q, match = BAD[name]
+    make, match = BAD[name]
     with fails(rf"(?s)cannot be kept in their codes:.*'a/w': .*{match}"):
-        lora.quant.from_qwix({"a": {"w": q}, "b": KINDS["int4"]})
+        lora.quant.from_qwix({"a": {"w": make()}, "b": KINDS["int4"]()})
 
 
 def test_without_a_qarray():

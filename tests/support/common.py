@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import jax
@@ -39,6 +40,17 @@ needs_peft = pytest.mark.skipif(not installed("peft", "torch"), reason="needs to
 def examples(n):
     """n examples where the profile of tests/conftest.py has 50: half of them in CI, 50 n by night."""
     return settings(max_examples=max(1, n * settings.default.max_examples // 50))
+
+
+def lazy(make):
+    """make(), outside of any trace and at its first use: each worker imports all modules of tests."""
+
+    @functools.cache
+    def value():
+        with jax.ensure_compile_time_eval():
+            return make()
+
+    return value
 
 
 def fails(match):
