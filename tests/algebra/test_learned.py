@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import lora_jax as lora
 from lora_jax._core.paths import nest
-from lora_jax.algebra._learned_plot import layer_of, short_names
+from lora_jax.algebra._learned_cells import layer_of, short_names
 
 KEY = jax.random.key(0)
 GEOMETRIES = {  # (shape, batch, in, out)
