@@ -160,7 +160,8 @@ class Files(SphinxTransform):
 def frameworks(app, docname, source):
     """The pages of docs/with/ stand below their table, which a forge shows without this."""
     if docname == "with/README":
-        source[0] += "\n```{toctree}\n:hidden:\n:glob:\n*\n```\n"
+        pages = "\n".join(re.findall(r"^\| \[.*?\]\((\w+)\.md\)", source[0], re.M))
+        source[0] += f"\n```{{toctree}}\n:hidden:\n{pages}\n```\n"
 
 
 def setup(app):
