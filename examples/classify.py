@@ -44,9 +44,9 @@ def compiled(name: str, f: Callable, batches: Batches, *args):
     tokens = sum(int(mask.sum()) for _, mask, _ in batches)
     with tqdm(total=tokens, desc=f"{name}: compiling…", unit=" tokens", unit_scale=True) as bar:
         one = {batch[0].shape: batch for batch in batches}
+        lowered = [jax.jit(f).lower(*args, *batch) for batch in one.values()]
         with ThreadPoolExecutor() as pool:  # all lengths at once; what JAX has compiled, it keeps
-            compile = lambda batch: jax.jit(f).lower(*args, *batch).compile()
-            fs = dict(zip(one, pool.map(compile, one.values())))
+            fs = dict(zip(one, pool.map(lambda f: f.compile(), lowered)))
         bar.set_description(name, refresh=False)
         bar.reset()
         yield fs, bar

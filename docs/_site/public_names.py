@@ -38,7 +38,7 @@ def rest(module: str) -> str:
     """A table of the names, then each of them."""
     space = importlib.import_module(module)
     names = [n for n in space.__all__ if not inspect.ismodule(getattr(space, n))]
-    lines = [f".. py:currentmodule:: {module}", ""]
+    lines = [f".. py:module:: {module}", ""]
     lines += [".. list-table::", "   :widths: 25 75", "   :class: names", ""]
     for name in names:
         lines += [f"   * - :py:obj:`{name}`", f"     - {first_sentence(getattr(space, name))}"]
