@@ -77,7 +77,7 @@ class Names(SphinxTransform):
 
     def apply(self):
         for literal in list(self.document.findall(nodes.literal)):
-            if isinstance(literal.parent, nodes.reference | addnodes.pending_xref):
+            if isinstance(literal.parent, nodes.reference | nodes.title | addnodes.pending_xref):
                 continue
             if "::" in literal.astext():
                 literal["classes"].append("test")
