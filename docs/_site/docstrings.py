@@ -19,7 +19,7 @@ from sphinx.util.typing import stringify_annotation
 CODE = re.compile(r"(\w?)`([^`]+)`(\w?)")
 NAME = re.compile(r"[A-Za-z_][\w.]*")
 PAGE = re.compile(r"docs/([\w/]+)\.md")
-SPECIAL = re.compile(r"(?<!\\)([*|])|(?<=\w)(_)(?!\w)")
+SPECIAL = re.compile(r"(?<!\\)([*|])|(?<=\w)(_)(?!\w)|(\\)(?![*|])")
 # Fields and directives that napoleon has written, and doctests.
 KEPT = re.compile(r"\s*(>>>|\.\.\. |\.\. |\.\.\.$)")
 
@@ -39,7 +39,7 @@ def prose(text: str) -> str:
     field = re.match(r"\s*:[^:`]+:", text)
     head = field[0] if field else ""
     parts = re.split(r"(\w?`[^`]+`\w?)", text[len(head) :])
-    plain = lambda p: PAGE.sub(r":doc:`/\1`", SPECIAL.sub(r"\\\1\2", p))
+    plain = lambda p: PAGE.sub(r":doc:`/\1`", SPECIAL.sub(r"\\\g<0>", p))
     return head + "".join(CODE.sub(code, p) if i % 2 else plain(p) for i, p in enumerate(parts))
 
 

@@ -49,7 +49,7 @@ def code_spans(text: str):
         if text[end - 1] in "([{":
             end = closing(text, end - 1)
         else:  # pip install 'lora_jax[hub]', rank=16
-            end += re.match(r"'[^']*'|[^\s,;)]*", text[end:]).end()
+            end += re.match(r"'[^']*'|lambda [^;]*|[^\s,;)]*", text[end:]).end()
         yield False, text[at : match.start()]
         yield True, text[match.start() : end]
         at = end

@@ -18,7 +18,7 @@ INSIDE = {
 
 def first_sentence(value) -> str:
     text = " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split())
-    return prose(re.split(r"(?<=[^.]\.)(?<!\beq\.) ", text)[0])
+    return prose(re.split(r"(?<=[^.]\.)(?<!\beq\.) ", text)[0].removesuffix(":"))
 
 
 def kind(value) -> str:
