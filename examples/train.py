@@ -1,7 +1,7 @@
 """Trains LoRA adapters at length: sharded, checkpointed, preempted and resumed. Made to be copied.
 
     python examples/train.py                                # SmolLM2-135M on film reviews
-    python examples/train.py --model tiny --out tiny        # half a minute, no download
+    python examples/train.py --model tiny --out runs/tiny   # no download
     python examples/train.py --mesh data=2,fsdp=4,tp=2 --dtype bfloat16 --accumulate 4
     python examples/train.py --distributed                  # in each process of a cluster
 

@@ -29,7 +29,7 @@ def attach(
 ) -> Any:
     """The model with its adapters inside, for trainers and samplers that take a model object.
 
-    **NNX**: a module of the same class (a subclass of it) with the same attributes and methods. It
+    NNX: a module of the same class (a subclass of it) with the same attributes and methods. It
     shares the base's Variables, and holds each array of the adapters as an `nnx.LoRAParam` beside
     its leaf: `kernel_lora_a` beside `kernel`. Each method is adapted, of the model and of each of
     its parts. So Flax's own loop trains the adapters: `nnx.Optimizer(adapted, tx,
@@ -37,7 +37,7 @@ def attach(
     `nnx.state(adapted, nnx.LoRAParam)` is what to save. The base is frozen: its gradients are zero.
     An attribute that is read, such as `adapted.head.kernel`, is the base's.
 
-    **Linen**: a module of the same class whose `apply`, methods and `bind` understand what
+    Linen: a module of the same class whose `apply`, methods and `bind` understand what
     `lora.bind` returns, as well as plain parameters. It takes no adapters: they are in the
     variables. It is hashed and compared by its fields, so `jax.jit` does not trace it anew.
 

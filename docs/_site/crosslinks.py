@@ -49,10 +49,9 @@ def names_of(target: str, module: str | None) -> list[str]:
     head, dot, rest = target.partition(".")
     long = LONG.get(head, head) + dot + rest
     near = [f"{space}.{target}" for space in (module, "lora_jax") if space]
-    # A class by its name alone: no word of the text begins so.
-    far = [
-        name for name in public().values() if target[:1].isupper() and name.endswith(f".{target}")
-    ]
+    # Of another namespace, by its name alone: a class, or words joined, which no text has.
+    alone = target[:1].isupper() or "_" in target
+    far = [name for name in public().values() if alone and name.endswith(f".{target}")]
     return [public().get(long, long), *near, *far]
 
 
@@ -77,7 +76,7 @@ class Names(SphinxTransform):
 
     def apply(self):
         for literal in list(self.document.findall(nodes.literal)):
-            if isinstance(literal.parent, nodes.reference | addnodes.pending_xref):
+            if isinstance(literal.parent, nodes.reference | nodes.title | addnodes.pending_xref):
                 continue
             if "::" in literal.astext():
                 literal["classes"].append("test")
@@ -160,7 +159,8 @@ class Files(SphinxTransform):
 def frameworks(app, docname, source):
     """The pages of docs/with/ stand below their table, which a forge shows without this."""
     if docname == "with/README":
-        source[0] += "\n```{toctree}\n:hidden:\n:glob:\n*\n```\n"
+        pages = "\n".join(re.findall(r"^\| \[.*?\]\((\w+)\.md\)", source[0], re.M))
+        source[0] += f"\n```{{toctree}}\n:hidden:\n{pages}\n```\n"
 
 
 def setup(app):

@@ -1,7 +1,8 @@
 """Docstrings are plain text to read in a terminal; here they become reStructuredText.
 
 `name` is a link, where there is such a name, other code in backticks is a literal, and `*` and `|`
-mean themselves. Google's sections are napoleon's part, and come first.
+mean themselves; docs/x.md is a link to that page. Google's sections are napoleon's part, and come
+first.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from sphinx.util.typing import stringify_annotation
 
 CODE = re.compile(r"(\w?)`([^`]+)`(\w?)")
 NAME = re.compile(r"[A-Za-z_][\w.]*")
-SPECIAL = re.compile(r"(?<!\\)([*|])|(?<=\w)(_)(?!\w)")
+PAGE = re.compile(r"docs/([\w/]+)\.md")
+SPECIAL = re.compile(r"(?<!\\)([*|])|(?<=\w)(_)(?!\w)|(\\)(?![*|])")
 # Fields and directives that napoleon has written, and doctests.
 KEPT = re.compile(r"\s*(>>>|\.\.\. |\.\. |\.\.\.$)")
 
@@ -37,9 +39,8 @@ def prose(text: str) -> str:
     field = re.match(r"\s*:[^:`]+:", text)
     head = field[0] if field else ""
     parts = re.split(r"(\w?`[^`]+`\w?)", text[len(head) :])
-    return head + "".join(
-        CODE.sub(code, p) if i % 2 else SPECIAL.sub(r"\\\1\2", p) for i, p in enumerate(parts)
-    )
+    plain = lambda p: PAGE.sub(r":doc:`/\1`", SPECIAL.sub(r"\\\g<0>", p))
+    return head + "".join(CODE.sub(code, p) if i % 2 else plain(p) for i, p in enumerate(parts))
 
 
 def rest(lines: list[str]) -> list[str]:
@@ -55,12 +56,30 @@ def rest(lines: list[str]) -> list[str]:
     return out[:-1]
 
 
+FIELD = re.compile(r":(\w+) ([^:`]+): (.*)", re.S)
+
+
+def together(lines: list[str]) -> list[str]:
+    """ "rank, alpha: what they are" is one field of two names, which napoleon takes apart."""
+    out, before = [], None
+    for part in re.split(r"\n(?=:|\n)", "\n".join(lines)):
+        if match := FIELD.fullmatch(part):
+            kind, names, words = match[1], match[2].replace(", ", ","), match[3].split()
+            if before and before[::2] == (kind, words):
+                names = f"{before[1]},{names}"
+                out.pop()
+            before = kind, names, words
+            part = f":{kind} {names}: {match[3]}"  # after a space there would be a type
+        out.append(part)
+    return "\n".join(out).split("\n")
+
+
 def process(app, what, name, obj, options, lines):
-    # "Returns: adapters: what they are" is no type to napoleon's taste, but a sentence.
-    plain = [re.sub(r"^(:returns: )\*(.+?)\* -- ", r"\1\2: ", line) for line in lines]
-    # Before a space there would be a type: "rank, alpha: what they are" has two names.
-    plain = [re.sub(r"^:\w+ (\w+, )+\w+:", lambda m: m[0].replace(", ", ","), x) for x in plain]
-    lines[:] = rest(plain)
+    if what == "property":  # "‖ΔW‖, (n,): of each" begins with no type, as napoleon has it
+        lines[:] = [*inspect.getdoc(obj).split("\n"), ""]
+    # Nor is the first word of "Returns: adapters: what they are" one.
+    plain = [re.sub(r"^(:returns: )(\*?)(.+?)\2 -- ", r"\1\3: ", line) for line in lines]
+    lines[:] = rest(together(plain))
 
 
 def several(app, doctree):

@@ -49,7 +49,7 @@ def code_spans(text: str):
         if text[end - 1] in "([{":
             end = closing(text, end - 1)
         else:  # pip install 'lora_jax[hub]', rank=16
-            end += re.match(r"'[^']*'|[^\s,;)]*", text[end:]).end()
+            end += re.match(r"'[^']*'|lambda [^;]*|[^\s,;)]*", text[end:]).end()
         yield False, text[at : match.start()]
         yield True, text[match.start() : end]
         at = end
@@ -77,7 +77,9 @@ def parts(text: str) -> tuple[str, str]:
         cure = f"give {wanted[1]}" if (wanted := WANTED.search(cause)) else ""
     elif wanted := WANTED.match(cure):
         cure = f"give {wanted[1]}"
-    return (cause if says_something(cause) else text), re.sub("^expected ", "give ", cure)
+    if not says_something(cause):  # a place: what follows is what is wrong, and perhaps what to do
+        cause, cure = text, cure if re.search(r"^give |^expected |[;=(]", cure) else ""
+    return cause, re.sub("^expected ", "give ", cure)
 
 
 def advice(m) -> str:
@@ -103,6 +105,8 @@ def entry(m, by: list[str]) -> nodes.definition_list_item:
             items += nodes.list_item("", item)
         body += items
     todo = cure or m.fix
+    if re.fullmatch(r"‹\w+›", todo):
+        todo = "make the call that the message ends with: it is yours, corrected"
     if not (todo or (lines and all(c for _, c in lines))):
         wanted = WANTED.search(cause)
         todo = f"give {wanted[1]}" if wanted else advice(m)

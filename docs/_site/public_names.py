@@ -8,10 +8,17 @@ import re
 from docstrings import prose
 from sphinx.util.docutils import SphinxDirective
 
+from lora_jax.methods import Node
+
+# What the interpreter asks of a weight, and nobody else.
+INSIDE = {
+    "AdaptedWeight": "drops apart scaled narrowed settled folded looked_up array gained".split()
+}
+
 
 def first_sentence(value) -> str:
     text = " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split())
-    return prose(re.split(r"(?<=[^.]\.)(?<!\beq\.) ", text)[0])
+    return prose(re.split(r"(?<=[^.]\.)(?<!\beq\.) ", text)[0].removesuffix(":"))
 
 
 def kind(value) -> str:
@@ -20,11 +27,18 @@ def kind(value) -> str:
     return "autofunction" if callable(value) else "autodata"
 
 
+def left_out(value) -> list[str]:
+    """Fields, which the docstring has, and of a node what `Node` says of each."""
+    fields = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    node = inspect.isclass(value) and value is not Node and issubclass(value, Node)
+    return fields + (list(vars(Node)) if node else INSIDE.get(value.__name__, []))
+
+
 def rest(module: str) -> str:
     """A table of the names, then each of them."""
     space = importlib.import_module(module)
     names = [n for n in space.__all__ if not inspect.ismodule(getattr(space, n))]
-    lines = [f".. py:currentmodule:: {module}", ""]
+    lines = [f".. py:module:: {module}", ""]
     lines += [".. list-table::", "   :widths: 25 75", "   :class: names", ""]
     for name in names:
         lines += [f"   * - :py:obj:`{name}`", f"     - {first_sentence(getattr(space, name))}"]
@@ -34,9 +48,8 @@ def rest(module: str) -> str:
         lines += [f".. {kind(value)}:: {name}"]
         if inspect.isclass(value):
             lines += ["   :members:"]
-        if dataclasses.is_dataclass(value):  # the docstring has them
-            fields = ", ".join(f.name for f in dataclasses.fields(value))
-            lines += [f"   :exclude-members: {fields}"]
+        if left := left_out(value):
+            lines += [f"   :exclude-members: {', '.join(left)}"]
         lines += [""]
     return "\n".join(lines)
 

@@ -139,10 +139,10 @@ def save(
 
     Raises:
       LoRAError: the step, or a later one, is there already; the directory holds checkpoints of
-        something else, or another run saves to it (see `_run.py` for what is guaranteed, on which
-        file system); the adapters are not of this base or configuration; `data` is not JSON,
-        `metrics` are not numbers, or a leaf of `state` cannot be saved. Nothing is written then.
-        Or what is written, or was before, did not get to the disk.
+        something else, or another run saves to it (docs/howto/checkpoint.md says on which file
+        systems that is found); the adapters are not of this base or configuration; `data` is not
+        JSON, `metrics` are not numbers, or a leaf of `state` cannot be saved. Nothing is written
+        then. Or what is written, or was before, did not get to the disk.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora, orbax.checkpoint as ocp, tempfile
     >>> params = {"q": jnp.ones((8, 8))}
