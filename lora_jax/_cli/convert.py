@@ -167,7 +167,7 @@ def _mapping(
     for name, shape in torch.items():
         # A torch model has many parameters that are not adapted: what fails there does not count.
         finder.failures.clear()
-        entry = finder.value(name, tuple(shape), ())
+        entry = finder.value(name, tuple(shape))
         if entry is None or not {b.leaf.path for b in entry.blocks} & nodes.keys():
             continue
         if finder.failures:

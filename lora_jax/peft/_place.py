@@ -132,7 +132,7 @@ class _Placing:
         self.wrong: list[str] = []
 
     def find(self, name: str, tensor: Tensor) -> Entry | None:
-        return self.finder.value(name, tensor.shape, **self.orders.how(name, tensor.shape))
+        return self.finder.value(name, tensor.shape, self.orders.in_out(name))
 
     def tensor(self, name: str) -> None:
         own, tensor = self.tensors[name]
