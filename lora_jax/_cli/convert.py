@@ -23,12 +23,12 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.checkpoint._checkpoint import save as save_checkpoint
 from lora_jax.peft._blocks import LeafInfo, block
-from lora_jax.peft._file import DTYPES, opened, read_json
+from lora_jax.peft._file import DTYPES, Stored, opened, read_json
 from lora_jax.peft._files import replacing, writing
 from lora_jax.peft._find import Finder
 from lora_jax.peft._load import load
 from lora_jax.peft._mapping import Entry, TorchMapping, leaf_infos
-from lora_jax.peft._safetensors import Tensor, open_base
+from lora_jax.peft._safetensors import open_base
 from lora_jax.peft._save import of_kind, ordered, unordered
 from lora_jax.peft._save import save as save_adapter
 from lora_jax.peft._settings import unknown
@@ -222,7 +222,7 @@ def read_params(text: str) -> tuple[Any, Survey | Targets | None]:
         tensors = open_base(path).tensors
         # Names as paths, or with dots, as torch has them.
         separator = "/" if any("/" in n for n in tensors) else "."
-        odd = sorted({t.dtype for t in tensors.values()} - DTYPES.keys() - _OTHER.keys())
+        odd = sorted({t.type for t in tensors.values()} - DTYPES.keys() - _OTHER.keys())
         if odd:
             raise LoRAError(f"{path}: parameters of type {', '.join(odd)} are not known")
         return nest({n.replace(separator, "/"): _abstract(t) for n, t in tensors.items()}), None
@@ -239,8 +239,8 @@ def read_params(text: str) -> tuple[Any, Survey | Targets | None]:
 _OTHER = {"F64": "float64", "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool"}
 
 
-def _abstract(t: Tensor) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(t.shape, DTYPES.get(t.dtype, _OTHER.get(t.dtype)))
+def _abstract(t: Stored) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(t.shape, DTYPES.get(t.type, _OTHER.get(t.type)))
 
 
 def _of_orbax(path: Path) -> Any:

@@ -229,7 +229,7 @@ def inspect(
         {
             "name": n,
             "shape": list(t.shape),
-            "dtype": t.dtype,
+            "dtype": t.type,
             "parameters": math.prod(t.shape),
             "bytes": t.stop - t.start,
         }
