@@ -221,11 +221,10 @@ def convert(
     """Convert a PEFT folder to a checkpoint directory of lora_jax, or back; prints the mapping."""
     from lora_jax._cli.convert import convert
 
-    along = (_names(experts), experts_a)
-    # Only the way from PEFT has a use for these.
-    more: dict[str, Any] = {"rename": _renamed(rename), "rank": rank, "energy": energy}
-    more |= {"conv1d": _names(conv1d), "keep_base": keep_base}
-    say(str(convert(src, dst, params, mapping, torch, to, ignore or (), *along, **more)))
+    more: dict[str, Any] = {"experts": _names(experts), "experts_a": experts_a, "rank": rank}
+    more |= {"energy": energy, "conv1d": _names(conv1d), "keep_base": keep_base}
+    more |= {"ignore": ignore or (), "rename": _renamed(rename)}
+    say(str(convert(src, dst, params, mapping, torch, to, **more)))
 
 
 @app.command(
