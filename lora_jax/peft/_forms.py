@@ -283,10 +283,13 @@ def _ia3(t: Arrays, at: Place) -> np.ndarray:
 
 def _oft_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
     has(shapes, "oft_R.weight")
-    axes_of(shapes, **{"oft_R.weight": 2})
-    blocks, side = shapes["oft_R.weight"][0], _side(shapes["oft_R.weight"][1])
-    if side * (side - 1) // 2 != shapes["oft_R.weight"][1]:
-        raise Misfit(f"oft_R {shapes['oft_R.weight']}: no triangle has so many elements")
+    shape = shapes["oft_R.weight"]
+    # (blocks, 0) of blocks of one input, which have nothing to turn.
+    if len(shape) != 2 or not shape[0]:
+        raise Misfit(f"oft_R.weight {shape}: expected 2 axes")
+    blocks, side = shape[0], _side(shape[1])
+    if side * (side - 1) // 2 != shape[1]:
+        raise Misfit(f"oft_R {shape}: no triangle has so many elements")
     if config.own["block_share"]:
         equal("the blocks that are shared", blocks, 1)
     # One rotation may turn all blocks of the inputs.

@@ -216,6 +216,19 @@ def test_a_rotation_that_rounding_makes_singular(tmp_path):
         lora.peft.load(folder, {"q": {"kernel": jnp.ones((6, 4))}}, rank=2)
 
 
+@pytest.mark.parametrize("neumann", [True, False])
+@pytest.mark.parametrize("blocks", [1, 6])
+def test_rotations_of_single_inputs_turn_nothing(tmp_path, blocks, neumann):
+    """Where the block's size divides the inputs only as 1, PEFT stores (blocks, 0)."""
+    none = np.zeros((blocks, 0), "f4")
+    settings = {"peft_type": "OFT", "r": 0, "use_cayley_neumann": neumann}
+    folder = written(tmp_path / "a", {"q.oft_R.weight": none}, **settings)
+    node = lora.peft.load(folder, {"q": {"kernel": jnp.ones((6, 4))}}, rank=2).adapters
+    np.testing.assert_array_equal(
+        lora.merge({"q": {"kernel": jnp.ones((6, 4))}}, node)["q"]["kernel"], 1
+    )
+
+
 @pytest.mark.parametrize("tokens", [[[1], "a"], 3, [-1], [True], [1] * 1001])
 def test_invocation_tokens_are_numbers(tmp_path, tokens):
     folder = written(tmp_path / "a", pair("q", 6, 4), alora_invocation_tokens=tokens)
