@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -57,6 +58,8 @@ app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # As tables: rules where a person sees them. To import what draws them takes half of a help.
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="LoRA adapters on disk: look at them, convert, merge, combine and compare them.",
     epilog=_examples(
@@ -74,7 +77,6 @@ Ignore = Annotated[
     ),
 ]
 
-
 Rename = Annotated[
     list[str] | None,
     typer.Option(
@@ -84,7 +86,6 @@ Rename = Annotated[
     ),
 ]
 
-
 Conv1d = Annotated[
     str | None,
     typer.Option(
@@ -92,18 +93,15 @@ Conv1d = Annotated[
     ),
 ]
 
-
 KeepBase = Annotated[
     bool,
     typer.Option("--keep-base", help="Keep the base's table where the adapter has another."),
 ]
 
-
 Experts = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="The order of the parameters in a module of experts: a,b."),
 ]
-
 
 Json = Annotated[bool, typer.Option("--json", help="JSON, for machines.")]
 
