@@ -120,14 +120,10 @@ def kind_of(path: str | os.PathLike) -> Kind:
     if path.exists() and not path.is_dir():
         # It raises, and says that it is a pipe or a device.
         opened(path).close()
-    found = (
-        "there is nothing"
-        if not path.exists()
-        else ""
-        if path.is_dir()
-        else f"a file; its folder is {path.parent}"
-    )
-    found = found or ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
+    if path.is_dir():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
+    else:
+        found = f"a file; its folder is {path.parent}" if path.exists() else "there is nothing"
     raise_all(f"{path}: it is no adapter itself; give the path of one that is in it:", _below(path))
     raise LoRAError(
         f"{path}: expected a PEFT folder ({CONFIG}), a checkpoint directory of "

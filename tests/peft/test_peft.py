@@ -598,6 +598,11 @@ def test_what_is_no_adapter_is_not_written(tmp_path):
     params, found = loaded("net_bias_all")
     with fails(r"(?s)'lin/kernel' is a .*not an adapter"):
         lora.peft.save(tmp_path / "out", params, found.mapping)
+    node = type("Own", (lora.LoRA,), {})(
+        jnp.ones((8, 2)), jnp.ones((2, 12)), 1.0, lora.Geometry((0,), (1,))
+    )
+    with fails("'lin/kernel' is a Own, not an adapter that PEFT has"):
+        lora.peft.save(tmp_path / "out", {"lin": {"kernel": node}}, found.mapping)
     with fails("the tree holds no adapter"):
         lora.peft.save(tmp_path / "out", {}, found.mapping)
     with fails("lin.lora_A.weight' holds NaN"):
