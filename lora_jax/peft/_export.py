@@ -15,6 +15,7 @@ from lora_jax._core.errors import raise_all
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, Rows
 from lora_jax.peft._blocks import Block, changes_outside, from_leaf, own_factors, together, torch_b
 from lora_jax.peft._mapping import Entry, TorchMapping
+from lora_jax.peft._patterns import endings, matching_others
 from lora_jax.peft._settings import as_alpha
 
 # What is written is what this PEFT writes.
@@ -380,20 +381,15 @@ def _commonest(values: Iterable[Any], default: Any) -> Any:
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """{name: value} of what is not the default; each pattern matches its own name only."""
-    out = {}
-    for name, value in values.items():
-        if value == default:
-            continue
-        # PEFT takes a pattern for the end of a name, dots for any letter.
-        others = any(re.match(rf"(.*\.)?({name})$", n) for n in values if n != name)
-        out["^" + re.escape(name) if others else name] = value
-    return out
+    several = matching_others(values)
+    pattern = lambda name: "^" + re.escape(name) if name in several else name
+    return {pattern(name): value for name, value in values.items() if value != default}
 
 
 def _targets(modules: Sequence[str], mapping: TorchMapping) -> list[str] | str | None:
     """Full names; as one expression where a name also ends another, which is not adapted."""
     # Of a list PEFT takes each name for the end of others; an expression is the whole name.
     known = {n.rpartition(".")[0] for n in mapping} - set(modules)
-    if any(n.endswith("." + m) for m in modules for n in known):
+    if {end for n in known for end in endings(n)} & {*modules}:
         return "|".join(map(re.escape, modules))
     return list(modules) or None
