@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -57,6 +58,8 @@ app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # As tables: rules where a person sees them. To import what draws them takes half of a help.
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="LoRA adapters on disk: look at them, convert, merge, combine and compare them.",
     epilog=_examples(
@@ -74,7 +77,6 @@ Ignore = Annotated[
     ),
 ]
 
-
 Rename = Annotated[
     list[str] | None,
     typer.Option(
@@ -84,7 +86,6 @@ Rename = Annotated[
     ),
 ]
 
-
 Conv1d = Annotated[
     str | None,
     typer.Option(
@@ -92,18 +93,15 @@ Conv1d = Annotated[
     ),
 ]
 
-
 KeepBase = Annotated[
     bool,
     typer.Option("--keep-base", help="Keep the base's table where the adapter has another."),
 ]
 
-
 Experts = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="The order of the parameters in a module of experts: a,b."),
 ]
-
 
 Json = Annotated[bool, typer.Option("--json", help="JSON, for machines.")]
 
@@ -221,11 +219,10 @@ def convert(
     """Convert a PEFT folder to a checkpoint directory of lora_jax, or back; prints the mapping."""
     from lora_jax._cli.convert import convert
 
-    along = (_names(experts), experts_a)
-    # Only the way from PEFT has a use for these.
-    more: dict[str, Any] = {"rename": _renamed(rename), "rank": rank, "energy": energy}
-    more |= {"conv1d": _names(conv1d), "keep_base": keep_base}
-    say(str(convert(src, dst, params, mapping, torch, to, ignore or (), *along, **more)))
+    more: dict[str, Any] = {"experts": _names(experts), "experts_a": experts_a, "rank": rank}
+    more |= {"energy": energy, "conv1d": _names(conv1d), "keep_base": keep_base}
+    more |= {"ignore": ignore or (), "rename": _renamed(rename)}
+    say(str(convert(src, dst, params, mapping, torch, to, **more)))
 
 
 @app.command(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax._cli.torch_adapter import TorchAdapter, expert_names, open_torch
+from lora_jax._cli.torch_adapter import TorchAdapter, expert_names, expert_ways, open_torch
 from lora_jax._core.errors import raise_all
 from lora_jax.algebra._combine import combine, resize
 from lora_jax.algebra._soups import dare, knots, ties
@@ -21,9 +21,13 @@ from lora_jax.peft._export import Export
 from lora_jax.peft._files import replacing
 from lora_jax.peft._keys import PREFIX
 from lora_jax.peft._mapping import Entry, TorchMapping
-from lora_jax.peft._parts import Experts, Update
+from lora_jax.peft._parts import Update
 from lora_jax.peft._save import write_folder
 from lora_jax.peft._settings import unknown
+
+# {module of experts: (names by depth, orders of its parameters that all adapters allow)}, all of
+# them from the outermost in.
+Orders = dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]]
 
 
 def combine_folders(
@@ -64,13 +68,23 @@ def combine_folders(
     odd = [f"{f}: its weight is {w}" for f, w in zip(folders, weights) if not math.isfinite(w)]
     raise_all("the weights are to be finite, as in ADAPTER:0.5:", odd)
     adapters = [open_torch(folder, ignore, rename) for folder in folders]
-    raise_all("these adapters cannot be combined:", _unfit(adapters))
+    orders = _orders(adapters)
+    raise_all("these adapters cannot be combined:", _unfit(adapters, orders))
     # Torch names are the leaves: flat trees of LoRA nodes, for the functions of `algebra`.
     trees = [a.low_rank() for a in adapters]
     mixed = _mixed(trees, weights, method, density, seed, {"rank": rank, "energy": energy})
     # Reversed, so that the first adapter that has a parameter says where it lies.
     entries = {n: entry for a in reversed(adapters) for n, (entry, _) in a.parts.items()}
-    nodes, mapping = _named_as_peft(mixed, entries, adapters)
+    # One that several orders fit is any of them, unless PEFT has to be told which rank is whose.
+    kinds = lambda names: {(mixed[n].rank, mixed[n].scale) for n in names}
+    unknown_ranks = [
+        f"'{module}': the adapters do not say which of its tensors are whose, and their ranks in "
+        "the sum differ: --uniform"
+        for module, (names, ways) in orders.items()
+        if len(ways) > 1 and len(kinds(names)) > 1 and not uniform
+    ]
+    raise_all("the sum cannot be written for PEFT:", unknown_ranks)
+    nodes, mapping = _named_as_peft(mixed, entries, orders)
     # Nodes to tensors, failures and settings, as `lora.peft.save` does it.
     export = Export(nodes, mapping, True)
     export.run(uniform)
@@ -114,7 +128,7 @@ def _mixed(
     return mixed if set(kept.values()) == {None} else resize(mixed, **kept)
 
 
-def _unfit(adapters: Sequence[TorchAdapter]) -> list[str]:
+def _unfit(adapters: Sequence[TorchAdapter], orders: Orders) -> list[str]:
     """What cannot be combined without the base, or at all."""
     lines = []
     for a in adapters:
@@ -154,23 +168,28 @@ def _unfit(adapters: Sequence[TorchAdapter]) -> list[str]:
         for m, found in groups.items()
         if len(found) > 1
     ]
-    return lines
+    # Of those that are unclear, or differ in their parameters, it is said above.
+    return lines or [
+        f"'{m}': by their ranks its parameters stand in another order in each"
+        for m, (_, ways) in orders.items()
+        if not ways
+    ]
 
 
 def _named_as_peft(
-    mixed: Mapping[str, Any], entries: Mapping[str, Entry], adapters: Sequence[TorchAdapter]
+    mixed: Mapping[str, Any], entries: Mapping[str, Entry], orders: Orders
 ) -> tuple[dict[str, Any], TorchMapping]:
     """The nodes and their mapping, with parameters of experts in their order, innermost first.
 
-    Which of them is which is not known, and need not be: the file holds them by their depth.
+    Where ranks do not say which of them is which, it need not be known: the file holds them by
+    their depth.
     """
-    groups: dict[str, Experts] = {g.module: g for a in adapters for g in a.parsed.experts}
-    # {name by depth, as `expert_names` gives it: module.parameter}.
-    names = {n: n for n in mixed}
-    for g in groups.values():
-        inner_first = reversed(expert_names(g))
-        names |= {n: f"{g.module}.{p}" for n, p in zip(inner_first, sorted(g.parameters))}
-    order = sorted(mixed, key=lambda n: names[n])
+    # {name by depth: module.parameter}, {name by depth: (module, depth)}.
+    names, places = {n: n for n in mixed}, {n: (n, 0) for n in mixed}
+    for module, (outer_first, ways) in orders.items():
+        for depth, (n, p) in enumerate(reversed([*zip(outer_first, max(ways))])):
+            names[n], places[n] = f"{module}.{p}", (module, depth)
+    order = sorted(mixed, key=lambda n: places[n])
     found = {}
     for n in order:
         # Each torch parameter is a leaf of its own here, and so one block.
@@ -179,6 +198,15 @@ def _named_as_peft(
         block = dataclasses.replace(block, leaf=leaf)
         found[names[n]] = dataclasses.replace(entries[n], name=names[n], blocks=(block,))
     return {names[n]: mixed[n] for n in order}, TorchMapping(found)
+
+
+def _orders(adapters: Sequence[TorchAdapter]) -> Orders:
+    found: Orders = {}
+    for group in (g for a in adapters for g in a.parsed.experts):
+        own = [tuple(p for p, _ in way) for way in expert_ways(group)]
+        names, known = found.get(group.module, (expert_names(group), own))
+        found[group.module] = names, [o for o in known if o in own]
+    return found
 
 
 def _shared(adapters: Sequence[TorchAdapter], name: str) -> Any:

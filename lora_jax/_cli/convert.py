@@ -23,12 +23,12 @@ from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.checkpoint._checkpoint import save as save_checkpoint
 from lora_jax.peft._blocks import LeafInfo, block
-from lora_jax.peft._file import DTYPES, opened, read_json
+from lora_jax.peft._file import DTYPES, Stored, opened, read_json
 from lora_jax.peft._files import replacing, writing
 from lora_jax.peft._find import Finder
 from lora_jax.peft._load import load
 from lora_jax.peft._mapping import Entry, TorchMapping, leaf_infos
-from lora_jax.peft._safetensors import Tensor, open_base
+from lora_jax.peft._safetensors import open_base
 from lora_jax.peft._save import of_kind, ordered, unordered
 from lora_jax.peft._save import save as save_adapter
 from lora_jax.peft._settings import unknown
@@ -40,31 +40,18 @@ PARAMS = (
 
 
 def to_orbax(
-    folder: str | os.PathLike,
-    out: str | os.PathLike,
-    params: Any,
-    survey: Survey | Targets | None = None,
-    mapping: Mapping[str, Any] | None = None,
-    ignore: Sequence[str] = (),
-    experts: Sequence[str] | None = None,
-    experts_a: str | None = None,
-    **options: Any,
+    folder: str | os.PathLike, out: str | os.PathLike, params: Any, **options: Any
 ) -> TorchMapping:
-    """Writes the adapter of a PEFT folder as step 0 of a new checkpoint directory.
+    """Writes the adapter of a PEFT folder as step 0 of a new checkpoint directory; returns the
+    mapping that was found.
 
     Its `data` holds the configuration and the mapping, so that `to_peft` needs neither.
 
     Args:
-      folder, params, survey, mapping, ignore, experts, experts_a: as in `lora.peft.load`.
-      out: a new directory.
-      options: `rename`, `conv1d`, `keep_base`, `rank` and `energy` of `lora.peft.load`.
-
-    Returns:
-      The mapping that was found.
+      options: of `lora.peft.load`.
     """
     # Without the limit of `load`: the size of the file is the person's choice.
-    options |= {"experts": experts, "experts_a": experts_a, "max_bytes": 1 << 62}
-    found = load(folder, params, survey, mapping=mapping, ignore=ignore, **options)
+    found = load(folder, params, max_bytes=1 << 62, **options)
     data = {"peft": {"config": dict(found.config), "mapping": mapping_to_json(found.mapping)}}
     # Orbax makes the directory itself, under the temporary name.
     with replacing(Path(out)) as new, of_orbax(Path(out)):
@@ -87,32 +74,26 @@ def _room(path: Path, size: int) -> None:
 def to_peft(
     directory: str | os.PathLike,
     out: str | os.PathLike,
-    params: Any = None,
-    survey: Survey | Targets | None = None,
-    mapping: Mapping[str, Any] | None = None,
-    torch: Mapping[str, Sequence[int]] | None = None,
-    experts: Sequence[str] | None = None,
-    experts_a: str | None = None,
+    params: Any,
+    survey: Survey | Targets | None,
+    mapping: Mapping[str, Any] | None,
+    torch: Mapping[str, Sequence[int]] | None,
+    experts: Sequence[str] | None,
+    experts_a: str | None,
 ) -> TorchMapping:
-    """Writes a checkpoint's adapters as a new PEFT folder.
+    """Writes a checkpoint's adapters as a new PEFT folder; returns the mapping that was used.
 
     Args:
       directory: the checkpoints, of which the latest is taken, or a step in it.
-      out: a new folder.
       params, survey: the base, to be compared with the checkpoint's; None does not.
-      mapping: as in `lora.peft.mapping`.
       torch: {torch name: shape}, of which those are taken that the adapters change. None: what
         `to_orbax` wrote into the checkpoint.
-      experts, experts_a: as in `lora.peft.mapping`; () for the order of `torch`.
-
-    Returns:
-      The mapping that was used.
+      mapping, experts, experts_a: as in `lora.peft.mapping`; () for the order of `torch`.
     """
     found = restored(directory, params)
     # What `to_orbax` left in the checkpoint's data; a training run may have put anything there.
-    stored = found.data.get("peft") if isinstance(found.data, dict) else None
-    stored = stored if isinstance(stored, dict) else None
-    if torch is None and stored is None:
+    stored = _inside(found.data, "peft")
+    if torch is None and not stored:
         raise LoRAError(
             f"{directory}: the checkpoint does not say which torch parameters its leaves are; name "
             "the torch model, --torch model.safetensors"
@@ -130,19 +111,22 @@ def to_peft(
         if experts is None:
             raise_all(f"{directory}: cannot be written for PEFT:", unordered(chosen.entries))
         chosen = TorchMapping(ordered(chosen.entries, list(experts or ())))
-    config = stored.get("config") if stored else {}
-    config = config if isinstance(config, dict) else {}
-    kept = {k: config.get(k) for k in ("task_type", "base_model_name_or_path")}
+    config = _inside(stored, "config")
     with replacing(Path(out)) as new:
         save_adapter(
             new,
             found.adapters,
             chosen,
-            task_type=kept["task_type"],
-            base_model_name=kept["base_model_name_or_path"],
+            task_type=config.get("task_type"),
+            base_model_name=config.get("base_model_name_or_path"),
             config=unknown(config),
         )
     return chosen
+
+
+def _inside(data: Any, name: str) -> dict[str, Any]:
+    found = data.get(name) if isinstance(data, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _mapping(
@@ -167,7 +151,7 @@ def _mapping(
     for name, shape in torch.items():
         # A torch model has many parameters that are not adapted: what fails there does not count.
         finder.failures.clear()
-        entry = finder.value(name, tuple(shape), ())
+        entry = finder.value(name, tuple(shape))
         if entry is None or not {b.leaf.path for b in entry.blocks} & nodes.keys():
             continue
         if finder.failures:
@@ -222,7 +206,7 @@ def read_params(text: str) -> tuple[Any, Survey | Targets | None]:
         tensors = open_base(path).tensors
         # Names as paths, or with dots, as torch has them.
         separator = "/" if any("/" in n for n in tensors) else "."
-        odd = sorted({t.dtype for t in tensors.values()} - DTYPES.keys() - _OTHER.keys())
+        odd = sorted({t.type for t in tensors.values()} - DTYPES.keys() - _OTHER.keys())
         if odd:
             raise LoRAError(f"{path}: parameters of type {', '.join(odd)} are not known")
         return nest({n.replace(separator, "/"): _abstract(t) for n, t in tensors.items()}), None
@@ -239,8 +223,8 @@ def read_params(text: str) -> tuple[Any, Survey | Targets | None]:
 _OTHER = {"F64": "float64", "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool"}
 
 
-def _abstract(t: Tensor) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(t.shape, DTYPES.get(t.dtype, _OTHER.get(t.dtype)))
+def _abstract(t: Stored) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(t.shape, DTYPES.get(t.type, _OTHER.get(t.type)))
 
 
 def _of_orbax(path: Path) -> Any:
@@ -297,12 +281,16 @@ def convert(
     mapping: str | os.PathLike | None = None,
     torch: str | os.PathLike | None = None,
     to: str | None = None,
-    ignore: Sequence[str] = (),
     experts: Sequence[str] | None = None,
     experts_a: str | None = None,
     **options: Any,
 ) -> TorchMapping:
-    """Converts in the direction that `src` asks for; paths and texts as on the command line."""
+    """Converts in the direction that `src` asks for; paths and texts as on the command line.
+
+    Args:
+      options: `ignore`, `rename`, `conv1d`, `keep_base`, `rank` and `energy` of `lora.peft.load`,
+        for which only the way from PEFT has a use.
+    """
     kind = kind_of(src)
     if kind == "base" or to == kind:
         raise LoRAError(
@@ -314,11 +302,10 @@ def convert(
     if params is None and kind == "peft":
         raise LoRAError(f"--params is needed: {PARAMS}")
     tree, survey = (None, None) if params is None else read_params(params)
+    along = {"mapping": table or None, "experts_a": experts_a}
     if kind == "peft":
-        # By position, in the order of `to_orbax`.
-        along = (experts, experts_a)
-        return to_orbax(src, dst, tree, survey, table or None, ignore, *along, **options)
+        return to_orbax(src, dst, tree, survey=survey, experts=experts, **along, **options)
     # The order of the experts: JSON and the checkpoint keep it, safetensors need not.
     known = torch is None or Path(torch).suffix == ".json"
     experts = () if known and experts is None else experts
-    return to_peft(src, dst, tree, survey, table or None, shapes or None, experts, experts_a)
+    return to_peft(src, dst, tree, survey, torch=shapes or None, experts=experts, **along)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,14 +120,10 @@ def kind_of(path: str | os.PathLike) -> Kind:
     if path.exists() and not path.is_dir():
         # It raises, and says that it is a pipe or a device.
         opened(path).close()
-    found = (
-        "there is nothing"
-        if not path.exists()
-        else ""
-        if path.is_dir()
-        else f"a file; its folder is {path.parent}"
-    )
-    found = found or ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
+    if path.is_dir():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
+    else:
+        found = f"a file; its folder is {path.parent}" if path.exists() else "there is nothing"
     raise_all(f"{path}: it is no adapter itself; give the path of one that is in it:", _below(path))
     raise LoRAError(
         f"{path}: expected a PEFT folder ({CONFIG}), a checkpoint directory of "
@@ -215,9 +211,8 @@ def inspect(
     if kind == "peft":
         adapter = open_torch(path, (*ignore, "init_lora_weights"), rename)
         rows = [_of_peft(adapter, name) for name in adapter.parts]
-        rows += [
-            _stored(adapter, t.name, "base table", t.shape, [t.key]) for t in adapter.parsed.tables
-        ]
+        read = adapter.file.tensors
+        rows += [_row(t.name, "base table", t.shape, [read[t.key]]) for t in adapter.parsed.tables]
         rows.sort(key=_natural)
         settings = {k: v for k, v in adapter.file.config.items() if v not in EMPTY}
         about = {"config": settings, "unclear": list(adapter.unclear)}
@@ -225,16 +220,7 @@ def inspect(
     if kind == "orbax":
         return _of_checkpoint(path)
     base = open_base(path)
-    rows = [
-        {
-            "name": n,
-            "shape": list(t.shape),
-            "dtype": t.dtype,
-            "parameters": math.prod(t.shape),
-            "bytes": t.stop - t.start,
-        }
-        for n, t in base.tensors.items()
-    ]
+    rows = [_row(n, None, t.shape, [t], lambda t: t.type) for n, t in base.tensors.items()]
     return Inspection("base", rows, {"files": [f.name for f in base.files]}, [*_below(Path(path))])
 
 
@@ -249,7 +235,8 @@ def _of_peft(adapter: TorchAdapter, name: str) -> dict[str, Any]:
     entry, what = adapter.parts[name]
     # `open_torch` makes them with a shape.
     assert entry.shape is not None
-    row = _stored(adapter, name, entry.kind, entry.shape, adapter.keys(name))
+    tensors = [adapter.file.tensors[k] for k in adapter.keys(name)]
+    row = _row(name, entry.kind, entry.shape, tensors)
     if isinstance(what, NewRows):
         return row | {"kind": f"{len(what.index)} rows", "shape": list(what.shape)}
     if not isinstance(what, Update):
@@ -269,17 +256,21 @@ def _norm(node: LowRank) -> float | None:
     return norm(node) if isinstance(node, LoRA) else None
 
 
-def _stored(
-    adapter: TorchAdapter, name: str, kind: str, shape: Sequence[int], keys: Sequence[str]
+def _row(
+    name: str,
+    kind: str | None,
+    shape: Sequence[int],
+    arrays: Sequence[Any],
+    type_of: Callable[[Any], str] = lambda x: str(x.dtype),
 ) -> dict[str, Any]:
-    tensors = [adapter.file.tensors[k] for k in keys]
+    """What is said of any parameter; `arrays` are what it consists of."""
     return {
         "name": name,
-        "kind": kind,
+        **({"kind": kind} if kind else {}),
         "shape": list(shape),
-        "dtype": "/".join(dict.fromkeys(str(t.dtype) for t in tensors)),
-        "parameters": sum(math.prod(t.shape) for t in tensors),
-        "bytes": sum(t.nbytes for t in tensors),
+        "dtype": "/".join(dict.fromkeys(map(type_of, arrays))),
+        "parameters": sum(math.prod(x.shape) for x in arrays),
+        "bytes": sum(x.nbytes for x in arrays),
     }
 
 
@@ -287,19 +278,10 @@ def _of_checkpoint(path: str | os.PathLike) -> Inspection:
     found = restored(path)
     rows = []
     for name, node in flatten(found.adapters, is_leaf=is_node).items():
-        arrays = jax.tree.leaves(node)
-        row = {
-            "name": name,
-            "kind": type(node).__name__.lower(),
-            "shape": list(node.shape),
-            "dtype": "/".join(dict.fromkeys(str(x.dtype) for x in arrays)),
-            "parameters": sum(x.size for x in arrays),
-            "bytes": sum(x.nbytes for x in arrays),
-        }
+        kind = f"{len(node.index)} rows" if isinstance(node, Rows) else type(node).__name__.lower()
+        row = _row(name, kind, node.shape, jax.tree.leaves(node))
         if isinstance(node, LowRank):
             row |= {"rank": node.rank, "scale": node.scale, "norm": _norm(node)}
-        if isinstance(node, Rows):
-            row["kind"] = f"{len(node.index)} rows"
         rows.append(row)
     base = found.base.leaves
     about = {

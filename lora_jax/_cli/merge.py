@@ -88,10 +88,10 @@ def merge_files(
 def _check(placed: TorchAdapter, base: Base, keep_base: bool) -> None:
     """What would fail on the way fails before anything is written."""
     failures = [
-        f"'{n}' is {base.tensors[n].dtype}, expected one of {', '.join(DTYPES)}; a quantised base "
+        f"'{n}' is {base.tensors[n].type}, expected one of {', '.join(DTYPES)}; a quantised base "
         "cannot be merged into, take the one that it was made from"
         for n in placed.parts
-        if base.tensors[n].dtype not in DTYPES
+        if base.tensors[n].type not in DTYPES
     ]
     read = placed.file.read
     failures += placed.parsed.unequal(placed.file)
@@ -123,7 +123,7 @@ def _copies(base: Base, table: str) -> list[str]:
     """Other tensors that hold the values of a table of which rows change."""
     own, found = base.tensors[table], []
     for name, t in base.tensors.items():
-        alike = name != table and (t.dtype, t.shape) == (own.dtype, own.shape)
+        alike = name != table and (t.type, t.shape) == (own.type, own.shape)
         if alike and np.array_equal(t.read(), own.read()):
             found.append(
                 f"'{name}' holds the values of '{table}', of which the adapter has new rows: if "

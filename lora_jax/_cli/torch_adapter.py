@@ -21,7 +21,7 @@ from lora_jax.peft._blocks import Block, LeafInfo
 from lora_jax.peft._build import Build
 from lora_jax.peft._config import PeftConfig, peft_config
 from lora_jax.peft._deltas import MERGE_OR_LOAD
-from lora_jax.peft._experts import ways
+from lora_jax.peft._experts import Way, ways
 from lora_jax.peft._file import CONFIG, AdapterFile
 from lora_jax.peft._formats import open_any
 from lora_jax.peft._mapping import Entry
@@ -130,15 +130,17 @@ def expert_names(group: Experts) -> tuple[str, ...]:
     return tuple(f"{group.module}.({of})[{i}]" for i in reversed(range(len(group.pairs))))
 
 
+def expert_ways(group: Experts) -> list[Way]:
+    """The assignments of a module's pairs to its parameters that ranks allow, without a base."""
+    numbers = {u.batch for pair in group.pairs for u in pair.values()}
+    # A number of experts, one for all pairs.
+    fits = [lambda _, u, n=n: u if u.batch == n else None for n in sorted(numbers)]
+    return [way for fit in fits for way in ways(group, fit)]
+
+
 def _experts(group: Experts, unclear: list[str]) -> list[Update]:
     """The updates of a module's pairs, whose rank and scale may depend on which is which."""
-    numbers = {u.batch for pair in group.pairs for u in pair.values()}
-    found = [
-        [u for _, u in way]
-        # A number of experts, one for all pairs.
-        for n in sorted(numbers)
-        for way in ways(group, lambda _, u, n=n: u if u.batch == n else None)
-    ]
+    found = [[u for _, u in way] for way in expert_ways(group)]
     if len({tuple((u.rank, u.scale) for u in way) for way in found}) != 1:
         unclear.append(
             f"'{group.module}': which of its tensors are {' and '.join(group.parameters)} the base "

@@ -266,11 +266,13 @@ def _resized(name: str, have: tuple[int, ...], want: tuple[int, ...]) -> str:
 def _rename(names: Sequence[str], shapes: Mapping[str, Any]) -> Callable[[str], str]:
     """From the adapter's names to the base's: as they are, or all of them with one first name less
     or more, which must be one that stands for the whole model."""
-    ways = [way for first, way in _ways(names, shapes) if is_wrapper([first])]
-    # The name as it is comes first, and wins where others do as well.
-    ways = [lambda name: name, *ways]
-    best = max(ways, key=lambda way: sum(n in shapes or way(n) in shapes for n in names))
-    return lambda name: name if name in shapes or best(name) not in shapes else best(name)
+    ways = [lambda name: name]
+    ways += [way for first, way in _ways(names, shapes) if is_wrapper([first])]
+    hits = [sum(n in shapes or way(n) in shapes for n in names) for way in ways]
+    best = [way for way, n in zip(ways, hits) if n == max(hits)]
+    # Names as they are win where others do as well; of several others none is known to be meant.
+    one = best[0] if len({tuple(map(way, names)) for way in best}) == 1 else ways[0]
+    return lambda name: name if name in shapes or one(name) not in shapes else one(name)
 
 
 def _far(names: Sequence[str], shapes: Mapping[str, Any]) -> dict[str, str]:

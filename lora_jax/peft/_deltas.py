@@ -33,7 +33,7 @@ def delta(module: str, keys: Mapping[str, str], file: AdapterFile, config: PeftC
     form = FORMS[config.kind]
     shapes = {name: file.shape(key) for name, key in keys.items()}
     n_out, n_in, rank = form.sizes(shapes, config, module)
-    kind = "embedding" if "hira_embedding_A" in keys else "linear"
+    kind = "embedding" if any("_embedding_" in name for name in keys) else "linear"
     if rank and (problem := config.other_rank(module, rank)):
         raise Misfit(problem)
     first = next(iter(keys.values()))

@@ -6,16 +6,16 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lora_jax._core.errors import raise_all
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, LowRank, Rows
-from lora_jax._nodes.node import is_node
 from lora_jax.peft._blocks import Block, changes_outside, from_leaf, own_factors, together, torch_b
 from lora_jax.peft._mapping import Entry, TorchMapping
+from lora_jax.peft._patterns import endings, matching_others
 from lora_jax.peft._settings import as_alpha
 
 # What is written is what this PEFT writes.
@@ -72,8 +72,7 @@ class Export:
         for entry in self.mapping.entries.values():
             for b in entry.blocks:
                 self.blocks.setdefault(b.leaf.path, []).append(b)
-        self._covered()
-        raise_all("these adapters cannot be written for PEFT:", self.failures)
+        raise_all("these adapters cannot be written for PEFT:", self._not_covered())
         for entry in self.mapping.entries.values():
             nodes = [self.nodes.get(b.leaf.path) for b in entry.blocks]
             kinds = {type(n) for n in nodes if n is not None}
@@ -83,39 +82,34 @@ class Export:
                     "ways; merge it: lora.merge"
                 )
             elif kinds:
-                make: dict[type, Callable] = {
-                    LoRA: self._lora,
-                    DoRA: self._lora,
-                    Full: self._full,
-                    Rows: self._rows,
-                }
+                make: Any = {LoRA: self._lora, DoRA: self._lora, Full: self._full, Rows: self._rows}
                 make[kinds.pop()](entry, nodes)
         self._ranks(uniform)
 
-    def _covered(self) -> None:
-        """Every element of every trained leaf belongs to one torch parameter."""
+    def _not_covered(self) -> Iterator[str]:
+        """Trained leaves of which not every element belongs to one torch parameter."""
         for path, node in self.nodes.items():
-            if not is_node(node):
-                self.failures.append(
-                    f"'{path}' is a {type(node).__name__}, not an adapter; pass lora.init's tree"
-                )
+            # No subclass either: its update may be another.
+            if type(node) not in (LoRA, DoRA, Full, Rows):
+                name = type(node).__name__
+                yield f"'{path}' is a {name}, not an adapter that PEFT has; pass lora.init's tree"
                 continue
             blocks = self.blocks.get(path, [])
             shape = tuple(node.shape)
             if not blocks:
-                self.failures.append(f"'{path}' is in no entry of the mapping; add it")
+                yield f"'{path}' is in no entry of the mapping; add it"
             elif blocks[0].leaf.tied and len(blocks) == 1 and not isinstance(node, Rows):
-                self.failures.append(
+                yield (
                     f"'{path}' is the embedding and the head, and the mapping has one of the two; "
                     "name both in lora.peft.mapping, such as embed_tokens.weight and lm_head.weight"
                 )
             elif blocks[0].leaf.tied and isinstance(node, DoRA):
-                self.failures.append(
+                yield (
                     f"'{path}' is the embedding and the head, and a DoRA: PEFT scales the one "
                     "by its columns and the other by its rows; untie them in the model"
                 )
             elif blocks[0].leaf.shape != shape:
-                self.failures.append(
+                yield (
                     f"'{path}' {shape}, but {blocks[0].leaf.shape} in the mapping; make it of "
                     "these parameters: lora.peft.mapping(names, params, survey)"
                 )
@@ -125,7 +119,7 @@ class Export:
                 not isinstance(node, LowRank)
                 or changes_outside(node, blocks, self.mapping.untouched.get(path))
             ):
-                self.failures.append(
+                yield (
                     f"'{path}' {shape}: the mapping has {n:,} of {math.prod(shape):,} elements; "
                     "name the torch parameters of the others too"
                 )
@@ -229,9 +223,9 @@ class Export:
             )
         rank = rank if uniform is True else uniform
         # The scale that most have, so that the fewest B are rounded.
-        scales = collections.Counter(low.scale for low in self.low.values() if low.scale)
+        scale = _commonest((low.scale for low in self.low.values() if low.scale), 0.0)
         for low in self.low.values():
-            low.scaled(scales.most_common(1)[0][0] if scales else 0.0)
+            low.scaled(scale)
             low.padded(rank)
 
     def _attention(self, module: str, low: _Low) -> None:
@@ -275,9 +269,7 @@ class Export:
         bias, saved = self._store_values(adapted)
         self._separate(saved, {*adapted, *self.tokens})
         # The pair that most modules have: patterns name the fewest.
-        rank, scale = (
-            collections.Counter(names.values()).most_common(1)[0][0] if names else (8, 1.0)
-        )
+        rank, scale = _commonest(names.values(), (8, 1.0))
         alpha = as_alpha(rank, scale)
         alphas = {n: as_alpha(*v) for n, v in names.items()}
         return {
@@ -382,24 +374,22 @@ class Export:
                     )
 
 
+def _commonest(values: Iterable[Any], default: Any) -> Any:
+    found = collections.Counter(values).most_common(1)
+    return found[0][0] if found else default
+
+
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """{name: value} of what is not the default; each pattern matches its own name only."""
-    out = {}
-    for name, value in values.items():
-        if value == default:
-            continue
-        # PEFT takes a pattern for the end of a name, dots for any letter.
-        others = any(re.match(rf"(.*\.)?({name})$", n) for n in values if n != name)
-        out["^" + re.escape(name) if others else name] = value
-    return out
+    several = matching_others(values)
+    pattern = lambda name: "^" + re.escape(name) if name in several else name
+    return {pattern(name): value for name, value in values.items() if value != default}
 
 
 def _targets(modules: Sequence[str], mapping: TorchMapping) -> list[str] | str | None:
     """Full names; as one expression where a name also ends another, which is not adapted."""
-    if not modules:
-        return None
     # Of a list PEFT takes each name for the end of others; an expression is the whole name.
     known = {n.rpartition(".")[0] for n in mapping} - set(modules)
-    if any(n.endswith("." + m) for m in modules for n in known):
+    if {end for n in known for end in endings(n)} & {*modules}:
         return "|".join(map(re.escape, modules))
-    return list(modules)
+    return list(modules) or None

@@ -60,13 +60,23 @@ AGAIN = "copy the file again, or write it again in the tool that made it"
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies in the file; `axes` turn it from the order in which it is stored."""
+    """Where a tensor lies, and as what.
 
-    dtype: np.dtype
+    Attributes:
+      type: the format's own name, such as "BF16".
+      axes: turn it from the order in which it is stored.
+    """
+
+    file: Path
+    type: str
     shape: tuple[int, ...]
     start: int
     stop: int
     axes: tuple[int, ...] | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        return (DTYPES | PLACES)[self.type]
 
     @property
     def nbytes(self) -> int:
@@ -78,24 +88,27 @@ class Stored:
         shape = tuple(self.shape[d] for d in axes)
         return dataclasses.replace(self, shape=shape, axes=axes)
 
+    def read(self, into: np.ndarray | None = None) -> np.ndarray:
+        """Its value, of a type that `dtype` knows; in bytes that are there, if they are given."""
+        data = empty((self.nbytes,), np.uint8) if into is None else into[: self.nbytes]
+        with opened(self.file) as file:
+            file.seek(self.start)
+            if file.readinto(data.data) != self.nbytes:
+                raise LoRAError(f"{self.file}: is cut off; copy the file again")
+        value = data.view(self.dtype)
+        if self.axes is None:
+            return value.reshape(self.shape)
+        # Axis i is the stored axis axes[i]: the shape in the file, from the turned one.
+        stored = [self.shape[self.axes.index(d)] for d in range(len(self.axes))]
+        return value.reshape(stored).transpose(self.axes)
 
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """A tensor that is in no file, but was computed from what is."""
 
-    value: np.ndarray
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.value.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.value.nbytes
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array at an address that 64 divides, which JAX takes on a CPU as it is, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    data = np.empty(size + 64, np.uint8)
+    start = -data.ctypes.data % 64
+    return data[start : start + size].view(dtype).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +118,7 @@ class AdapterFile:
     Attributes:
       folder: as given; a file where it has no folder of its own.
       config: PEFT's settings, as adapter_config.json has them; their values are not checked yet.
-      tensors: {PEFT's name: `Stored` or `Made`}.
+      tensors: {PEFT's name: `Stored`, or the value of what was computed from those}.
       path: the file in which they are.
       format: "peft", "mlx", "diffusers" or "kohya".
       part: the model that they are of, where the file has several, such as "unet".
@@ -113,7 +126,7 @@ class AdapterFile:
 
     folder: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, Stored | Made]
+    tensors: Mapping[str, Stored | np.ndarray]
     path: Path
     format: str = "peft"
     part: str | None = None
@@ -124,28 +137,16 @@ class AdapterFile:
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the type in which it is stored; finite, or a `LoRAError`."""
         at = self.tensors[name]
-        if isinstance(at, Made):
-            return at.value
-        with opened(self.path) as file:
-            file.seek(at.start)
-            data = file.read(at.stop - at.start)
-        if len(data) != at.stop - at.start:
-            raise LoRAError(f"{self.path}: '{name}' is cut off; copy the file again")
-        # A view of the bytes, which is read-only.
-        value = np.frombuffer(data, at.dtype)
+        if isinstance(at, np.ndarray):
+            return at
+        value = at.read()
         # In fp32, which holds every number of 16 bits.
         if not np.isfinite(value.astype(np.float32)).all():
             raise LoRAError(
                 f"{self.path}: '{name}' {at.shape} holds NaN or infinity; the training "
                 "that wrote it diverged, take an earlier checkpoint"
             )
-        if at.axes is None:
-            return value.reshape(at.shape)
-        # Axis i is the stored axis axes[i]: the shape in the file, from the turned one.
-        stored = [0] * len(at.axes)
-        for n, d in zip(at.shape, at.axes):
-            stored[d] = n
-        return value.reshape(stored).transpose(at.axes)
+        return value
 
 
 def open_adapter(
@@ -305,7 +306,7 @@ def _tensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     stored = {
         name: found
         for name, entry in header.items()
-        if (found := _stored(name, entry, 8 + length, size, failures)) is not None
+        if (found := _stored(path, name, entry, 8 + length, size, failures)) is not None
     }
     # Offsets that are wrong one by one say nothing of gaps.
     if not failures:
@@ -332,7 +333,9 @@ def _instead(folder: Path) -> str:
     return "the adapter is incomplete"
 
 
-def _stored(name: str, entry: Any, base: int, size: int, failures: list[str]) -> Stored | None:
+def _stored(
+    path: Path, name: str, entry: Any, base: int, size: int, failures: list[str]
+) -> Stored | None:
     def wrong(what: str) -> None:
         failures.append(f"{name[:200]!a}: {what}")
 
@@ -356,7 +359,7 @@ def _stored(name: str, entry: Any, base: int, size: int, failures: list[str]) ->
         return wrong(
             f"shape {tuple(shape)} of {dtype} at bytes {start:,} to {stop:,} of {size - base:,}"
         )
-    return Stored(types[dtype], tuple(shape), base + start, base + stop)
+    return Stored(path, dtype, tuple(shape), base + start, base + stop)
 
 
 def _sizes(x: Any) -> bool:

@@ -87,19 +87,12 @@ class Finder:
         return Entry(update.name, blocks, kind, None, shape, found.swapped), found
 
     def value(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        conv1d: Sequence[str] | None = None,
-        *,
-        needed: bool = True,
-        fan_in_fan_out: bool = False,
+        self, name: str, shape: tuple[int, ...], in_out: bool | None = False, needed: bool = True
     ) -> Entry | None:
         """A parameter in full, or one of which only the shape is known.
 
-        A square matrix fits as (out, in) and as (in, out): `conv1d` names the modules for which it
-        is the latter. Where it is None, a matrix is a Linear's, unless `fan_in_fan_out` says that
-        there are others; of a stack (of experts) it is not known: an error if it is `needed`.
+        A square matrix fits as (out, in) and as (in, out), which `in_out` says, see `Orders`. Where
+        it says nothing, the entry has no layout, and it is an error if that is `needed`.
         """
 
         def problem(blocks: Sequence[Block]) -> str | None:
@@ -128,8 +121,7 @@ class Finder:
         # torch's tables are (rows, features), as Flax's.
         elif len(fits) > 1 and leaf.kind == "embedding":
             fits = ["in_out"]
-        # The setting says that there is a Conv1D; experts are stored in either order.
-        elif len(fits) > 1 and conv1d is None and (fan_in_fan_out or blocks[0].n_batch > 1):
+        elif len(fits) > 1 and in_out is None:
             fits = [None]
             module = name.removesuffix(".weight").rpartition(".")[2]
             if needed:
@@ -139,8 +131,7 @@ class Finder:
                     f"conv1d=['{module}']"
                 )
         elif len(fits) > 1:
-            module = "." + name.removesuffix(".weight")
-            fits = ["in_out" if any(module.endswith("." + c) for c in conv1d or ()) else "out_in"]
+            fits = ["in_out" if in_out else "out_in"]
         return Entry(name, blocks, "value", fits[0], shape)
 
     def rows(self, rows: NewRows) -> Entry | None:

@@ -282,15 +282,21 @@ def _ia3(t: Arrays, at: Place) -> np.ndarray:
 
 
 def _oft_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
-    has(shapes, "oft_R.weight")
-    axes_of(shapes, **{"oft_R.weight": 2})
-    blocks, side = shapes["oft_R.weight"][0], _side(shapes["oft_R.weight"][1])
-    if side * (side - 1) // 2 != shapes["oft_R.weight"][1]:
-        raise Misfit(f"oft_R {shapes['oft_R.weight']}: no triangle has so many elements")
+    table = "oft_embedding_R.weight" in shapes
+    name = "oft_embedding_R.weight" if table else "oft_R.weight"
+    has(shapes, name)
+    shape = shapes[name]
+    # (blocks, 0) of blocks of one input, which have nothing to turn.
+    if len(shape) != 2 or not shape[0]:
+        raise Misfit(f"{name} {shape}: expected 2 axes")
+    blocks, side = shape[0], _side(shape[1])
+    if side * (side - 1) // 2 != shape[1]:
+        raise Misfit(f"oft_R {shape}: no triangle has so many elements")
     if config.own["block_share"]:
         equal("the blocks that are shared", blocks, 1)
-    # One rotation may turn all blocks of the inputs.
-    return 0, 0 if blocks == 1 else blocks * side, 0
+    # One rotation may turn all blocks of the inputs, or of a table's features.
+    turned = 0 if blocks == 1 else blocks * side
+    return (turned, 0, 0) if table else (0, turned, 0)
 
 
 def _side(elements: int) -> int:
@@ -299,11 +305,13 @@ def _side(elements: int) -> int:
 
 
 def _oft(t: Arrays, at: Place) -> np.ndarray:
-    """W·(Rᵀ − 1) with a rotation R of blocks, arXiv:2306.07280."""
-    own, vectors = at.config.own, t["oft_R.weight"]
-    blocks, side = len(vectors), _side(vectors.shape[1])
-    if at.n_in % side or (blocks > 1 and at.n_in != blocks * side):
-        raise Misfit(f"{blocks} rotations of {side} for in {at.n_in}")
+    """W·(Rᵀ − 1) with a rotation R of blocks, arXiv:2306.07280; of a table, table·(R − 1)."""
+    own, (vectors,), table = at.config.own, t.values(), "oft_embedding_R.weight" in t
+    # (out, in), or (tokens, features).
+    w = at.base.T if table else at.base
+    blocks, side, n = len(vectors), _side(vectors.shape[1]), w.shape[1]
+    if n % side or (blocks > 1 and n != blocks * side):
+        raise Misfit(f"{blocks} rotations of {side} for {'features' if table else 'in'} {n}")
     q = np.zeros((blocks, side, side))
     # Skew, from what is above the diagonal, row by row.
     q[:, *np.triu_indices(side, 1)] = vectors
@@ -320,9 +328,10 @@ def _oft(t: Arrays, at: Place) -> np.ndarray:
         # Cayley's (1 − q)(1 + q)⁻¹; 1 + q is regular for every skew q, but for rounding.
         r = (eye - q) @ np.linalg.inv(eye + q)
     # (out, in/side, side), each block of inputs times its own Rᵀ − 1.
-    w = at.base.reshape(at.n_out, -1, side)
-    r = np.broadcast_to(r - eye, (at.n_in // side, side, side))
-    return np.einsum("onb,nab->ona", w, r).reshape(at.n_out, at.n_in)
+    r = np.broadcast_to(r - eye, (n // side, side, side))
+    r = r.swapaxes(1, 2) if table else r
+    new = np.einsum("onb,nab->ona", w.reshape(len(w), -1, side), r).reshape(w.shape)
+    return new.T if table else new
 
 
 def _neumann(q: np.ndarray, terms: int) -> np.ndarray:
@@ -366,5 +375,5 @@ FORMS: Mapping[str, Form] = {
     "FOURIERFT": Form(("fourierft_spectrum",), _fourier_sizes, _fourier),
     "SHIRA": Form(("shira_weight", "shira_indices"), _shira_sizes, _shira),
     "IA3": Form(("ia3_l",), _ia3_sizes, _ia3, True),
-    "OFT": Form(("oft_R.weight",), _oft_sizes, _oft, True),
+    "OFT": Form(("oft_R.weight", "oft_embedding_R.weight"), _oft_sizes, _oft, True),
 }

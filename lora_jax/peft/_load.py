@@ -29,6 +29,7 @@ from lora_jax.peft._find import Finder, finish
 from lora_jax.peft._formats import open_any
 from lora_jax.peft._hub import folder as on_disk
 from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
+from lora_jax.peft._orders import Orders
 from lora_jax.peft._parse import parse
 from lora_jax.peft._parts import Parsed, Update
 from lora_jax.peft._reduce import reduced
@@ -253,7 +254,7 @@ def load(
     for t in parsed.tables:
         if not keep_base:
             # A table (rows, features) is no Conv1D's, also where it is square.
-            build.compare(finder.value(t.name, t.shape, ()), t)
+            build.compare(finder.value(t.name, t.shape), t)
     finish(finder, str(file.folder))
     raise_all(f"{file.folder}: cannot be used with these parameters:", build.failures)
     entries = {entry.name: entry for entry, _ in found}
@@ -276,9 +277,12 @@ def _found(
         for entry, u in on_leaves(group, finder, experts, along):
             # As the PEFT would store them that `save` writes for, not as this file does.
             found.append((dataclasses.replace(entry, swapped=_swapped_now(u, config)), u))
+    orders = Orders({v.name: v.shape for v in parsed.values}, conv1d)
+    # Where one is a Conv1D's, others may be: the file has a part of the model, and is no proof.
+    unsure = conv1d is None and (config.fan_in_fan_out or True in orders.votes)
     for v in parsed.values:
-        fan = config.fan_in_fan_out
-        found.append((finder.value(v.name, v.shape, conv1d, fan_in_fan_out=fan), v))
+        in_out = None if unsure else orders.in_out(v.name)
+        found.append((finder.value(v.name, v.shape, in_out), v))
     for r in parsed.rows:
         found.append((finder.rows(r), r))
     return [(e, what) for e, what in found if e is not None]

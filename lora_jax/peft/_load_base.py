@@ -20,11 +20,11 @@ from lora_jax._quantized.weight import Quantized
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._arguments import as_float, one_of
-from lora_jax.peft._file import DTYPES
+from lora_jax.peft._file import empty
 from lora_jax.peft._hub import folder as folder_of
 from lora_jax.peft._mapping import TorchMapping
 from lora_jax.peft._place import Piece, Placed, is_float, placed
-from lora_jax.peft._safetensors import empty, open_base
+from lora_jax.peft._safetensors import open_base
 from lora_jax.quant._quantize import (
     FINITE,
     NOT_FINITE,
@@ -220,10 +220,10 @@ def _check_range(path: str, pieces: Sequence[Piece], out: np.ndarray) -> None:
     """Nothing of a larger type is beyond the leaf's."""
     most = float(jnp.finfo(out.dtype).max)
     # Only what was rounded can have left the range: else no number is looked at.
-    wide = [p for p in pieces if float(jnp.finfo(DTYPES[p.tensor.dtype]).max) > most]
+    wide = [p for p in pieces if float(jnp.finfo(p.tensor.dtype).max) > most]
     if wide and not np.isfinite(out).all():
         raise LoRAError(
-            f"'{path}' {out.dtype}: '{wide[0].entry.name}' ({wide[0].tensor.dtype}) holds a number "
+            f"'{path}' {out.dtype}: '{wide[0].entry.name}' ({wide[0].tensor.type}) holds a number "
             f"that {out.dtype} does not, or one that is not finite: dtype='float32'"
         )
 

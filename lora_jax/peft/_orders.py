@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lora_jax.peft._arguments import as_names
 
@@ -36,26 +35,22 @@ class Orders:
         self.conv1d = as_names(conv1d, "conv1d")
 
     def in_out(self, name: str) -> bool | None:
-        """Whether a square weight is (in, out); None where the model has weights of both kinds."""
+        """Whether a square weight is (in, out); None where it is not known: where the model has
+        weights of both kinds, and of experts, which are stored in either order."""
         module = name.removesuffix(".weight")
         if self.conv1d is not None:
             return any(f".{module}".endswith("." + c) for c in self.conv1d)
+        # A convolution's window of one position is no axis of experts.
+        if {*self.shapes.get(name, ())[2:]} - {1}:
+            return None
         # So it is no Conv1D.
         if f"{module}.bias" not in self.shapes:
             return False
-        return None if len(self._votes) > 1 else next(iter(self._votes), self.otherwise)
-
-    def how(self, name: str, shape: Sequence[int]) -> dict[str, Any]:
-        """What `Finder.value` is to be told of a parameter of this shape."""
-        if len(shape) != 2 or shape[0] != shape[1]:
-            return {"conv1d": self.conv1d}
-        in_out = self.in_out(name)
-        if in_out is None:
-            return {"fan_in_fan_out": True}
-        return {"conv1d": [name.removesuffix(".weight")] if in_out else []}
+        return None if len(self.votes) > 1 else next(iter(self.votes), self.otherwise)
 
     @functools.cached_property
-    def _votes(self) -> set[bool]:
+    def votes(self) -> set[bool]:
+        """Whether weights of the model are (in, out), where shapes say it."""
         votes = set()
         for name, shape in self.shapes.items():
             # Not square, with a bias, which has the length of the outputs.

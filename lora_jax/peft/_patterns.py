@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax._core.errors import LoRAError, quoted
@@ -206,6 +206,28 @@ def endings(name: str) -> Iterator[str]:
     for i, c in enumerate(name):
         if c == ".":
             yield name[i + 1 :]
+
+
+def matching_others(names: Collection[str]) -> set[str]:
+    """Those that are no pattern for themselves alone: PEFT takes one for the end of a name, and a
+    dot in it for any letter.
+
+    >>> sorted(matching_others(["a.q", "q", "b.q", "k.v", "k_v", "x+y"]))
+    ['k.v', 'q', 'x+y']
+    """
+    masks: dict[int, set[tuple[int, ...]]] = {}
+    for name in names:
+        dots = tuple(i for i, c in enumerate(name) if c == ".")
+        masks.setdefault(len(name), set()).add(dots)
+    found = {name for name in names if not PLAIN.fullmatch(name)}
+    for name in names:
+        for ending in endings(name):
+            # The names that it would be, if they have their dots there.
+            for dots in masks.get(len(ending), ()):
+                text = "".join("." if i in dots else c for i, c in enumerate(ending))
+                if text != name and text in names:
+                    found.add(text)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

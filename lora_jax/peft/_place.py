@@ -22,12 +22,12 @@ from lora_jax._core.paths import flatten, nearest
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._blocks import Block, LeafInfo, to_leaf
-from lora_jax.peft._file import DTYPES
+from lora_jax.peft._file import DTYPES, Stored
 from lora_jax.peft._find import Finder
 from lora_jax.peft._mapping import TABLE, Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._names import is_head
 from lora_jax.peft._orders import Orders
-from lora_jax.peft._safetensors import Base, Tensor, called, tied_tables
+from lora_jax.peft._safetensors import Base, called, tied_tables
 
 # Failures of each side that are shown first.
 EACH = 10
@@ -42,14 +42,14 @@ class Piece:
 
     entry: Entry
     place: int
-    tensor: Tensor
+    tensor: Stored
 
     @property
     def block(self) -> Block:
         return self.entry.blocks[self.place]
 
     def value(self, into: np.ndarray | None = None) -> np.ndarray:
-        """What the block holds, in the block's shape, a view of the tensor; see `Tensor.read`."""
+        """What the block holds, in the block's shape, a view of the tensor; see `Stored.read`."""
         tensor = self.tensor.read(into)
         return to_leaf(tensor, self.entry.layout, self.entry.blocks)[self.place]
 
@@ -121,7 +121,7 @@ class _Placing:
         base: Base,
         finder: Finder,
         conv1d: Sequence[str] | None,
-        tensors: Mapping[str, tuple[str, Tensor]],
+        tensors: Mapping[str, tuple[str, Stored]],
         call: str,
     ):
         self.base, self.finder, self.tensors, self.call = base, finder, tensors, call
@@ -131,14 +131,14 @@ class _Placing:
         self.homeless: dict[str, str] = {}  # heads without a leaf, and what the finder says of them
         self.wrong: list[str] = []
 
-    def find(self, name: str, tensor: Tensor) -> Entry | None:
-        return self.finder.value(name, tensor.shape, **self.orders.how(name, tensor.shape))
+    def find(self, name: str, tensor: Stored) -> Entry | None:
+        return self.finder.value(name, tensor.shape, self.orders.in_out(name))
 
     def tensor(self, name: str) -> None:
         own, tensor = self.tensors[name]
-        if tensor.dtype not in DTYPES:
+        if tensor.type not in DTYPES:
             self.finder.failures.append(
-                f"'{own}' {tensor.shape} is {tensor.dtype}, expected one of {', '.join(DTYPES)}"
+                f"'{own}' {tensor.shape} is {tensor.type}, expected one of {', '.join(DTYPES)}"
             )
             return
         entry = self.find(name, tensor)
@@ -148,7 +148,7 @@ class _Placing:
         elif is_head(name):
             self.homeless[name] = self.finder.failures.pop()
 
-    def add(self, entry: Entry, tensor: Tensor) -> None:
+    def add(self, entry: Entry, tensor: Stored) -> None:
         self.entries[entry.name] = entry
         for i, b in enumerate(entry.blocks):
             # A tied leaf is filled by the first of its two tensors, and the second has to be equal.
@@ -254,7 +254,7 @@ def _overlap(one: Sequence[tuple[int, int]], two: Sequence[tuple[int, int]]) -> 
     return all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(one, two))
 
 
-def _same(one: Tensor, two: Tensor) -> bool:
+def _same(one: Stored, two: Stored) -> bool:
     """Whether two tensors hold the same numbers."""
     if one.shape != two.shape:
         return False

@@ -12,7 +12,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax.peft._blocks import from_leaf
 from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._deltas import matrix, needs_base
-from lora_jax.peft._file import AdapterFile, Made
+from lora_jax.peft._file import AdapterFile
 from lora_jax.peft._find import Finder
 from lora_jax.peft._form import Misfit
 from lora_jax.peft._mapping import BIASES, Entry, has_values
@@ -41,7 +41,7 @@ def reduced(
     Raises:
       LoRAError: an update that does not fit its leaf, or is not finite; a weight that is abstract.
     """
-    made: dict[str, Made] = {}
+    made: dict[str, np.ndarray] = {}
     out: list[tuple[Entry, Any]] = []
     shares: dict[str, float] = {}
     failures: list[str] = []
@@ -58,7 +58,7 @@ def reduced(
             failures.append(f"'{what.module}': {lost}{e}")
             continue
         keys = f"{what.module}.lora_A", f"{what.module}.lora_B"
-        made |= {keys[0]: Made(a), keys[1]: Made(b)}
+        made |= {keys[0]: a, keys[1]: b}
         low = dataclasses.replace(torch, rank=len(a), a=keys[0], b=keys[1])
         out.append((entry, low.turned() if update.swapped else low))
         if config.kind == "IA3" and not config.scales_inputs(what.module):
@@ -143,7 +143,7 @@ def _bias(
     file: AdapterFile,
     finder: Finder,
     values: Mapping[str, Any],
-    made: dict[str, Made],
+    made: dict[str, np.ndarray],
 ) -> list[tuple[Entry, Any]]:
     """IA3 scales outputs, so the bias, too, where there is one."""
     # Flax has the bias beside the kernel.
@@ -159,5 +159,5 @@ def _bias(
     if bias is None:
         return []
     old = np.concatenate([_read(b.leaf.path, values)[b.slices].reshape(-1) for b in bias.blocks])
-    made[name] = Made((old * scale).astype(np.float32))
+    made[name] = (old * scale).astype(np.float32)
     return [(bias, Value(name, shape, name))]

@@ -8,7 +8,6 @@ time, whatever its size.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 import shutil
@@ -20,14 +19,7 @@ import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax.peft._arguments import as_names, as_path
-from lora_jax.peft._file import (
-    DTYPES,
-    checked,
-    opened,
-    parse_json,
-    read_json,
-    reading,
-)
+from lora_jax.peft._file import Stored, checked, opened, parse_json, read_json, reading
 from lora_jax.peft._files import replacing, writing
 from lora_jax.peft._keys import renamed
 
@@ -43,51 +35,19 @@ NOT_COPIED = ("adapter_config.json", "pytorch_model.bin.index.json")
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
-    """Where a tensor lies, and as what; `dtype` is the format's own name, such as "BF16"."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
-
-    def read(self, into: np.ndarray | None = None) -> np.ndarray:
-        """Its value, of a type that `DTYPES` has; in bytes that are there, if they are given."""
-        data = empty((self.nbytes,), np.uint8) if into is None else into[: self.nbytes]
-        with opened(self.file) as file:
-            file.seek(self.start)
-            if file.readinto(data.data) != self.nbytes:
-                raise LoRAError(f"{self.file}: is cut off; copy the file again")
-        return data.view(DTYPES[self.dtype]).reshape(self.shape)
-
-
-def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array at an address that 64 divides, which JAX takes on a CPU as it is, without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    data = np.empty(size + 64, np.uint8)
-    start = -data.ctypes.data % 64
-    return data[start : start + size].view(dtype).reshape(shape)
-
-
-@dataclasses.dataclass(frozen=True)
 class Base:
     """A base model: one file, or a folder as transformers writes it.
 
     Attributes:
       path: as given.
       files: the files that hold its tensors, {file: where the first tensor begins}.
-      tensors: {name: `Tensor`}, in the files' order.
+      tensors: {name: where it lies}, in the files' order.
       config: config.json beside them, or {}.
     """
 
     path: Path
     files: Mapping[Path, int]
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Stored]
     config: Mapping[str, Any]
 
     @property
@@ -180,7 +140,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return found
 
 
-def _header(path: Path) -> tuple[int, dict[str, Tensor]]:
+def _header(path: Path) -> tuple[int, dict[str, Stored]]:
     """(where the tensors begin, {name: tensor} in the order in which they lie)."""
     with checked(path), opened(path) as file:
         # Offsets count from the end of the header, which `checked` has found to be whole.
@@ -190,7 +150,7 @@ def _header(path: Path) -> tuple[int, dict[str, Tensor]]:
     raise_all(f"{path}: names of tensors:", [ascii(n) for n in header if not n.isprintable()])
     at = lambda item: item[1]["data_offsets"]
     return start, {
-        name: Tensor(path, t["dtype"], tuple(t["shape"]), *(start + n for n in t["data_offsets"]))
+        name: Stored(path, t["dtype"], tuple(t["shape"]), *(start + n for n in t["data_offsets"]))
         for name, t in sorted(header.items(), key=at)
     }
 
@@ -316,7 +276,7 @@ def write_changed(
                 continue
             value = changed[name](t.read())
             # One byte more would move all that follows.
-            if (value.shape, value.dtype) != (t.shape, DTYPES[t.dtype]):
+            if (value.shape, value.dtype) != (t.shape, t.dtype):
                 raise LoRAError(
                     f"'{name}': {value.dtype}{value.shape} in place of {t.dtype}{t.shape}"
                 )

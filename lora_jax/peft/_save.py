@@ -84,7 +84,7 @@ def mapping(
     orders = Orders({name: shape for name, (_, shape) in own.items()}, conv1d)
     found = {}
     for name, (torch, shape) in own.items():
-        entry = finder.value(name, shape, needed=False, **orders.how(name, shape))
+        entry = finder.value(name, shape, orders.in_out(name), needed=False)
         if entry is not None:
             found[torch] = of_kind(dataclasses.replace(entry, name=torch), experts_a)
     # A dict has the order of the torch module, a file that of its bytes.

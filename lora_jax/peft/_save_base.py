@@ -15,7 +15,6 @@ from lora_jax._core.paths import flatten
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._blocks import from_leaf
-from lora_jax.peft._file import DTYPES
 from lora_jax.peft._hub import folder as folder_of
 from lora_jax.peft._mapping import Entry, TorchMapping, has_values
 from lora_jax.peft._place import placed
@@ -100,7 +99,7 @@ def save_base(
         own = value(found.entries[name])
         # Infinity is looked for below.
         with np.errstate(over="ignore"):
-            new = own.astype(DTYPES[base.tensors[name].dtype])
+            new = own.astype(base.tensors[name].dtype)
         if not np.isfinite(new).all():
             raise LoRAError(
                 f"'{name}': the value of '{found.entries[name].blocks[0].leaf.path}' holds NaN, "

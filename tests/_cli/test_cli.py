@@ -694,6 +694,33 @@ def test_experts_that_are_unclear(tmp_path):
     assert "the base says alone, and their ranks or alphas differ" in text
 
 
+def test_the_sum_of_experts_whose_ranks_differ(tmp_path):
+    """PEFT reads ranks by the parameters' names, and the tensors by their depth."""
+    settings = {"target_modules": [], "peft_version": "0.21.2", "rank_pattern": {"m.a": 6}}
+    settings["target_parameters"] = ["m.a", "m.b"]
+    inner = pair("m.base_layer", 4, 5, r=18) | pair("m", 5, 4, r=12)
+    outer = pair("m.base_layer", 4, 5, r=12) | pair("m", 5, 4, r=18)
+    a, b = (written(tmp_path / n, t, r=4, **settings) for n, t in (("one", inner), ("two", outer)))
+    run("combine", tmp_path / "sum", a, a)
+    found = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
+    # 3 experts of rank 12 and 8.
+    assert stored(tmp_path / "sum")["base_model.model.m.base_layer.lora_A.weight"].shape[0] == 36
+    ranks = {"m.a": found["r"], "m.b": found["r"]} | found["rank_pattern"]
+    assert ranks == {"m.a": 12, "m.b": 8}
+    text = run("combine", tmp_path / "other", a, b, code=1)
+    assert "'m': by their ranks its parameters stand in another order" in text
+
+
+def test_a_sum_of_experts_of_unknown_ranks(tmp_path):
+    flat = {k: v * (np.arange(len(v)) < 3)[:, None] for k, v in pair("m", 5, 4, r=12).items()}
+    tensors = pair("m.base_layer", 4, 5, r=12) | flat
+    settings = {"target_modules": [], "peft_version": "0.21.2", "r": 4}
+    a = written(tmp_path / "a", tensors, target_parameters=["m.a", "m.b"], **settings)
+    text = run("combine", tmp_path / "sum", a, "--energy", "0.9999", code=1)
+    assert "the adapters do not say which of its tensors are whose" in text
+    run("combine", tmp_path / "sum", a, "--energy", "0.9999", "--uniform")
+
+
 # diff
 
 

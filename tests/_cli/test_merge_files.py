@@ -315,6 +315,26 @@ def test_experts_that_may_be_either_are_asked_for(tmp_path):
 # Names, and tables that are the head as well
 
 
+def test_names_that_two_encoders_have(tmp_path):
+    """bert and vit each stand for a whole model; in a base with both neither is taken in silence."""
+    weight = np.zeros((4, 6), "f4")
+    base = {f"{first}.layer.{i}.q.weight": weight for first in ("bert", "vit") for i in range(2)}
+    base["vit.layer.2.q.weight"] = weight
+    folder = written(tmp_path / "a", pair("layer.0.q", 6, 4))
+    file = saved(tmp_path / "base", base)
+    with fails(r"'layer.0.q.weight' .* is not in the base; '\w+.layer.0.q.weight' has that name"):
+        merge_files(file, folder, tmp_path / "out")
+    merge_files(file, folder, tmp_path / "out", mapping={"layer.0.q": "vit.layer.0.q"})
+    assert g.tensors(tmp_path / "out")["vit.layer.0.q.weight"].any()
+    # What one of them alone has says which it is.
+    both = written(tmp_path / "b", pair("layer.0.q", 6, 4) | pair("layer.2.q", 6, 4))
+    merge_files(file, both, tmp_path / "vit")
+    assert [k for k, v in g.tensors(tmp_path / "vit").items() if v.any()] == [
+        "vit.layer.0.q.weight",
+        "vit.layer.2.q.weight",
+    ]
+
+
 def test_names_with_one_part_less_or_more(tmp_path):
     want = merged(tmp_path, "gpt2_default")
     short = {k.removeprefix("transformer."): v for k, v in g.base("gpt2_default").items()}

@@ -568,6 +568,22 @@ def test_a_square_value_of_unknown_layout(tmp_path):
     np.testing.assert_array_equal(got, value)
 
 
+def test_a_square_value_beside_a_conv1d(tmp_path):
+    """fan_in_fan_out speaks of adapted modules; of one saved in full its other weights do."""
+    draw = np.random.default_rng(0)
+    sizes = {"h.up.weight": (4, 6), "h.up.bias": 6, "h.proj.weight": (4, 4), "h.proj.bias": 4}
+    full = {n: draw.normal(size=s).astype("f4") for n, s in sizes.items()}
+    folder = written(tmp_path / "a", pair("head", 4, 4) | full, modules_to_save=["h"])
+    kernel = lambda n: {"kernel": jnp.zeros((4, n)), "bias": jnp.zeros(n)}
+    params = {"h": {"up": kernel(6), "proj": kernel(4)}, "head": kernel(4)}
+    with fails("'h.proj.weight' .4, 4. is square"):
+        lora.peft.load(folder, params)
+    for conv1d in (["proj"], []):
+        node = lora.peft.load(folder, params, conv1d=conv1d).adapters["h"]["proj"]["kernel"]
+        want = full["h.proj.weight"] if conv1d else full["h.proj.weight"].T
+        np.testing.assert_array_equal(node.value, want)
+
+
 def test_a_mapping_that_lacks_a_leaf(tmp_path):
     params, found = loaded("net_lora")
     mapping = lora.peft.mapping({"lin.weight": (12, 8)}, params)
@@ -582,6 +598,11 @@ def test_what_is_no_adapter_is_not_written(tmp_path):
     params, found = loaded("net_bias_all")
     with fails(r"(?s)'lin/kernel' is a .*not an adapter"):
         lora.peft.save(tmp_path / "out", params, found.mapping)
+    node = type("Own", (lora.LoRA,), {})(
+        jnp.ones((8, 2)), jnp.ones((2, 12)), 1.0, lora.Geometry((0,), (1,))
+    )
+    with fails("'lin/kernel' is a Own, not an adapter that PEFT has"):
+        lora.peft.save(tmp_path / "out", {"lin": {"kernel": node}}, found.mapping)
     with fails("the tree holds no adapter"):
         lora.peft.save(tmp_path / "out", {}, found.mapping)
     with fails("lin.lora_A.weight' holds NaN"):

@@ -216,6 +216,37 @@ def test_a_rotation_that_rounding_makes_singular(tmp_path):
         lora.peft.load(folder, {"q": {"kernel": jnp.ones((6, 4))}}, rank=2)
 
 
+@pytest.mark.parametrize("neumann", [True, False])
+@pytest.mark.parametrize("blocks", [1, 6])
+def test_rotations_of_single_inputs_turn_nothing(tmp_path, blocks, neumann):
+    """Where the block's size divides the inputs only as 1, PEFT stores (blocks, 0)."""
+    none = np.zeros((blocks, 0), "f4")
+    settings = {"peft_type": "OFT", "r": 0, "use_cayley_neumann": neumann}
+    folder = written(tmp_path / "a", {"q.oft_R.weight": none}, **settings)
+    node = lora.peft.load(folder, {"q": {"kernel": jnp.ones((6, 4))}}, rank=2).adapters
+    np.testing.assert_array_equal(
+        lora.merge({"q": {"kernel": jnp.ones((6, 4))}}, node)["q"]["kernel"], 1
+    )
+
+
+def test_the_rotated_features_of_a_table(tmp_path):
+    """Of a table OFT turns what a look-up gives: table·R, R = (1 − q)(1 + q)⁻¹ for each block."""
+    angles, table = np.array([[0.3], [-0.8]], "f4"), np.random.default_rng(0).normal(size=(5, 4))
+    settings = {"peft_type": "OFT", "r": 0, "use_cayley_neumann": False}
+    folder = written(tmp_path / "a", {"emb.oft_embedding_R.weight": angles}, **settings)
+    params = {"emb": {"embedding": jnp.asarray(table, "f4")}}
+    got = lora.merge(params, lora.peft.load(folder, params, rank=4).adapters)["emb"]["embedding"]
+    want = np.concatenate(
+        [
+            part @ (np.eye(2) - q) @ np.linalg.inv(np.eye(2) + q)
+            for part, (t,) in zip(np.split(table, 2, axis=1), angles)
+            for q in [np.array([[0, t], [-t, 0]])]
+        ],
+        axis=1,
+    )
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 @pytest.mark.parametrize("tokens", [[[1], "a"], 3, [-1], [True], [1] * 1001])
 def test_invocation_tokens_are_numbers(tmp_path, tokens):
     folder = written(tmp_path / "a", pair("q", 6, 4), alora_invocation_tokens=tokens)

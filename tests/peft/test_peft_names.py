@@ -1,17 +1,21 @@
 """PEFT's ways to mean modules, against its own rules: a regular expression for each look-up."""
 
 import itertools
+import json
+import random
 import re
 import warnings
 
+import jax.numpy as jnp
 import peft_by_hand
 import pytest
 from common import fails
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lora_jax as lora
 from lora_jax.peft._config import peft_config
-from lora_jax.peft._patterns import PLAIN, Budget, Patterns, SafePattern
+from lora_jax.peft._patterns import PLAIN, Budget, Patterns, SafePattern, matching_others
 
 NAMES = st.lists(st.sampled_from(["a", "b", "ab", "a0", "a_b", "c-d"]), min_size=1, max_size=4)
 KEYS = st.lists(
@@ -182,3 +186,30 @@ def test_one_budget_for_all_expressions():
         for i in range(10_000):
             config.alpha_of("xy" * 200 + str(i))
     assert i < 10 and -1000 < budget.left < 0  # the step that was one too many
+
+
+def test_names_that_are_patterns_for_others():
+    """As by an expression for each pair; what is no plain name is never a pattern for itself."""
+    draw = random.Random(0)
+    for _ in range(300):
+        part = lambda: "".join(draw.choices("ab_+", (4, 4, 1, 0.2), k=draw.randint(1, 2)))
+        names = {".".join(part() for _ in range(draw.randint(1, 3))): 0 for _ in range(12)}
+        want = {
+            n for n in names
+            if "+" in n or any(re.match(rf"(.*\.)?({n})$", m) for m in names if m != n)
+        }  # fmt: skip
+        assert matching_others(names) == want
+
+
+def test_a_name_that_is_no_plain_pattern(tmp_path):
+    """ "x+y" as an expression is not the name x+y."""
+    shapes = {"x+y": (4, 6), "z": (6, 5)}
+    params = {n: {"kernel": jnp.zeros((i, o))} for n, (i, o) in shapes.items()}
+    axes = lora.Geometry((0,), (1,))
+    node = lambda r, i, o: lora.LoRA(jnp.ones((i, r)), jnp.ones((r, o)), 1.0, axes)
+    nodes = {"x+y": {"kernel": node(3, 4, 6)}, "z": {"kernel": node(2, 6, 5)}}
+    names = {f"{n}.weight": (o, i) for n, (i, o) in shapes.items()}
+    lora.peft.save(tmp_path, nodes, lora.peft.mapping(names, params))
+    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    ranks = {n: peft_by_hand.first(found["rank_pattern"], n, found["r"]) for n in shapes}
+    assert ranks == {"x+y": 3, "z": 2}
