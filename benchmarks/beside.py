@@ -15,12 +15,13 @@ import math
 import os
 import re
 
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+if __name__ == "__main__":
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": "disabled",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def convolution(params, x):
 
 
 def joined(fn):
-    """`beside` for the one weight of `fn`, with A like W but for its outputs, and B (…, r, out)."""
+    """`beside` for the one weight of `fn`: A is like W but for its outputs, B is (..., r, out)."""
 
     def of_ours(w, a, b, x):
         h = jnp.asarray(SCALE, x.dtype) * fn([a.astype(x.dtype)], x)[0]
