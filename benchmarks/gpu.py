@@ -106,6 +106,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=list(DEFAULT), choices=ARMS)
     parser.add_argument("--model", choices=MODELS, default="8b")
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
+    parser.add_argument("--unrolled", action="store_true", help="a loop in Python, and no scan")
     parser.add_argument("--tokens", type=int, nargs=2, metavar=("BATCH", "LENGTH"))
     parser.add_argument("--remat", choices=REMAT, default="none")
     parser.add_argument("--save", choices=SAVE, default="none", help="of our arms")
@@ -198,7 +199,9 @@ def linear(name, y, w, low_rank=None):
     return y @ w + SCALE * ((y @ a) @ b)
 
 
-def forward(shape: Shape, how, remat, params, ids, added=None, adapters=None, linear=linear):
+def forward(
+    shape: Shape, how, remat, unrolled, params, ids, added=None, adapters=None, linear=linear
+):
     """Logits; `added` to the embeddings, `adapters` {linear: A and B} for `linear`."""
 
     def layer(x, weights):
@@ -216,7 +219,12 @@ def forward(shape: Shape, how, remat, params, ids, added=None, adapters=None, li
         layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
     x = params["embed"][ids]
     x = x if added is None else x + added
-    x, _ = jax.lax.scan(layer, x, (params["layers"], adapters))
+    stacks = params["layers"], adapters
+    if unrolled:
+        for i in range(shape.layers):
+            x, _ = layer(x, jax.tree.map(lambda w, i=i: w[i], stacks))
+    else:
+        x, _ = jax.lax.scan(layer, x, stacks)
     return rms(x, params["norm"]) @ params["head"]
 
 
@@ -279,7 +287,7 @@ class Arm(NamedTuple):
 
 
 def arm(name: str, o: argparse.Namespace, shape: Shape, how, params, ids) -> Arm:
-    model = functools.partial(forward, shape, how, o.remat)
+    model = functools.partial(forward, shape, how, o.remat, o.unrolled)
     keep = lambda params: params
     if name in ("hand", *OTHERS):
         how = {} if name == "hand" else dict(linear=of_module(name, shape, o.rank))

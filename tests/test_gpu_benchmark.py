@@ -4,11 +4,15 @@ import importlib.util
 import re
 import sys
 
+import beside
 import gpu
 import gpu_torch
 import jax
 import numpy as np
 import pytest
+from common import assert_close
+
+import lora_jax as lora
 
 
 @pytest.mark.parametrize(
@@ -65,3 +69,46 @@ def test_useful_flops_are_those_of_the_weights():
     n = 7_504_658_432  # all linears and the head
     assert gpu.useful_flops(shape, tokens, "none", False) == 4 * n * 8192
     assert gpu.useful_flops(shape, tokens, "none", True) == 6 * n * 8192
+
+
+@pytest.mark.parametrize("layers", [["--unrolled"], []], ids=["unrolled", "scanned"])
+def test_layers_in_a_loop_of_python(layers):
+    """The same loss, and no scan."""
+    o = gpu.parse(["--model", "tiny", "--layers", "3", *layers])
+    shape, tokens = gpu.MODELS["tiny"]
+    params = jax.eval_shape(lambda: gpu.init(shape._replace(layers=3)))
+    ids = jax.ShapeDtypeStruct(tokens, np.int32)
+    model = lambda params, ids: gpu.forward(shape._replace(layers=3), "xla", "none", o.unrolled,
+                                            params, ids)  # fmt: skip
+    with jax.numpy_dtype_promotion("standard"):  # as users have it
+        names = [e.primitive.name for e in jax.make_jaxpr(model)(params, ids).eqns]
+    assert ("scan" in names) != o.unrolled
+
+
+SMALL = {"ragged": ((12, 8), (3, 8, 6)), "1×1": ((2, 5, 4, 8), (1, 1, 8, 6)),
+         "3×3": ((2, 5, 4, 8), (3, 3, 8, 6))}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_what_is_put_beside_by_hand_is_the_adapted_product(kind):
+    (fn,) = (fn for name, (fn, *_) in beside.BY_HAND.items() if kind in name)
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(size=shape).astype(np.float32) for shape in SMALL[kind])
+    config = lora.LoRAConfig(rank=2, alpha=2 * beside.SCALE, targets="*")
+    nodes = lora.init(jax.random.key(0), [w], config, lora.survey(fn, [w], x))
+    (node,) = nodes.values()
+    a, b = (rng.normal(size=v.shape).astype(np.float32) for v in (node.a, node.b))
+    nodes = {"0": lora.LoRA(a, b, node.scale, node.geometry)}
+    (want,) = lora.adapt(fn)(lora.bind([w], nodes), x)
+    b = b.reshape((1,) * (w.ndim - b.ndim) + b.shape)
+    assert_close(beside.joined(fn)(w, a, b, x)[0], want)
+
+
+def test_bytes_of_convolutions_are_those_of_operands_and_results():
+    text = """
+  %x.1 = bf16[2,3]{1,0} parameter(0)
+  %w.1 = f32[5]{0} parameter(1)
+  %conv.1 = (bf16[7]{0}, u8[9]{0}) custom-call(%x.1, %w.1), window={}, custom_call_target="__cudnn$f"
+  %other.1 = bf16[11]{0} custom-call(%x.1), custom_call_target="else"
+"""
+    assert beside.of_cudnn(text) == 2 * 6 + 4 * 5 + 2 * 7

@@ -49,15 +49,21 @@ def arrays(ctx: Context, eqn: Equation, outs: Sequence, name: str) -> list:
     return [ctx.materialise(o, eqn, name, why) if is_weight(o) else o for o in outs]
 
 
-def _jit(ctx: Context, eqn: Equation, args: Sequence) -> list:
-    p = eqn.params
-    jaxpr, consts = compat.opened(p["jaxpr"])
+def _once(ctx: Context, eqn: Equation, args: Sequence, name: str, transform: Callable) -> list:
+    """A body that JAX traced once for all of its calls is interpreted once."""
+    source = eqn.params["jaxpr"]
+    jaxpr, consts = compat.opened(source)
     # Which operands no data enters is known out here alone.
     fixed = tuple(map(ctx.constant, eqn.invars))
     run = lambda xs: ctx.run(jaxpr, consts, xs, fixed=fixed)
-    options = lambda entered: _jit_options(p, entered)
-    outs = ctx.once(p["jaxpr"], run, args, eqn, p["name"], options, fixed)
+    outs = ctx.once(source, run, args, eqn, name, transform, fixed)
     return _same(jaxpr, args, outs)
+
+
+def _jit(ctx: Context, eqn: Equation, args: Sequence) -> list:
+    p = eqn.params
+    transform = lambda f, entered: jax.jit(f, **_jit_options(p, entered))
+    return _once(ctx, eqn, args, p["name"], transform)
 
 
 def _jit_options(p: Mapping[str, Any], args: Sequence) -> dict[str, Any]:
@@ -97,15 +103,8 @@ def _like(arg: Followed, base: Any, of: Callable[[Factor], Any]) -> Any:
 
 
 def _remat(ctx: Context, eqn: Equation, args: Sequence) -> list:
-    p = eqn.params
-    jaxpr, consts = compat.opened(p["jaxpr"])
-    fixed = tuple(map(ctx.constant, eqn.invars))
-    body = jax.checkpoint(
-        lambda *xs: ctx.run(jaxpr, consts, xs, fixed=fixed),
-        prevent_cse=p["prevent_cse"],
-        policy=p["policy"],
-    )
-    return _same(jaxpr, args, body(*map(ctx.fresh, args)))
+    how = {k: eqn.params[k] for k in ("prevent_cse", "policy")}
+    return _once(ctx, eqn, args, "checkpoint", lambda f, _: jax.checkpoint(f, **how))
 
 
 def _call(ctx: Context, eqn: Equation, args: Sequence) -> list:

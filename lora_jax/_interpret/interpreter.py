@@ -96,9 +96,8 @@ class Interpreter:
         # The names that all of the run share are this call's; inside come those of the first run,
         # less the names that all of that share.
         with compat.eqn_context(run[0], slice(self._body.scopes, body.scopes)):
-            outs = self.once(
-                first, evaluate, args, run[0], "run", lambda _: dict(inline=compat.INLINED)
-            )
+            inlined = lambda f, _: jax.jit(f, inline=compat.INLINED)
+            outs = self.once(first, evaluate, args, run[0], "run", inlined)
         self._body.env.update(zip(body.outvars, outs))
 
     def evaluate(self, eqn: Equation) -> None:
@@ -114,13 +113,14 @@ class Interpreter:
         args: Sequence,
         call: Equation,
         name: str,
-        options: Callable,
+        transform: Callable,
         fixed: Sequence[bool] = (),
     ) -> list:
-        """`run(args)` by a jitted function that serves all calls of one source with alike weights.
+        """`run(args)` by one function that serves all calls of one source with alike weights.
 
-        The events of the one trace are taken over for the weights of each call. `options` makes
-        the options of `jax.jit` from the arguments that the function takes.
+        The events of the one trace are taken over for the weights of each call. The function is
+        `transform(f, the arguments that it takes)`: of `jax.jit` or `jax.checkpoint`, which keep
+        the trace.
         """
         # In the shared function a weight goes by the number of its argument, and its masks are
         # those of this call.
@@ -139,7 +139,7 @@ class Interpreter:
 
             body.__name__ = body.__qualname__ = name
             # `source` is kept so that no other object gets its id.
-            self._jits[key] = (jax.jit(body, **options(entered)), events, source)
+            self._jits[key] = (transform(body, entered), events, source)
         fn, events, _ = self._jits[key]
         # Traced at the first call, which records `events`; later calls repeat them.
         outs = fn(*entered)

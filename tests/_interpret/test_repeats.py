@@ -195,3 +195,36 @@ def test_work_does_not_grow_with_the_layers(monkeypatch, name):
         jax.jit(f).lower(lora.bind(params, ad), X)
         counts.append(sum(e.primitive.name not in ("dot_general", "transpose") for e in evaluated))
     assert counts[0] == counts[1] > 0
+
+
+def test_layers_under_one_checkpoint_are_interpreted_once(monkeypatch):
+    """JAX keeps one program for all calls of it; each call has its weights, names and masks."""
+    body = jax.checkpoint(layer)
+
+    def fn(p, x):
+        outs = [x]
+        for i in range(len(p)):
+            outs.append(body(p[str(i)], x))
+        return jnp.stack(outs)
+
+    params = {str(i): LAYER for i in range(4)}
+    assert_equals_dense(fn, params, X, targets=["0/w", "1/w", "1/v", "2/w", "3/w"])
+    f, ad = adapted(fn, params, X, targets=["w", "v"])
+    evaluated = []
+    original = _interpret.Interpreter.evaluate
+    monkeypatch.setattr(
+        _interpret.Interpreter, "evaluate", lambda self, e: evaluated.append(e) or original(self, e)
+    )
+    program = jax.make_jaxpr(lambda ad: f(lora.bind(params, ad), X))(ad)
+    assert len(evaluated) == len({id(e) for e in evaluated}) > 0  # three of four are not run again
+    held = [e.params["jaxpr"] for e in program.eqns if e.primitive.name in _compat.REMAT]
+    assert len(held) == 4 and len({*map(id, held)}) == 1
+    coverage = lora.coverage(fn, lora.bind(params, ad), X)
+    assert coverage.low_rank == tuple(f"{i}/{n}" for i in range(4) for n in "vw")
+    config = lora.LoRAConfig(rank=2, targets=["w", "v"], dropout=0.5)
+    dropped = lora.init(KEY, params, config)
+    dropped = jax.tree.map(lambda x: jnp.full_like(x, 0.1), dropped)
+    outs = f(lora.bind(params, dropped, dropout_key=KEY), X)
+    assert not np.allclose(outs[1], outs[2]) and not np.allclose(outs[2], outs[3])
+    still = f(lora.bind(params, dropped), X)
+    np.testing.assert_allclose(still[1], still[3], rtol=1e-6)
