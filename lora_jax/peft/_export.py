@@ -100,6 +100,12 @@ class Export:
                     f"'{path}' is a {type(node).__name__}, not an adapter; pass lora.init's tree"
                 )
                 continue
+            if node.more_axes:
+                self.failures.append(
+                    f"'{path}' has an axis of slots, as of a stack; say which is to be written: "
+                    "lora.peft.save(folder, stacked, mapping, slot=0)"
+                )
+                continue
             blocks = self.blocks.get(path, [])
             shape = tuple(node.shape)
             if not blocks:
