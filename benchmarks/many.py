@@ -13,13 +13,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
+import sys
+
+if {"--pod", "--ahead"} & {*sys.argv}:
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": "disabled",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
 
 import jax
 import jax.numpy as jnp
 import llama
 import optax
 import pod
+from jax.sharding import NamedSharding, PartitionSpec
 from measure import in_turns, ratio, table
+from traffic import traffic
 
 import lora_jax as lora
 
@@ -40,6 +52,14 @@ def arms(batch: int, length: int, count: int):
     zoo = [jax.tree.map(lambda x, i=i: x * (1 + i / count) + 0.01, first) for i in range(count)]
     stacked = jax.jit(lora.algebra.stack)(zoo)
     index = jax.random.randint(jax.random.key(2), (batch,), 0, count)
+    args = stacked, params, ids, index
+    compiled = {n: jax.jit(f).lower(*args).compile() for n, f in calls(CONFIG).items()}
+    return {n: functools.partial(_waited, f, args) for n, f in compiled.items()}
+
+
+def calls(config: llama.Config):
+    """{name: a function of a stack, the base, tokens, and the slot of each example}."""
+    model = llama.Llama(config)
     apply = lora.adapt(model.apply)
 
     def by_vmap(stacked, params, ids, index):
@@ -49,14 +69,11 @@ def arms(batch: int, length: int, count: int):
 
         return jax.vmap(one)(index, ids)
 
-    def by_slot(stacked, params, ids, index):
-        return shared(lora.algebra.choose(stacked, index), params, ids)
-
     def shared(adapters, params, ids):
         return apply({"params": lora.bind(params, adapters)}, ids)
 
     def by_hand(stacked, params, ids, index):
-        own = dataclasses.replace(CONFIG, by_hand=llama.ALL, scale=1.0)
+        own = dataclasses.replace(config, by_hand=llama.ALL, scale=1.0)
         factors = {
             layer: {
                 name: {"a": node["kernel"].a[index], "b": node["kernel"].b[index]}
@@ -66,21 +83,95 @@ def arms(batch: int, length: int, count: int):
         }
         return llama.Llama(own).apply({"params": params, "lora": factors}, ids)
 
-    calls = {
-        "base": (lambda params, ids: model.apply({"params": params}, ids), params, ids),
-        "one for all": (shared, zoo[0], params, ids),
-        "for each, vmap": (by_vmap, stacked, params, ids, index),
-        "for each": (by_slot, stacked, params, ids, index[:, None]),
-        "by hand": (by_hand, stacked, params, ids, index),
-        "for each token": (by_slot, stacked, params, ids, jnp.repeat(index[:, None], length, 1)),
+    choose = lora.algebra.choose
+    each_token = lambda ids, index: jnp.broadcast_to(index[:, None], ids.shape)
+    return {
+        "base": lambda _, params, ids, index: model.apply({"params": params}, ids),
+        "one for all": lambda s, params, ids, _: shared(choose(s, 0), params, ids),
+        "for each, vmap": by_vmap,
+        "for each": lambda s, params, ids, i: shared(choose(s, i[:, None]), params, ids),
+        "by hand": by_hand,
+        "for each token": lambda s, p, ids, i: shared(choose(s, each_token(ids, i)), p, ids),
     }
-    compiled = {n: (jax.jit(f).lower(*args).compile(), args) for n, (f, *args) in calls.items()}
-    return {n: functools.partial(_waited, f, args) for n, (f, args) in compiled.items()}
 
 
 def _waited(f, args):
     for _ in range(5):
         jax.block_until_ready(f(*args))
+
+
+def ahead(name: str, tenants: int = 8, lengths=(16, 128, 512)) -> None:
+    """Bytes and FLOPs of one 7B-shaped layer, by the compiler of a device that is not there."""
+    config = llama.Config(width=4096, hidden=11008, heads=32, layers=1, dtype=jnp.bfloat16)
+    where = NamedSharding(lora.parallel.topology_mesh(name, d=1), PartitionSpec())
+    at = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    shapes = lambda f, *args: jax.tree.map(at, jax.eval_shape(f, *args))
+    model, key = llama.Llama(config), jax.random.key(0)
+    params = jax.eval_shape(model.init, key, jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.tree.map(lambda x: at(x.update(dtype=jnp.bfloat16)), params)
+    survey = lora.survey(model.apply, {"params": params}, jnp.zeros((1, 1), jnp.int32))
+
+    def stack(count, dtype):
+        rule = lora.LoRAConfig(rank=16, targets=llama.ALL, dtype=dtype)
+        one = shapes(lambda: lora.init(key, params, rule, survey))
+        return one, shapes(lambda tree: lora.algebra.stack([tree], capacity=count), one)
+
+    def costs(f, *args):
+        compiled = jax.jit(f).lower(*args).compile()
+        return traffic(compiled.as_text())
+
+    tokens = lambda *shape: at(jax.ShapeDtypeStruct(shape, jnp.int32))
+    _, stacked = stack(64, jnp.bfloat16)
+    arms, rows = calls(config), []
+    for batch, length in SHAPES:
+        args = stacked, params, tokens(batch, length), tokens(batch)
+        found = {n: costs(f, *args) for n, f in arms.items() if n != "for each, vmap"}
+        base = found.pop("base")
+        ratios = (f"{n / base:.2f}" for n in found.values())
+        rows.append((f"{batch} × {length}", f"{base / 1e6:,.0f}", *ratios))
+        print(rows[-1], flush=True)
+    print(table(["batch × length", "base, MB", *found], rows))
+
+    rows = []
+    one, stacked = stack(tenants, jnp.float32)
+    tx, each = optax.adam(1e-4), lora.optim.per_slot(optax.adam(1e-4))
+    apply = lora.adapt(model.apply)
+
+    def solo(adapters, state, params, ids):
+        total = lambda a: llama.loss(apply({"params": lora.bind(params, a)}, ids), ids)
+        loss, grads = jax.value_and_grad(total)(adapters)
+        updates, state = tx.update(grads, state, adapters)
+        return optax.apply_updates(adapters, updates), state, loss
+
+    for length in lengths:
+        args = stacked, shapes(each.init, stacked), params, tokens(tenants, length), tokens(tenants)
+        together = costs(training(apply, each, tenants), *args)
+        alone = costs(solo, one, shapes(tx.init, one), params, tokens(1, length))
+        rows.append(
+            (f"{tenants} × {length}", together / 1e6, alone / 1e6, together / tenants / alone)
+        )
+        print(rows[-1], flush=True)
+    print(table(["tenants × tokens", "together, MB", "alone, MB", "together / 8 alone"], rows))
+
+
+def training(apply, tx, count: int):
+    """A step of a mixed batch: (stack, state, base, ids, slots) to (stack, state, losses)."""
+
+    def step(stacked, state, base, ids, slots):
+        def total(stacked):
+            adapters = lora.algebra.choose(stacked, slots[:, None])
+            logits = apply({"params": lora.bind(base, adapters)}, ids)[:, :-1]
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits.astype(jnp.float32), ids[:, 1:]
+            )
+            means, active = lora.optim.by_slot(losses.mean(-1), slots, count)
+            return means.sum(), (means, active)
+
+        grads, (means, active) = jax.grad(total, has_aux=True)(stacked)
+        updates, state = tx.update(grads, state, stacked, active=active)
+        return optax.apply_updates(stacked, updates), state, means
+
+    return step
 
 
 def forecast(count: int = 64, tokens: tuple[int, int] = (64, 256)) -> lora.parallel.Forecast:
@@ -98,22 +189,8 @@ def forecast(count: int = 64, tokens: tuple[int, int] = (64, 256)) -> lora.paral
     state_where = lora.parallel.state_shardings(state, stacked, where)
     slots = jax.ShapeDtypeStruct(tokens[:1], jnp.int32, sharding=ids.sharding)
 
-    def step(stacked, state, base, ids, slots):
-        def total(stacked):
-            adapters = lora.algebra.choose(stacked, slots[:, None])
-            logits = apply({"params": lora.bind(base, adapters)}, ids)[:, :-1]
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits.astype(jnp.float32), ids[:, 1:]
-            )
-            means, active = lora.optim.by_slot(losses.mean(-1), slots, count)
-            return means.sum(), (means, active)
-
-        grads, (means, active) = jax.grad(total, has_aux=True)(stacked)
-        updates, state = tx.update(grads, state, stacked, active=active)
-        return optax.apply_updates(stacked, updates), state, means
-
     return lora.parallel.forecast(
-        step,
+        training(apply, tx, count),
         pod.place(stacked, where),
         pod.place(state, state_where),
         base,
@@ -129,9 +206,14 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--slots", type=int, nargs="*", default=[64, 512])
     parser.add_argument("--pod", action="store_true")
+    parser.add_argument("--ahead", nargs="+", metavar="TOPOLOGY", help="v5e:1x1 or h100:1x1x1")
     args = parser.parse_args()
     if args.pod:
         raise SystemExit(print(forecast()))
+    for name in args.ahead or ():
+        ahead(name)
+    if args.ahead:
+        raise SystemExit
     rows = []
     for count in args.slots:
         for batch, length in SHAPES:

@@ -71,7 +71,16 @@ def _adapted(*args: jax.Array, group: Group) -> list[jax.Array]:
     # Not differentiated: x·A is not needed for anything else.
     if group.plan.infer in MERGING:
         return _by_merged(group, x, a, b, w)
-    return _by_way(group, group.plan.infer, x, hidden(group, x, a), b, w)
+    return _by_way(group, group.plan.infer, x, hidden(group, *_apart_p.bind(x), a), b, w)
+
+
+# Of two products of one x XLA makes one on GPUs where A is small: it writes W and A side by side
+# for it, at each call, which is all that a step of few tokens costs. A barrier keeps them apart.
+_apart_p = compat.primitive(
+    "apart",
+    lambda x: [x],
+    **dict.fromkeys(("cuda", "rocm"), lambda x: [lax.optimization_barrier(x)]),
+)
 
 
 def _by_way(group: Group, way: str, x: jax.Array, h: Sequence, b: Sequence, w: Sequence) -> list:
