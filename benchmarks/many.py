@@ -100,58 +100,58 @@ def _waited(f, args):
         jax.block_until_ready(f(*args))
 
 
-def ahead(name: str, tenants: int = 8, lengths=(16, 128, 512)) -> None:
-    """Bytes and FLOPs of one 7B-shaped layer, by the compiler of a device that is not there."""
-    config = llama.Config(width=4096, hidden=11008, heads=32, layers=1, dtype=jnp.bfloat16)
+def ahead(name: str, tenants: int = 8, slots: int = 64) -> None:
+    """Megabytes that one weight (4096, 4096) in bf16 moves with its adapters, by the compiler of a
+    device that is not there: a forward pass of bf16 adapters, and a training step of fp32 ones."""
+    d, rank = 4096, 16
     where = NamedSharding(lora.parallel.topology_mesh(name, d=1), PartitionSpec())
-    at = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    shapes = lambda f, *args: jax.tree.map(at, jax.eval_shape(f, *args))
-    model, key = llama.Llama(config), jax.random.key(0)
-    params = jax.eval_shape(model.init, key, jnp.zeros((1, 1), jnp.int32))["params"]
-    params = jax.tree.map(lambda x: at(x.update(dtype=jnp.bfloat16)), params)
-    survey = lora.survey(model.apply, {"params": params}, jnp.zeros((1, 1), jnp.int32))
+    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype, sharding=where)
+    moved = lambda f, *args: traffic(jax.jit(f).lower(*args).compile().as_text()) / 1e6
+    axes = lora.Geometry((0,), (1,))
+    factors = lambda *n, dtype: [shape(*n, *s, dtype=dtype) for s in ((d, rank), (rank, d))]
+    node = lambda *n, dtype: {"w": lora.LoRA(*factors(*n, dtype=dtype), 1.0, axes)}
+    fn = lora.adapt(lambda w, x: x @ w["w"])
+    own = lambda node, w, x: fn(lora.bind({"w": w}, node), x)
+    each = lambda node, w, x, i: own(lora.algebra.choose(node, i[:, None]), w, x)
 
-    def stack(count, dtype):
-        rule = lora.LoRAConfig(rank=16, targets=llama.ALL, dtype=dtype)
-        one = shapes(lambda: lora.init(key, params, rule, survey))
-        return one, shapes(lambda tree: lora.algebra.stack([tree], capacity=count), one)
+    def by_hand(node, w, x, i=None):
+        a, b = (v if i is None else v[i] for v in (node["w"].a, node["w"].b))
+        return x @ w + (x @ a) @ b
 
-    def costs(f, *args):
-        compiled = jax.jit(f).lower(*args).compile()
-        return traffic(compiled.as_text())
-
-    tokens = lambda *shape: at(jax.ShapeDtypeStruct(shape, jnp.int32))
-    _, stacked = stack(64, jnp.bfloat16)
-    arms, rows = calls(config), []
+    w, rows = shape(d, d), []
     for batch, length in SHAPES:
-        args = stacked, params, tokens(batch, length), tokens(batch)
-        found = {n: costs(f, *args) for n, f in arms.items() if n != "for each, vmap"}
-        base = found.pop("base")
-        ratios = (f"{n / base:.2f}" for n in found.values())
-        rows.append((f"{batch} × {length}", f"{base / 1e6:,.0f}", *ratios))
-        print(rows[-1], flush=True)
-    print(table(["batch × length", "base, MB", *found], rows))
+        x, i = shape(batch, length, d), shape(batch, dtype=jnp.int32)
+        one, stacked = (node(*n, dtype=jnp.bfloat16) for n in ((), (slots + 1,)))
+        found = {
+            "base": moved(jnp.matmul, x, w),
+            "one for all": moved(own, one, w, x),
+            "one, by hand": moved(by_hand, one, w, x),
+            "for each": moved(each, stacked, w, x, i),
+            "by hand": moved(by_hand, stacked, w, x, i),
+        }
+        rows.append((f"{batch} × {length}", *(f"{n:.1f}" for n in found.values())))
+    print(table(["batch × length", *found], rows), flush=True)
 
-    rows = []
-    one, stacked = stack(tenants, jnp.float32)
-    tx, each = optax.adam(1e-4), lora.optim.per_slot(optax.adam(1e-4))
-    apply = lora.adapt(model.apply)
+    def step(f, tx):
+        def one(node, state, w, x, *i):
+            total = lambda node, x: jnp.sum(f(node, w, x, *i).astype(jnp.float32) ** 2)
+            grads, dx = jax.grad(total, (0, 1))(node, x)
+            updates, state = tx.update(grads, state, node)
+            return optax.apply_updates(node, updates), state, dx
 
-    def solo(adapters, state, params, ids):
-        total = lambda a: llama.loss(apply({"params": lora.bind(params, a)}, ids), ids)
-        loss, grads = jax.value_and_grad(total)(adapters)
-        updates, state = tx.update(grads, state, adapters)
-        return optax.apply_updates(adapters, updates), state, loss
+        return one
 
-    for length in lengths:
-        args = stacked, shapes(each.init, stacked), params, tokens(tenants, length), tokens(tenants)
-        together = costs(training(apply, each, tenants), *args)
-        alone = costs(solo, one, shapes(tx.init, one), params, tokens(1, length))
-        rows.append(
-            (f"{tenants} × {length}", together / 1e6, alone / 1e6, together / tenants / alone)
-        )
-        print(rows[-1], flush=True)
-    print(table(["tenants × tokens", "together, MB", "alone, MB", "together / 8 alone"], rows))
+    tx, rows = optax.adam(1e-4), []
+    at = lambda x: shape(*x.shape, dtype=x.dtype)
+    state = lambda tx, node: jax.tree.map(at, jax.eval_shape(tx.init, node))
+    for length in (1, 16, 128, 1024):
+        one, stacked = (node(*n, dtype=jnp.float32) for n in ((), (tenants + 1,)))
+        solo = moved(step(own, tx), one, state(tx, one), w, shape(1, length, d))
+        x, i = shape(tenants, length, d), shape(tenants, dtype=jnp.int32)
+        many = lora.optim.per_slot(tx)
+        together = moved(step(each, many), stacked, state(many, stacked), w, x, i)
+        rows.append((length, f"{together:.1f}", f"{solo:.1f}", f"{together / tenants / solo:.2f}"))
+    print(table(["tokens each", "together", "alone", f"together / {tenants} alone"], rows))
 
 
 def training(apply, tx, count: int):
