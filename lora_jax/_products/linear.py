@@ -71,7 +71,22 @@ def _adapted(*args: jax.Array, group: Group) -> list[jax.Array]:
     # Not differentiated: x·A is not needed for anything else.
     if group.plan.infer in MERGING:
         return _by_merged(group, x, a, b, w)
-    return _by_way(group, group.plan.infer, x, hidden(group, x, a), b, w)
+    return _by_way(group, group.plan.infer, x, hidden(group, _apart(x), a), b, w)
+
+
+# Of two products of one x XLA makes one on GPUs where one of them is small: it writes W and A side
+# by side for it, at each call, which is most of what a step of few tokens costs. This keeps x·A
+# apart from x·W, and g·Bᵀ from g·Wᵀ.
+_apart_p = compat.primitive(
+    "apart",
+    lambda x: [x],
+    transpose=lambda cts, x: cts,
+    **dict.fromkeys(("cuda", "rocm"), lambda x: [lax.optimization_barrier(x)]),
+)
+
+
+def _apart(x: jax.Array) -> jax.Array:
+    return _apart_p.bind(x)[0]
 
 
 def _by_way(group: Group, way: str, x: jax.Array, h: Sequence, b: Sequence, w: Sequence) -> list:
@@ -90,7 +105,7 @@ def _by_merged(
 def _adapted_jvp(primals: Sequence, tangents: Sequence, *, group: Group) -> tuple[list, list]:
     x, a, b, w = group.split(primals)
     tx, ta, tb, tw = group.split(tangents)
-    h = hidden(group, x, a)
+    h = hidden(group, _apart(x), a)
     if group.plan.forward in MERGING:
         plan = dataclasses.replace(group.plan, infer=group.plan.forward)
         ys = adapted_p.bind(*primals, group=dataclasses.replace(group, plan=plan))
@@ -191,7 +206,10 @@ def _gradients(
     if to_a or (to_x and not merge):
         # s·g·Bᵀ: (T, out) · (out, r)
         dh = [
-            times(gradient(g_, m.out, cast(b_, h_.dtype), m.bl, hl, h_, group.precision), m.scale)
+            times(
+                gradient(_apart(g_), m.out, cast(b_, h_.dtype), m.bl, hl, h_, group.precision),
+                m.scale,
+            )
             for m, h_, g_, b_ in zip(members, h, g, b)
         ]
         # (T, Σr) where the plan shares: one product gives all dA, and one the update's part of dx.

@@ -38,7 +38,8 @@ Rows with an adapter each, of K, are another matter: T rows in G groups that sha
 two factors, (d, k) say, is one of K matrices, and more than nothing is
 
                   FLOPs         bytes moved
-  gathered        2·T·d·k       3·b·G·d·k               each group's matrix read, written and read
+  gathered        2·T·d·k       3·b·G·d·k               each group's matrix read, written and read;
+                                                        b·G·d·k where that is one pass, see below
   one by one      4·2·T·d·k     b·G·d·k                 where it lies, in a loop of G steps, by one
                                                         core: on one device of a CPU alone
   concatenated    2·T·K·d·k     b·K·(d·k + 2·T·min(d, k))   all matrices side by side, and x or the
@@ -182,12 +183,15 @@ def way_by_slot(
     itemsize: int,
     platform: str,
     local: bool,
+    sums: bool = True,
 ) -> str:
     """The way to a product of rows with a matrix (inner, outer) of their own, one of `slots`; see
-    the table above. `groups` of `rows` rows each have one; `local`: on one device."""
+    the table above. `groups` of `rows` rows each have one; `local`: on one device; `sums`: a
+    product, and not the gradient of the stack."""
     byte = itemsize * (BALANCE if platform == "cpu" else MATRIX_UNITS)
     numbers, flops = inner * outer, 2 * groups * rows * inner * outer
-    way, least = "gathered", flops + byte * 3 * groups * numbers
+    fused = platform != "cpu" and sums and isinstance(rows, int) and rows == 1
+    way, least = "gathered", flops + byte * (1 if fused else 3) * groups * numbers
     small = inner if less(inner, outer) else outer
     all_slots = slots * flops + byte * slots * (numbers + 2 * groups * rows * small)
     if less(all_slots, least):

@@ -86,8 +86,8 @@ class Choice:
         if self.way != "auto":
             return self.way
         local = all(map(compat.one_device, (like, y, s)))
-        itemsize = jnp.dtype(self.dtype).itemsize
-        return way_by_slot(*self.sizes(x, y), self.slots, itemsize, compat.platform(like), local)
+        itemsize, platform = jnp.dtype(self.dtype).itemsize, compat.platform(like)
+        return way_by_slot(*self.sizes(x, y), self.slots, itemsize, platform, local, self.sums)
 
     def mapped(self, of_x: bool, of_y: bool, of_s: bool) -> Choice:
         """With one axis more in front of the result, and of what has it."""

@@ -6,6 +6,7 @@ last slot is always empty (the base model), so that the number -1 means no adapt
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -234,7 +235,23 @@ def _slots(index: chex.Array, count: int) -> jax.Array:
 
 
 def _taken(stacked: Any, index: jax.Array) -> Any:
-    return jax.tree.map(lambda x: jnp.take(x, places(index, len(x)), axis=0, mode="fill"), stacked)
+    """The slots of these numbers: one program for all leaves that lie on the same devices."""
+    leaves, tree = jax.tree.flatten(stacked)
+    together: dict[Any, list[int]] = {}
+    for i, x in enumerate(leaves):
+        known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        where = x.sharding if known else None
+        place = where and (getattr(where, "mesh", None) or frozenset(where.device_set))
+        together.setdefault(place, []).append(i)
+    for group in together.values():
+        for i, x in zip(group, _take([leaves[i] for i in group], index)):
+            leaves[i] = x
+    return jax.tree.unflatten(tree, leaves)
+
+
+@functools.partial(jax.jit, inline=True)
+def _take(leaves: list[jax.Array], index: jax.Array) -> list[jax.Array]:
+    return [jnp.take(x, places(index, len(x)), axis=0, mode="fill") for x in leaves]
 
 
 def places(index: chex.Array, count: int) -> jax.Array:

@@ -8,6 +8,7 @@ transpose that the leaf's geometry gives.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -76,7 +77,7 @@ class Block:
             text.pop()
         return f"{self.leaf.path}[{', '.join(text)}]"
 
-    @property
+    @functools.cached_property
     def slices(self) -> tuple[slice, ...]:
         """The index with every axis kept."""
         return tuple(
@@ -85,12 +86,12 @@ class Block:
         )
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(len(range(*self.slices[d].indices(self.leaf.shape[d]))) for d in axes)
+        return tuple(self.shape[d] for d in axes)
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape with every axis kept."""
-        return self.sizes(range(len(self.index)))
+        return tuple(len(range(*s.indices(n))) for s, n in zip(self.slices, self.leaf.shape))
 
     @property
     def n_in(self) -> int:
@@ -253,14 +254,18 @@ def from_leaf(
 
 
 def own_factors(
-    node: LowRank, block: Block, blocks: Iterable[Block]
+    node: LowRank, block: Block, blocks: Sequence[Block]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(A, B) of one block of a leaf, without the ranks that are another block's alone."""
     a, b = np.asarray(node.a), np.asarray(node.b)
     own_a, own_b = torch_a(a, block), torch_b(b, block)
-    if len(set(blocks)) == 1:
+    if all(x == block for x in blocks):
         return own_a, own_b
     out_axes = node.geometry.out_axes
+    # Ranks of which the first number of A is not zero are in use: no look at all the others.
+    whole = all(block.index[d] is None for d in out_axes)
+    if whole and own_a[:, :, :1].any(axis=(0, 2)).all():
+        return own_a, own_b
     regions = {tuple(x.index[d] for d in out_axes): x for x in blocks}
     # Ranks that do something here, of own_b (batch, out, rank).
     mine = own_b.any(axis=(0, 1))

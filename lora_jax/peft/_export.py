@@ -94,6 +94,12 @@ class Export:
                 name = type(node).__name__
                 yield f"'{path}' is a {name}, not an adapter that PEFT has; pass lora.init's tree"
                 continue
+            if node.more_axes:
+                self.failures.append(
+                    f"'{path}' has an axis of slots, as of a stack; say which is to be written: "
+                    "lora.peft.save(folder, stacked, mapping, slot=0)"
+                )
+                continue
             blocks = self.blocks.get(path, [])
             shape = tuple(node.shape)
             if not blocks:

@@ -32,6 +32,7 @@ from lora_jax.peft._names import is_head
 from lora_jax.peft._orders import Orders
 from lora_jax.peft._safetensors import INDEX, called, open_base
 from lora_jax.peft._servers import TARGETS
+from lora_jax.peft._slot import on_host
 
 # A rank that the file may have, see `peft_config`.
 RANK = Number("an integer >= 1 and < 16,777,216", lambda x: 1 <= x < 1 << 24, whole=True)
@@ -174,6 +175,7 @@ def save(
     doubled_out_proj: bool = True,
     config: Mapping[str, Any] | None = None,
     target: str = "peft",
+    slot: int | None = None,
 ) -> None:
     """Writes adapters as PEFT 0.21 does: adapter_config.json and adapter_model.safetensors.
 
@@ -197,6 +199,8 @@ def save(
       doubled_out_proj: halve the update of a MultiheadAttention's out_proj, as PEFT adds it twice.
       config: further settings of adapter_config.json, before those that the mapping has.
       target: "vllm" or "sglang-jax": what these servers cannot load is an error.
+      slot: of a stack in the place of `adapters`, whose arrays are read where they lie: the same
+        file as of `lora.algebra.choose(stacked, slot)`, without a copy on the devices.
 
     Raises:
       LoRAError: a leaf that the mapping lacks, or of which it has a part only; a torch module that
@@ -226,7 +230,7 @@ def save(
     if not isinstance(uniform_rank, bool):
         asked = refused(uniform_rank=(uniform_rank, RANK))
         raise_all("lora.peft.save(..., uniform_rank=True), or 8:", asked)
-    nodes = flatten(adapters, is_leaf=is_node)
+    nodes = flatten(adapters if slot is None else on_host(adapters, slot), is_leaf=is_node)
     check_factors(nodes)
     known = dict(mapping.settings) | dict(config or {})
     out = Export(nodes, mapping, doubled_out_proj)
@@ -313,25 +317,30 @@ def _stored(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarr
         if kind is None and value.dtype not in DTYPES.values():
             failures.append(f"'{name}' is {value.dtype}; write it as one of {_types()}: dtype=")
             continue
-        # Infinity is looked for below.
         with np.errstate(over="ignore"):
             # In C order, as the file has the buffer as it lies.
             cast = np.ascontiguousarray(value if kind is None else value.astype(kind))
-        if not _finite(value):
+            fits = is_finite(cast)
+            finite = fits or np.isfinite(value.astype(np.float32)).all()
+        if not finite:
             failures.append(
                 f"'{name}' holds NaN or infinity; take an earlier checkpoint, or less of it"
             )
-        elif kind is not None and not _finite(cast):
+        elif not fits:
             failures.append(f"'{name}' holds a number that {kind} does not: dtype='float32'")
         out[name] = cast
     raise_all("these adapters cannot be written for PEFT:", failures)
     return out
 
 
-def _finite(value: np.ndarray) -> bool:
-    """Whether the reader, which looks at them in fp32, takes these numbers."""
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(value.astype(np.float32)).all())
+def is_finite(value: np.ndarray) -> bool:
+    """Whether numbers of one of `DTYPES` are finite, read without a copy: by their bits, of which
+    the largest as signed integers is the largest positive number, and as unsigned the most
+    negative one; NaN is past infinity."""
+    kinds = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32)}[value.itemsize]
+    ends = np.array([np.inf, -np.inf], value.dtype)
+    within = lambda bits, end: value.view(bits).max(initial=0) < end.view(bits)
+    return all(map(within, kinds, ends))
 
 
 def _types() -> str:

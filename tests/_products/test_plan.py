@@ -509,3 +509,17 @@ def test_accumulation_adds_one_adapter_tree(how):
     assert temp(accumulated, ad, batches) <= one + 2 * bytes_of(ad) + batches[0].nbytes + 4096
     want = jax.tree.map(lambda g: n * g, jax.grad(loss)(ad, batches[0]))
     assert_close(accumulated(ad, batches), want)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_few_rows_on_a_gpu_copy_no_weight(platform):
+    """XLA makes one product of x·W and x·A there, and for it writes W beside A: unless kept apart."""
+    fn = lora.adapt(lambda p, x: x @ p["w"])
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    node = lora.LoRA(shape(8, 2), shape(2, 8), 1.0, lora.Geometry((0,), (1,)))
+    call = jax.jit(lambda node, w, x: fn(lora.bind({"w": w}, {"w": node}), x))
+    step = jax.jit(jax.grad(lambda *args: call(*args).sum(), (0, 2)))
+    for f, count in ((call, 1), (step, 2)):  # x from x·A, and g from g·Bᵀ
+        traced = f.trace(node, shape(8, 8), shape(3, 8))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.optimization_barrier") == count * (platform == "cuda")

@@ -149,5 +149,12 @@ def test_plan():
     assert way(64, 1, 512, 8, 2) == way(1024, 1, 512, 8, 4) == "concatenated"
     # no loop over rows that lie on several devices, nor where a step is a kernel
     assert way(64, 1, 512, 8, 512, local=False) == "gathered"
-    assert way(64, 1, 4096, 16, 64, itemsize=2, platform="gpu") == "concatenated"
-    assert way(8, 1, 4096, 16, 64, itemsize=2, platform="tpu") == "gathered"
+    # there a row's matrix is read within its product: once, where all side by side are all read
+    far = functools.partial(way, itemsize=2)
+    for platform in ("gpu", "tpu"):
+        assert far(64, 1, 4096, 16, 64, platform=platform) == "gathered"
+        assert far(8, 1, 4096, 16, 64, platform=platform) == "gathered"
+        assert far(1024, 1, 4096, 16, 64, platform=platform) == "concatenated"
+        assert far(64, 1, 4096, 16, 8, platform=platform) == "concatenated"
+        # the gradient of a stack is written, row by row
+        assert far(64, 1, 4096, 16, 64, platform=platform, sums=False) == "concatenated"
