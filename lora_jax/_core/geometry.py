@@ -43,9 +43,10 @@ SEED_IMPL = "threefry2x32"
 
 
 def spec_along(dims: tuple[int, ...], spec: Iterable) -> PartitionSpec:
-    """The PartitionSpec of an array whose axes run along `dims` of a weight with `spec`."""
+    """The PartitionSpec of an array whose axes run along `dims` of a weight with `spec`, without
+    what is said there of sums."""
     # RANK, −1, is no axis of a spec: the rank is never sharded.
-    of = dict(enumerate(spec))
+    of = dict(enumerate(getattr(spec, "partitions", spec)))
     return PartitionSpec(*(of.get(d) for d in dims))
 
 
