@@ -140,9 +140,10 @@ def save(
 
     Raises:
       LoRAError: the step, or a later one, is there already; the directory holds checkpoints of
-        something else, or the manager is closed or only reads; or another run saves to it (see `_run.py` for what is guaranteed, on which
-        file system); the adapters are not of this base or configuration; `data` is not JSON,
-        `metrics` are not numbers, or a leaf of `state` cannot be saved. Nothing is written then.
+        something else, or the manager is closed or only reads; or another run saves to it (see
+        `_run.py` for what is guaranteed, on which file system); the adapters are not of this base
+        or configuration; `data` is not JSON, `metrics` are not numbers, or a leaf of `state` cannot
+        be saved. Nothing is written then.
         Or what is written, or was before, did not get to the disk.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora, orbax.checkpoint as ocp, tempfile

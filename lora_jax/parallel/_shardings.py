@@ -100,6 +100,8 @@ def shardings(
                 f"expected adapters or Targets, found a tree with a {type(node).__name__} at "
                 f"'{path}': {CALL}"
             )
+        if not node.of_arrays:
+            raise LoRAError(f"the adapter of '{path}' holds what is no array: {CALL}")
     slots = _slot_axes(flat, base)
     # With a mesh, each leaf below is found to be on it.
     places = {} if mesh is not None else {p: _names(x)[1] for p, x in base.items()}
