@@ -220,7 +220,9 @@ def _probes(params: Any) -> Any:
 
 def _probe(path: str, x: Any) -> Any:
     """A weight without factors in the place of a floating-point array."""
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+    # A `jax.Ref` is state that a call changes, and no weight.
+    arrays = hasattr(x, "dtype") and not isinstance(x, jax.Ref)
+    if not arrays or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     if is_quantized(x):
         # Surveyed as the array that it stands for: geometry is a matter of shapes.

@@ -42,6 +42,7 @@ __all__ = [
     "scopes",
     "scan_counts",
     "shard_map_axes",
+    "smaller",
     "source_line",
     "staging",
     "unrepeatable",
@@ -137,12 +138,18 @@ def varying(x: Any) -> frozenset:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def less(a: Any, b: Any) -> bool:
-    """a < b, of sizes; False where those of symbolic shapes leave it open."""
+def smaller(a: Any, b: Any) -> bool | None:
+    """a < b, of sizes; None where those of symbolic shapes leave it open."""
     try:
         return bool(a < b)
     except core.InconclusiveDimensionOperation:
-        return False
+        # b·t and b: the multiple is not the smaller one.
+        return False if a % b == 0 else True if b % a == 0 else None
+
+
+def less(a: Any, b: Any) -> bool:
+    """a < b, of sizes; False where those of symbolic shapes leave it open."""
+    return smaller(a, b) or False
 
 
 def manual(x: Any) -> bool:

@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from lora_jax._core import compat
+
 
 def names(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
@@ -51,7 +53,8 @@ def spec_along(dims: tuple[int, ...], spec: Iterable) -> PartitionSpec:
 
 
 def blocks_of(old: Sequence[int], new: Sequence[int]) -> list | None:
-    """The smallest groups of adjacent axes of two shapes that hold the same number of elements."""
+    """The smallest groups of adjacent axes of two shapes that hold the same number of elements;
+    None where it is not known."""
     # Without elements every grouping would do.
     if 0 in old or 0 in new:
         return None
@@ -65,7 +68,10 @@ def blocks_of(old: Sequence[int], new: Sequence[int]) -> list | None:
         a, b = min(a, len(old)), min(b, len(new))
         # The side with fewer elements takes its next axis, until both have the same number.
         while m != n:
-            if m < n:
+            less = compat.smaller(m, n)
+            if less is None:
+                return None
+            if less:
                 m, a = m * old[a], a + 1
             else:
                 n, b = n * new[b], b + 1
