@@ -42,7 +42,6 @@ __all__ = [
     "scopes",
     "scan_counts",
     "shard_map_axes",
-    "smaller",
     "source_line",
     "staging",
     "unrepeatable",
@@ -138,18 +137,12 @@ def varying(x: Any) -> frozenset:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def smaller(a: Any, b: Any) -> bool | None:
-    """a < b, of sizes; None where those of symbolic shapes leave it open."""
+def less(a: Any, b: Any) -> bool:
+    """a < b, of sizes; False where those of symbolic shapes leave it open."""
     try:
         return bool(a < b)
     except core.InconclusiveDimensionOperation:
-        # b·t and b: the multiple is not the smaller one.
-        return False if a % b == 0 else True if b % a == 0 else None
-
-
-def less(a: Any, b: Any) -> bool:
-    """a < b, of sizes; False where those of symbolic shapes leave it open."""
-    return smaller(a, b) or False
+        return False
 
 
 def manual(x: Any) -> bool:

@@ -16,8 +16,6 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lora_jax._core import compat
-
 
 def names(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
@@ -68,10 +66,11 @@ def blocks_of(old: Sequence[int], new: Sequence[int]) -> list | None:
         a, b = min(a, len(old)), min(b, len(new))
         # The side with fewer elements takes its next axis, until both have the same number.
         while m != n:
-            less = compat.smaller(m, n)
-            if less is None:
+            # Of symbolic sizes such as b·t and b it is known that the multiple is larger.
+            whole = m % n == 0, n % m == 0
+            if not any(whole) and not (isinstance(m, int) and isinstance(n, int)):
                 return None
-            if less:
+            if whole[1] or (not whole[0] and m < n):
                 m, a = m * old[a], a + 1
             else:
                 n, b = n * new[b], b + 1
