@@ -37,9 +37,10 @@ def attach(
     `nnx.state(adapted, nnx.LoRAParam)` is what to save. The base is frozen: its gradients are zero.
     An attribute that is read, such as `adapted.head.kernel`, is the base's.
 
-    Linen: a module of the same class whose `apply`, methods and `bind` understand what
-    `lora.bind` returns, as well as plain parameters. It takes no adapters: they are in the
-    variables. It is hashed and compared by its fields, so `jax.jit` does not trace it anew.
+    Linen: a module of the same class whose `apply`, methods and `bind` (and the children of what
+    that returns) understand what `lora.bind` returns, as well as plain parameters. It takes no
+    adapters: they are in the variables. It is hashed and compared by its fields, so `jax.jit` does
+    not trace it anew.
 
     Args:
       model: an NNX or a Linen module.

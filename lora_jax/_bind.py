@@ -117,7 +117,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
         elif not hasattr(leaves[path], "shape"):
             found = type(leaves[path]).__name__
             failures.append(f"'{path}' is adapted, and the parameters have a {found} there")
-        elif not _is_of_arrays(node):
+        elif not node.of_arrays:
             failures.append(f"the adapter of '{path}' holds what is no array")
         elif (problem := node.misfit(tuple(leaves[path].shape))) is not None:
             shapes = ", ".join(f"{n} {getattr(node, n).shape}" for n in node.dims)
@@ -135,7 +135,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
 def _corrected(flat: Mapping[str, Any], leaves: Mapping[str, Any], verb: str) -> str | None:
     """The call that was meant, where one is plain: another part of the tree, one of a stack."""
     call = lambda params, adapters="adapters": verb.format(params=params, adapters=adapters)
-    nodes = {p: n for p, n in flat.items() if is_node(n) and _is_of_arrays(n)}
+    nodes = {p: n for p, n in flat.items() if is_node(n) and n.of_arrays}
     if nodes and not any(p in leaves for p in nodes):
         first = next(iter(nodes))
         # Adapters of "q/kernel", and a tree with "params/q/kernel".
@@ -163,12 +163,6 @@ def _corrected(flat: Mapping[str, Any], leaves: Mapping[str, Any], verb: str) ->
             f"{call('params')}, without lora.algebra.choose"
         )
     return None
-
-
-def _is_of_arrays(node: Node) -> bool:
-    """Whether it is not what `jax.tree.map` made of a node: types, names, None."""
-    arrays = jax.tree.leaves(node)
-    return bool(arrays) and all(hasattr(x, "shape") for x in arrays)
 
 
 def _frozen(x: Any) -> Any:

@@ -14,7 +14,7 @@ from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.fold import folded
 from lora_jax._core.geometry import Geometry
-from lora_jax._core.nnx import is_module, map_state, state_of
+from lora_jax._core.nnx import is_module, map_shared, state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest
 from lora_jax._core.table import html_table, table
 from lora_jax._interpret.coverage import LOW_RANK, Use, by_leaf
@@ -159,7 +159,7 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
     flat = {path: x for path, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
     # A probe in each weight's place is followed as an adapted weight is, without factors.
     call = Traceable(fn)
-    constants, arrays = call.split((map_state(_probes, params), *args), kwargs)
+    constants, arrays = call.split((map_shared(_probes, params, flat), *args), kwargs)
     # Integers and complex numbers may be weights too: in no low rank, but not in silence.
     numbers = {id(x): p for p, x in flat.items() if jnp.issubdtype(x.dtype, jnp.number)}
     origins = [x.origin if is_weight(x) else numbers.get(id(x)) for x in arrays]
@@ -220,7 +220,9 @@ def _probes(params: Any) -> Any:
 
 def _probe(path: str, x: Any) -> Any:
     """A weight without factors in the place of a floating-point array."""
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+    # A `jax.Ref` is state that a call changes, and no weight.
+    arrays = hasattr(x, "dtype") and not isinstance(x, jax.Ref)
+    if not arrays or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     if is_quantized(x):
         # Surveyed as the array that it stands for: geometry is a matter of shapes.

@@ -429,6 +429,51 @@ def test_linen_methods():
     assert_close(lora.attach(only_up, strict=False).apply(bound, x), want)
 
 
+class Nested(nn.Module):
+    """Children from fields, of lists and of compact methods."""
+
+    inner: nn.Module
+
+    def setup(self):
+        self.mlp, self.layers = MLP(), [nn.Dense(WIDTH), nn.Dropout(0.5, deterministic=False)]
+        self.parts = {"norm": Compact()}
+
+    def __call__(self, x):
+        x = self.inner(self.mlp(x))
+        for layer in self.layers:
+            x = layer(x)
+        return self.parts["norm"](x)
+
+    def noise(self, x):
+        return self.mlp.encode(x) + jax.random.normal(self.make_rng("dropout"), x.shape)
+
+
+def test_children_of_a_bound_module_and_its_random_numbers():
+    """Any of them in any order, as those of the plain module: outputs, masks, statistics."""
+    model = Nested(nn.Sequential([nn.Dense(WIDTH), nn.Dropout(0.5, deterministic=False)]))
+    bound, merged, x = linen(model)
+    how = dict(rngs={"dropout": jax.random.key(5)}, mutable=["batch_stats", "intermediates"])
+    ours, theirs = lora.attach(model).bind(bound, **how), model.bind(merged, **how)
+    calls = [
+        lambda m: m.layers[1](x),  # before the whole has set them up
+        lambda m: m(x),
+        lambda m: m.mlp(x),
+        lambda m: m.mlp.dropout(x),
+        lambda m: m.inner(x),
+        lambda m: m.inner.layers[0](x),
+        lambda m: m.noise(x),
+        lambda m: m.layers[0](x),
+        lambda m: m.parts["norm"](x),
+        lambda m: m(x),
+    ]
+    for call in calls:
+        assert_close(call(ours), call(theirs))
+        changed = ({k: v for k, v in m.variables.items() if k != "params"} for m in (ours, theirs))
+        assert_close(*changed)
+    with fails("'mlp/up/kernel' was used as an array"):
+        model.bind(bound).mlp(x)
+
+
 class Odd(nn.Module):
     """Returns what is no array, and writes words."""
 

@@ -356,8 +356,16 @@ def _alias(m, x):
     m.alias = m.total
 
 
+def _module(m, x):
+    m.upper, m.mode = m.up, "warm"  # one layer under two names
+
+
+def _nest(m, x):
+    m.vessel = nnx.List([m.up, m.total, m.down])
+
+
 def _remove(m, x):
-    for name in ("made", "alias", "sub", "array"):
+    for name in ("made", "alias", "sub", "array", "upper", "vessel"):
         if hasattr(m, name):
             delattr(m, name)
 
@@ -386,8 +394,8 @@ def _metadata(m, x):
     m.total.set_metadata(note="seen")
 
 
-DEEDS = [_variable, _create, _submodule, _alias, _remove, _replace, _constant, _array, _grow,
-         _container, _metadata]  # fmt: skip
+DEEDS = [_variable, _create, _submodule, _alias, _module, _nest, _remove, _replace, _constant,
+         _array, _grow, _container, _metadata]  # fmt: skip
 
 
 class Doing(Block):
@@ -467,3 +475,40 @@ def test_a_weight_that_comes_back_from_remat_stays_adapted(form):
     for run in (twice, jax.jit(twice)) if form == "state" else (twice,):
         for got in run(adapters):
             assert_close(got, want)
+
+
+def test_arrays_without_a_variable_around_them():
+    """In the module and in containers: adapted, read, and changed as by the plain module."""
+
+    class Bare(nnx.Module):
+        def __init__(self):
+            w = lambda i: rand.normal(jax.random.key(i), (WIDTH, WIDTH)) / 8
+            self.w, self.more = nnx.data(w(0)), nnx.data([w(1), {"w": w(2)}])
+            self.total = nnx.data(jnp.zeros(WIDTH))
+            self.up = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            self.total = self.total + x.sum(0)
+            y = x @ self.w + x @ self.more[0]
+            return jnp.tanh(self.up(y)) @ self.more[1]["w"] + self.total
+
+    model, x = Bare(), rand.normal(jax.random.key(3), (2, WIDTH))
+    found = lora.survey(forward, model, x)
+    assert found["total"].kind == "other" and found["more/1/w"].head
+    config = lora.LoRAConfig(rank=RANK, targets=["w", "more/*", "up/kernel"])
+    adapters = jax.tree.map(lambda v: v + 0.1, lora.init(jax.random.key(0), model, config, found))
+    plain, call = lora.merge(model, adapters), lora.adapt(forward)
+    loss = lambda ad, run: jnp.sum(run(ad) ** 2)
+    assert_close(
+        nnx.grad(lambda ad, m: loss(ad, lambda ad: call(lora.bind(m, ad), x)))(
+            adapters, nnx.clone(model)
+        ),
+        nnx.grad(lambda ad, m: loss(ad, lambda ad: lora.merge(m, ad)(x)))(
+            adapters, nnx.clone(model)
+        ),
+        factor=256,
+    )
+    bound = lora.bind(model, adapters)
+    for _ in range(2):
+        assert_close(call(bound, x), plain(x))
+        assert_close((model.total, bound.total), (plain.total, plain.total))

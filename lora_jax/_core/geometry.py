@@ -43,14 +43,16 @@ SEED_IMPL = "threefry2x32"
 
 
 def spec_along(dims: tuple[int, ...], spec: Iterable) -> PartitionSpec:
-    """The PartitionSpec of an array whose axes run along `dims` of a weight with `spec`."""
+    """The PartitionSpec of an array whose axes run along `dims` of a weight with `spec`, without
+    what is said there of sums."""
     # RANK, −1, is no axis of a spec: the rank is never sharded.
-    of = dict(enumerate(spec))
+    of = dict(enumerate(getattr(spec, "partitions", spec)))
     return PartitionSpec(*(of.get(d) for d in dims))
 
 
 def blocks_of(old: Sequence[int], new: Sequence[int]) -> list | None:
-    """The smallest groups of adjacent axes of two shapes that hold the same number of elements."""
+    """The smallest groups of adjacent axes of two shapes that hold the same number of elements;
+    None where it is not known."""
     # Without elements every grouping would do.
     if 0 in old or 0 in new:
         return None
@@ -64,7 +66,11 @@ def blocks_of(old: Sequence[int], new: Sequence[int]) -> list | None:
         a, b = min(a, len(old)), min(b, len(new))
         # The side with fewer elements takes its next axis, until both have the same number.
         while m != n:
-            if m < n:
+            # Of symbolic sizes such as b·t and b it is known that the multiple is larger.
+            whole = m % n == 0, n % m == 0
+            if not any(whole) and not (isinstance(m, int) and isinstance(n, int)):
+                return None
+            if whole[1] or (not whole[0] and m < n):
                 m, a = m * old[a], a + 1
             else:
                 n, b = n * new[b], b + 1

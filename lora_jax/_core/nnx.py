@@ -63,6 +63,11 @@ def map_state(fn: Callable[[Any], Any], tree: Any) -> Any:
 _ORIGINALS: dict[int, weakref.ref] = {}
 
 
+class _Held(nnx.Variable):
+    """Holds a weight in the place of an array that has no Variable around it, in a bound module:
+    there NNX would take the weight for a tree of its own. A call gets the array itself."""
+
+
 def map_shared(fn: Callable[[Any], Any], tree: Any, replaced: Container[str]) -> Any:
     """As `map_state`; but the new module shares the variables that `fn` has no new value for.
 
@@ -78,7 +83,8 @@ def map_shared(fn: Callable[[Any], Any], tree: Any, replaced: Container[str]) ->
     def either(keys: tuple, old: Any, new: Any):
         # A module may hold an array without a Variable around it.
         if not _is_variable(old):
-            return old if path_of(keys) not in replaced else new
+            own = new if path_of(keys) in replaced else old
+            return _Held(own) if whole()(own) else own
         # A weight in codes has no adapter, and what stands for it is new all the same.
         leaves = jax.tree_util.tree_leaves_with_path(new, is_leaf=whole())
         changed = any(path_of((*keys, *k)) in replaced or whole()(x) for k, x in leaves)
@@ -97,7 +103,8 @@ def shared_copy(module: Any) -> Any:
 def _standing_for(module: Any, original: Any) -> Any:
     """`module`, which has the structure of `original`."""
     # Both walks are of one graph, in one order.
-    for new, old in zip(_members(module), _members(original)):
+    own = (x for x in _members(module) if not isinstance(x, _Held))
+    for new, old in zip(own, _members(original)):
         if new is not old and not _is_variable(new):
             _ORIGINALS[id(new)] = weakref.ref(old)
             # A later object may get the same id: the entry goes when this object does.
@@ -215,7 +222,17 @@ def unpack(marked: Any, packed: Packed) -> tuple[Any, list]:
     objects = nnx.merge(packed.graph, packed.state)
     each = iter(objects)
     args = jax.tree.map(lambda x: next(each) if x is _OBJECT else x, marked)
-    return args, [(x, _contents(x)) for x in _members(objects)]
+    members = _members(objects)
+    _replace(members, lambda x: x.get_raw_value() if isinstance(x, _Held) else x)
+    return args, [(x, _contents(x)) for x in members]
+
+
+def _replace(members: list, fn: Callable[[Any], Any]) -> None:
+    """Puts fn(leaf) in the place of each leaf of the attributes of new objects."""
+    for x in members:
+        for name, value in () if _is_variable(x) else vars(x).items():
+            if any(fn(leaf) is not leaf for leaf in _flat(value)[0]):
+                vars(x)[name] = jax.tree.map(fn, value, is_leaf=whole(_is_object))
 
 
 def calling(fn: Callable, *args: Any, **kwargs: Any):
@@ -275,7 +292,8 @@ class Changes:
       removed: (number, name) of each attribute that is gone.
       values: the leaves of the values of `attributes`, with marks for arrays and objects, and their
         structure.
-      graph, known: the graph of the objects among them; the numbers of the leaves of `state`.
+      graph, known, parts: the graph of the objects among them; the numbers of the leaves of `state`
+        and of all that they are made of.
     """
 
     variables: dict[int, Any]
@@ -286,9 +304,15 @@ class Changes:
     values: tuple = dataclasses.field(metadata=dict(static=True))
     graph: Any = dataclasses.field(metadata=dict(static=True))
     known: tuple = dataclasses.field(metadata=dict(static=True))
+    parts: tuple = dataclasses.field(metadata=dict(static=True))
 
 
 _ARRAY = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    number: int
 
 
 def changes(before: list) -> Changes:
@@ -306,12 +330,14 @@ def changes(before: list) -> Changes:
             else:
                 new[i, k] = vars(x)[k]
     leaves, structure = zip(*map(_flat, new.values())) if new else ((), ())
-    leaves = [x for each in leaves for x in each]
-    # New objects leave as one graph: two attributes may hold the same one.
-    graph, state = nnx.split([x for x in leaves if _is_object(x)])
     number = {id(x): i for i, (x, _) in enumerate(before)}
+    # An object that was there before the call goes by its number; it has its own change.
+    leaves = [_Known(number[id(x)]) if id(x) in number else x for each in leaves for x in each]
+    # New objects leave as one graph: two attributes may hold the same one.
+    created = [x for x in leaves if _is_object(x)]
+    graph, state = nnx.split(created)
     parts, treedef = jax.tree.flatten(state, is_leaf=_is_variable)
-    # A Variable that was there before the call goes by its number; it has its own change.
+    # They may hold Variables that were there.
     known = tuple(number.get(id(x)) for x in parts)
     return Changes(
         variables,
@@ -325,6 +351,7 @@ def changes(before: list) -> Changes:
         ),
         (graph, treedef),
         known,
+        tuple(number.get(id(x)) for x in _members(created)),
     )
 
 
@@ -348,15 +375,21 @@ def update(args: Any, new: Changes) -> None:
     try:
         for i, variable in new.variables.items():
             members[i].update_from_state(variable)
-        for (i, name), value in zip(new.attributes, _values(members, new)):
-            # NNX takes an attribute as data, and not as a constant, where this mark says so.
-            data = any(map(_is_data, _flat(value)[0]))
-            for x in _all(members[i]):
-                _set(x, name, nnx.data(value) if data else value)
-        for i, name in new.removed:
-            for x in _all(members[i]):
-                if name in vars(x):
-                    delattr(x, name) if isinstance(name, str) else vars(x).pop(name)
+        objects: list = []
+        for level in _levels(members):
+            # What is created holds parts of the objects of this level; where none differs, of all.
+            if not objects or any(level[n] is not members[n] for n in new.parts if n is not None):
+                objects, first = _created(level, new), objects
+                for x, of in zip(first, objects):
+                    _standing_for(x, of)
+            for (i, name), value in zip(new.attributes, _values(level, objects, new)):
+                # NNX takes an attribute as data, and not as a constant, where this mark says so.
+                data = any(map(_is_data, _flat(value)[0]))
+                _set(level[i], name, nnx.data(value) if data else value)
+            for i, name in new.removed:
+                if name in vars(level[i]):
+                    own = isinstance(name, str)
+                    delattr(level[i], name) if own else vars(level[i]).pop(name)
     except TraceContextError as e:
         raise LoRAError(
             f"{e}: the call changes the model's state, and the model was made outside of this "
@@ -370,24 +403,42 @@ def _set(x: Any, name: str | int, value: Any) -> None:
     setattr(x, name, value) if isinstance(name, str) else x._setattr(name, value)
 
 
-def _all(member: Any) -> list:
-    """An object, the one that it stands for, and so on."""
-    found = []
-    while member is not None:
-        found.append(member)
-        member = _original(member)
-    return found
+def _levels(members: list) -> Iterator[list]:
+    """The members, those that they stand for, and so on."""
+    while True:
+        yield members
+        pairs = [(x, old) for x in members if (old := _original(x)) is not None]
+        if not pairs:
+            return
+        of = {id(x): old for x, old in pairs}
+        for x, old in pairs:  # a Variable with a weight stands for the one in the same place
+            for name in vars(x).keys() & vars(old).keys():
+                own, theirs = _flat(vars(x)[name])[0], _flat(vars(old)[name])[0]
+                of |= {id(v): o for v, o in zip(own, theirs) if _is_variable(v)}
+        members = [of.get(id(x), x) for x in members]
 
 
-def _values(members: list, new: Changes) -> list:
+def _created(members: list, new: Changes) -> list:
+    """The objects that the call has made; what they hold of the members is by number."""
     graph, treedef = new.graph
-    # The reverse of `changes`: for numbers the caller's objects, for marks the new values.
     parts = [x if n is None else members[n] for n, x in zip(new.known, new.state)]
-    objects = iter(nnx.merge(graph, jax.tree.unflatten(treedef, parts)))
-    arrays, (leaves, structures) = iter(new.arrays), new.values
-    filled = iter(
-        next(objects) if x is _OBJECT else next(arrays) if x is _ARRAY else x for x in leaves
-    )
+    objects = nnx.merge(graph, jax.tree.unflatten(treedef, parts))
+    own = _members(objects)
+    of = {id(x): members[n] for x, n in zip(own, new.parts) if n is not None}
+    _replace(own, lambda x: of.get(id(x), x))
+    return objects
+
+
+def _values(members: list, objects: list, new: Changes) -> list:
+    """The values of the new attributes: the reverse of `changes`."""
+    created, arrays, (leaves, structures) = iter(objects), iter(new.arrays), new.values
+
+    def value(x: Any) -> Any:
+        if isinstance(x, _Known):
+            return members[x.number]
+        return next(created) if x is _OBJECT else next(arrays) if x is _ARRAY else x
+
+    filled = map(value, leaves)
     return [
         jax.tree.unflatten(each, [next(filled) for _ in range(each.num_leaves)])
         for each in structures

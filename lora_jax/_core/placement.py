@@ -10,11 +10,27 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax._core.errors import raise_all
+from lora_jax._core.geometry import spec_along
 
 Space = jax.memory.Space
+
+
+def summed(x: Any) -> str | None:
+    """What is wrong with a leaf, or a spec, that is the same on all devices only once a sum over
+    them is made, of it or of its gradient (`reduced`)."""
+    typed = isinstance(x, jax.core.Tracer)
+    where = jax.typeof(x).sharding if typed else getattr(x, "sharding", x)
+    spec = getattr(where, "spec", where)
+    for kind in ("unreduced", "reduced"):
+        if isinstance(spec, PartitionSpec) and (axes := getattr(spec, kind, None)):
+            return (
+                f"is {kind} along {', '.join(sorted(axes))}; expected a leaf that is whole there: "
+                f"jax.sharding.reshard(leaf, {spec_along(tuple(range(len(spec))), spec)})"
+            )
+    return None
 
 
 def check_placed(
@@ -30,6 +46,11 @@ def check_placed(
       adapted: the paths of those with an adapter.
       nodes: {path: adapter}.
     """
+    found = {p: [w for x in jax.tree.leaves(leaves[p]) if (w := summed(x))] for p in leaves}
+    raise_all(
+        "these leaves cannot have an adapter:",
+        (f"'{path}' {found[path][0]}" for path in leaves if path in adapted and found[path]),
+    )
     # {path: the sharding of each array, None where it is not committed}
     base = {path: _shardings(x) for path, x in leaves.items()}
     own = {path: _shardings(x) for path, x in (nodes or {}).items()}

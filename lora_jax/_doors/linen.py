@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 from lora_jax._adapt import Adapted
-from lora_jax._doors.subclass import Options, Output, members, plain_class, reduced, subclass
+from lora_jax._doors.subclass import (
+    Options,
+    Output,
+    members,
+    options_of,
+    plain_class,
+    reduced,
+    subclass,
+)
 from lora_jax._nodes.weight import is_weight
 
 CALL = "lora.attach(module"
@@ -33,6 +43,7 @@ def attached_class(cls: type, options: Options) -> type:
         for name, method in members(cls, nn.Module)
         if not isinstance(method, property) and name != "setup"
     }
+    body |= {name: _attaching(cls, name, options) for name in ("__post_init__", "setup")}
     body |= {"apply": _apply(options), "__hash__": cls.__hash__, "__eq__": cls.__eq__}
     body["__reduce_ex__"] = functools.partialmethod(_reduced)
     return subclass(cls, options, body)
@@ -65,7 +76,9 @@ def _apply(options: Options) -> Any:
     def apply(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
         if not _holds_weights(variables):
             return _plain_apply(self, variables, args, kwargs)
-        call = whole if kwargs.get("method") in (None, "__call__") else part
+        method = kwargs.get("method")
+        name = method.name if isinstance(method, _Counted) else method
+        call = whole if name in (None, "__call__") else part
         try:
             hash(self)
         except TypeError:  # no constant of the trace: each call is traced anew
@@ -77,12 +90,32 @@ def _apply(options: Options) -> Any:
     return apply
 
 
+def _attaching(cls: type, name: str, options: Options) -> Any:
+    """The methods of Flax's that give a bound module its children; they are attached as it is."""
+
+    @nn.nowrap
+    def adapted(self: Any) -> None:
+        getattr(cls, name)(self)
+        if self.scope is not None and _holds_weights(self.scope.variables()):
+            _attach_children(self, options)
+
+    return adapted
+
+
+def _attach_children(module: Any, options: Options) -> None:
+    fields = [value for name, value in vars(module).items() if not name.startswith("_")]
+    for child in jax.tree.leaves(fields, is_leaf=lambda x: isinstance(x, nn.Module)):
+        # A child that is not bound, of a class with its own `parent`, or met before.
+        if isinstance(child, nn.Module) and options_of(child) is None:
+            object.__setattr__(child, "__class__", attached_class(type(child), options))
+            _attach_children(child, options)
+
+
 def _method(name: str, method: Any) -> Any:
     @nn.nowrap
     @functools.wraps(method, updated=())
     def adapted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        scope = self.scope
-        if scope is None or scope.parent is not None or not _holds_weights(scope.variables()):
+        if self.scope is None or not _holds_weights(self.scope.variables()):
             return method.__get__(self)(*args, **kwargs)
         return _bound(self, name, args, kwargs)
 
@@ -90,20 +123,44 @@ def _method(name: str, method: Any) -> Any:
 
 
 def _bound(module: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A method of a module that `bind` returned, with what it changes written back."""
+    """A method of a module that `bind` returned, or of a child of it: what it changes of the
+    variables, and how many random numbers it draws, is written back."""
     scope = module.scope
     unbound, variables = module.unbind()
-    rngs = {}
-    for stream, rng in scope.rngs.items():
-        calls = scope.rng_counters.get(stream, 0)  # the first call draws what `apply` draws
-        key = rng.as_jax_rng()
-        rngs[stream] = jax.random.fold_in(key, calls) if calls else key
-        scope.rng_counters[stream] = calls + 1
-    out = unbound.apply(variables, *args, rngs=rngs, mutable=scope.mutable, method=name, **kwargs)
-    if scope.mutable is False:
-        return out
-    out, changed = out
+    method = _Counted(name, _counts(scope.rng_counters))
+    # The streams as they are: those of a child begin with its name.
+    how = dict(rngs=dict(scope.rngs), mutable=scope.mutable, method=method)
+    out = unbound.apply(variables, *args, **how, **kwargs)
+    (out, counts), changed = (out, {}) if scope.mutable is False else out
+    _set_counts(scope.rng_counters, counts)
     for collection, values in changed.items():
         for key, value in values.items():
             scope.put_variable(collection, key, value)
     return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counted:
+    """A method that goes on where the random numbers of a bound module are: their counts, of its
+    own streams and of its children's, are constants of the trace."""
+
+    name: str
+    counts: tuple
+
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, tuple]:
+        _set_counts(module.scope.rng_counters, self.counts)
+        out = getattr(module, self.name)(*args, **kwargs)
+        return out, _counts(module.scope.rng_counters)
+
+
+def _counts(counters: dict) -> tuple[tuple[Hashable, Any], ...]:
+    return tuple((k, _counts(n) if isinstance(n, dict) else n) for k, n in counters.items())
+
+
+def _set_counts(counters: dict, counts: tuple) -> None:
+    """In place: each child holds its own part of them."""
+    for key, n in counts:
+        if isinstance(n, tuple):
+            _set_counts(counters.setdefault(key, {}), n)
+        else:
+            counters[key] = n

@@ -55,7 +55,7 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     first, second = (w.a, w.b) if name == "a" else (w.b, w.a)
     # A must run along the window and the input features alone, B along the output features.
     if any(
-        first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] > 1
+        first.has(out_dim) or second.has(d) or not first.has(d) for d in inner if w.shape[d] != 1
     ) or not second.has(out_dim):
         return (
             "one factor must have all axes of the window and the input features, the other that "

@@ -39,7 +39,7 @@ def _sum(
     if not all(map(ctx.constant, rest)):
         return DATA
     # An axis that comes from no axis of the leaf is a repetition.
-    if any(n > 1 and not w.axes[d] for w in parts for d, n in enumerate(w.shape)) and rest:
+    if any(n != 1 and not w.axes[d] for w in parts for d, n in enumerate(w.shape)) and rest:
         return "it is repeated along an axis, as a bias is"
     base = ctx.bind(eqn, [x.base if is_weight(x) else x for x in args])[0]
     out = _joined(base, parts)

@@ -94,7 +94,7 @@ def _probed_gather(
 ) -> list:
     p = eqn.params
     # What is left may be a matrix; or it is a permutation.
-    if sum(p["slice_sizes"][d] > 1 for d in rest) > 1 or ctx.constant(eqn.invars[1]):
+    if sum(p["slice_sizes"][d] != 1 for d in rest) > 1 or ctx.constant(eqn.invars[1]):
         return [_undecided(w, picked, indexed)]
     ctx.used(w, eqn, (indexed, rest, ()))
     return [picked.base]
@@ -175,7 +175,7 @@ def _dynamic_slice(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     if isinstance(w, AdaptedWeight):
         stack = all(f.has(d) for f in (w.a, w.b) for d in cut)
         return [picked if stack else _undecided(w, picked, cut)]
-    if sum(n > 1 for n in sizes) > 1:
+    if sum(n != 1 for n in sizes) > 1:
         return [_undecided(w, picked, cut)]
     ctx.used(w, eqn, (cut, [d for d in range(w.ndim) if d not in cut], ()), name="gather")
     return [base]

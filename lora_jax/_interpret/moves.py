@@ -276,10 +276,15 @@ def _sharding_constraint(ctx: Context, eqn: Equation, args: Sequence) -> list:
     return [_along(w, base, sharding, lax.with_sharding_constraint)]
 
 
-def _reshard(ctx: Context, eqn: Equation, args: Sequence) -> list:
-    (w,) = args
+def _reshard(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
+    (w,), where = args, eqn.params["dst_sharding"]
+    if getattr(where.spec, "unreduced", None):
+        return "it becomes one of the terms of a sum over devices"
+    # `reduced` is for the gradient of the weight, which is frozen.
+    where = where.update(spec=spec_along(tuple(range(w.ndim)), where.spec))
+    eqn = eqn.replace(params=eqn.params | {"dst_sharding": where})
     base = ctx.bind(eqn, [w.base])[0]
-    return [_along(w, base, eqn.params["dst_sharding"], jax.sharding.reshard)]
+    return [_along(w, base, where, jax.sharding.reshard)]
 
 
 def _along(w: Followed, base: Any, sharding: NamedSharding, place: Callable) -> Followed:

@@ -58,7 +58,7 @@ def _with_repeats(w: AdaptedWeight, blocks: Sequence) -> AdaptedWeight:
 
     def move(f: Factor) -> Factor:
         for old, _ in blocks:
-            big = [d for d in old if w.shape[d] > 1]
+            big = [d for d in old if w.shape[d] != 1]
             if any(map(f.has, big)):
                 f = f.spread({d: w.shape[d] for d in big if not (a.has(d) or b.has(d))})
         return f
@@ -70,7 +70,7 @@ def _one_sided(w: AdaptedWeight, blocks: Sequence) -> AdaptedWeight:
     """The weight with the axes of a stack, and those that come from none of the leaf, in the one
     factor alone that has the rest of their block."""
     for old, _ in blocks:
-        big = {d for d in old if w.shape[d] > 1}
+        big = {d for d in old if w.shape[d] != 1}
         free = {d for d in big if (w.a.has(d) and w.b.has(d)) or not w.axes[d]}
         keep = [n for n in "ab" if big - free <= {*w.parts[n].dims}]
         if not all(_reshapeable(f, w.shape, old) for f in (w.a, w.b)) and free and keep:
@@ -112,12 +112,12 @@ def _whole(f: Factor, d: int) -> Factor:
 
 
 def _runs_along(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
-    return any(f.has(d) and shape[d] > 1 for d in old)
+    return any(f.has(d) and shape[d] != 1 for d in old)
 
 
 def _reshapeable(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
     # All of the block's axes, or none; those of size 1 say nothing.
-    big = [d for d in old if shape[d] > 1]
+    big = [d for d in old if shape[d] != 1]
     return len({f.has(d) for d in big}) <= 1
 
 

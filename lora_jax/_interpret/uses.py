@@ -228,7 +228,7 @@ def _ragged_dot(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
         return [y]
     full = cast(y, holding(y.dtype))
     gain = cast(w.gain.order((group, RANK, outer)).value, full.dtype)
-    ones = jnp.ones((len(y), 1), full.dtype)  # each row times its group's gain, exactly
+    ones = jnp.ones((y.shape[0], 1), full.dtype)  # each row times its group's gain, exactly
     gains = lax.ragged_dot(ones, gain, group_sizes, precision=lax.Precision.HIGHEST)
     return [cast(full + full * gains, y.dtype)]
 

@@ -21,6 +21,7 @@ from lora_jax._core.einsum import cast, contract, wide
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK, Factor, Geometry, spec_along, static
 from lora_jax._core.keys import path_key
+from lora_jax._core.numbers import COUNT, COUNT_OR_ZERO
 from lora_jax._core.placement import near
 from lora_jax._nodes.node import Node
 from lora_jax._nodes.weight import AdaptedWeight, own_axes
@@ -323,9 +324,25 @@ class Rows(Node):
 
     lost: ClassVar[str | None] = "trained in full"
 
+    def __post_init__(self):
+        super().__post_init__()
+        rows = self.index if isinstance(self.index, tuple) else ()
+        known = COUNT.fits(self.length) and all(map(COUNT_OR_ZERO.fits, rows))
+        if not (rows and known and max(rows) < self.length and len({*rows}) == len(rows)):
+            raise LoRAError(
+                f"index={self.index!r}, length={self.length!r} of a Rows: expected a tuple of "
+                "different rows, each below the number of rows of the table"
+            )
+
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.length, *self.value.shape[1:])
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        found = self.value.shape[:1]
+        if found != (len(self.index),):
+            return f"there are {len(self.index)} rows, and value has {found or 'none'}"
+        return super().misfit(shape)
 
     @property
     def dims(self) -> dict[str, tuple[int, ...]]:

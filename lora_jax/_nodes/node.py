@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +13,8 @@ from flax import serialization
 from jax.sharding import PartitionSpec
 
 from lora_jax._core.errors import LoRAError
-from lora_jax._core.geometry import RANK, spec_along
+from lora_jax._core.geometry import RANK, Geometry, spec_along
+from lora_jax._core.numbers import BELOW_ONE, COUNT_OR_ZERO, FINITE
 from lora_jax._nodes.weight import is_weight
 
 if TYPE_CHECKING:
@@ -55,6 +57,19 @@ class Node:
         super().__init_subclass__(**kwargs)
         # True replaces an earlier entry, for a class that a notebook defines again.
         serialization.register_serialization_state(cls, _state_dict, _from_state_dict, True)
+
+    def __post_init__(self):
+        # `jax.tree` makes nodes as well, with anything in the place of arrays, but not of these.
+        for name, (holds, expected) in _STATIC.items():
+            if name in self.__dict__ and not holds(found := self.__dict__[name]):
+                raise LoRAError(f"{name}={found!r} of a {type(self).__name__}: expected {expected}")
+
+    @property
+    def of_arrays(self) -> bool:
+        """Whether it is not what `jax.tree.map` made of a node: types, names, None."""
+        # Those that have axes of the leaf are arrays; a field may hold several others.
+        arrays = [*jax.tree.leaves(self), *(getattr(self, name) for name in self.dims)]
+        return bool(arrays) and all(hasattr(x, "shape") for x in arrays)
 
     if TYPE_CHECKING:  # else no subclass could have it as a field
 
@@ -149,6 +164,20 @@ class Node:
         # A field may hold several arrays.
         each = lambda name: jax.tree.map(lambda _: fn(name), getattr(node, name))
         return dataclasses.replace(node, **{name: each(name) for name in array_names(node)})
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple | list) and all(map(COUNT_OR_ZERO.fits, x))
+
+
+# The static fields that any node may have: (whether it holds, what is expected). First what there
+# is in nearly all nodes: `jax.tree` makes many.
+_STATIC: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "scale": (lambda x: (type(x) is float and abs(x) < math.inf) or FINITE.fits(x), FINITE.text),
+    "dropout": (lambda x: (type(x) is float and x == 0) or BELOW_ONE.fits(x), BELOW_ONE.text),
+    "geometry": (lambda x: isinstance(x, Geometry), "a lora.Geometry"),
+    "shape": (_is_shape, "the leaf's shape"),
+}
 
 
 def array_names(node: Any) -> list[str]:

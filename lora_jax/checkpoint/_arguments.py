@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import orbax.checkpoint as ocp
+
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.numbers import integer
 from lora_jax.checkpoint._fingerprint import Fingerprint
@@ -19,6 +21,25 @@ def refuse_a_train_state(tree: Any, call: str) -> None:
             f"expected adapters, found a {type(tree).__name__}: pass state.params, and the whole "
             f"as state=state: {call}"
         )
+
+
+def refuse_a_manager_that_cannot_write(manager: ocp.CheckpointManager) -> None:
+    """Orbax would write nothing and say, on the log alone, that it skips the step."""
+    # It does not make public either; where a later version has other names, it is as if open.
+    store = getattr(manager, "_non_blocking_metadata_store", None)
+    executor = getattr(store, "_single_thread_executor", None)
+    options = getattr(manager, "_options", None)
+    found = {
+        "is closed": getattr(executor, "_shutdown", False),
+        "only reads (read_only=True)": getattr(options, "read_only", False),
+    }
+    for what, holds in found.items():
+        if holds:
+            raise LoRAError(
+                f"the manager of {manager.directory} {what}, and nothing was saved; open one that "
+                "writes: with ocp.CheckpointManager(directory) as manager: "
+                "lora.checkpoint.save(manager, ...)"
+            )
 
 
 def refuse_variables(base: Fingerprint, wanted: Iterable[str]) -> None:

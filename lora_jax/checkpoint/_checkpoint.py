@@ -31,6 +31,7 @@ from lora_jax._targets import Targets
 from lora_jax.checkpoint._arguments import (
     as_json,
     numbers,
+    refuse_a_manager_that_cannot_write,
     refuse_a_train_state,
     refuse_variables,
     step_number,
@@ -139,10 +140,11 @@ def save(
 
     Raises:
       LoRAError: the step, or a later one, is there already; the directory holds checkpoints of
-        something else, or another run saves to it (docs/howto/checkpoint.md says on which file
-        systems that is found); the adapters are not of this base or configuration; `data` is not
-        JSON, `metrics` are not numbers, or a leaf of `state` cannot be saved. Nothing is written
-        then. Or what is written, or was before, did not get to the disk.
+        something else, or the manager is closed or only reads, or another run saves to it
+        (docs/howto/checkpoint.md says on which file systems that is found); the adapters are not of
+        this base or configuration; `data` is not JSON, `metrics` are not numbers, or a leaf of
+        `state` cannot be saved. Nothing is written then. Or what is written, or was before, did not
+        get to the disk.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora, orbax.checkpoint as ocp, tempfile
     >>> params = {"q": jnp.ones((8, 8))}
@@ -161,6 +163,7 @@ def save(
             f"expected an orbax CheckpointManager, found {type(manager).__name__}: "
             f"manager = ocp.CheckpointManager(directory); {SAVE}"
         )
+    refuse_a_manager_that_cannot_write(manager)
     step = step_number(step)
     metrics = numbers(metrics)
     refuse_a_train_state(adapters, SAVE)

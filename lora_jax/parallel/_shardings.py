@@ -22,7 +22,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import names as mesh_axes
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest, path_of
-from lora_jax._core.placement import check_placed
+from lora_jax._core.placement import check_placed, summed
 from lora_jax._init import init
 from lora_jax._nodes.node import is_node
 from lora_jax._targets import Targets
@@ -100,6 +100,8 @@ def shardings(
                 f"expected adapters or Targets, found a tree with a {type(node).__name__} at "
                 f"'{path}': {CALL}"
             )
+        if not node.of_arrays:
+            raise LoRAError(f"the adapter of '{path}' holds what is no array: {CALL}")
     slots = _slot_axes(flat, base)
     # With a mesh, each leaf below is found to be on it.
     places = {} if mesh is not None else {p: _names(x)[1] for p, x in base.items()}
@@ -204,6 +206,8 @@ def _base_sharding(
     # Names in a box count where a mesh is passed, or where the value does not say it itself.
     if names is not None and (mesh is not None or not isinstance(found, NamedSharding)):
         found, mesh = names, own_mesh if mesh is None else mesh
+    if problem := summed(found):
+        return None, problem
     if isinstance(found, PartitionSpec):
         rules = own_rules if rules is None else rules
         if rules is not None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rand
-from common import assert_close, noisy, value_and_grad
+from common import assert_close, fails, noisy, value_and_grad
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -42,6 +42,9 @@ USES = {
     "experts side by side": (
         lambda p, x: x @ p["w"].transpose(1, 0, 2).reshape(8, 8),
         (2, 8, 4), STACK, P("t", None, None), (4, 8), P("d", None)),
+    "reduced": (
+        lambda p, x: x @ jax.sharding.reshard(p["w"], P(None, "t", reduced={"d"})),
+        (8, 4), MATRIX, P("d", "t"), (4, 8), P("d", None)),
     "a grouped convolution": (
         lambda p, x: conv(p, x, 2), (3, 4, 4), KERNEL, P(), (4, 9, 8), P("d", None, None)),
     "a depthwise convolution": (
@@ -59,7 +62,7 @@ def test_equals_one_device(name, placed):
     params, x = {"w": rand.normal(KEYS[0], shape)}, rand.normal(KEYS[1], x_shape)
     factors = (jnp.zeros(s) for s in geometry.factor_shapes(shape, 2))
     adapters = noisy({"w": lora.LoRA(*factors, 0.5, geometry)}, scale=1.0)
-    alone = (lambda p, x: x @ p["w"]) if "mapped" in name else fn
+    alone = fn if spec in (P(), P("t", None, None)) else lambda p, x: x @ p["w"]
     want = value_and_grad(lambda ad: alone(lora.merge(params, ad), x))(adapters)
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     with jax.set_mesh(mesh):
@@ -68,3 +71,21 @@ def test_equals_one_device(name, placed):
             adapters = jax.device_put(adapters, lora.parallel.shardings(params, adapters))
         got = value_and_grad(lambda ad: lora.adapt(fn)(lora.bind(params, ad), x))(adapters)
     assert_close(*(jax.tree.map(np.asarray, v) for v in (got, want)), factor=256)
+
+
+@pytest.mark.parametrize("kind", ["reduced", "unreduced"])
+def test_a_leaf_of_which_a_sum_is_not_made(kind):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
+    node = lora.LoRA(jnp.zeros((8, 2)), jnp.zeros((2, 4)), 1.0, MATRIX)
+
+    def calls(w):
+        there = jax.sharding.reshard(w, P(None, None, **{kind: {"d"}}))
+        for call in (lora.bind, lora.merge, lora.parallel.shardings):
+            with fails(f"'w'.* is {kind} along d; expected a leaf that is whole there"):
+                call({"w": there}, {"w": node})
+        return w
+
+    with jax.set_mesh(mesh):
+        jax.eval_shape(
+            calls, jax.ShapeDtypeStruct((8, 4), "float32", sharding=NamedSharding(mesh, P()))
+        )

@@ -370,3 +370,40 @@ def test_dropout_is_that_of_its_factors():
         )
         assert_close(got, want)
     assert not np.allclose(got, apply(lora.bind(PARAMS, adapters), draw(3, 6)))
+
+
+NOT = ["x", None, [1], 1j, float("nan"), object(), True, 10**400, jnp.ones(2)]
+
+
+@pytest.mark.parametrize("name", ["scale", "dropout", "geometry", "shape", "index", "length"])
+def test_what_is_static_is_checked_where_a_node_is_made(name):
+    array, matrix = jnp.ones((2, 2)), lora.Geometry((0,), (1,))
+    nodes = [
+        lora.LoRA(array, array, 1.0, matrix),
+        lora.methods.LoRAXS(array, shape=(2, 2), geometry=matrix),
+        lora.Rows(array, (0, 1), 2),
+    ]
+    own = [n for n in nodes if name in vars(n)]
+    rows = [(0, 2), (0, 0), (0, -1), (), 1] if name == "index" else []
+    for node in own:
+        for value in NOT + rows:
+            if (name == "shape" and type(value) is list) or (
+                name == "length" and type(value) is int
+            ):
+                continue
+            with fails(f"{name}=.* of a {type(node).__name__}: expected"):
+                dataclasses.replace(node, **{name: value})
+    assert own and dataclasses.replace(nodes[0], scale=np.float32(2)).scale == 2
+    with fails("scale=.*expected a finite number"):
+        jax.jit(lambda s: lora.LoRA(array, array, s, matrix))(1.0)
+
+
+@pytest.mark.parametrize("call", [lora.bind, lora.merge, lora.parallel.shardings])
+@pytest.mark.parametrize("value", [*NOT[:6], {"x": 1}])
+def test_what_is_no_array_is_said(call, value):
+    node = lora.LoRA(jnp.ones((2, 1)), value, 1.0, lora.Geometry((0,), (1,)))
+    where = P() if call is lora.parallel.shardings else jnp.ones((2, 2))
+    with fails("adapter of 'w' holds what is no array"):
+        call({"w": where}, {"w": node})
+    with fails(r"there are 1 rows, and value has \(2,\)"):
+        lora.merge({"w": jnp.ones((3, 2))}, {"w": lora.Rows(jnp.ones((2, 2)), (0,), 3)})

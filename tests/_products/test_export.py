@@ -37,6 +37,55 @@ def test_symbolic_shapes(plan):
     assert_close(exported.call(ADAPTERS, X), both(ADAPTERS, X))
 
 
+def rows_in_vmap(p, x):
+    ids = jnp.zeros(x.shape[:2], jnp.int32) + jnp.arange(x.shape[1]) % 3
+    rows = jax.vmap(lambda i: p["table"][i])(ids.reshape(-1))
+    return rows.reshape(*ids.shape, -1) @ p["w"] + x
+
+
+def over_time(p, x):
+    step = lambda h, x: (h := jnp.tanh(h @ p["u"] + x @ p["w"]), h)
+    return lax.scan(step, jnp.zeros((x.shape[0], 4)), x.swapaxes(0, 1))[1]
+
+
+def sorted_experts(p, x):
+    x = x.reshape(-1, 4)
+    return lax.ragged_dot(x, p["w"], jnp.array([0, 1, 0]) * x.shape[0])
+
+
+ODD = {  # name -> (function, shapes of the weights)
+    "rows in vmap": (rows_in_vmap, {"table": (5, 4), "w": (4, 4)}),
+    "scan over time": (over_time, {"u": (4, 4), "w": (4, 4)}),
+    "experts": (sorted_experts, {"w": (3, 4, 4)}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("rows in vmap", "lora"), ("scan over time", "dora"), ("experts", "dora")]
+)
+def test_symbolic_shapes_through_bytes(name, kind):
+    """Symbolic batch and length, written and read back with its derivative."""
+    fn, shapes = ODD[name]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {n: rand.normal(k, s, scale=0.5) for k, (n, s) in zip(keys, shapes.items())}
+    x = rand.normal(jax.random.key(9), (2, 3, 4))
+    survey = lora.survey(fn, params, x)
+    adapters = noisy(lora.init(jax.random.key(1), params, CONFIG, survey))
+    if kind == "dora":
+        adapters = noisy(lora.methods.dora(params, adapters))
+    leaves, tree = jax.tree.flatten(adapters)
+    run = lambda leaves, x: lora.adapt(fn)(lora.bind(params, tree.unflatten(leaves)), x)
+    types = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in leaves]
+    b, t = export.symbolic_shape("b, t")
+    out = export.export(jax.jit(run))(types, jax.ShapeDtypeStruct((b, t, 4), x.dtype))
+    out = export.deserialize(out.serialize(vjp_order=1))
+    merged = lambda leaves: fn(lora.merge(params, tree.unflatten(leaves)), x)
+    assert_close(out.call(leaves, x), merged(leaves))
+    slope = lambda f: jax.grad(lambda leaves: jnp.sum(jnp.sin(f(leaves))))(leaves)
+    got, want = slope(lambda leaves: out.call(leaves, x)), slope(merged)
+    assert_close(got, want, factor=256)
+
+
 @pytest.mark.parametrize("plan", ["auto", "merged"])
 def test_taylor_mode(plan):
     call = lora.adapt(model, plan=plan)

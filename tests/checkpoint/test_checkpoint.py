@@ -570,6 +570,24 @@ def test_saving_what_cannot_be_saved(tmp_path, call, match):
     assert contents(tmp_path) == before
 
 
+def test_a_manager_that_cannot_write(tmp_path):
+    """Orbax skips the step, and says so on its log alone."""
+    adapters, _ = trained()
+    saved(tmp_path, adapters)
+    before = contents(tmp_path)
+    with manager(tmp_path) as closed:
+        pass
+    with ocp.CheckpointManager(
+        tmp_path, options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as reads:
+        for m, what in ((closed, "is closed"), (reads, "only reads")):
+            for force in (False, True):
+                with fails(f"the manager of .* {what}.*nothing was saved; open one that writes"):
+                    lora.checkpoint.save(m, 6, adapters, base=PARAMS, force=force)
+        assert lora.checkpoint.restore(reads, base=PARAMS).step == 5
+    assert contents(tmp_path) == before
+
+
 class Mode(enum.IntEnum):
     ON = 1
 

@@ -240,6 +240,9 @@ def test_uneven():
     (lambda: lora.parallel.shardings({**SPECS, "experts": ("tp", None)}, ADAPTERS, mesh=MESH), r"'experts': the base has a tree there; a PartitionSpec is written P\('fsdp', 'tp'\)"),
     (lambda: lora.parallel.shardings(SPECS, SPECS), "expected adapters or Targets, found a tree with a P[a-zA-Z]* at 'dense/bias'"),
     (lambda: lora.parallel.shardings({**SPECS, "experts": P(3)}, ADAPTERS, mesh=MESH), "'experts': P.*: 3 is no name of an axis"),
+    *((lambda mesh=mesh, kind=kind: lora.parallel.shardings({**SPECS, "experts": P(None, "tp", **{kind: {"fsdp"}})}, ADAPTERS, mesh=mesh),
+       rf"'experts': is {kind} along fsdp; expected .*reshard\(leaf, P[a-zA-Z]*\(None, 'tp'\)\)")
+      for kind in ("unreduced", "reduced") for mesh in (MESH, None)),
     (lambda: lora.parallel.shardings(SPECS, ADAPTERS, mesh=(4, 2)), r"expected a mesh, found a tuple: .*mesh=jax.make_mesh"),
     *((lambda rules=rules: lora.parallel.shardings(SPECS, ADAPTERS, mesh=MESH, rules=rules), r"(?s)rules=.*: expected pairs .*rules=\[\('embed', 'fsdp'\)")
       for rules in ({"tp": "fsdp"}, "ab", 5, ["ab"], [None], [("a", 3)], [(["a"], "tp")], [("a", ["tp", 1])])),
