@@ -97,7 +97,7 @@ def lora_rite(
     >>> import lora_jax as lora
     >>> tx = lora.optim.lora_rite(2e-4)
     """
-    check_settings(
+    learning_rate, b1, b2, eps, weight_decay = check_settings(
         CALL, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
     )
     if other is not None:
@@ -119,7 +119,7 @@ def scale_by_lora_rite(
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.optim.scale_by_lora_rite(), optax.scale_by_learning_rate(2e-4))
     """
-    check_settings(CALL, b1=b1, b2=b2, eps=eps)
+    b1, b2, eps = check_settings(CALL, b1=b1, b2=b2, eps=eps)
 
     def init(params: optax.Params):
         squares = lambda node: zeros_like(node, node.rank)

@@ -201,10 +201,11 @@ def operate(q: Any, how: str, shape: tuple[int, ...]) -> Any:
     *lead, i, o = shape if len(shape) > 1 else (1, *shape)
     if how == "look":
         repr(q)
-    elif how == "dequantize":
-        return lora.quant.dequantize(params)["a"]["w"]
-    elif how == "jit":
-        return jax.jit(lora.quant.dequantize)(params)["a"]["w"]
+    elif how in ("dequantize", "jit"):
+        # What is no array does not enter a jitted function: JAX says so, before any of ours.
+        arrays = all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(q))
+        read = jax.jit(lora.quant.dequantize) if how == "jit" and arrays else lora.quant.dequantize
+        return read(params)["a"]["w"]
     elif how == "errors":
         lora.quant.errors(params, params)
     elif how in ("product", "coverage"):
