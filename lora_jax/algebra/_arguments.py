@@ -13,8 +13,9 @@ from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
 
 
-def check_rank(rank: Any, energy: Any, call: str) -> None:
-    """Raises unless there is a rank or an energy; `call` has {} in their place."""
+def check_rank(rank: Any, energy: Any, call: str) -> tuple[int | None, float | None]:
+    """The rank and the energy, one of them None; raises for all else. `call` has {} in their
+    place."""
     fits = SIZE.fits(rank) if energy is None else rank is None and SHARE.fits(energy)
     if not fits:
         raise LoRAError(
@@ -22,6 +23,7 @@ def check_rank(rank: Any, energy: Any, call: str) -> None:
             f"rank={shown(rank)}, energy={shown(energy)}: "
             f"{call.format('rank=8')} or {call.format('energy=0.95')}"
         )
+    return SIZE.plain(rank), None if energy is None else float(energy)
 
 
 def several(

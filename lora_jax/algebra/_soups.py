@@ -271,7 +271,8 @@ def _method(how: str, density: float = 1.0, rate: float = 0.0, per_weight: bool 
         )
     if not isinstance(per_weight, bool):
         raise LoRAError(f"per_weight={per_weight!r}: expected True or False: per_weight=True")
-    return Method(density if trim else 1.0, rate if drop else 0.0, elect, per_weight)
+    density, rate = float(density) if trim else 1.0, float(rate) if drop else 0.0
+    return Method(density, rate, elect, per_weight)
 
 
 def _check_how(how: Any, names: Iterable[str], call: str) -> None:
@@ -293,7 +294,7 @@ def _elementwise(
     # Exact: low-rank leaves come back in full, as base + Δ.
     exact = rank is None and energy is None
     if not exact:
-        check_rank(rank, energy, call)
+        rank, energy = check_rank(rank, energy, call)
     elif base is None:
         raise LoRAError(
             "what is left element by element is of full rank; say what is wanted: rank=16 or "
@@ -304,8 +305,7 @@ def _elementwise(
             f"passes={shown(passes)}: expected a number >= 0 (and <= 1000) and a rank, found "
             f"rank={rank}: " + call.format("rank=16, passes=2")
         )
-    # Static arguments of jit are hashed.
-    rank, passes = map(integer, (rank, passes))
+    passes = integer(passes)  # static, and so hashed
     leaves = parts_of(adapters, weights, base, call.format("rank=16"), exact)
     trimmed, out, kept = cuts(leaves, method), {}, {}
     for path, parts in leaves.items():

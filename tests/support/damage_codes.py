@@ -61,7 +61,7 @@ def read_codes(q: Any) -> np.ndarray:
     numbers(codes, kind)
     *lead, n = codes.shape
     n, last = n * (1 + four), n * (1 + four) - q.pad
-    assert lead and 0 not in lead and n and 0 <= q.stack <= len(lead) and last > 0 <= q.pad
+    assert lead and n and 0 <= q.stack <= len(lead) and last > 0 <= q.pad
     if q.format in EIGHT:
         constants = numbers(q.constants, *FLOATS)
         assert q.second is None and q.pad == 0 and constants.ndim == codes.ndim
@@ -203,7 +203,7 @@ def operate(q: Any, how: str, shape: tuple[int, ...]) -> Any:
         repr(q)
     elif how in ("dequantize", "jit"):
         # What is no array does not enter a jitted function: JAX says so, before any of ours.
-        arrays = all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(q))
+        arrays = all(isinstance(x, jax.Array) for x in jax.tree.leaves(q))
         read = jax.jit(lora.quant.dequantize) if how == "jit" and arrays else lora.quant.dequantize
         return read(params)["a"]["w"]
     elif how == "errors":
