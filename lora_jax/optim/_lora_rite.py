@@ -7,6 +7,7 @@ They choose a step S there, and S·R⁻¹ / s takes it back: W' changes by S·U,
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -201,7 +202,9 @@ def _rite(
     return product(m, root) / scale, m, u, v, escaped
 
 
-def _decay(beta: float, count: jax.Array):
+def _decay(beta: Any, count: jax.Array):
     """β·(1 − β^(t−1)) / (1 − β^t): with it a moving average needs no correction of its bias."""
-    t = count.astype(jnp.float32)
-    return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
+    t, known = count.astype(float), isinstance(beta, float)
+    # 1 − β^t as such would lose a share ε / (1 − β) of itself, and 0 has no logarithm.
+    log = math.log(max(beta, 1e-30)) if known else jnp.log(jnp.maximum(beta, 1e-30))
+    return beta * jnp.expm1((t - 1) * log) / jnp.expm1(t * log)
