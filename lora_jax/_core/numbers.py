@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax._core.errors import raise_all
 
@@ -21,17 +22,28 @@ def integer(x: Any) -> int | None:
     >>> integer(jnp.int32(4)), integer(True), integer(4.0)
     (4, None, None)
     """
+    if type(x) is int:  # of any size: JAX's types end at 2⁶⁴
+        return x
     if isinstance(x, str | bytes):  # NumPy takes "i" for a type
         return None
     try:
         # A traced integer raises a TypeError of JAX's, 4.0 one of Python's; a dict, a ValueError.
         return None if jnp.issubdtype(jnp.result_type(x), jnp.bool_) else operator.index(x)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
 def is_real(x: Any) -> bool:
-    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+    # To NumPy an interval of time is an integer.
+    return isinstance(x, numbers.Real) and not isinstance(x, bool | np.timedelta64)
+
+
+def shown(x: Any) -> str:
+    """What an error says of it: Python does not print an integer of thousands of digits."""
+    try:
+        return repr(x)
+    except ValueError:
+        return f"an integer of {x.bit_length()} bits"
 
 
 def unequal(x: Any, y: Any) -> Any:
@@ -59,6 +71,7 @@ class Number:
       holds: of one that is finite.
       whole: whether it is an integer, of any library.
       optional: whether None will do.
+      limit: words for the largest, if there is one.
 
     >>> COUNT.fits(jnp.int32(4)), COUNT.fits(2.5), SHARE.fits(float("nan")), SHARE.fits(True)
     (True, False, False, False)
@@ -68,6 +81,7 @@ class Number:
     holds: Callable[[Any], bool]
     whole: bool = False
     optional: bool = False
+    limit: str = ""
 
     @property
     def or_none(self) -> Number:
@@ -82,6 +96,12 @@ class Number:
         known = integer(x) if self.whole else _real(x)
         return known is not None and self.holds(known)
 
+    def plain(self, x: Any) -> Any:
+        """A number that fits as Python's; real ones of JAX, which may be traced, as they are."""
+        if self.whole:
+            return integer(x)
+        return x if isinstance(x, jax.Array) else _real(x)
+
 
 def _real(x: Any) -> float | None:
     """A finite number of any library as Python's; None of anything else."""
@@ -92,14 +112,22 @@ def _real(x: Any) -> float | None:
             found = float(x)
         else:
             found = integer(x)
+            found = found if found is None else float(found)
     except (TypeError, ValueError, OverflowError):
         # No array; an integer beyond any float.
         return None
     return found if found is not None and math.isfinite(found) else None
 
 
-COUNT = Number("an integer >= 1", lambda x: x >= 1, whole=True)
-COUNT_OR_ZERO = Number("an integer >= 0", lambda x: x >= 0, whole=True)
+def _whole(least: int, below: float = math.inf, limit: str = "") -> Number:
+    return Number(f"an integer >= {least}", lambda x: least <= x < below, True, limit=limit)
+
+
+COUNT, COUNT_OR_ZERO = _whole(1), _whole(0)
+# Of an axis; steps that int32 counts; turns that end within a lifetime.
+SIZE = _whole(1, 2**24, ", less than 2**24")
+STEPS, STEPS_OR_ZERO = (_whole(least, 2**31, ", less than 2**31") for least in (1, 0))
+PASSES, PASSES_OR_ZERO = (_whole(least, 1001, ", at most 1000") for least in (1, 0))
 POSITIVE = Number("a finite number > 0", lambda x: x > 0)
 NOT_NEGATIVE = Number("a finite number >= 0", lambda x: x >= 0)
 FINITE = Number("a finite number", lambda x: True)
@@ -111,7 +139,7 @@ BELOW_ONE = Number("a number in [0, 1)", lambda x: 0 <= x < 1)
 def refused(traced: bool = False, /, **asked: tuple[Any, Number]) -> list[str]:
     """A line for each argument, name=(value, what is asked of it), that is no such number."""
     return [
-        f"{name}={x!r}: expected {kind.text}"
+        f"{name}={shown(x)}: expected {kind.text}{kind.limit}"
         for name, (x, kind) in asked.items()
         if not kind.fits(x, traced)
     ]
@@ -127,6 +155,8 @@ def check_values(leaves: Iterable[tuple[str, Any]], call: str) -> None:
     )
 
 
-def check_numbers(call: str, traced: bool = False, **asked: tuple[Any, Number]) -> None:
-    """Raises for all arguments that are `refused`, with the corrected call."""
+def check_numbers(call: str, traced: bool = False, **asked: tuple[Any, Number]) -> list[Any]:
+    """The arguments, each as its `Number.plain`; raises for all that are `refused`, with the
+    corrected call."""
     raise_all("these arguments are not as expected:", refused(traced, **asked), call)
+    return [kind.plain(x) for x, kind in asked.values()]

@@ -156,7 +156,8 @@ def encode(fmt: Format, w: jax.Array, scale: Any = 1.0) -> tuple[jax.Array, jax.
         return codes, power.astype(jnp.float8_e8m0fnu)
     # 1 / top, by which bitsandbytes multiplies, is subnormal beyond 2^126, and flushed to zero
     down = jnp.where(top > 2.0**126, 0.25, 1.0).astype(jnp.float32)[..., None]
-    unit = w * down * (1.0 / (jnp.maximum(top, 1e-38)[..., None] * down))
+    # at least the smallest normal number: 1 over a subnormal one is infinite, and 0 times that NaN
+    unit = w * down * (1.0 / (jnp.maximum(top, 2.0**-126)[..., None] * down))
     if fmt.levels is not None:
         return _nearest(fmt.levels, jnp.clip(unit, -1, 1)), top
     whole = jnp.issubdtype(fmt.dtype, jnp.integer)
@@ -343,7 +344,9 @@ def doubled(constants: jax.Array, stack: int) -> tuple[jax.Array, tuple[jax.Arra
     lead = constants.shape[:stack]
     # All constants of one weight in a row, cut into groups without regard to its axes.
     flat = constants.reshape(*lead, -1)
-    mean = jnp.mean(flat, -1)
+    # a sum of the largest numbers is none: by a power of two less
+    down = jnp.where(jnp.max(flat, -1) > 2.0**64, 2.0**-64, 1.0).astype(flat.dtype)
+    mean = jnp.mean(flat * down[..., None], -1) / down
     flat = flat - mean[..., None]
     more = -flat.shape[-1] % SECOND
     groups = jnp.pad(flat, [(0, 0)] * stack + [(0, more)]).reshape(*lead, -1, SECOND)

@@ -109,7 +109,7 @@ class Quantized(Waiting):
     @property
     def bits(self) -> float:
         """Bits per parameter."""
-        return 8 * self.nbytes / math.prod(self.stored)
+        return 8 * self.nbytes / max(1, math.prod(self.stored))
 
     @property
     def double(self) -> bool:
@@ -277,10 +277,11 @@ class Quantized(Waiting):
         fmt = STORED.get(self.format) if isinstance(self.format, str) else None
         if fmt is None:
             return f"format={self.format!r}: expected one of {', '.join(STORED)}"
-        second = () if self.second is None else self.second
-        if not isinstance(second, tuple | list):
-            return f"expected a tuple of arrays as second, found a {type(second).__name__}"
-        arrays = (self.codes, self.constants, *second)
+        second = self.second
+        if second is not None and not (isinstance(second, tuple | list) and second):
+            found = "an empty" if isinstance(second, tuple | list) else "a"
+            return f"expected a tuple of arrays as second, found {found} {type(second).__name__}"
+        arrays = (self.codes, self.constants, *(second or ()))
         if odd := [x for x in arrays if not (hasattr(x, "shape") and hasattr(x, "dtype"))]:
             return f"expected arrays as codes and constants, found a {type(odd[0]).__name__}"
         if not is_float(self.stored_dtype):

@@ -8,19 +8,22 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._core.numbers import COUNT, SHARE, is_real
+from lora_jax._core.numbers import SHARE, SIZE, is_real, shown
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
 
 
-def check_rank(rank: Any, energy: Any, call: str) -> None:
-    """Raises unless there is a rank or an energy; `call` has {} in their place."""
-    fits = COUNT.fits(rank) if energy is None else rank is None and SHARE.fits(energy)
+def check_rank(rank: Any, energy: Any, call: str) -> tuple[int | None, float | None]:
+    """The rank and the energy, one of them None; raises for all else. `call` has {} in their
+    place."""
+    fits = SIZE.fits(rank) if energy is None else rank is None and SHARE.fits(energy)
     if not fits:
         raise LoRAError(
-            f"expected a rank >= 1 or an energy in (0, 1], found rank={rank}, energy={energy}: "
+            "expected a rank >= 1 or an energy in (0, 1] (and a rank < 2**24), found "
+            f"rank={shown(rank)}, energy={shown(energy)}: "
             f"{call.format('rank=8')} or {call.format('energy=0.95')}"
         )
+    return SIZE.plain(rank), None if energy is None else float(energy)
 
 
 def several(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,7 +132,7 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
     >>> small.rank, bool(jnp.allclose(small.a @ small.b, 6.0))
     (1, True)
     """
-    check_rank(rank, energy, "lora.algebra.resize(adapters, {})")
+    rank, energy = check_rank(rank, energy, "lora.algebra.resize(adapters, {})")
     # `linear` refuses DoRA, `check_finite` NaN: an SVD of it would not say which leaf had it.
     adapters = linear(adapters)
     check_finite(adapters)
@@ -145,7 +144,7 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
         keep = rank if energy is None else rank_for(s, energy)
         assert keep is not None  # one of the two is given
         # The SVD does not keep a sharding: the factors go to where that of the leaf puts them.
-        return placed(from_svd(node, u, s, v, operator.index(keep)), leaf_sharding(node))
+        return placed(from_svd(node, u, s, v, keep), leaf_sharding(node))
 
     return jax.tree.map(leaf, adapters, is_leaf=is_node)
 

@@ -138,6 +138,7 @@ def _likeness(one: LoRA, two: LoRA) -> Likeness:
 
 
 @anywhere
+@jax.jit
 def _numbers(one: LoRA, two: LoRA) -> tuple[jax.Array, ...]:
     # A (n, in, r), B (n, r, out); U (n, in, k), σ (n, k), Vᵀ (n, k, out).
     (a1, b1), (a2, b2) = matrices(one), matrices(two)

@@ -56,6 +56,7 @@ def extract(
             f"energy={energy}: expected a share in (0, 1]: "
             "lora.algebra.extract(base, tuned, targets, energy=0.95)"
         )
+    energy = None if energy is None else float(energy)
     call = "lora.algebra.extract(base, tuned, targets)"
     if not isinstance(targets, Targets):
         raise LoRAError(

@@ -11,7 +11,6 @@ back: the best adapter of a rank, or the whole as a leaf in full. KnOTS stays of
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import as_key
 from lora_jax._core.mesh import anywhere, placed
-from lora_jax._core.numbers import BELOW_ONE, COUNT_OR_ZERO, SHARE
+from lora_jax._core.numbers import BELOW_ONE, PASSES_OR_ZERO, SHARE, integer, shown
 from lora_jax._core.paths import nest
 from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
 from lora_jax.algebra._arguments import check_rank
@@ -272,7 +271,8 @@ def _method(how: str, density: float = 1.0, rate: float = 0.0, per_weight: bool 
         )
     if not isinstance(per_weight, bool):
         raise LoRAError(f"per_weight={per_weight!r}: expected True or False: per_weight=True")
-    return Method(density if trim else 1.0, rate if drop else 0.0, elect, per_weight)
+    density, rate = float(density) if trim else 1.0, float(rate) if drop else 0.0
+    return Method(density, rate, elect, per_weight)
 
 
 def _check_how(how: Any, names: Iterable[str], call: str) -> None:
@@ -294,19 +294,18 @@ def _elementwise(
     # Exact: low-rank leaves come back in full, as base + Δ.
     exact = rank is None and energy is None
     if not exact:
-        check_rank(rank, energy, call)
+        rank, energy = check_rank(rank, energy, call)
     elif base is None:
         raise LoRAError(
             "what is left element by element is of full rank; say what is wanted: rank=16 or "
             "energy=0.9, the best adapters of low rank, or base=params, all of it, as `Full` leaves"
         )
-    if passes is not None and (rank is None or not COUNT_OR_ZERO.fits(passes)):
+    if passes is not None and (rank is None or not PASSES_OR_ZERO.fits(passes)):
         raise LoRAError(
-            f"passes={passes}: expected a number >= 0 and a rank, found rank={rank}: "
-            + call.format("rank=16, passes=2")
+            f"passes={shown(passes)}: expected a number >= 0 (and <= 1000) and a rank, found "
+            f"rank={rank}: " + call.format("rank=16, passes=2")
         )
-    # Static arguments of jit are hashed.
-    rank, passes = (x if x is None else operator.index(x) for x in (rank, passes))
+    passes = integer(passes)  # static, and so hashed
     leaves = parts_of(adapters, weights, base, call.format("rank=16"), exact)
     trimmed, out, kept = cuts(leaves, method), {}, {}
     for path, parts in leaves.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core.einsum import product, widened
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.geometry import Geometry
 from lora_jax._core.mesh import anywhere, placement
 from lora_jax._nodes.adapters import LoRA
 
@@ -36,6 +38,7 @@ def leaf_sharding(node: LoRA) -> NamedSharding | None:
 
 
 @anywhere
+@jax.jit
 def svd(node: LoRA) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U (n, in, k), σ (n, k) and Vᵀ (n, k, out) of the update, k = min(rank, in, out)."""
     a, b = matrices(node)
@@ -122,13 +125,19 @@ def rank_for(s: jax.Array, energy: float) -> int:
         raise LoRAError("a rank from the energy depends on values: not under jit; pass rank=")
     if not s.shape[-1]:  # of an update without factors
         return 1
+    return int(_rank_for(s, energy))
+
+
+@jax.jit
+def _rank_for(s: jax.Array, energy: float) -> jax.Array:
     total = jnp.sum(s**2, -1, keepdims=True)
     # The slack is for an energy of 1: the running sum may end just below the total.
     enough = jnp.cumsum(s**2, -1) >= energy * total * (1 - 4 * jnp.finfo(s.dtype).eps)
     # argmax of booleans is the first True; the largest rank of a stack serves all of it.
-    return int(jnp.max(jnp.argmax(enough, -1))) + 1
+    return jnp.max(jnp.argmax(enough, -1)) + 1
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def share_kept(s: jax.Array, rank: int, total: jax.Array | None = None) -> jax.Array:
     """The share of the total, Σσ², that the largest `rank` σ have; of a stack, the least."""
     total = jnp.sum(s**2, -1) if total is None else total
@@ -140,19 +149,30 @@ def from_svd(
     like: LoRA, u: jax.Array, s: jax.Array, v: jax.Array, rank: int, scale: float = 1.0
 ) -> LoRA:
     """A node like `like`, of this rank and scale, with the largest of these directions."""
+    return as_node(like, *_balanced(u, s, v, rank, scale), scale)
+
+
+# As one program for each shape: eagerly each of its steps would be one.
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _balanced(
+    u: jax.Array, s: jax.Array, v: jax.Array, rank: int, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """scale·A·B = U·Σ·Vᵀ with A = U·√(Σ/scale) and B = √(Σ/scale)·Vᵀ."""
     keep = min(rank, s.shape[-1])
-    # scale·A·B = U·Σ·Vᵀ with A = U·√(Σ/scale) and B = √(Σ/scale)·Vᵀ.
     root = jnp.sqrt(s[:, :keep] / scale)
     a, b = u[:, :, :keep] * root[:, None, :], root[:, :, None] * v[:, :keep]
     # min(in, out) may be less than the rank: zeros along its axis.
     pad = [(0, rank - keep)]
-    a, b = jnp.pad(a, [(0, 0), (0, 0), *pad]), jnp.pad(b, [(0, 0), *pad, (0, 0)])
-    return as_node(like, a, b, scale)
+    return jnp.pad(a, [(0, 0), (0, 0), *pad]), jnp.pad(b, [(0, 0), *pad, (0, 0)])
 
 
 def as_node(like: LoRA, a: jax.Array, b: jax.Array, scale: float | None = None) -> LoRA:
     """The node with matrices (n, in, r) and (n, r, out), in its own dtypes."""
-    a, b = like.geometry.factors(a, b, like.shape)
-    scale = like.scale if scale is None else scale
-    a, b = a.astype(like.a.dtype), b.astype(like.b.dtype)
-    return dataclasses.replace(like, a=a, b=b, scale=scale)
+    a, b = _stored(a, b, like.geometry, like.shape, like.a.dtype, like.b.dtype)
+    return dataclasses.replace(like, a=a, b=b, scale=like.scale if scale is None else scale)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _stored(a: jax.Array, b: jax.Array, g: Geometry, shape: tuple, *dtypes: Any) -> tuple:
+    a, b = g.factors(a, b, shape)
+    return a.astype(dtypes[0]), b.astype(dtypes[1])

@@ -15,7 +15,7 @@ from lora_jax._core.einsum import widened
 from lora_jax._core.errors import raise_all
 from lora_jax._core.keys import path_key
 from lora_jax._core.nnx import state_of
-from lora_jax._core.numbers import COUNT, POSITIVE, check_numbers
+from lora_jax._core.numbers import PASSES, POSITIVE, SIZE, check_numbers
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import LoRA, LowRank
 from lora_jax._nodes.node import is_node
@@ -68,10 +68,10 @@ def low_rank_gradients(
     >>> bool(jnp.allclose(g.a @ g.b, jnp.diag(jnp.array([4.0, 1.0, 0.0])), atol=1e-5))
     True
     """
-    check_numbers(
+    rank, passes = check_numbers(
         "lora.methods.low_rank_gradients(loss, params, adapters, *args, rank=16, passes=2)",
-        rank=(rank, COUNT.or_none),
-        passes=(passes, COUNT),
+        rank=(rank, SIZE.or_none),
+        passes=(passes, PASSES),
     )
     nodes = low_rank(adapters)
     if not isinstance(adapters, Targets):
@@ -158,7 +158,7 @@ def lora_ga(params: Any, adapters: Any, gradients: Any, *, gamma: float = 16.0) 
     True
     """
     call = "lora.methods.lora_ga(params, adapters, gradients, gamma=16.0)"
-    check_numbers(call, gamma=(gamma, POSITIVE))
+    (gamma,) = check_numbers(call, gamma=(gamma, POSITIVE))
     nodes = lora_nodes(adapters)
     found = _gradients(gradients, nodes, lambda node: 2 * node.rank)
 
@@ -202,7 +202,7 @@ def lora_one(
     True
     """
     call = "lora.methods.lora_one(adapters, gradients, gamma=128.0)"
-    check_numbers(call, traced=True, gamma=(gamma, POSITIVE))
+    (gamma,) = check_numbers(call, traced=True, gamma=(gamma, POSITIVE))
     nodes = lora_nodes(adapters)
     found = _gradients(gradients, nodes, lambda node: node.rank)
 

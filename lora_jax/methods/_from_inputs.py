@@ -181,7 +181,7 @@ def eva(adapters: Any, moments: Mapping[str, chex.Array], *, rho: float = 2.0) -
            [0., 1.]], dtype=float32))
     """
     call = "lora.methods.eva(adapters, moments, rho=2.0); 1 keeps the ranks"
-    check_numbers(call, rho=(rho, AT_LEAST_ONE))
+    (rho,) = check_numbers(call, rho=(rho, AT_LEAST_ONE))
     nodes = lora_nodes(adapters)
     moments = checked_moments(moments, nodes)
     if rho > 1 and any(isinstance(c, jax.core.Tracer) for c in moments.values()):
@@ -249,7 +249,7 @@ def corda(
             "lora.methods.corda(params, adapters, moments, mode='instruction')"
         )
     call = "lora.methods.corda(params, adapters, moments, mode=..., damping=0.01)"
-    check_numbers(call, traced=True, damping=(damping, POSITIVE))
+    (damping,) = check_numbers(call, traced=True, damping=(damping, POSITIVE))
     moments = checked_moments(moments, lora_nodes(adapters))
 
     def make(path: str, node: LoRA, w: jax.Array) -> LoRA:

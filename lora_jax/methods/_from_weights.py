@@ -7,7 +7,6 @@ as the plain one; they return the new base with the adapters. `on_original` goes
 from __future__ import annotations
 
 import functools
-import operator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,7 +17,7 @@ from lora_jax._core.errors import raise_all
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.mesh import placement
 from lora_jax._core.nnx import state_of
-from lora_jax._core.numbers import COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
+from lora_jax._core.numbers import NOT_NEGATIVE, PASSES_OR_ZERO, check_numbers
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
@@ -57,10 +56,7 @@ def pissa(params: Any, adapters: Any, *, niter: int | None = None) -> tuple[Any,
     True
     """
     call = "lora.methods.pissa(params, adapters, niter=4)"
-    check_numbers(call, niter=(niter, COUNT_OR_ZERO.or_none))
-    # Hashable, as a static argument of jit.
-    niter = niter if niter is None else operator.index(niter)
-
+    (niter,) = check_numbers(call, niter=(niter, PASSES_OR_ZERO.or_none))
     # Read off the leaves: what `make` gets is reshaped or traced, and no longer says it.
     spread = {p: placement(w) is not None for p, w in flatten(state_of(params)).items()}
 
@@ -119,7 +115,7 @@ def orthogonal(key: chex.PRNGKey, adapters: Any, *, scale: float = 0.1) -> dict:
     """
     key = as_key(key, "lora.methods.orthogonal({key}, adapters)")
     call = "lora.methods.orthogonal(key, adapters, scale=0.1)"
-    check_numbers(call, traced=True, scale=(scale, NOT_NEGATIVE))
+    (scale,) = check_numbers(call, traced=True, scale=(scale, NOT_NEGATIVE))
     raise_all(
         "an orthogonal initialisation needs an even rank:",
         (f"'{p}' has rank {n.rank}" for p, n in lora_nodes(adapters).items() if n.rank % 2),

@@ -125,7 +125,7 @@ def init_lora_xs(
            [0., 0., 2.]], dtype=float32))
     """
     call = "lora.methods.init_lora_xs(key, params, config, std=1e-5)"
-    check_numbers(call, traced=True, std=(std, NOT_NEGATIVE))
+    (std,) = check_numbers(call, traced=True, std=(std, NOT_NEGATIVE))
     key, targets = as_key(key), targets_of(params, config, survey, "lora.methods.init_lora_xs")
     leaves, dtype = flatten(state_of(params)), targets.config.dtype
     check_values(((f"'{p}'", leaves[p]) for p in targets.lora), call)

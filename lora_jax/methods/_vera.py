@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK, static
 from lora_jax._core.keys import as_key, path_key
-from lora_jax._core.numbers import COUNT, FINITE, check_numbers
+from lora_jax._core.numbers import FINITE, SIZE, check_numbers
 from lora_jax._init import targets_of
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.indirect import Indirect
@@ -139,10 +138,9 @@ def init_vera(
     (4,)
     """
     call = "lora.methods.init_vera(key, params, config, rank=256, d=0.1)"
-    check_numbers(call, traced=True, rank=(rank, COUNT.or_none), d=(d, FINITE))
+    rank, d = check_numbers(call, traced=True, rank=(rank, SIZE.or_none), d=(d, FINITE))
     key, targets = as_key(key), targets_of(params, config, survey, "lora.methods.init_vera")
     if rank is not None:
-        rank = operator.index(rank)
         of_rank = {p: dataclasses.replace(t, rank=rank) for p, t in targets.lora.items()}
         targets = dataclasses.replace(targets, lora=of_rank)
     dtype = targets.config.dtype

@@ -10,7 +10,6 @@ import bisect
 import dataclasses
 import itertools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,10 +19,10 @@ import optax
 
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._core.numbers import integer, is_real
+from lora_jax._core.numbers import refused
 from lora_jax._nodes.node import is_node
 from lora_jax.methods._adalora import CALL, AdaLoRA, adalora_nodes
-from lora_jax.optim._settings import check_optimiser
+from lora_jax.optim._settings import KINDS, check_optimiser
 
 
 class AdaLoRAState(NamedTuple):
@@ -108,10 +107,16 @@ def adalora(
     >>> sum(node.rank for node in small.values())  # 2 matrices of mean rank 2
     4
     """
-    _check(target_rank, steps, tinit, tfinal, interval, beta1, beta2)
+    target_rank, steps, tinit, tfinal, interval, beta1, beta2 = _check(
+        target_rank=target_rank,
+        steps=steps,
+        tinit=tinit,
+        tfinal=tfinal,
+        interval=interval,
+        beta1=beta1,
+        beta2=beta2,
+    )
     check_optimiser(tx, CALL)
-    # NumPy's integers would overflow in the budget's cubes.
-    steps, tinit, tfinal, interval = map(operator.index, (steps, tinit, tfinal, interval))
     tx = optax.with_extra_args_support(tx)
     end = steps - tfinal
 
@@ -129,7 +134,7 @@ def adalora(
         low = [n.rank for n in nodes if n.rank < target_rank]
         if low:
             raise LoRAError(
-                f"target_rank={target_rank} is above the rank {min(low)} of the adapters; start "
+                f"target_rank={target_rank:g} is above the rank {min(low)} of the adapters; start "
                 "with more, the paper with 1.5 times the target: lora.LoRAConfig(rank=12)"
             )
         # In fp32 at least: in fp16 |w · g| would underflow.
@@ -196,39 +201,24 @@ def budget(t: int, *, start: int, target: int, tinit: int, end: int) -> int:
     return target + (start - target) * left**3 // (end - tinit) ** 3
 
 
-def _check(
-    target_rank: Any, steps: int, tinit: int, tfinal: int, interval: int, beta1: float, beta2: float
-) -> None:
-    failures = []
-    numbers = dict(target_rank=target_rank, steps=steps, tinit=tinit, tfinal=tfinal)
-    numbers |= dict(interval=interval, beta1=beta1, beta2=beta2)
+def _check(**numbers: Any) -> list[Any]:
+    """The schedule in Python's numbers: NumPy's integers would overflow in the budget's cubes."""
     raise_all(
         "the schedule is fixed, and cannot be made of arrays:",
         (f"{k}={v}" for k, v in numbers.items() if isinstance(v, jax.Array)),
         "inject hyperparameters of what it wraps: "
         "lora.optim.adalora(optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), ...)",
     )
-    whole = ("steps", "tinit", "tfinal", "interval")
-    odd = [f"{k}={numbers[k]!r}: expected an integer" for k in whole if integer(numbers[k]) is None]
-    odd += [
-        f"{k}={numbers[k]!r}: expected a number"
-        for k in ("target_rank", "beta1", "beta2")
-        if not (is_real(numbers[k]) and math.isfinite(numbers[k]))
-    ]
-    raise_all("invalid schedule:", odd, CALL)
-    if not target_rank > 0:
-        failures.append(f"target_rank={target_rank}: expected a number > 0")
-    if min(tinit, tfinal) < 0 or tinit >= steps - tfinal:
+    asked = {k: (x, KINDS[k]) for k, x in numbers.items()}
+    failures = refused(**asked)
+    tinit, tfinal, steps = (numbers[k] for k in ("tinit", "tfinal", "steps"))
+    if not failures and tinit >= steps - tfinal:
         failures.append(
             f"tinit={tinit}, tfinal={tfinal}, steps={steps}: expected tinit < steps - tfinal, the "
             "phase in which the budget falls"
         )
-    if interval < 1:
-        failures.append(f"interval={interval}: expected an integer >= 1")
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= beta < 1:
-            failures.append(f"{name}={beta}: expected a number in [0, 1)")
     raise_all("invalid schedule:", failures, CALL)
+    return [kind.plain(x) for x, kind in asked.values()]
 
 
 def _falls(start: int, target: int, tinit: int, end: int) -> list[int]:

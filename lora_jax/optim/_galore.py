@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -105,7 +104,7 @@ def galore(
     >>> sum(x.size for x in jax.tree.leaves(state))  # 64·4 + 2·4·256, 2·256 of Adam, two counts
     2818
     """
-    check_settings(
+    learning_rate, rank, update_proj_gap, scale, b1, b2, eps, weight_decay = check_settings(
         CALL,
         learning_rate=learning_rate,
         rank=rank,
@@ -143,10 +142,9 @@ def scale_by_galore(
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.optim.scale_by_galore(rank=8), optax.scale_by_learning_rate(0.01))
     """
-    check_settings(
+    rank, gap, scale, b1, b2, eps = check_settings(
         CALL, rank=rank, update_proj_gap=update_proj_gap, scale=scale, b1=b1, b2=b2, eps=eps
     )
-    rank, gap = operator.index(rank), operator.index(update_proj_gap)
 
     def init(params: optax.Params):
         geometry = _geometries(params, targets)

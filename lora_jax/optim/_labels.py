@@ -86,7 +86,7 @@ def lora_plus(
     >>> import optax, lora_jax as lora
     >>> tx = lora.optim.lora_plus(optax.adam, 1e-4, ratio=16)
     """
-    check_settings(
+    learning_rate, ratio, embedding_learning_rate = check_settings(
         "lora.optim.lora_plus(optax.adam, 1e-4, ratio=16)",
         learning_rate=learning_rate,
         ratio=ratio,

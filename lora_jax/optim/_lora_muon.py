@@ -79,7 +79,9 @@ def lora_muon(
     >>> import lora_jax as lora
     >>> tx = lora.optim.lora_muon(1e-2, weight_decay=0.1)
     """
-    check_settings(CALL, learning_rate=learning_rate, b1=b1, weight_decay=weight_decay)
+    learning_rate, b1, weight_decay = check_settings(
+        CALL, learning_rate=learning_rate, b1=b1, weight_decay=weight_decay
+    )
     both: Any = (learning_rate, weight_decay)
     if all(map(is_real, both)) and math.prod(both) >= 1:
         raise LoRAError(
@@ -102,7 +104,7 @@ def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.optim.scale_by_lora_muon(), optax.scale_by_learning_rate(1e-2))
     """
-    check_settings(CALL, b1=b1)
+    (b1,) = check_settings(CALL, b1=b1)
 
     def init(params: optax.Params):
         return ScaleByLoraMuonState(on_factors(zeros_like, params, other=masked_like))

@@ -7,6 +7,7 @@ They choose a step S there, and S·R⁻¹ / s takes it back: W' changes by S·U,
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -97,7 +98,7 @@ def lora_rite(
     >>> import lora_jax as lora
     >>> tx = lora.optim.lora_rite(2e-4)
     """
-    check_settings(
+    learning_rate, b1, b2, eps, weight_decay = check_settings(
         CALL, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
     )
     if other is not None:
@@ -119,7 +120,7 @@ def scale_by_lora_rite(
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.optim.scale_by_lora_rite(), optax.scale_by_learning_rate(2e-4))
     """
-    check_settings(CALL, b1=b1, b2=b2, eps=eps)
+    b1, b2, eps = check_settings(CALL, b1=b1, b2=b2, eps=eps)
 
     def init(params: optax.Params):
         squares = lambda node: zeros_like(node, node.rank)
@@ -201,7 +202,9 @@ def _rite(
     return product(m, root) / scale, m, u, v, escaped
 
 
-def _decay(beta: float, count: jax.Array):
+def _decay(beta: Any, count: jax.Array):
     """β·(1 − β^(t−1)) / (1 − β^t): with it a moving average needs no correction of its bias."""
-    t = count.astype(jnp.float32)
-    return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
+    t, known = count.astype(float), isinstance(beta, float)
+    # 1 − β^t as such would lose a share ε / (1 − β) of itself, and 0 has no logarithm.
+    log = math.log(max(beta, 1e-30)) if known else jnp.log(jnp.maximum(beta, 1e-30))
+    return beta * jnp.expm1((t - 1) * log) / jnp.expm1(t * log)

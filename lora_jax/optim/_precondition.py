@@ -51,7 +51,7 @@ def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.optim.riemannian(), optax.adam(1e-3))
     """
-    check_settings("lora.optim.riemannian(delta=1e-6)", delta=delta)
+    (delta,) = check_settings("lora.optim.riemannian(delta=1e-6)", delta=delta)
 
     def leaf(g: LowRank, node: LowRank):
         # Columns are A (n, in, r) and Bᵀ (n, out, r): with them both sides read alike.
@@ -98,7 +98,7 @@ def lora_pro(
     >>> import optax, lora_jax as lora
     >>> tx = optax.chain(lora.optim.lora_pro(), optax.adamw(1e-4))
     """
-    check_settings("lora.optim.lora_pro(delta=1e-8)", delta=delta)
+    (delta,) = check_settings("lora.optim.lora_pro(delta=1e-8)", delta=delta)
     if not (isinstance(x, str) and x in FREE):
         raise LoRAError(
             f"x={x!r}: expected one of {', '.join(map(repr, FREE))}: "
@@ -191,7 +191,7 @@ def lora_fa(
     33
     """
 
-    check_settings("lora.optim.lora_fa(tx, corrected=True, delta=1e-8)", delta=delta)
+    (delta,) = check_settings("lora.optim.lora_fa(tx, corrected=True, delta=1e-8)", delta=delta)
     check_optimiser(tx, "lora.optim.lora_fa(optax.adam(1e-3))")
 
     def trained(tree: Any):

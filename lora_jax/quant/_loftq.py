@@ -14,7 +14,7 @@ from lora_jax._bind import adapter_nodes
 from lora_jax._core.einsum import wide
 from lora_jax._core.errors import raise_all
 from lora_jax._core.nnx import map_state
-from lora_jax._core.numbers import COUNT, check_numbers
+from lora_jax._core.numbers import PASSES, check_numbers
 from lora_jax._core.paths import map_with_path
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._quantized.make import quantized
@@ -75,7 +75,7 @@ def loftq(
     True
     """
     call = "lora.quant.loftq(params, adapters, targets, iterations=5)"
-    check_numbers(call, iterations=(iterations, COUNT))
+    (iterations,) = check_numbers(call, iterations=(iterations, PASSES))
     adapter_nodes(params, adapters, "quant.loftq")
     chosen = chosen_leaves(params, targets, format, survey, double)
     nodes = {p: n for p, n in lora_nodes(adapters).items() if p in chosen}

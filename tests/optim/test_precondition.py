@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
+from lora_jax.optim._lora_rite import _decay
 from lora_jax.optim._pairs import columns, power, with_columns
 from lora_jax.optim._precondition import FREE, nearest_gradients
 
@@ -356,6 +357,15 @@ def reference_rite(a, bt, ga, gbt, scale, state, t, b1=0.9, b2=0.999, eps=1e-6):
         state[i] = m, u, v, rho
         out.append(m @ inverse.T / scale)
     return out
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999, 0.999999])
+def test_rite_s_decay_is_exact_in_fp32(beta):
+    for t in (1, 2, 3, 1000, 10**6):
+        want = beta * np.expm1((t - 1) * np.log(beta)) / np.expm1(t * np.log(beta)) if beta else 0
+        np.testing.assert_allclose(
+            _decay(beta, jnp.int32(t)), want, rtol=4 * tolerance("float32", 1)
+        )
 
 
 def test_rite_is_the_paper_s():

@@ -1,5 +1,7 @@
 """Quantised leaves, arrays of qwix's and files that were damaged: read as they say, or refused."""
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("gguf")
@@ -28,6 +30,25 @@ def test_damaged(kind):
 @pytest.mark.parametrize("kind", OUTCOMES)
 def test_many_damaged(kind):
     assert run_of(OUTCOMES[kind], kind, 5000, 20 * CASES[kind])["read"] > 50
+
+
+@pytest.mark.parametrize("second", [(), []])
+def test_no_second_constants_are_none(second):
+    q = dataclasses.replace(good("fp8", (8, 64), "float32", False, 0), second=second)
+    with fails(
+        f"'w': expected a tuple of arrays as second, found an empty {type(second).__name__}"
+    ):
+        lora.quant.dequantize({"w": q})
+
+
+def test_a_leaf_without_rows_is_printed():
+    q = jax.tree.map(
+        lambda x: x[:0] if len(x) == 8 else x, good("int8", (8, 64), "float32", False, 0)
+    )
+    assert repr(q) == "Quantized((0, 64), float32, 'int8', 2048 bits)" and q.value().shape == (
+        0,
+        64,
+    )
 
 
 def test_every_door_names_the_leaf():
