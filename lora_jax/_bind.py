@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import as_key
@@ -125,11 +126,29 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
             what = {1: f"a stack, {shapes}", -1: f"without their first axis, {shapes}"}
             problem = what.get(node.more_axes or 0, problem)
             failures.append(f"'{path}': {problem}")
+        elif (problem := _other_type(node, leaves[path])) is not None:
+            failures.append(f"'{path}': {problem}")
     if failures:
         call = _corrected(flat, leaves, verb) or call
     raise_all("the adapters do not belong to these parameters:", failures, call)
     check_placed(leaves, flat, flat)
     return flat
+
+
+def _other_type(node: Node, leaf: Any) -> str | None:
+    """Why the leaf's type cannot hold what the node makes of it, or None."""
+    for x in (leaf, *jax.tree.leaves(node)):
+        try:
+            _ = isinstance(x, np.ndarray) and jax.typeof(x)
+        except TypeError:
+            return f"{x.dtype} is no type of JAX's"
+    is_a, dtype = jnp.issubdtype, getattr(leaf, "dtype", jnp.float32)
+    own = {x.dtype for x in jax.tree.leaves(node) if hasattr(x, "dtype")}
+    if not is_a(dtype, jnp.inexact) and (hasattr(node, "scale") or own != {dtype}):
+        return f"the leaf is of {dtype}, to which an update in floats would be rounded"
+    if not is_a(dtype, jnp.complexfloating) and any(is_a(x, jnp.complexfloating) for x in own):
+        return f"the adapter is complex, the leaf of {dtype}"
+    return None
 
 
 def _corrected(flat: Mapping[str, Any], leaves: Mapping[str, Any], verb: str) -> str | None:

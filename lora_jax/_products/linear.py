@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,11 +77,13 @@ def _adapted(*args: jax.Array, group: Group) -> list[jax.Array]:
 # Of two products of one x XLA makes one on GPUs where one of them is small: it writes W and A side
 # by side for it, at each call, which is most of what a step of few tokens costs. This keeps x·A
 # apart from x·W, and g·Bᵀ from g·Wᵀ.
+_barrier: Callable = lambda x: [lax.optimization_barrier(x)]
 _apart_p = compat.primitive(
     "apart",
     lambda x: [x],
     transpose=lambda cts, x: cts,
-    **dict.fromkeys(("cuda", "rocm"), lambda x: [lax.optimization_barrier(x)]),
+    cuda=_barrier,
+    rocm=_barrier,
 )
 
 

@@ -149,7 +149,8 @@ def from_svd(
     like: LoRA, u: jax.Array, s: jax.Array, v: jax.Array, rank: int, scale: float = 1.0
 ) -> LoRA:
     """A node like `like`, of this rank and scale, with the largest of these directions."""
-    return as_node(like, *_balanced(u, s, v, rank, scale), scale)
+    a, b = _balanced(u, s, v, rank, scale)
+    return as_node(like, a, b, scale)
 
 
 # As one program for each shape: eagerly each of its steps would be one.

@@ -407,3 +407,30 @@ def test_what_is_no_array_is_said(call, value):
         call({"w": where}, {"w": node})
     with fails(r"there are 1 rows, and value has \(2,\)"):
         lora.merge({"w": jnp.ones((3, 2))}, {"w": lora.Rows(jnp.ones((2, 2)), (0,), 3)})
+
+
+@pytest.mark.parametrize("verb", [lora.bind, lora.merge, lora.unmerge])
+@pytest.mark.parametrize(
+    "leaf, own, match",
+    [
+        ("int32", "float32", "of int32, to which an update in floats would be rounded"),
+        ("int8", "int8", "of int8, to which an update in floats would be rounded"),
+        ("bool", "bfloat16", "of bool, to which an update in floats would be rounded"),
+        ("float32", "complex64", "the adapter is complex, the leaf of float32"),
+        ("bfloat16", "complex64", "the adapter is complex, the leaf of bfloat16"),
+        (">f4", "float32", ">f4 is no type of JAX's"),
+        ("object", "float32", "object is no type of JAX's"),
+        ("float32", ">f4", ">f4 is no type of JAX's"),
+    ],
+)
+def test_a_leaf_holds_what_the_node_makes_of_it(verb, leaf, own, match):
+    """1 + 0.4 is no integer, and a complex update has no place in a real weight."""
+    geometry = lora.Geometry((0,), (1,))
+    node = lora.LoRA(np.ones((4, 1), own), np.ones((1, 3), own), 0.4, geometry)
+    with fails(f"'w': .*{match}"):
+        verb({"w": np.ones((4, 3), leaf)}, {"w": node})
+
+
+def test_whole_numbers_may_be_trained_in_full():
+    merged = lora.merge({"w": np.ones(3, "int32")}, {"w": lora.Full(np.arange(3, dtype="int32"))})
+    np.testing.assert_array_equal(merged["w"], [0, 1, 2])
