@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +82,12 @@ class Survey:
     """
 
     leaves: Mapping[str, Leaf]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.leaves)
+
+    def __len__(self) -> int:
+        return len(self.leaves)
 
     def __getitem__(self, path: str) -> Leaf:
         """The leaf of that path, or of the one path that ends with it ("params/" + path)."""

@@ -156,3 +156,52 @@ def test_rates_of_any_library(make):
     tree = W if make is optim.galore else start()
     for x in (np.uint8(2), np.float16(2), Fraction(2), np.float64(2), 2):
         step(make(x, weight_decay=x * 0), tree)
+
+
+@pytest.mark.parametrize("odd", [4.0, "1", None, True, (0, 1.5), ("0",), np.timedelta64(1)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: lora.adapt(loss, static_argnums=x),
+        lambda x: lora.coverage(loss, W, static_argnums=x),
+        lambda x: lora.parallel.forecast(loss, W, donate_argnums=x),
+    ],
+    ids=["adapt", "coverage", "forecast"],
+)
+def test_numbers_of_arguments(call, odd):
+    with fails(r"argnums=.*: expected an integer, or several: (static|donate)_argnums=\(1,\)"):
+        call(odd)
+
+
+def test_numbers_of_arguments_of_any_library():
+    fn = lora.adapt(lambda p, x, n: (x @ p["w"]) * n, static_argnums=np.int64(2))
+    assert fn(lora.bind(W, start()), jnp.ones((1, 6)), 2).shape == (1, 4)
+
+
+@pytest.mark.parametrize("names", [4, (1,), [None]])
+def test_names_of_arguments(names):
+    with fails(r'static_argnames=.*: expected a name, or several: static_argnames=\("train",\)'):
+        lora.adapt(loss, static_argnames=names)
+
+
+@pytest.mark.parametrize("axes", ["0", (0.5,), (None,), [0], 0])
+def test_axes_of_a_geometry(axes):
+    with fails(r"geometry=.*: expected axes, such as lora.Geometry\(\(0,\), \(1,\)\)"):
+        lora.LoRA(np.ones((6, 2)), np.ones((2, 4)), 1.0, lora.Geometry(axes, (1,)))
+
+
+def test_a_survey_is_of_paths():
+    survey = lora.survey(loss, W)
+    assert [*survey] == ["w"] and len(survey) == 1 and "w" in survey
+
+
+@pytest.mark.parametrize("index", [np.timedelta64(1), np.array([1], "m8[s]")])
+def test_an_interval_of_time_is_no_slot(index):
+    with fails("expected integers as an index, found timedelta64"):
+        lora.algebra.choose(lora.algebra.stack([start()]), index)
+
+
+def test_a_stack_is_of_arrays():
+    broken = jax.tree.map(lambda x: "x", start())
+    with fails("'w' holds what is no array"):
+        lora.algebra.stack([broken])

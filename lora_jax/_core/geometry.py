@@ -95,6 +95,12 @@ class Geometry:
     batch_axes: tuple[int, ...] = ()
 
     @property
+    def of_integers(self) -> bool:
+        axes = (self.in_axes, self.out_axes, self.batch_axes)
+        whole = lambda of: all(isinstance(d, int | np.integer) for d in of)
+        return all(isinstance(of, tuple) and whole(of) for of in axes)
+
+    @property
     def a_dims(self) -> tuple[int, ...]:
         return (*self.batch_axes, *self.in_axes, RANK)
 

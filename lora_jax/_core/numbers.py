@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._core.errors import raise_all
+from lora_jax._core.errors import LoRAError, raise_all
 
 
 def integer(x: Any) -> int | None:
@@ -31,6 +31,15 @@ def integer(x: Any) -> int | None:
         return None if jnp.issubdtype(jnp.result_type(x), jnp.bool_) else operator.index(x)
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def positions(given: Any, name: str) -> tuple[int, ...]:
+    """The numbers of arguments, one or several, as `jax.jit` takes them."""
+    one = isinstance(given, str | bytes) or not isinstance(given, Iterable)
+    found = tuple(map(integer, (given,) if one else given))
+    if None in found:
+        raise LoRAError(f"{name}={given!r:.80}: expected an integer, or several: {name}=(1,)")
+    return found  # type: ignore
 
 
 def is_real(x: Any) -> bool:

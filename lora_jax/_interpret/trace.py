@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from lora_jax._core import nnx
+from lora_jax._core.errors import LoRAError
+from lora_jax._core.numbers import positions
 from lora_jax._nodes.weight import Followed, is_weight
 from lora_jax._quantized.weight import is_quantized
 
@@ -41,12 +43,14 @@ class Traceable:
         static_argnames: str | Sequence[str] = (),
     ):
         self.fn = fn
-        self.static_argnums = (
-            (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-        )
-        self.static_argnames = (
-            (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
-        )
+        self.static_argnums = positions(static_argnums, "static_argnums")
+        one = isinstance(static_argnames, str) or not isinstance(static_argnames, Iterable)
+        self.static_argnames = (static_argnames,) if one else tuple(static_argnames)
+        if not all(isinstance(name, str) for name in self.static_argnames):
+            raise LoRAError(
+                f"static_argnames={static_argnames!r:.80}: expected a name, or several: "
+                'static_argnames=("train",)'
+            )
         # One function object for the lifetime of the transform: JAX caches its traces.
         self._trace = functools.partial(_rejoined, self)
 

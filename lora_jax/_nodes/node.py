@@ -175,7 +175,10 @@ def _is_shape(x: Any) -> bool:
 _STATIC: dict[str, tuple[Callable[[Any], bool], str]] = {
     "scale": (lambda x: (type(x) is float and abs(x) < math.inf) or FINITE.fits(x), FINITE.text),
     "dropout": (lambda x: (type(x) is float and x == 0) or BELOW_ONE.fits(x), BELOW_ONE.text),
-    "geometry": (lambda x: isinstance(x, Geometry), "a lora.Geometry"),
+    "geometry": (
+        lambda x: isinstance(x, Geometry) and x.of_integers,
+        "axes, such as lora.Geometry((0,), (1,))",
+    ),
     "shape": (_is_shape, "the leaf's shape"),
 }
 

@@ -182,6 +182,8 @@ def checked(adapters: Any) -> Any:
 
 
 def _unfit(node: Any) -> str | None:
+    if not node.of_arrays:
+        return " holds what is no array"
     if node.more_axes:
         return " is a stack, or a part of one: lora.algebra.choose(stacked, 0) of it first"
     wrong = node.misfit(tuple(node.shape))

@@ -20,7 +20,7 @@ from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.mesh import laid, on_devices_of, placement
 from lora_jax._core.nnx import state_of
-from lora_jax._core.numbers import COUNT, check_numbers, integer
+from lora_jax._core.numbers import SIZE, check_numbers, integer
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._nodes.node import is_node
 from lora_jax._nodes.tokens import ForTokens, remembering
@@ -76,7 +76,7 @@ def stack(
         raise LoRAError(f"expected a list of adapter trees, found a {found}: {call}")
     adapters = list(adapters)
     trees = [flatten(checked(tree), is_leaf=is_node) for tree in adapters]
-    check_numbers(call, capacity=(capacity, COUNT.or_none), rank=(rank, COUNT.or_none))
+    check_numbers(call, capacity=(capacity, SIZE.or_none), rank=(rank, SIZE.or_none))
     capacity = len(trees) if capacity is None else operator.index(capacity)
     if not trees or len(trees) > capacity:
         raise LoRAError(f"expected 1 to {capacity} adapters, found {len(trees)}: {call}")
@@ -185,7 +185,8 @@ def _numbers(index: Any) -> chex.Array:
         found = index if isinstance(index, jax.Array) else np.asarray(index)
     except ValueError as problem:  # lists of several lengths
         raise LoRAError(f"expected integers as an index: {call}: {problem}") from None
-    if not jnp.issubdtype(found.dtype, jnp.integer):
+    # To NumPy an interval of time is an integer.
+    if not jnp.issubdtype(found.dtype, jnp.integer) or found.dtype.kind == "m":
         raise LoRAError(f"expected integers as an index, found {found.dtype}: {call}")
     return found
 

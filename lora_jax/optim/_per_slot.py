@@ -19,7 +19,7 @@ import optax
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import RANK
-from lora_jax._core.numbers import COUNT, check_numbers
+from lora_jax._core.numbers import SIZE, check_numbers
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.node import array_names, is_node
 from lora_jax.algebra._stack import places, slot_count
@@ -135,7 +135,7 @@ def by_slot(values: chex.Array, slots: chex.Array, capacity: int) -> tuple[chex.
     (Array([5., 0., 2.], dtype=float32), Array([ True, False,  True], dtype=bool))
     """
     call = "lora.optim.by_slot(losses, slots, capacity)"
-    check_numbers(call, capacity=(capacity, COUNT))
+    check_numbers(call, capacity=(capacity, SIZE))
     try:
         values, slots = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (values, slots))
     except ValueError as problem:  # lists of several lengths

@@ -12,6 +12,7 @@ import jax
 
 from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.numbers import positions
 from lora_jax._core.table import table
 from lora_jax.parallel._hlo import Collective, collectives
 from lora_jax.parallel._topology import capacity
@@ -171,6 +172,7 @@ def forecast(
         raise LoRAError(
             f"expected a function, found a {type(fn).__name__}: lora.parallel.forecast(step, *args)"
         )
+    donate_argnums = positions(donate_argnums, "donate_argnums")
     # A function that is jitted already keeps its own settings where none are given here.
     given = [d for d in (donate_argnums, out_shardings) if d not in ((), None)]
     jitted: Any = fn
