@@ -157,9 +157,18 @@ def _distance(
         return float("inf")
     keys = one.keys(name), two.keys(name)
     arrays = [[f.file.read(k).astype(np.float64) for k in ks] for f, ks in zip((one, two), keys)]
-    if [x.shape for x in arrays[0]] != [x.shape for x in arrays[1]]:
-        raise LoRAError(f"'{name}' has another shape in each; compare adapters of one base")
+    shapes = [[x.shape for x in of] for of in arrays]
+    if shapes[0] != shapes[1]:
+        raise _other_shapes(name, *shapes)
     return max(float(np.abs(x - y).max(initial=0)) for x, y in zip(*arrays))
+
+
+def _other_shapes(name: str, *shapes: Any) -> LoRAError:
+    one, two = shapes
+    return LoRAError(
+        f"'{name}' has the shape {one} in the first adapter and {two} in the second; compare "
+        "adapters of one base"
+    )
 
 
 def _apart(name: str, one: LoRA | DoRA, two: LoRA | DoRA) -> float:
@@ -167,7 +176,7 @@ def _apart(name: str, one: LoRA | DoRA, two: LoRA | DoRA) -> float:
     if type(one) is not type(two):
         return float("inf")
     if (one.shape, one.geometry) != (two.shape, two.geometry):
-        raise LoRAError(f"'{name}' has another shape in each; compare adapters of one base")
+        raise _other_shapes(name, one.shape, two.shape)
     if isinstance(one, LoRA) or isinstance(two, LoRA):
         return _between(one, two)
     m, n = (np.asarray(x.magnitude, np.float64) for x in (one, two))

@@ -36,10 +36,11 @@ def integer(x: Any) -> int | None:
 def positions(given: Any, name: str) -> tuple[int, ...]:
     """The numbers of arguments, one or several, as `jax.jit` takes them."""
     one = isinstance(given, str | bytes) or not isinstance(given, Iterable)
-    found = tuple(map(integer, (given,) if one else given))
-    if None in found:
+    each = (given,) if one else tuple(given)
+    found = tuple(n for n in map(integer, each) if n is not None)
+    if len(found) < len(each):
         raise LoRAError(f"{name}={given!r:.80}: expected an integer, or several: {name}=(1,)")
-    return found  # type: ignore
+    return found
 
 
 def is_real(x: Any) -> bool:

@@ -67,9 +67,11 @@ class Node:
     @property
     def of_arrays(self) -> bool:
         """Whether it is not what `jax.tree.map` made of a node: types, names, None."""
-        # Those that have axes of the leaf are arrays; a field may hold several others.
-        arrays = [*jax.tree.leaves(self), *(getattr(self, name) for name in self.dims)]
-        return bool(arrays) and all(hasattr(x, "shape") for x in arrays)
+        are = lambda xs: all(hasattr(x, "shape") for x in xs)
+        leaves = jax.tree.leaves(self)
+        # Those that have axes of the leaf are arrays; a field may hold several others. Only with
+        # arrays does a node know its axes.
+        return bool(leaves) and are(leaves) and are(getattr(self, name) for name in self.dims)
 
     if TYPE_CHECKING:  # else no subclass could have it as a field
 

@@ -7,6 +7,7 @@ be one file and one of them lost; here dots are escaped.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Set
 from typing import Any, TypeGuard
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.errors import raise_all
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.node import is_node
 from lora_jax.checkpoint._describe import node_to_json
@@ -24,10 +25,13 @@ from lora_jax.checkpoint._fingerprint import checksums, is_gone
 def named(tree: Any) -> dict[str, Any]:
     """{path: leaf}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    flat = {jax.tree_util.keystr(keys, simple=True, separator="/"): x for keys, x in leaves}
-    if len(flat) != len(leaves):
-        raise LoRAError("two leaves of the tree have one path; no key may hold a slash")
-    return flat
+    paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves]
+    raise_all(
+        "several leaves of the tree have one path:",
+        (f"'{path}' ({n} leaves)" for path, n in Counter(paths).items() if n > 1),
+        "no key may hold a slash",
+    )
+    return {path: x for path, (_, x) in zip(paths, leaves)}
 
 
 def escaped(name: str) -> str:

@@ -233,7 +233,7 @@ def read_json(path: Path, most: int = MAX_HEADER, keys: int = MAX_HEADER) -> dic
     with opened(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise LoRAError(f"{path}: larger than {most:,} bytes; nothing of its kind is")
+        raise LoRAError(f"{path}: more than {most:,} bytes, as no settings have; {AGAIN}")
     if (n := data.count(b":")) > keys:
         raise LoRAError(f"{path}: {n:,} keys, expected at most {keys:,}")
     return parse_json(data, path)

@@ -559,7 +559,7 @@ def test_the_same_step_again(tmp_path):
     (lambda m, ad: lora.checkpoint.save(m, 6, ad, base=PARAMS, data={"x": jnp.ones(2)}), "data cannot be saved as JSON .*arrays and keys go into state="),
     (lambda m, ad: lora.checkpoint.save(m, 6, ad, base=PARAMS, state={"x": object(), "y": 1j}), r"(?s)cannot be saved:.*state: 'x' is object.*state: 'y' is complex"),
     (lambda m, ad: lora.checkpoint.save(m.directory, 6, ad, base=PARAMS), "expected an orbax CheckpointManager, found"),
-    (lambda m, ad: lora.checkpoint.save(m, 6, ad, base=PARAMS, state={"a/b": 1, "a": {"b": 2}}), "two leaves of the tree have one path"),
+    (lambda m, ad: lora.checkpoint.save(m, 6, ad, base=PARAMS, state={"a/b": 1, "a": {"b": 2}}), r"have one path:.*\n.*'a/b' \(2 leaves\)"),
 ])  # fmt: skip
 def test_saving_what_cannot_be_saved(tmp_path, call, match):
     adapters, _ = trained()

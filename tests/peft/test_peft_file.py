@@ -102,7 +102,7 @@ def test_links_are_followed_to_files_only(folder, tmp_path):
         (b'{"a":' * 35_000, "nested too deeply"),
         (b'{"a":' * 100_000, "100,000 keys, expected at most 40,000"),
         (b'{"r": ' + b"9" * 10_000 + b"}", "not the JSON"),
-        (b" " * (5 << 20), "larger than"),
+        (b" " * (5 << 20), "more than"),
     ],
 )
 def test_bad_json(folder, text, match):
