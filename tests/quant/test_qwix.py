@@ -208,3 +208,17 @@ def test_a_model_that_qwix_quantised():
         value_and_grad(lambda ad, p=p: call(lora.bind(p, ad)))(adapters) for p in (base, plain)
     )
     assert_close(got, want)
+
+
+@pytest.mark.skipif(not installed("aqt"), reason="needs aqtp")
+@pytest.mark.parametrize("bits, dtype", [(8, "float32"), (4, "float32"), (8, "bfloat16")])
+def test_a_tensor_of_aqt(bits, dtype):
+    """The line of docs/quantized.md."""
+    from aqt.jax.v2 import aqt_quantizer
+
+    w = rand.normal(KEY, (64, 32)).astype(dtype)
+    quantizer = aqt_quantizer.quantizer_make(bits, initialize_calibration=False)
+    quantizer.init_calibration()
+    q = quantizer.quant(w, calibration_axes=(0,))[0]
+    as_qarray = lambda q: qarray(q.qvalue, q.scale[0])
+    np.testing.assert_array_equal(lora.quant.from_qwix(as_qarray(q)).value(), q.dequant())
