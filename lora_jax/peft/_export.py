@@ -95,7 +95,7 @@ class Export:
                 yield f"'{path}' is a {name}, not an adapter that PEFT has; pass lora.init's tree"
                 continue
             if node.more_axes:
-                self.failures.append(
+                yield (
                     f"'{path}' has an axis of slots, as of a stack; say which is to be written: "
                     "lora.peft.save(folder, stacked, mapping, slot=0)"
                 )
@@ -133,11 +133,6 @@ class Export:
     def _lora(self, entry: Entry, nodes: Sequence[LowRank | None]) -> None:
         # One constant for the parameter: that of other leaves goes into their B.
         scale = next((n.scale for n in nodes if n is not None and n.scale), 0.0)
-        if not all(math.isfinite(n.scale) for n in nodes if n is not None):
-            self.failures.append(
-                f"'{entry.name}': the scale of its adapter is not finite; give a finite alpha"
-            )
-            return
         dropout = next(n.dropout for n in nodes if n is not None)
         parts: list[tuple[np.ndarray | None, np.ndarray]] = []
         for block, node in zip(entry.blocks, nodes):
