@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.linen import module as linen
 from jax._src import core, effects, source_info_util
 from jax._src.interpreters import batching as private_batching
 from jax._src.interpreters import partial_eval
@@ -26,6 +27,7 @@ __all__ = [
     "eqn_context",
     "explicit_sharding",
     "instantiated",
+    "intercepted",
     "is_unspecified",
     "jaxpr_as_fun",
     "less",
@@ -201,6 +203,11 @@ def one_device(x: Any) -> bool:
         size == 1 or kind == jax.sharding.AxisType.Manual
         for size, kind in zip(mesh.axis_sizes, mesh.axis_types)
     )
+
+
+def intercepted() -> bool:
+    """Whether methods of Linen are called within `nn.intercept_methods`."""
+    return len(linen._global_interceptor_stack) > 0
 
 
 def platform(x: Any) -> str:

@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, cast, contract, times, wide
 from lora_jax._core.geometry import SLOT
+from lora_jax._core.mesh import laid
 from lora_jax._products.plan import way_by_slot
 
 RUN = 32  # rows that "one by one" looks at together
@@ -124,8 +125,10 @@ def _chosen(x: jax.Array, y: jax.Array, s: jax.Array, *, how: Choice) -> list[ja
 
 
 def _along(v: jax.Array, have: Labels, out: Labels, like: jax.Array) -> jax.Array:
-    """v of labels `have` in the shape of `like`, which has the labels `out`."""
-    return lax.broadcast_in_dim(v, like.shape, [list(out).index(d) for d in have])
+    """v of labels `have` in the shape and, where that is part of types, the sharding of `like`,
+    which has the labels `out`."""
+    v = lax.broadcast_in_dim(v, like.shape, [list(out).index(d) for d in have])
+    return laid(v, compat.explicit_sharding(like))
 
 
 def _only(where: jax.Array, have: Labels, v: jax.Array, labels: Labels) -> jax.Array:
