@@ -31,6 +31,7 @@ __all__ = [
     "is_unspecified",
     "jaxpr_as_fun",
     "less",
+    "lying_as",
     "live",
     "lowered_for",
     "manual",
@@ -193,6 +194,12 @@ def explicit_sharding(x: Any) -> Any:
     sharding = (x if isinstance(x, core.ShapedArray) else jax.typeof(x)).sharding
     explicit = jax.sharding.AxisType.Explicit
     return sharding if explicit in sharding.mesh.axis_types else None
+
+
+def lying_as(x: jax.Array, like: Any) -> jax.Array:
+    """x with the sharding of `like`, or of that type, where it is part of types."""
+    where = explicit_sharding(like)
+    return x if where is None else jax.sharding.reshard(x, where)
 
 
 def one_device(x: Any) -> bool:

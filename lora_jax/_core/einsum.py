@@ -13,7 +13,6 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
-from lora_jax._core.mesh import laid
 
 Labels = Sequence[Hashable]  # one for each axis of an array; equal ones are the same axis
 
@@ -162,7 +161,7 @@ def gained(y: jax.Array, gain: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 def _along_times(y: jax.Array, gain: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     along = lax.broadcast_in_dim(cast(gain, y.dtype), y.shape, axes)
-    return lax.mul(y, laid(along, compat.explicit_sharding(y)))
+    return lax.mul(y, compat.lying_as(along, y))
 
 
 def _gained(y: jax.Array, gain: jax.Array, *, axes: tuple[int, ...]) -> list[jax.Array]:
@@ -191,7 +190,7 @@ def _gained_transpose(cts: Sequence, *args: jax.Array, axes: tuple[int, ...]) ->
     others = tuple(d for d in range(y.ndim) if d not in axes)
     dtype = wide(holding(y.dtype))
     dgain = jnp.sum(lax.mul(cast(ct, dtype), cast(y, dtype)), others)
-    dgain = laid(cast(dgain, tg.dtype), compat.explicit_sharding(tg))
+    dgain = compat.lying_as(cast(dgain, tg.dtype), tg)
     return [*_gained(ct, gain, axes=axes), dgain, None, None]
 
 

@@ -30,7 +30,6 @@ from jax.sharding import PartitionSpec
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, cast, contract, times, wide
 from lora_jax._core.geometry import SLOT
-from lora_jax._core.mesh import laid
 from lora_jax._products.plan import way_by_slot
 
 RUN = 32  # rows that "one by one" looks at together
@@ -47,7 +46,7 @@ class Choice:
       dtype: of the result.
       precision: of the products.
       way: one of `plan.SLOT_WAYS`, or "auto".
-      where: the sharding of the result of a transpose, if that is part of its type.
+      where: the sharding of the result, if that is part of its type.
     """
 
     xl: tuple
@@ -128,7 +127,7 @@ def _along(v: jax.Array, have: Labels, out: Labels, like: jax.Array) -> jax.Arra
     """v of labels `have` in the shape and, where that is part of types, the sharding of `like`,
     which has the labels `out`."""
     v = lax.broadcast_in_dim(v, like.shape, [list(out).index(d) for d in have])
-    return laid(v, compat.explicit_sharding(like))
+    return compat.lying_as(v, like)
 
 
 def _only(where: jax.Array, have: Labels, v: jax.Array, labels: Labels) -> jax.Array:
