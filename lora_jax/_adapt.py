@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -162,14 +163,14 @@ class Adapted(Traceable):
             raise LoRAError(wrong)
         self.strict, self.plan, self.policy = strict, plan, policy(save)
         self.merge_aware = merge_aware
-        # One object for the lifetime of the transform: the cache of make_jaxpr is keyed by it.
-        self._transform = functools.partial(_transformed, self)
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         constants, arrays = self.split(args, kwargs)
         # A bound module is traced even where no weight in it is adapted: it shares Variables.
         if not any(map(is_weight, arrays)) and not nnx.is_bound((args, kwargs)):
             return self.fn(*args, **kwargs)
+        if compat.intercepted():  # by what is no argument, and may do another thing each time
+            self = copy.copy(self).keyed()
         try:
             # They are a static argument of make_jaxpr, which keys its cache by them.
             hash(constants)
@@ -191,6 +192,11 @@ class Adapted(Traceable):
         # What was traced were new objects; here the caller's own get the new values.
         nnx.update((args, kwargs), changed)
         return out
+
+    def keyed(self) -> Adapted:
+        # One object for the lifetime of the transform: the cache of make_jaxpr is keyed by it.
+        self._transform = functools.partial(_transformed, self)
+        return super().keyed()
 
     def interpret(self, constants: Constants, arrays: Sequence) -> tuple[Any, Coverage, bool]:
         """The outputs with adapted weights, what became of each leaf, and whether what is kept is

@@ -13,7 +13,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import as_key
 from lora_jax._core.nnx import map_shared, state_of
 from lora_jax._core.paths import flatten, map_with_path, nearest
-from lora_jax._core.placement import check_placed
+from lora_jax._core.placement import check_placed, check_there
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import Node, is_node
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
@@ -131,6 +131,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
     if failures:
         call = _corrected(flat, leaves, verb) or call
     raise_all("the adapters do not belong to these parameters:", failures, call)
+    check_there(leaves, flatten(adapters))
     check_placed(leaves, flat, flat)
     return flat
 

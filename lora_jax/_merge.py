@@ -108,14 +108,17 @@ def _each(
 
     def leaf(path: str, base: Any) -> Any:
         if path not in nodes:
-            return _value(base) if is_quantized(base) and not requantize else base
+            read = is_quantized(base) and not requantize
+            return away(_value(near(base)), base) if read else base
         merged, finite = _merged(base, nodes[path], sign, donate)
         if path in stored and jnp.finfo(merged.dtype).bits > 32:
             finite = jnp.isfinite(merged.astype(jnp.float32)).all()  # as constants of codes are
         # `not finite` waits for the device, so that only one leaf is in work at a time.
         if not isinstance(finite, jax.core.Tracer) and not finite:
             bad.append(f"'{path}' {tuple(base.shape)} holds NaN or infinity after merging")
-        return in_codes(near(jnp.asarray(merged)), **stored[path]) if path in stored else merged
+        if path not in stored:
+            return merged
+        return away(in_codes(near(jnp.asarray(merged)), **stored[path]), base)
 
     out = map_state(lambda tree: map_with_path(leaf, tree), params)
     raise_all(
@@ -138,7 +141,8 @@ def _merged(base: Any, node: Node, sign: float, donate: bool) -> tuple[Any, Any]
         return away(merged, base), finite
     if is_quantized(base):
         # Codes are not donated: they are too small to hold what is merged.
-        return _jitted(sign, False)(*near((base, node)))
+        merged, finite = _jitted(sign, False)(*near((base, node)))
+        return away(merged, base), finite
     copy, node = near((base, node))
     # A copy from the host is nobody else's: it always gives its memory.
     merged, finite = _jitted(sign, donate or copy is not base)(copy, node)

@@ -474,6 +474,28 @@ def test_children_of_a_bound_module_and_its_random_numbers():
         model.bind(bound).mlp(x)
 
 
+def test_interceptors():
+    """Those around a call change it, and no call after it."""
+    model = nn.Sequential([nn.Dense(WIDTH), nn.Dense(3)])
+    bound, merged, x = linen(model)
+
+    def doubled(method, args, kwargs, context):
+        y = method(*args, **kwargs)
+        return 2 * y if isinstance(context.module, nn.Dense) else y
+
+    adapted, attached = lora.adapt(model.apply), lora.attach(model)
+    ways = [
+        lambda v: adapted(v, x),
+        lambda v: attached.apply(v, x),
+        lambda v: attached.bind(v)(x),
+    ]
+    for call in ways:
+        for _ in range(2):
+            assert_close(call(bound), model.apply(merged, x))
+            with nn.intercept_methods(doubled):
+                assert_close(call(bound), model.apply(merged, x))
+
+
 class Odd(nn.Module):
     """Returns what is no array, and writes words."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.linen import module as linen
 from jax._src import core, effects, source_info_util
 from jax._src.interpreters import batching as private_batching
 from jax._src.interpreters import partial_eval
@@ -26,9 +27,11 @@ __all__ = [
     "eqn_context",
     "explicit_sharding",
     "instantiated",
+    "intercepted",
     "is_unspecified",
     "jaxpr_as_fun",
     "less",
+    "lying_as",
     "live",
     "lowered_for",
     "manual",
@@ -193,6 +196,12 @@ def explicit_sharding(x: Any) -> Any:
     return sharding if explicit in sharding.mesh.axis_types else None
 
 
+def lying_as(x: jax.Array, like: Any) -> jax.Array:
+    """x with the sharding of `like`, or of that type, where it is part of types."""
+    where = explicit_sharding(like)
+    return x if where is None else jax.sharding.reshard(x, where)
+
+
 def one_device(x: Any) -> bool:
     """Whether the shape of x is what one device holds: no mesh axis is left to the compiler."""
     mesh = jax.typeof(x).sharding.mesh
@@ -201,6 +210,11 @@ def one_device(x: Any) -> bool:
         size == 1 or kind == jax.sharding.AxisType.Manual
         for size, kind in zip(mesh.axis_sizes, mesh.axis_types)
     )
+
+
+def intercepted() -> bool:
+    """Whether methods of Linen are called within `nn.intercept_methods`."""
+    return len(linen._global_interceptor_stack) > 0
 
 
 def platform(x: Any) -> str:

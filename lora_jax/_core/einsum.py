@@ -160,7 +160,8 @@ def gained(y: jax.Array, gain: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def _along_times(y: jax.Array, gain: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return lax.mul(y, lax.broadcast_in_dim(cast(gain, y.dtype), y.shape, axes))
+    along = lax.broadcast_in_dim(cast(gain, y.dtype), y.shape, axes)
+    return lax.mul(y, compat.lying_as(along, y))
 
 
 def _gained(y: jax.Array, gain: jax.Array, *, axes: tuple[int, ...]) -> list[jax.Array]:
@@ -189,7 +190,8 @@ def _gained_transpose(cts: Sequence, *args: jax.Array, axes: tuple[int, ...]) ->
     others = tuple(d for d in range(y.ndim) if d not in axes)
     dtype = wide(holding(y.dtype))
     dgain = jnp.sum(lax.mul(cast(ct, dtype), cast(y, dtype)), others)
-    return [*_gained(ct, gain, axes=axes), cast(dgain, tg.dtype), None, None]
+    dgain = compat.lying_as(cast(dgain, tg.dtype), tg)
+    return [*_gained(ct, gain, axes=axes), dgain, None, None]
 
 
 _gained_p = compat.primitive("gained", _gained, jvp=_gained_jvp)

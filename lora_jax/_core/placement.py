@@ -33,6 +33,24 @@ def summed(x: Any) -> str | None:
     return None
 
 
+def is_gone(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted()
+
+
+def check_there(*trees: Mapping[str, Any]) -> None:
+    """Raises for arrays of {path: leaf} that gave their memory to others."""
+    raise_all(
+        "these arrays have been donated or deleted:",
+        (
+            f"'{path}'"
+            for flat in trees
+            for path, x in flat.items()
+            if any(map(is_gone, jax.tree.leaves(x)))
+        ),
+        "pass what the step returned in their place",
+    )
+
+
 def check_placed(
     leaves: Mapping[str, Any], adapted: Container[str], nodes: Mapping[str, Any] | None = None
 ) -> None:
@@ -141,6 +159,7 @@ def near(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, Space.Device) if on_host(x) else x, tree)
 
 
-def away(x: jax.Array, like: Any) -> jax.Array:
-    """x on the host, if `like` is an array there."""
-    return jax.device_put(x, Space.Host) if on_host(like) else x
+def away(tree: Any, like: Any) -> Any:
+    """The arrays on the host, if `like` is an array, or are codes, there."""
+    there = any(map(on_host, jax.tree.leaves(like)))
+    return jax.device_put(tree, Space.Host) if there else tree

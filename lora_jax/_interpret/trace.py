@@ -51,8 +51,12 @@ class Traceable:
                 f"static_argnames={static_argnames!r:.80}: expected a name, or several: "
                 'static_argnames=("train",)'
             )
+        self.keyed()
+
+    def keyed(self) -> Any:
         # One function object for the lifetime of the transform: JAX caches its traces.
         self._trace = functools.partial(_rejoined, self)
+        return self
 
     def split(self, args: Sequence, kwargs: dict[str, Any]) -> tuple[Constants, list]:
         # Negative ones count from the end; one that this call lacks is passed over, as by jax.jit.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.lax import Precision
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, along, cast, holding, meeting, plus
@@ -248,13 +249,15 @@ def _by_slot(
     dtype, precision = first.arithmetic(x)
     x = dropout(cast(x, dtype), first.w, first.use)
     pairs: list[Pair] = []
-    for p, ((a, al), (_, bl)) in zip(products, parts):
+    for p, y, ((a, al), (_, bl)) in zip(products, bases, parts):
         left = dict.fromkeys((*xl, *al))
         hl = (*(d for d in left if d not in (RANK, SLOT) and (d in p.out or d in bl)), RANK)
         count = a.shape[al.index(SLOT)]
-        down = Choice(tuple(xl), al, sl, hl, count, dtype, precision)
+        # Along the rank x·A is whole, and its update lies as x·W does.
+        down = Choice(tuple(xl), al, sl, hl, count, dtype, precision, where=_lying(x, xl, hl))
         out = tuple(d for d in p.out if d in hl or d in bl)
-        up = Choice(hl, bl, sl, out, count, holding(p.dtype), precision)
+        where = _lying(y, p.out, out)
+        up = Choice(hl, bl, sl, out, count, holding(p.dtype), precision, where=where)
         pairs.append(Pair(down, up, p.w.scale))
     factors = [(cast(a, dtype), cast(b, dtype)) for (a, _), (b, _) in parts]
     deltas = by_slot(x, s, factors, pairs)
@@ -262,6 +265,13 @@ def _by_slot(
         (plus(y, along(d, pair.up.out, p.out, y.shape)), "by slot: " + pair.plan(x, *f, s))
         for p, y, d, pair, f in zip(products, bases, deltas, pairs, factors)
     ]
+
+
+def _lying(x: jax.Array, xl: Labels, out: Labels) -> NamedSharding | None:
+    """How a result of labels `out` lies that lies as x does, where that is part of types."""
+    where = compat.explicit_sharding(x)
+    spec = dict(zip(xl, where.spec)) if where else {}
+    return where and where.update(spec=PartitionSpec(*map(spec.get, out)))
 
 
 def _slots(x: jax.Array, xl: Labels, p: Product) -> tuple[jax.Array, tuple]:

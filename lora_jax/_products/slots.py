@@ -46,7 +46,7 @@ class Choice:
       dtype: of the result.
       precision: of the products.
       way: one of `plan.SLOT_WAYS`, or "auto".
-      where: the sharding of the result of a transpose, if that is part of its type.
+      where: the sharding of the result, if that is part of its type.
     """
 
     xl: tuple
@@ -124,8 +124,10 @@ def _chosen(x: jax.Array, y: jax.Array, s: jax.Array, *, how: Choice) -> list[ja
 
 
 def _along(v: jax.Array, have: Labels, out: Labels, like: jax.Array) -> jax.Array:
-    """v of labels `have` in the shape of `like`, which has the labels `out`."""
-    return lax.broadcast_in_dim(v, like.shape, [list(out).index(d) for d in have])
+    """v of labels `have` in the shape and, where that is part of types, the sharding of `like`,
+    which has the labels `out`."""
+    v = lax.broadcast_in_dim(v, like.shape, [list(out).index(d) for d in have])
+    return compat.lying_as(v, like)
 
 
 def _only(where: jax.Array, have: Labels, v: jax.Array, labels: Labels) -> jax.Array:

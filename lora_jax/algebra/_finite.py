@@ -13,6 +13,7 @@ from lora_jax._core.errors import raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import check_values
 from lora_jax._core.paths import flatten
+from lora_jax._core.placement import check_there
 from lora_jax._nodes.node import is_node
 
 
@@ -32,6 +33,9 @@ def check_finite(*trees: Any, weights: Iterable[Any] = (), base: Any = None) -> 
         "jax.eval_shape(lora.algebra.combine, adapters)",
     )
     leaves = {} if base is None else flatten(state_of(base))
+    check_there(
+        *map(flatten, trees), {p: x for p, x in leaves.items() if any(p in t for t in flat)}
+    )
     of = lambda k: f" of adapters[{k}]" if len(trees) > 1 else ""
     named = [(f"'{p}'{of(k)}", node) for k, tree in enumerate(flat) for p, node in tree.items()]
     named += [(f"the weight{of(k)}", w) for k, w in enumerate(weights)]

@@ -22,6 +22,7 @@ from lora_jax._core.mesh import laid, on_devices_of, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import SIZE, check_numbers, integer
 from lora_jax._core.paths import flatten, map_with_path, nest
+from lora_jax._core.placement import check_there
 from lora_jax._nodes.node import is_node
 from lora_jax._nodes.tokens import ForTokens, remembering
 from lora_jax.algebra._combine import checked
@@ -175,6 +176,7 @@ def slot_count(stacked: Any, call: str) -> int:
     if not wrong and (len(sizes) != 1 or min(sizes) < 2):
         wrong = [f"arrays with {sorted(sizes)} slots"]
     raise_all("expected a stack, found:", wrong, call)
+    check_there(flatten(stacked))
     return sizes.pop()
 
 
@@ -294,7 +296,9 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
     """
     capacity = slot_count(stacked, "put(stacked, 0, adapters)") - 1
     slots = flatten(stacked, is_leaf=is_node)
-    adapters = {} if adapters is None else on_devices_of(stacked, checked(adapters))
+    adapters = {} if adapters is None else checked(adapters)
+    check_there(flatten(adapters))
+    adapters = on_devices_of(stacked, adapters)
     new = flatten(adapters, is_leaf=is_node)
     failures = [f"'{p}' is no leaf of the stack" for p in new if p not in slots]
     # What a slot looks like: the same kinds, ranks and dtypes.

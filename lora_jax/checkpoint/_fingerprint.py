@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 
 from lora_jax._core import compat
-from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.errors import LoRAError
 from lora_jax._core.nnx import is_module
 from lora_jax._core.paths import flatten
+from lora_jax._core.placement import check_there
 from lora_jax._quantized.weight import is_quantized
 
 # Two sums of 32 bits, as jit has no 64 by default; the second seed is 2³² / the golden ratio.
@@ -153,19 +154,10 @@ def checksums(flat: Mapping[str, Any]) -> dict[str, str]:
     """{path: 64 bits in hex} of arrays; all are started before the first is waited for."""
     if compat.staging():
         raise LoRAError("this reads the values of arrays: call it outside of jax.jit")
-    raise_all(
-        "these arrays have been donated or deleted:",
-        (f"'{p}'" for p, x in flat.items() if is_gone(x)),
-        "pass what the step returned in their place",
-    )
+    check_there(flat)
     # Dispatch is asynchronous: the second line waits, this one does not.
     sums = {p: _checksum(_summable(x)) for p, x in flat.items()}
     return {p: "".join(f"{int(n):08x}" for n in np.asarray(x)) for p, x in sums.items()}
-
-
-def is_gone(x: Any) -> bool:
-    concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-    return concrete and x.is_deleted()
 
 
 def _summable(x: Any) -> Any:

@@ -17,9 +17,10 @@ import numpy as np
 
 from lora_jax._core.errors import raise_all
 from lora_jax._core.paths import flatten
+from lora_jax._core.placement import is_gone
 from lora_jax._nodes.node import is_node
 from lora_jax.checkpoint._describe import node_to_json
-from lora_jax.checkpoint._fingerprint import checksums, is_gone
+from lora_jax.checkpoint._fingerprint import checksums
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import map_state, state_of
 from lora_jax._core.paths import flatten, map_with_path
+from lora_jax._core.placement import away, check_there, near
 from lora_jax._quantized.make import check_format, in_codes, unstorable
 from lora_jax._quantized.waiting import check_codes
 from lora_jax._quantized.weight import Quantized, is_quantized
@@ -110,8 +111,10 @@ def chosen_leaves(
     if not isinstance(targets, Targets):
         # The rank is of no account: only which leaves, and which of their axes are contracted.
         chosen = select(params, LoRAConfig(rank=1, targets=targets), survey)
-    done = [p for p, x in flatten(state_of(params)).items() if p in chosen and is_quantized(x)]
+    leaves = {p: x for p, x in flatten(state_of(params)).items() if p in chosen}
+    done = [p for p, x in leaves.items() if is_quantized(x)]
     raise_all("these leaves are quantised already:", (f"'{p}'" for p in done))
+    check_there(leaves)
     return chosen
 
 
@@ -154,7 +157,7 @@ def stacked(g: Geometry) -> int:
 
 def quantize_leaf(w: Any, g: Geometry, format: str, double: bool) -> Quantized:
     how = dict(in_axes=g.in_axes, stack=stacked(g), double=double)
-    return in_codes(jnp.asarray(w), format, **how)
+    return away(in_codes(near(jnp.asarray(w)), format, **how), w)
 
 
 def dequantize(params: Any) -> Any:
@@ -173,9 +176,10 @@ def dequantize(params: Any) -> Any:
         if is_quantized(x) and isinstance(x.codes, jax.ShapeDtypeStruct)
     ]
     raise_all("these leaves are shapes, without codes to read:", (f"'{p}'" for p in shapes))
+    check_there(leaves)
     # Jitted, so that the codes' steps to numbers are fused and none of them is an array.
     read = jax.jit(lambda q: q.value())
-    leaf = lambda _, x: read(x) if is_quantized(x) else x
+    leaf = lambda _, x: away(read(near(x)), x) if is_quantized(x) else x
     return map_state(lambda tree: map_with_path(leaf, tree), params)
 
 

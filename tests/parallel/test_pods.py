@@ -233,3 +233,91 @@ def test_explicit_tables_and_kernels(name, along):
         merged = lora.merge(params, adapters)[name]
     assert merged.sharding.is_equivalent_to(params[name].sharding, len(shape))
     assert_close(np.asarray(merged), np.asarray(lora.merge(plain, jax.device_get(adapters))[name]))
+
+
+def test_arrays_that_were_donated():
+    """They are named; a second merge that donates its base ended the process."""
+    gone = lambda tree: jax.tree.map(lambda x: (x := x + 0, x.delete())[0], tree)
+    params, adapters = spread(), ADAPTERS[0]
+    spent = {**params, "up": jax.device_put(PARAMS["up"], params["up"].sharding)}
+    lora.merge(spent, adapters, donate=True)
+    lost = gone(adapters)
+    stacked = lora.algebra.stack(ADAPTERS, base=PARAMS)
+    calls = [
+        lambda: lora.merge(spent, adapters, donate=True),
+        lambda: lora.bind(spent, adapters),
+        lambda: lora.quant.quantize(spent, "up"),
+        lambda: lora.quant.dequantize({"up": gone(lora.quant.quantize(PARAMS, "up")["up"])}),
+        lambda: lora.methods.dora(spent, adapters),
+    ]
+    for call in calls:
+        with fails("(?s)donated or deleted.*'up'"):
+            call()
+    calls = [
+        lambda: lora.bind(params, lost),
+        lambda: lora.algebra.scaled(lost, 2.0),
+        lambda: lora.algebra.put(stacked, 0, lost),
+        lambda: lora.algebra.choose(gone(stacked), 0),
+    ]
+    for call in calls:
+        with fails("(?s)donated or deleted.*'up/a'"):
+            call()
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_codes_on_the_host(format):
+    """What is made of them, and they of an array there, is of the same numbers, and there."""
+    base = {"up": PARAMS["up"], "other": PARAMS["up"] + 1}
+    where = NamedSharding(MESH["auto"], P("d", None))
+    host = where.with_memory_kind("pinned_host")
+    made = lora.quant.quantize(jax.device_put(base, host), ["up", "other"], format)
+    codes = lora.quant.quantize(jax.device_put(base, where), ["up", "other"], format)
+    adapters = {"up": ADAPTERS[0]["up"]}
+    adapters = jax.device_put(adapters, lora.parallel.shardings(codes, adapters))
+    calls = [
+        lambda q: q,
+        lora.quant.dequantize,
+        *(lambda q, r=r: lora.merge(q, adapters, requantize=r) for r in (False, True)),
+    ]
+    for call in calls:
+        got, want = call(made), call(codes)
+        assert_close(got, want, factor=0)
+        kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+        assert (kinds(got), kinds(want)) == ({"pinned_host"}, {"device"})
+
+
+@pytest.mark.parametrize("kind", ["slots", "dora"])
+def test_explicit_columns(kind):
+    """A weight cut along its inputs, or outputs by the axis of the batch: what acts on the columns
+    of the result lies as that does."""
+    mesh = jax.make_mesh((2, 4), ("f", "t"), axis_types=(AxisType.Explicit,) * 2)
+    params = {"up": PARAMS["up"], "down": PARAMS["up"].T}
+    config = lora.LoRAConfig(rank=2, targets=["up", "down"])
+    adapters = noisy(lora.init(KEY, params, config), scale=0.5)
+    if kind == "dora":
+        adapters = lora.methods.dora(params, adapters)
+    x, index = rand.normal(KEY, (8, 16)), jnp.array([0, 1, -1, 1, 0, 0, -1, 1])
+
+    def fn(p, x, at=lambda *spec: None):
+        h = jnp.einsum("bi,io->bo", x, p["up"], out_sharding=at("f", "t"))
+        return jnp.einsum("bi,io->bo", jnp.tanh(h), p["down"], out_sharding=at("f", None))
+
+    def loss(adapters, params, x, index, **at):
+        if kind == "slots":
+            adapters = lora.algebra.choose(adapters, index)
+        return jnp.sum(
+            jnp.sin(lora.adapt(lambda p, x: fn(p, x, **at))(lora.bind(params, adapters), x))
+        )
+
+    at = lambda *spec: NamedSharding(mesh, P(*spec))
+    placed = jax.device_put(params, {"up": at("f", "t"), "down": at("t", "f")})
+    own = jax.device_put(adapters, lora.parallel.shardings(placed, adapters))
+    if kind == "slots":
+        own, adapters = (lora.algebra.stack([a, a], capacity=3) for a in (own, adapters))
+    want = jax.jit(jax.value_and_grad(loss))(adapters, params, x, index)
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(lambda *args: loss(*args, at=at)))
+        got = step(own, placed, jax.device_put(x, at("f")), jax.device_put(index, at("f")))
+    assert_close(jax.device_get(got), jax.device_get(want), factor=256)
+    for x, like in zip(jax.tree.leaves(got[1]), jax.tree.leaves(own), strict=True):
+        assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
