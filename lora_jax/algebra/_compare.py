@@ -71,8 +71,8 @@ class Comparison:
         rows = [
             (
                 path,
-                *(float(f"{x:.4g}") for x in leaf.norms.mean(-1)),
-                float(f"{leaf.cosine.mean():.4f}"),
+                *(_mean(x, ".4g") for x in leaf.norms),
+                _mean(leaf.cosine, ".4f"),
                 _span(leaf.input_angles),
                 _span(leaf.output_angles),
             )
@@ -82,6 +82,10 @@ class Comparison:
         for name, paths in (("first", self.first), ("second", self.second)):
             lines += [f"in the {name} alone: {', '.join(paths)}"] if paths else []
         return "\n".join(lines)
+
+
+def _mean(x: np.ndarray, digits: str) -> float | str:
+    return float(format(x.mean(), digits)) if x.size else ""
 
 
 def _span(angles: np.ndarray) -> str:

@@ -134,7 +134,7 @@ class Learned(Shown):
                 _mean(c.norm),
                 _mean(c.base_norm),
                 _mean(c.ratio),
-                "" if c.ratio is None else float(f"{c.ratio.max():.3g}"),
+                "" if c.ratio is None or not c.ratio.size else float(f"{c.ratio.max():.3g}"),
                 _mean(c.effective_rank),
                 _mean(c.stable_rank),
             )
@@ -282,4 +282,4 @@ def _rows(node: Rows, base: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _mean(x: np.ndarray | None) -> float | str:
-    return "" if x is None else float(f"{x.mean():.4g}")
+    return "" if x is None or not x.size else float(f"{x.mean():.4g}")

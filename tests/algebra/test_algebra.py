@@ -319,6 +319,23 @@ def test_an_update_without_factors():
     assert "none" in str(lora.algebra.compare(none, none))
 
 
+@pytest.mark.parametrize("stack", [(0,), (2, 0)])
+def test_a_stack_of_no_weights(stack):
+    """Such as the experts of a device that has none: nothing to keep, to count or to print."""
+    n = len(stack)
+    geometry = lora.Geometry((n,), (n + 1,), tuple(range(n)))
+    node = lora.LoRA(jnp.ones((*stack, 4, 2)), jnp.ones((*stack, 2, 3)), 1.0, geometry)
+    one = {"experts": node}
+    assert lora.algebra.resize(one, energy=0.9)["experts"].rank == 1
+    for how in (dict(rank=2), dict(energy=0.9)):
+        merged, kept = lora.algebra.ties([one, one], **how)
+        assert merged["experts"].shape == node.shape and kept["experts"] == 1
+    assert "experts" in str(lora.algebra.compare(one, one))
+    found = lora.algebra.learned({"experts": jnp.ones(node.shape)}, one)
+    assert "experts" in str(found)
+    found.plot()
+
+
 @pytest.mark.parametrize("call, match", [
     (lambda: lora.algebra.combine([]), "expected one weight for each of 0 adapters, found 0"),
     (lambda: lora.algebra.combine([make(1)], [1.0, 2.0]), "expected one weight for each of 1 adapters, found 2"),
