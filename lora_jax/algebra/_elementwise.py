@@ -104,6 +104,10 @@ def parts_of(
             problem = f"the base has no such leaf of {nodes[0].shape}"
         if problem is None and start is not None and tuple(start.shape) != nodes[0].shape:
             problem = f"of {nodes[0].shape}, but the base has {tuple(start.shape)}"
+        # The order and sign of complex elements, and what is drawn of them, are not defined.
+        numbers = jax.tree.leaves((nodes, start))
+        if problem is None and any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in numbers):
+            problem = "is complex; its sum is lora.algebra.combine(adapters, weights)"
         if problem is not None:
             failures.append(f"'{path}': {problem}")
             continue
