@@ -139,7 +139,7 @@ def encode(fmt: Format, w: jax.Array, scale: Any = 1.0) -> tuple[jax.Array, jax.
 
     The constant of a block that holds NaN or infinity is NaN, and so is all that is read of it.
     """
-    w = _exactly(w)
+    w, largest = _exactly(w), most(w.dtype)
     top = _top(w)
     if fmt.whole:
         # by reciprocals, written out: a quotient of arrays that are broadcast may be one or not
@@ -150,9 +150,9 @@ def encode(fmt: Format, w: jax.Array, scale: Any = 1.0) -> tuple[jax.Array, jax.
         return _nearest_even(E2M1_BITS[:8], unit) | sign, constants.astype(jnp.float8_e4m3fn)
     if fmt.power:
         assert fmt.levels is not None  # as such a format has
-        # The least power of two by which 6, the largest level, reaches the block's maximum.
-        power = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(top, 2.0**-120) / 6)))
-        codes = _nearest(fmt.levels, jnp.clip(w / (6 * power)[..., None], -1, 1))
+        power, down = _power(top, largest)
+        # E2M1 as it is, not by 6: then no product is rounded, and half way is half way
+        codes = _nearest([6 * x for x in fmt.levels], jnp.clip(w * down[..., None], -6, 6))
         return codes, power.astype(jnp.float8_e8m0fnu)
     # 1 / top, by which bitsandbytes multiplies, is subnormal beyond 2^126, and flushed to zero
     down = jnp.where(top > 2.0**126, 0.25, 1.0).astype(jnp.float32)[..., None]
@@ -162,6 +162,23 @@ def encode(fmt: Format, w: jax.Array, scale: Any = 1.0) -> tuple[jax.Array, jax.
         return _nearest(fmt.levels, jnp.clip(unit, -1, 1)), top
     whole = jnp.issubdtype(fmt.dtype, jnp.integer)
     return (jnp.round if whole else _e4m3)(unit * fmt.top).astype(fmt.dtype), top
+
+
+def most(dtype: Any) -> float:
+    """The largest number of a type, and of fp32, in which codes are read."""
+    return min(float(jnp.finfo(dtype).max), float(np.finfo(np.float32).max))
+
+
+def _power(top: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
+    """The least power of two by which 6, the largest level, reaches a block's maximum, or the
+    largest by which 6 is still a number of the weight's type; NaN of NaN. And 1 over it."""
+    # By the bits of top = m·2^e, 1 ≤ m < 2: 2^(e − 2), and 2^(e − 1) where m > 1.5 carries.
+    bits = lax.bitcast_convert_type(jnp.maximum(top, 2.0**-120), jnp.int32)
+    bits = (bits + ((1 << 22) - 1) >> 23) - 2
+    bits = jnp.minimum(bits, 127 + math.floor(math.log2(largest / 6)))
+    # written out: neither is exact by exp2, and a quotient by more than 2^126 is zero
+    power, down = (lax.bitcast_convert_type(x << 23, jnp.float32) for x in (bits, 254 - bits))
+    return jnp.where(jnp.isnan(top), jnp.nan, power), down
 
 
 def _exactly(w: jax.Array) -> jax.Array:
@@ -339,8 +356,11 @@ def blocks_of(size: int, block: int | None) -> tuple[int, int]:
     return math.ceil(size / block), block
 
 
-def doubled(constants: jax.Array, stack: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """8 bits for each constant less their mean (arXiv:2305.14314, section 3), in groups of 256."""
+def doubled(
+    constants: jax.Array, stack: int, largest: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """8 bits for each constant less their mean (arXiv:2305.14314, section 3), in groups of 256;
+    none is read as more than the largest number of the weight's type."""
     lead = constants.shape[:stack]
     # All constants of one weight in a row, cut into groups without regard to its axes.
     flat = constants.reshape(*lead, -1)
@@ -354,7 +374,9 @@ def doubled(constants: jax.Array, stack: int) -> tuple[jax.Array, tuple[jax.Arra
     levels = dynamic_map()
     middle = jnp.asarray((levels[1:] + levels[:-1]) / 2)
     unit = groups / jnp.maximum(top, 1e-38)[..., None]
-    return jnp.searchsorted(middle, unit).astype(jnp.uint8), (top, mean)
+    codes = jnp.searchsorted(middle, unit)
+    over = looked_up(levels, codes) * top[..., None] > largest - mean[..., None, None]
+    return codes.astype(jnp.uint8) - over.astype(jnp.uint8), (top, mean)
 
 
 def undoubled(

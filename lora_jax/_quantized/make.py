@@ -17,6 +17,7 @@ from lora_jax._quantized.formats import (
     decode,
     doubled,
     encode,
+    most,
     pack,
     whole_scale,
 )
@@ -99,7 +100,7 @@ def _in_blocks(w: jax.Array, fmt: Format, stack: int, double: bool) -> tuple[Qua
     else:
         codes, constants = encode(fmt, blocks)
     if double:
-        constants, second = doubled(constants, stack)
+        constants, second = doubled(constants, stack, most(dtype))
     flat = codes.reshape(*shape[:-1], n * block)
     flat, pad = pack(flat) if fmt.bits == 4 else flat, n * block - shape[-1]
     return Quantized(flat, constants, second, fmt.name, dtype, pad, stack), codes

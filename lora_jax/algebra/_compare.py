@@ -71,8 +71,8 @@ class Comparison:
         rows = [
             (
                 path,
-                *(float(f"{x:.4g}") for x in leaf.norms.mean(-1)),
-                float(f"{leaf.cosine.mean():.4f}"),
+                *(_mean(x, ".4g") for x in leaf.norms),
+                _mean(leaf.cosine, ".4f"),
                 _span(leaf.input_angles),
                 _span(leaf.output_angles),
             )
@@ -82,6 +82,10 @@ class Comparison:
         for name, paths in (("first", self.first), ("second", self.second)):
             lines += [f"in the {name} alone: {', '.join(paths)}"] if paths else []
         return "\n".join(lines)
+
+
+def _mean(x: np.ndarray, digits: str) -> float | str:
+    return float(format(x.mean(), digits)) if x.size else ""
 
 
 def _span(angles: np.ndarray) -> str:
@@ -144,8 +148,9 @@ def _numbers(one: LoRA, two: LoRA) -> tuple[jax.Array, ...]:
     (a1, b1), (a2, b2) = matrices(one), matrices(two)
     (u1, s1, v1), (u2, s2, v2) = svd(one), svd(two)
     norms = jnp.stack([jnp.linalg.norm(s, axis=-1) for s in (s1, s2)])
-    # ⟨A₁B₁, A₂B₂⟩ = tr(B₁ᵀA₁ᵀA₂B₂) = Σ (A₁ᵀA₂) ∘ (B₁B₂ᵀ), from two r₁ × r₂ matrices.
-    inner = jnp.sum(product(a1.mT, a2) * product(b1, b2.mT), (-2, -1))
+    # ⟨A₁B₁, A₂B₂⟩ = tr(B₁ᵀA₁ᵀA₂B₂) = Σ (A₁ᵀA₂) ∘ (B₁B₂ᵀ), from two r₁ × r₂ matrices; of complex
+    # ones the real part, as of vectors of twice the length.
+    inner = jnp.sum(product(a1.mT.conj(), a2) * product(b1.conj(), b2.mT), (-2, -1)).real
     size = norms[0] * norms[1]
     # The inner `where` keeps 0 / 0 out of the branch that is not taken.
     cosine = jnp.where(size > 0, inner / jnp.where(size > 0, size, 1), 0)
@@ -174,7 +179,7 @@ def _angles(q1: jax.Array, q2: jax.Array, rank1: jax.Array, rank2: jax.Array) ->
     # The wider one first, so that the other has a column for each angle.
     swap = (rank2 > rank1)[:, None, None]
     q1, q2 = jnp.where(swap, q2, q1), jnp.where(swap, q1, q2)
-    inner = product(q1.mT, q2)
+    inner = product(q1.mT.conj(), q2)
     # An SVD sorts falling, zeros last: the cosines from the smallest angle on, and the sines from
     # the largest, hence the reversal of as many as there are.
     cosines = jnp.linalg.svd(inner, compute_uv=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,10 @@ def parts_of(
             problem = f"the base has no such leaf of {nodes[0].shape}"
         if problem is None and start is not None and tuple(start.shape) != nodes[0].shape:
             problem = f"of {nodes[0].shape}, but the base has {tuple(start.shape)}"
+        # The order and sign of complex elements, and what is drawn of them, are not defined.
+        numbers = jax.tree.leaves((nodes, start))
+        if problem is None and any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in numbers):
+            problem = "is complex; its sum is lora.algebra.combine(adapters, weights)"
         if problem is not None:
             failures.append(f"'{path}': {problem}")
             continue
@@ -237,7 +242,7 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
     shapes = [jax.eval_shape(vector, part) for part in parts]
     dtype = jnp.result_type(*(s.dtype for s in shapes))
     weights = shapes[0].shape[0] if per_weight else 1
-    size, bits = sum(s.size for s in shapes) // weights, jnp.finfo(dtype).bits
+    size, bits = sum(s.size for s in shapes) // max(weights, 1), jnp.finfo(dtype).bits
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parts))
     if traced and size > COUNTED:
         raise LoRAError(
@@ -272,7 +277,7 @@ def _digits(x: jax.Array, found: jax.Array, shift: Any) -> jax.Array:
     (n, parts, 2¹⁶), of parts of the weight that int32 can count."""
     # Bits have no derivative: the cut is a constant of the merge.
     word = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(x)), found.dtype)
-    word = word.reshape(len(x), -1) >> shift.astype(word.dtype)
+    word = word.reshape(len(x), math.prod(x.shape[1:])) >> shift.astype(word.dtype)
     digit = (word & (2**DIGIT - 1)).astype(jnp.int32)
     # In the first pass nothing is found yet: both sides are 0.
     match = ((word >> DIGIT) == found[:, None]).astype(jnp.int32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._bind import adapter_nodes
-from lora_jax._core.einsum import wide
+from lora_jax._core.einsum import holding, wide
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.figures import Shown, needs_matplotlib, written
 from lora_jax._core.mesh import anywhere
@@ -134,7 +134,7 @@ class Learned(Shown):
                 _mean(c.norm),
                 _mean(c.base_norm),
                 _mean(c.ratio),
-                "" if c.ratio is None else float(f"{c.ratio.max():.3g}"),
+                "" if c.ratio is None or not c.ratio.size else float(f"{c.ratio.max():.3g}"),
                 _mean(c.effective_rank),
                 _mean(c.stable_rank),
             )
@@ -257,7 +257,7 @@ def _norms(x: Any, batch: tuple[int, ...]) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _each_norm(batch: tuple[int, ...], x: Any) -> jax.Array:
     x, rest = value(x), tuple(d for d in range(x.ndim) if d not in batch)
-    squares = jnp.sum(jnp.square(x.astype(wide(x.dtype))), rest)
+    squares = jnp.sum(jnp.square(jnp.abs(x.astype(wide(x.dtype)))), rest)
     # The sum leaves the batch axes in the leaf's order; the factors have them in the geometry's.
     return jnp.sqrt(squares.transpose([sorted(batch).index(d) for d in batch]).reshape(-1))
 
@@ -266,7 +266,7 @@ def _each_norm(batch: tuple[int, ...], x: Any) -> jax.Array:
 @jax.jit
 def _difference(tuned: jax.Array, base: Any) -> jax.Array:
     base = value(base)
-    dtype = max(wide(tuned.dtype), wide(base.dtype), key=lambda d: jnp.finfo(d).bits)
+    dtype = holding(tuned.dtype, base.dtype, jnp.float32)
     return tuned.astype(dtype) - base.astype(dtype)
 
 
@@ -282,4 +282,4 @@ def _rows(node: Rows, base: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _mean(x: np.ndarray | None) -> float | str:
-    return "" if x is None else float(f"{x.mean():.4g}")
+    return "" if x is None or not x.size else float(f"{x.mean():.4g}")

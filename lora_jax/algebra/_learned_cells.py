@@ -31,7 +31,7 @@ def cells_of(path: str, change: Any, relative: bool) -> Iterable[Cell]:
         groups = [(layer, slice(None))]
     else:
         # The n weights lie in C order, so those of one index of the first axis are adjacent.
-        each = len(change.norm) // change.stack[0]
+        each = len(change.norm) // max(change.stack[0], 1)
         groups = [(i, slice(i * each, (i + 1) * each)) for i in range(change.stack[0])]
     for layer, which in groups:
         size = np.linalg.norm(change.norm[which])
@@ -40,7 +40,7 @@ def cells_of(path: str, change: Any, relative: bool) -> Iterable[Cell]:
             # As `Change.ratio`, for the weights of the cell together.
             size = np.nan if base is None else size / base if base else math.inf if size else 0.0
         s = change.singular_values[which] if change.kind == "lora" else None
-        effective = np.nan if s is None else change.effective_rank[which].mean()
+        effective = np.nan if s is None or not len(s) else change.effective_rank[which].mean()
         yield Cell(target, layer, float(size), float(effective), s)
 
 

@@ -134,7 +134,7 @@ def _rank_for(s: jax.Array, energy: float) -> jax.Array:
     # The slack is for an energy of 1: the running sum may end just below the total.
     enough = jnp.cumsum(s**2, -1) >= energy * total * (1 - 4 * jnp.finfo(s.dtype).eps)
     # argmax of booleans is the first True; the largest rank of a stack serves all of it.
-    return jnp.max(jnp.argmax(enough, -1)) + 1
+    return jnp.max(jnp.argmax(enough, -1), initial=0) + 1
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -142,7 +142,8 @@ def share_kept(s: jax.Array, rank: int, total: jax.Array | None = None) -> jax.A
     """The share of the total, Σσ², that the largest `rank` σ have; of a stack, the least."""
     total = jnp.sum(s**2, -1) if total is None else total
     top = jnp.sum(s[:, :rank] ** 2, -1)
-    return jnp.min(jnp.where(total > 0, top / jnp.where(total > 0, total, 1), 1))
+    share = jnp.where(total > 0, top / jnp.where(total > 0, total, 1), 1)
+    return jnp.min(share, initial=1)  # 1 of a stack of nothing
 
 
 def from_svd(

@@ -319,6 +319,55 @@ def test_an_update_without_factors():
     assert "none" in str(lora.algebra.compare(none, none))
 
 
+def test_complex_adapters():
+    """Norms and cosines are those of the real and imaginary parts; what needs an order is refused."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=(*shape, 2)) @ [1, 1j], "complex64")
+    one, two = ({"w": lora.LoRA(draw(6, 2), draw(2, 5), 1.5, lora.Geometry((0,), (1,)))}
+                for _ in range(2))  # fmt: skip
+    base, (x, y) = {"w": draw(6, 5)}, (lora.algebra.combine([n])["w"] for n in (one, two))
+    x, y = (np.asarray(n.a, "complex128") @ np.asarray(n.b, "complex128") for n in (x, y))
+    size = np.linalg.norm
+    found = lora.algebra.compare(one, two)
+    assert "w" in str(found)
+    want = np.vdot(x, y).real / size(x) / size(y)
+    np.testing.assert_allclose(found.leaves["w"].cosine, [want], atol=1e-5)
+    same = lora.algebra.compare(one, lora.algebra.scaled(one, -2.0)).leaves["w"]
+    np.testing.assert_allclose(same.cosine, [-1], atol=1e-5)
+    np.testing.assert_allclose([same.input_angles, same.output_angles], 0, atol=1e-3)
+    moved = lora.algebra.learned(base, one).leaves["w"]
+    np.testing.assert_allclose(
+        [moved.norm, moved.base_norm], [[size(x)], [size(base["w"])]], rtol=1e-5
+    )
+    full = lora.algebra.learned(base, {"w": lora.Full(jnp.ones((6, 5)))}).leaves["w"]
+    np.testing.assert_allclose(full.norm, [size(1 - base["w"])], rtol=1e-5)
+    for call in (
+        lambda: lora.algebra.ties([one, two], rank=2),
+        lambda: lora.algebra.prune([one, two], density=0.5, base=base),
+        lambda: lora.algebra.dare(KEY, [one, two], rank=2),
+        lambda: lora.algebra.knots([one, two]),
+    ):
+        with fails("'w': is complex; its sum is lora.algebra.combine"):
+            call()
+
+
+@pytest.mark.parametrize("stack", [(0,), (2, 0)])
+def test_a_stack_of_no_weights(stack):
+    """Such as the experts of a device that has none: nothing to keep, to count or to print."""
+    n = len(stack)
+    geometry = lora.Geometry((n,), (n + 1,), tuple(range(n)))
+    node = lora.LoRA(jnp.ones((*stack, 4, 2)), jnp.ones((*stack, 2, 3)), 1.0, geometry)
+    one = {"experts": node}
+    assert lora.algebra.resize(one, energy=0.9)["experts"].rank == 1
+    for how in (dict(rank=2), dict(energy=0.9)):
+        merged, kept = lora.algebra.ties([one, one], **how)
+        assert merged["experts"].shape == node.shape and kept["experts"] == 1
+    assert "experts" in str(lora.algebra.compare(one, one))
+    found = lora.algebra.learned({"experts": jnp.ones(node.shape)}, one)
+    assert "experts" in str(found)
+    found.plot()
+
+
 @pytest.mark.parametrize("call, match", [
     (lambda: lora.algebra.combine([]), "expected one weight for each of 0 adapters, found 0"),
     (lambda: lora.algebra.combine([make(1)], [1.0, 2.0]), "expected one weight for each of 1 adapters, found 2"),
