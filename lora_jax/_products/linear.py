@@ -81,7 +81,9 @@ _barrier: Callable = lambda x: [lax.optimization_barrier(x)]
 _apart_p = compat.primitive(
     "apart",
     lambda x: [x],
+    jvp=lambda primals, tangents: ([_apart(*primals)], tangents),
     transpose=lambda cts, x: cts,
+    batch=lambda size, args, batched: ([_apart(*args)], batched),
     cuda=_barrier,
     rocm=_barrier,
 )

@@ -326,7 +326,7 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
         at = places(index, len(all_))
         # A traced -1 must not fill the empty slot: past the end, the write is dropped.
         at = jnp.where(at == capacity, len(all_), at)
-        return all_.at[at].set(_in_a_slot(new, all_), mode="drop")
+        return jnp.asarray(all_).at[at].set(_in_a_slot(new, all_), mode="drop")
 
     return jax.tree.map(written, stacked, one)
 

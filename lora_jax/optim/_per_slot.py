@@ -87,6 +87,7 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
 
     def init(params: Any) -> PerSlotState:
         nodes, count = flatten(params, is_leaf=is_node), slot_count(params, "tx.init(stacked)")
+        state_shapes(inner, _of_a_slot(params))
         return PerSlotState(
             jax.vmap(inner.init)(params),
             {p: jnp.tile(in_three(1.0), (count, 1)) for p in nodes},
@@ -97,13 +98,13 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
         updates: Any, state: Any, params: Any = None, *, active: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
         trained = _active(active, of_each_other(updates, state, inner))
+        grads = _alone(updates, state, lambda b, s: b * s)
         if params is not None:
             of_each_other(params, state, inner)
-        grads = _alone(updates, state, lambda b, s: b * s, mask=True)
-        params = params if params is None else _alone(params, state, lambda b, s: b / s)
+            params = _alone(params, state, lambda b, s: b / s)
         one = lambda g, own, p: inner.update(g, own, p, **extra)
         updates, new = jax.vmap(one)(grads, state.inner, params)
-        updates = _alone(updates, state, lambda b, s: b * s, mask=True)
+        updates = _alone(updates, state, lambda b, s: b * s)
         updates = jax.tree.map(lambda u: _where(trained, u, jnp.zeros_like(u)), updates)
         new = jax.tree.map(lambda new, old: _where(trained, new, old), new, state.inner)
         return updates, state._replace(inner=new)
@@ -136,17 +137,19 @@ def by_slot(values: chex.Array, slots: chex.Array, capacity: int) -> tuple[chex.
     """
     call = "lora.optim.by_slot(losses, slots, capacity)"
     check_numbers(call, capacity=(capacity, SIZE))
-    try:
-        values, slots = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (values, slots))
-    except ValueError as problem:  # lists of several lengths
-        raise LoRAError(f"expected (B,) values and (B,) integers: {call}: {problem}") from None
-    kinds = {"values": (values, jnp.number), "integers": (slots, jnp.integer)}
-    fits = all(x.ndim == 1 and jnp.issubdtype(x.dtype, kind) for x, kind in kinds.values())
+    values, slots = (_array(x, f"(B,) values and (B,) integers: {call}") for x in (values, slots))
+    # To NumPy an interval of time is an integer.
+    fits = all(
+        x.ndim == 1 and jnp.issubdtype(x.dtype, kind) and x.dtype.kind != "m"
+        for x, kind in ((values, jnp.number), (slots, jnp.integer))
+    )
     if not fits or values.shape != slots.shape:
         raise LoRAError(
             f"expected (B,) values and (B,) integers, found {values.dtype} of {values.shape} and "
             f"{slots.dtype} of {slots.shape}: {call}"
         )
+    if isinstance(slots, np.ndarray):  # of 64 bits JAX would keep 32: another number
+        slots = np.where((slots >= -1) & (slots < capacity), slots.astype(np.int32), -2)
     values, at = jnp.asarray(values), places(jnp.asarray(slots), capacity + 1)
     member = at[:, None] == jnp.arange(capacity, dtype=at.dtype)  # (B, capacity)
     count = member.sum(0)
@@ -172,9 +175,8 @@ def of_each_other(stacked: Any, state: Any, tx: Any) -> int:
         ],
         call,
     )
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
     check_optimiser(tx, call)
-    want, has = jax.eval_shape(tx.init, like), state.inner
+    want, has = state_shapes(tx, _of_a_slot(stacked)), state.inner
     if jax.tree.structure(want) != jax.tree.structure(has):
         raise LoRAError(
             f"the state is not of this optimiser: expected {jax.tree.structure(want)}, found "
@@ -192,15 +194,38 @@ def of_each_other(stacked: Any, state: Any, tx: Any) -> int:
     return count
 
 
+def state_shapes(tx: Any, adapters: Any) -> Any:
+    """The shapes of `tx.init(adapters)`."""
+    try:
+        return jax.eval_shape(tx.init, adapters)
+    except (KeyError, TypeError, ValueError) as problem:
+        raise LoRAError(
+            f"the optimiser does not take these adapters: {problem}\nmasks and labels as functions "
+            "fit any tenant: optax.masked(tx, lambda tree: jax.tree.map(..., tree))"
+        ) from problem
+
+
+def _of_a_slot(stacked: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
+
+
+def _array(x: Any, expected: str) -> Any:
+    try:
+        return x if isinstance(x, jax.Array) else np.asarray(x)
+    except ValueError as problem:  # lists of several lengths
+        raise LoRAError(f"expected {expected}: {problem}") from None
+
+
 def _active(active: Any, count: int) -> jax.Array:
     """(n,) booleans; the empty slot, the last, is never trained."""
     if active is None:
         return jnp.arange(count) < count - 1
-    active = active if isinstance(active, jax.Array) else np.asarray(active)
+    call = "means, active = lora.optim.by_slot(losses, slots, capacity)"
+    active = _array(active, f"{count - 1} booleans: {call}")
     if active.shape != (count - 1,) or active.dtype != jnp.bool_:
         raise LoRAError(
             f"active: expected {count - 1} booleans, found {active.dtype} of shape {active.shape}: "
-            "means, active = lora.optim.by_slot(losses, slots, capacity)"
+            f"{call}"
         )
     return jnp.append(jnp.asarray(active), False)
 
@@ -209,8 +234,9 @@ def _where(trained: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
     return jnp.where(trained.reshape(-1, *(1,) * (yes.ndim - 1)), yes, no)
 
 
-def _alone(stacked: Any, state: PerSlotState, change: Any, mask: bool = False) -> Any:
-    """A tree of the stack with B as the tenants alone have it; `mask` zeroes what is padding."""
+def _alone(stacked: Any, state: PerSlotState, change: Any) -> Any:
+    """A tree of the stack with B as the tenants alone have it, and zeros where they have nothing:
+    the base's values in a leaf that one lacks would decay, and count in a global norm."""
 
     def leaf(path: str, node: Any) -> Any:
         scale, rank = state.scale[path][:, 0], state.rank[path]
@@ -220,14 +246,12 @@ def _alone(stacked: Any, state: PerSlotState, change: Any, mask: bool = False) -
             along = lambda v, x=x: v.reshape(-1, *(1,) * (x.ndim - 1))
             if hasattr(node, "scale") and name == "b":
                 x = change(x, along(scale).astype(x.dtype))
-            if mask:
-                # (n, ..., r, ...): column i of a slot is the tenant's where i < its rank.
-                at = dims.index(RANK) + 1 if RANK in dims and hasattr(node, "rank") else None
-                index = jnp.arange(x.shape[at]) if at else jnp.zeros(1, jnp.int32)
-                shape = [1] * x.ndim
-                shape[at or 0] = -1
-                x = jnp.where(index.reshape(shape) < along(rank), x, jnp.zeros_like(x))
-            new[name] = x
+            # (n, ..., r, ...): column i of a slot is the tenant's where i < its rank.
+            at = dims.index(RANK) + 1 if RANK in dims and hasattr(node, "rank") else None
+            index = jnp.arange(x.shape[at]) if at else jnp.zeros(1, jnp.int32)
+            shape = [1] * x.ndim
+            shape[at or 0] = -1
+            new[name] = jnp.where(index.reshape(shape) < along(rank), x, jnp.zeros_like(x))
         return dataclasses.replace(node, **new)
 
     nodes = flatten(stacked, is_leaf=is_node)

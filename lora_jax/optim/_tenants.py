@@ -17,7 +17,7 @@ from lora_jax._core.numbers import integer
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.node import array_names, is_node
 from lora_jax.algebra._stack import choose, put
-from lora_jax.optim._per_slot import PerSlotState, in_three, of_each_other, rank_of
+from lora_jax.optim._per_slot import PerSlotState, in_three, of_each_other, rank_of, state_shapes
 
 
 def join(
@@ -70,7 +70,7 @@ def join(
         "lora.LoRAConfig(alpha=...) of another alpha",
     )
     new = put(stacked, slot, adapters)  # refuses what does not fit
-    expected = jax.eval_shape(tx.init, adapters)
+    expected = state_shapes(tx, adapters)
     own = tx.init(adapters) if own is None else own
     _check_state(own, expected)
     # Infinity may be the start of a running minimum.
@@ -84,15 +84,16 @@ def join(
         "lora.optim.join(tx, stacked, state, slot, adapters), with a new one",
     )
     own = on_devices_of(stacked, own)
-    # The state of an empty slot, in which the tenant's own numbers take their places.
-    empty = tx.init(choose(new, slot))
+    # The state of a slot of zeros, as `update` shows it what the tenant lacks, in which its own
+    # numbers take their places.
+    empty = tx.init(jax.tree.map(jnp.zeros_like, choose(new, slot)))
     given = {_key(k): x for k, x in jax.tree_util.tree_leaves_with_path(own)}
     inner = jax.tree_util.tree_map_with_path(
         lambda k, like: _padded(given[_key(k)], like) if _key(k) in given else like, empty
     )
     # Where `put` writes nothing, neither does this: JAX would count a negative slot from the end.
     place = jnp.where((slot >= 0) & (slot < capacity), slot, capacity + 1)
-    at = lambda all_, x: all_.at[place].set(x, mode="drop")
+    at = lambda all_, x: jnp.asarray(all_).at[place].set(x, mode="drop")
     scale = {
         p: at(x, in_three(getattr(nodes.get(p), "scale", 1.0))) for p, x in state.scale.items()
     }
@@ -172,7 +173,9 @@ def _of_rank(node: Any, rank: int, scale: float) -> Any:
 def _padded(x: Any, like: jax.Array) -> jax.Array:
     """A tenant's array in its place of the slot, whose rank may be larger."""
     like, x = jnp.asarray(like), jnp.asarray(x)
-    return like.at[tuple(map(slice, x.shape))].set(x.astype(like.dtype))
+    # A key has no other type to take.
+    x = x if x.dtype == like.dtype else x.astype(like.dtype)
+    return like.at[tuple(map(slice, x.shape))].set(x)
 
 
 def _key(keys: tuple) -> str:

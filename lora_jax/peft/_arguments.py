@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,6 +33,24 @@ def check_texts(**given: Any) -> None:
     """Raises for all arguments that are neither texts nor None."""
     odd = [f"{k}={v!r}" for k, v in given.items() if not isinstance(v, str | None)]
     raise_all("expected texts, or None:", odd)
+
+
+def check_arrays(tree: Any, call: str) -> None:
+    """Raises for all arrays of a tree whose values cannot be read."""
+
+    def why(x: Any) -> str | None:
+        if isinstance(x, jax.core.Tracer):
+            return "traced: outside of jax.jit"
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return "a shape alone"
+        return (
+            "deleted, as by donate_argnums" if isinstance(x, jax.Array) and x.is_deleted() else None
+        )
+
+    found = [
+        (jax.tree_util.keystr(k), why(x)) for k, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    raise_all("these have no values:", [f"{k} is {w}" for k, w in found if w], call)
 
 
 def as_names(names: Any, argument: str) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
-from lora_jax.peft._arguments import as_names, as_path, check_texts, one_of
+from lora_jax.peft._arguments import as_names, as_path, check_arrays, check_texts, one_of
 from lora_jax.peft._config import peft_config
 from lora_jax.peft._export import Export
 from lora_jax.peft._file import CONFIG, DTYPES, TENSORS
@@ -230,6 +230,7 @@ def save(
     if not isinstance(uniform_rank, bool):
         asked = refused(uniform_rank=(uniform_rank, RANK))
         raise_all("lora.peft.save(..., uniform_rank=True), or 8:", asked)
+    check_arrays(adapters, "lora.peft.save(folder, adapters, mapping)")
     nodes = flatten(adapters if slot is None else on_host(adapters, slot), is_leaf=is_node)
     check_factors(nodes)
     known = dict(mapping.settings) | dict(config or {})

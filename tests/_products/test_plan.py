@@ -519,7 +519,10 @@ def test_few_rows_on_a_gpu_copy_no_weight(platform):
     node = lora.LoRA(shape(8, 2), shape(2, 8), 1.0, lora.Geometry((0,), (1,)))
     call = jax.jit(lambda node, w, x: fn(lora.bind({"w": w}, {"w": node}), x))
     step = jax.jit(jax.grad(lambda *args: call(*args).sum(), (0, 2)))
-    for f, count in ((call, 1), (step, 2)):  # x from x·A, and g from g·Bᵀ
+    of_each = jax.jit(jax.vmap(step, (None, None, 0)))
+    second = jax.jit(lambda *args: jax.jvp(step, args, args)[0])
+    # x from x·A, and g from g·Bᵀ
+    for f, count in ((call, 1), (step, 2), (of_each, 2), (second, 2)):
         traced = f.trace(node, shape(8, 8), shape(3, 8))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert text.count("stablehlo.optimization_barrier") == count * (platform == "cuda")

@@ -1,5 +1,6 @@
 """Tenants of one stack end as they would have alone: late, paused, of other ranks and rates."""
 
+import dataclasses
 import functools
 
 import chex
@@ -185,6 +186,58 @@ def test_other_optimisers(tx):
     chex.assert_trees_all_close((got, got_state), (adapters, own), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(optax.add_decayed_weights(0.5), optax.clip_by_global_norm(0.1)),
+        optax.contrib.dowg(1.0),
+    ],
+    ids=["decay", "distance"],
+)
+def test_what_a_tenant_lacks_is_in_no_norm(tx):
+    """A slot holds the base's values in a leaf that is not trained."""
+    params = {"w": PARAMS["up"], "bias": jnp.full(8, 3.0)}
+    node = lora.LoRA(jnp.ones((D, 2)) / 4, jnp.ones((2, 8)) / 3, 1.5, lora.Geometry((0,), (1,)))
+    full = {"w": node, "bias": lora.Full(params["bias"])}
+    stacked = lora.algebra.stack([full], capacity=2, rank=3, base=params)
+    slots, own, adapters = lora.optim.per_slot(tx), tx.init({"w": node}), {"w": node}
+    # of a linear function of the update s·A·B, with s·B in the stack
+    a, b = jnp.ones((D, 2)), jnp.ones((2, 8))
+    grads = {"w": dataclasses.replace(node, a=a, b=node.scale * b)}
+
+    @jax.jit
+    def both(adapters, own, stacked):
+        stacked, state = lora.optim.join(tx, stacked, slots.init(stacked), 1, adapters)
+        zeros = jax.tree.map(jnp.zeros_like, stacked)
+        more = dataclasses.replace(
+            zeros["w"], a=zeros["w"].a.at[1, :, :2].set(a), b=zeros["w"].b.at[1, :2].set(b)
+        )
+        for _ in range(2):
+            updates, own = tx.update(grads, own, adapters)
+            adapters = optax.apply_updates(adapters, updates)
+            updates, state = slots.update(zeros | {"w": more}, state, stacked)
+            stacked = optax.apply_updates(stacked, updates)
+        return (adapters, own), (stacked, state)
+
+    want, there = both(adapters, own, stacked)
+    got = lora.optim.leave(tx, *there, 1)
+    chex.assert_trees_all_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_states_of_other_kinds():
+    """A random key in it; arrays of NumPy, as after `jax.device_get`."""
+    tx = optax.add_noise(0.1, 0.5, jax.random.key(3))
+    adapters = {"bias": lora.Full(jnp.ones(3))}
+    stacked = lora.algebra.stack([adapters], capacity=2, base=PARAMS)
+    one = stacked, lora.optim.per_slot(tx).init(stacked)
+    own = lora.optim.leave(tx, *lora.optim.join(tx, *one, 1, adapters), 1)[1]
+    assert own.rng_key == jax.random.key(3)
+    tx = optax.trace(0.9)
+    one = stacked, lora.optim.per_slot(tx).init(stacked)
+    want = lora.optim.join(tx, *one, 0, adapters)
+    chex.assert_trees_all_equal(lora.optim.join(tx, *jax.device_get(one), 0, adapters), want)
+
+
 def test_nothing_is_changed_by_what_does_not_fit():
     stacked, state = start()
     join = functools.partial(lora.optim.join, TX, stacked, state)
@@ -201,8 +254,8 @@ def test_nothing_is_changed_by_what_does_not_fit():
     with fails(r"slot 4: expected 0 to 3"):
         lora.optim.leave(TX, stacked, state, 4)
     update = lora.optim.per_slot(TX).update
-    for active in (jnp.ones(5, bool), jnp.ones(3, bool), jnp.ones(4)):
-        with fails(r"active: expected 4 booleans, found"):
+    for active in (jnp.ones(5, bool), jnp.ones(3, bool), jnp.ones(4), [[True], [True, False]]):
+        with fails(r"expected 4 booleans(, found|: .*inhomogeneous)"):
             update(stacked, state, stacked, active=active)
     with fails(r"(?s)expected a stack, found:.*'up' is a LoRA that has no slots"):
         lora.optim.per_slot(TX).init(TENANTS[0])
@@ -223,6 +276,14 @@ def test_nothing_is_changed_by_what_does_not_fit():
     for capacity in (0, -4, 4.0, None, True):
         with fails("capacity=.*expected an integer >= 1"):
             lora.optim.by_slot(jnp.ones(2), jnp.zeros(2, int), capacity)
+    masked = optax.masked(TX, jax.tree.map(lambda _: True, stacked))
+    own = lora.optim.per_slot(masked).init(stacked)
+    with fails(r"(?s)does not take these adapters: .*as functions fit any tenant"):
+        lora.optim.join(masked, stacked, own, 0, TENANTS[2])
+    with fails(r"(?s)does not take these adapters: .*as functions fit any tenant"):
+        lora.optim.per_slot(masked).init({"up": stacked["up"]})
+    with fails(r"found float64 of \(2,\) and timedelta64"):
+        lora.optim.by_slot([1.0, 2.0], np.ones(2, "m8[s]"), 4)
     for values in ("ab", [True, False], [[1.0], [1.0, 2.0]]):
         with fails(r"expected \(B,\) values and \(B,\) integers"):
             lora.optim.by_slot(values, [0, 1], 4)
@@ -349,6 +410,11 @@ def test_by_slot_takes_one_number_for_each_example(values, slots):
     with jax.numpy_dtype_promotion("strict"):
         means, active = lora.optim.by_slot(jnp.ones(3), jnp.array([1, -1, 9], jnp.int8), 3)
     assert means.tolist() == [0, 1, 0] and active.tolist() == [False, True, False]
+    for kind in (np.int64, np.uint64):  # of which JAX keeps 32 bits
+        means, active = lora.optim.by_slot(
+            [7.0, 1.0, 5.0], np.array([1 << 40, 1, 1 << 32], kind), 3
+        )
+        assert means.tolist() == [0, 1, 0] and active.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("along", ["axes", "slots"])

@@ -7,7 +7,7 @@ from common import fails
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from jax import device_put, make_mesh, tree
+from jax import device_put, eval_shape, jit, make_mesh, tree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -82,6 +82,21 @@ def test_ranks_of_a_layer_are_those_in_use(tmp_path):
 def test_what_is_no_slot(tmp_path, tree, slot, match):
     with fails(match):
         lora.peft.save(tmp_path / "out", tree, MAPPING, slot=slot)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("slot", [None, 1])
+def test_what_has_no_values(tmp_path, slot):
+    there = stacked() if slot is not None else tree.map(lambda x: x[1], stacked())
+    save = lambda adapters: lora.peft.save(tmp_path / "out", adapters, MAPPING, slot=slot)
+    with fails(r"(?s)no values:.*\['up'\].a is traced: outside of jax.jit"):
+        jit(save)(there)
+    with fails(r"\['up'\].a is a shape alone"):
+        save(eval_shape(lambda: there))
+    gone = device_put(there)
+    gone["up"].a.delete()
+    with fails(r"\['up'\].a is deleted"):
+        save(gone)
     assert not list(tmp_path.iterdir())
 
 
