@@ -99,7 +99,7 @@ ELSEWHERE = {"propose tokens", "choose index", "stack capacity", "stack rank", "
 
 ODD = [10**30, -(10**30), 2**63, np.uint64(2**64 - 1), -1, True, np.True_, 4.0, 2.5, np.float32(2),
        float("nan"), float("inf"), "4", b"4", 1j, [2], (2,), {}, np.array([2]), Fraction(2),
-       np.timedelta64(2), object(), int]  # fmt: skip
+       np.timedelta64(2, "s"), object(), int]  # fmt: skip
 # An integer to `LoRAConfig`; the leaves say whether they have such a rank.
 LARGE = ("LoRAConfig rank", "Rule rank", "propose active_experts")
 
@@ -158,7 +158,7 @@ def test_rates_of_any_library(make):
         step(make(x, weight_decay=x * 0), tree)
 
 
-@pytest.mark.parametrize("odd", [4.0, "1", None, True, (0, 1.5), ("0",), np.timedelta64(1)])
+@pytest.mark.parametrize("odd", [4.0, "1", None, True, (0, 1.5), ("0",), np.timedelta64(1, "s")])
 @pytest.mark.parametrize(
     "call",
     [
@@ -195,7 +195,7 @@ def test_a_survey_is_of_paths():
     assert [*survey] == ["w"] and len(survey) == 1 and "w" in survey
 
 
-@pytest.mark.parametrize("index", [np.timedelta64(1), np.array([1], "m8[s]")])
+@pytest.mark.parametrize("index", [np.timedelta64(1, "s"), np.array([1], "m8[s]")])
 def test_an_interval_of_time_is_no_slot(index):
     with fails("expected integers as an index, found timedelta64"):
         lora.algebra.choose(lora.algebra.stack([start()]), index)
