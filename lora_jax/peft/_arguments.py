@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.placement import is_gone
 
 
 def as_path(folder: Any) -> Path:
@@ -38,19 +39,18 @@ def check_texts(**given: Any) -> None:
 def check_arrays(tree: Any, call: str) -> None:
     """Raises for all arrays of a tree whose values cannot be read."""
 
-    def why(x: Any) -> str | None:
-        if isinstance(x, jax.core.Tracer):
-            return "traced: outside of jax.jit"
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return "a shape alone"
-        return (
-            "deleted, as by donate_argnums" if isinstance(x, jax.Array) and x.is_deleted() else None
-        )
-
-    found = [
-        (jax.tree_util.keystr(k), why(x)) for k, x in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-    raise_all("these have no values:", [f"{k} is {w}" for k, w in found if w], call)
+    found = [(jax.tree_util.keystr(k), x) for k, x in jax.tree_util.tree_leaves_with_path(tree)]
+    traced = lambda x: isinstance(x, jax.core.Tracer)
+    shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    raise_all(
+        "these arrays have no values:",
+        [
+            *(f"{path} is traced: outside of jax.jit" for path, x in found if traced(x)),
+            *(f"{path} is a shape alone" for path, x in found if shape(x)),
+            *(f"{path} is deleted, as by donate_argnums" for path, x in found if is_gone(x)),
+        ],
+        call,
+    )
 
 
 def as_names(names: Any, argument: str) -> tuple[str, ...] | None:
