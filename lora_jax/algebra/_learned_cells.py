@@ -27,11 +27,11 @@ class Cell:
 def cells_of(path: str, change: Any, relative: bool) -> Iterable[Cell]:
     """One for each layer of a leaf."""
     target, layer = layer_of(path, bool(change.stack))
-    if layer is not None or not change.stack:
+    if layer is not None or not change.stack or not change.stack[0]:
         groups = [(layer, slice(None))]
     else:
         # The n weights lie in C order, so those of one index of the first axis are adjacent.
-        each = len(change.norm) // max(change.stack[0], 1)
+        each = len(change.norm) // change.stack[0]
         groups = [(i, slice(i * each, (i + 1) * each)) for i in range(change.stack[0])]
     for layer, which in groups:
         size = np.linalg.norm(change.norm[which])
