@@ -151,15 +151,27 @@ def _named(sharding: Sharding | None) -> str:
 
 
 def on_host(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.typeof(x).memory_space == Space.Host
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+        return isinstance(x, jax.Array) and jax.typeof(x).memory_space == Space.Host
+    # In JAX 0.10.0 the type of such an array does not say so.
+    return x.sharding.memory_kind == "pinned_host"
 
 
 def near(tree: Any) -> Any:
     """The tree with each array in the memory of its devices; the same array where it is there."""
-    return jax.tree.map(lambda x: jax.device_put(x, Space.Device) if on_host(x) else x, tree)
+    return jax.tree.map(lambda x: _put(x, Space.Device) if on_host(x) else x, tree)
 
 
 def away(tree: Any, like: Any) -> Any:
     """The arrays on the host, if `like` is an array, or are codes, there."""
     there = any(map(on_host, jax.tree.leaves(like)))
-    return jax.device_put(tree, Space.Host) if there else tree
+    return jax.tree.map(lambda x: _put(x, Space.Host), tree) if there else tree
+
+
+def _put(x: Any, space: Space) -> Any:
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+        return jax.device_put(x, space)
+    # By its sharding: JAX 0.10.0 cannot send what is sharded to a `Space`.
+    own = min(x.sharding.device_set, key=lambda d: d.id).default_memory().kind
+    kind = "pinned_host" if space == Space.Host else own
+    return jax.device_put(x, x.sharding.with_memory_kind(kind))

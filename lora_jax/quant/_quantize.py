@@ -130,7 +130,7 @@ def not_finite(path: str, w: Any) -> list[str]:
         return []
     # A constant of a jitted function has values.
     with jax.ensure_compile_time_eval():
-        w = jnp.asarray(w)
+        w = near(jnp.asarray(w))
         if bool(_all_finite(w)):
             return []
         # One axis at a time: a flat index would gather a sharded leaf.
