@@ -151,10 +151,10 @@ def _named(sharding: Sharding | None) -> str:
 
 
 def on_host(x: Any) -> bool:
-    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
-        return isinstance(x, jax.Array) and jax.typeof(x).memory_space == Space.Host
+    if isinstance(x, jax.core.Tracer):
+        return jax.typeof(x).memory_space == Space.Host
     # In JAX 0.10.0 the type of such an array does not say so.
-    return x.sharding.memory_kind == "pinned_host"
+    return isinstance(x, jax.Array) and x.sharding.memory_kind == "pinned_host"
 
 
 def near(tree: Any) -> Any:

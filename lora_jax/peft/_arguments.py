@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.paths import path_of
 from lora_jax._core.placement import is_gone
 
 
@@ -39,15 +40,15 @@ def check_texts(**given: Any) -> None:
 def check_arrays(tree: Any, call: str) -> None:
     """Raises for all arrays of a tree whose values cannot be read."""
 
-    found = [(jax.tree_util.keystr(k), x) for k, x in jax.tree_util.tree_leaves_with_path(tree)]
+    found = [(path_of(keys), x) for keys, x in jax.tree_util.tree_leaves_with_path(tree)]
     traced = lambda x: isinstance(x, jax.core.Tracer)
     shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
     raise_all(
         "these arrays have no values:",
         [
-            *(f"{path} is traced: outside of jax.jit" for path, x in found if traced(x)),
-            *(f"{path} is a shape alone" for path, x in found if shape(x)),
-            *(f"{path} is deleted, as by donate_argnums" for path, x in found if is_gone(x)),
+            *(f"'{path}' is traced: outside of jax.jit" for path, x in found if traced(x)),
+            *(f"'{path}' is a shape alone" for path, x in found if shape(x)),
+            *(f"'{path}' is deleted, as by donate_argnums" for path, x in found if is_gone(x)),
         ],
         call,
     )
