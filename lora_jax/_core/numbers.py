@@ -43,6 +43,11 @@ def positions(given: Any, name: str) -> tuple[int, ...]:
     return found
 
 
+def holds(x: Any, kind: Any = jnp.integer) -> bool:
+    """Whether an array is of numbers of a kind. To NumPy an interval of time is an integer."""
+    return jnp.issubdtype(x.dtype, kind) and x.dtype.kind != "m"
+
+
 def is_real(x: Any) -> bool:
     # To NumPy an interval of time is an integer.
     return isinstance(x, numbers.Real) and not isinstance(x, bool | np.timedelta64)

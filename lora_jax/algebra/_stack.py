@@ -20,7 +20,7 @@ from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.mesh import laid, on_devices_of, placement
 from lora_jax._core.nnx import state_of
-from lora_jax._core.numbers import SIZE, check_numbers, integer
+from lora_jax._core.numbers import SIZE, check_numbers, holds, integer
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._core.placement import check_there
 from lora_jax._nodes.node import is_node
@@ -187,8 +187,7 @@ def _numbers(index: Any) -> chex.Array:
         found = index if isinstance(index, jax.Array) else np.asarray(index)
     except ValueError as problem:  # lists of several lengths
         raise LoRAError(f"expected integers as an index: {call}: {problem}") from None
-    # To NumPy an interval of time is an integer.
-    if not jnp.issubdtype(found.dtype, jnp.integer) or found.dtype.kind == "m":
+    if not holds(found):
         raise LoRAError(f"expected integers as an index, found {found.dtype}: {call}")
     return found
 

@@ -19,7 +19,7 @@ import optax
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import RANK
-from lora_jax._core.numbers import SIZE, check_numbers
+from lora_jax._core.numbers import SIZE, check_numbers, holds
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.node import array_names, is_node
 from lora_jax.algebra._stack import places, slot_count
@@ -138,11 +138,7 @@ def by_slot(values: chex.Array, slots: chex.Array, capacity: int) -> tuple[chex.
     call = "lora.optim.by_slot(losses, slots, capacity)"
     check_numbers(call, capacity=(capacity, SIZE))
     values, slots = (_array(x, f"(B,) values and (B,) integers: {call}") for x in (values, slots))
-    # To NumPy an interval of time is an integer.
-    fits = all(
-        x.ndim == 1 and jnp.issubdtype(x.dtype, kind) and x.dtype.kind != "m"
-        for x, kind in ((values, jnp.number), (slots, jnp.integer))
-    )
+    fits = values.ndim == slots.ndim == 1 and holds(values, jnp.number) and holds(slots)
     if not fits or values.shape != slots.shape:
         raise LoRAError(
             f"expected (B,) values and (B,) integers, found {values.dtype} of {values.shape} and "
