@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from lora_jax._core import compat, nnx
+from lora_jax._core import compat, nnx, nnx_calls
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._interpret.coverage import Coverage, Use
 from lora_jax._interpret.interpreter import Interpreter
@@ -190,7 +190,7 @@ class Adapted(Traceable):
             outs = compat.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(arrays))
             out, changed = jax.tree.unflatten(jax.tree.structure(shapes), outs)
         # What was traced were new objects; here the caller's own get the new values.
-        nnx.update((args, kwargs), changed)
+        nnx_calls.update((args, kwargs), changed)
         return out
 
     def keyed(self) -> Adapted:
@@ -239,7 +239,7 @@ class Adapted(Traceable):
         if any(id(o) in place for o in outs[n:]):
             own = {id(x): i for i, x in enumerate(arrays)}
             same = lambda old, new: id(new) in place and place[id(new)] == own.get(id(old))
-            changed = nnx.without(changed, self.objects(constants, arrays)[1], same)
+            changed = nnx_calls.without(changed, self.objects(constants, arrays)[1], same)
         out = jax.tree.unflatten(jax.tree.structure(shapes[0]), map(as_array, outs[:n]))
         changed = jax.tree.map(as_array, changed, is_leaf=is_weight)
         if self.merge_aware is not None:

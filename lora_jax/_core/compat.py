@@ -14,43 +14,10 @@ from jax._src import core, effects, source_info_util
 from jax._src.interpreters import batching as private_batching
 from jax._src.interpreters import partial_eval
 from jax.experimental import jet
-from jax.extend.core import Literal, Primitive, jaxpr_as_fun
+from jax.extend.core import Literal as Literal
+from jax.extend.core import Primitive as Primitive
+from jax.extend.core import jaxpr_as_fun as jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-
-__all__ = [
-    "CALLS",
-    "INLINED",
-    "Literal",
-    "Primitive",
-    "REMAT",
-    "abstract",
-    "eqn_context",
-    "explicit_sharding",
-    "instantiated",
-    "intercepted",
-    "is_unspecified",
-    "jaxpr_as_fun",
-    "less",
-    "lying_as",
-    "live",
-    "lowered_for",
-    "manual",
-    "mapped",
-    "one_device",
-    "opened",
-    "out_avals",
-    "platform",
-    "primitive",
-    "same_vma",
-    "scopes",
-    "scan_counts",
-    "shard_map_axes",
-    "source_line",
-    "staging",
-    "unrepeatable",
-    "vary",
-]
-
 
 # What `jax.checkpoint` is called, by version.
 REMAT = ("remat2", "remat", "checkpoint")

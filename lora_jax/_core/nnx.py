@@ -1,25 +1,20 @@
 """The bridge to NNX: a module is its graph definition and a state, which is an ordinary tree.
 
 A module is also a pytree of its own, but one that forgets which variables are shared; `nnx.split`
-does not. What a traced function changes of the objects among its arguments is written back as
-`nnx.jit` does: values, metadata, and the attributes that come and go.
+does not. What calls do to modules is in `nnx_calls`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.errors import TraceContextError
 from jax.tree_util import DictKey
 
-from lora_jax._core.errors import LoRAError
 from lora_jax._core.paths import path_of, whole
 
 
@@ -27,13 +22,22 @@ def is_module(x: Any) -> bool:
     return isinstance(x, nnx.Module)
 
 
-def _is_variable(x: Any) -> bool:
+def is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def _is_object(x: Any) -> bool:
+def is_object(x: Any) -> bool:
     """Whether x has an identity in NNX: a module, `Rngs`, an optimiser, a variable."""
     return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
+def is_data(x: Any) -> bool:
+    return is_object(x) or isinstance(x, jax.Array | np.ndarray)
+
+
+def attributes_of(x: Any) -> dict[str, Any]:
+    # "_pytree__" begins what NNX keeps for itself.
+    return {k: v for k, v in vars(x).items() if not str(k).startswith("_pytree__")}
 
 
 def state_of(tree: Any) -> Any:
@@ -63,7 +67,7 @@ def map_state(fn: Callable[[Any], Any], tree: Any) -> Any:
 _ORIGINALS: dict[int, weakref.ref] = {}
 
 
-class _Held(nnx.Variable):
+class Held(nnx.Variable):
     """Holds a weight in the place of an array that has no Variable around it, in a bound module:
     there NNX would take the weight for a tree of its own. A call gets the array itself."""
 
@@ -82,30 +86,30 @@ def map_shared(fn: Callable[[Any], Any], tree: Any, replaced: Container[str]) ->
 
     def either(keys: tuple, old: Any, new: Any):
         # A module may hold an array without a Variable around it.
-        if not _is_variable(old):
+        if not is_variable(old):
             own = new if path_of(keys) in replaced else old
-            return _Held(own) if whole()(own) else own
+            return Held(own) if whole()(own) else own
         # A weight in codes has no adapter, and what stands for it is new all the same.
         leaves = jax.tree_util.tree_leaves_with_path(new, is_leaf=whole())
         changed = any(path_of((*keys, *k)) in replaced or whole()(x) for k, x in leaves)
         return new if changed else old
 
-    state = jax.tree_util.tree_map_with_path(either, state, fn(state), is_leaf=_is_variable)
+    state = jax.tree_util.tree_map_with_path(either, state, fn(state), is_leaf=is_variable)
     # Of these very variables.
-    return _standing_for(nnx.merge(graph, state), tree)
+    return standing_for(nnx.merge(graph, state), tree)
 
 
 def shared_copy(module: Any) -> Any:
     """New objects with the module's variables; what a call changes of them is changed in both."""
-    return _standing_for(nnx.merge(*nnx.split(module)), module)
+    return standing_for(nnx.merge(*nnx.split(module)), module)
 
 
-def _standing_for(module: Any, original: Any) -> Any:
+def standing_for(module: Any, original: Any) -> Any:
     """`module`, which has the structure of `original`."""
     # Both walks are of one graph, in one order.
-    own = (x for x in _members(module) if not isinstance(x, _Held))
-    for new, old in zip(own, _members(original)):
-        if new is not old and not _is_variable(new):
+    own = (x for x in members_of(module) if not isinstance(x, Held))
+    for new, old in zip(own, members_of(original)):
+        if new is not old and not is_variable(new):
             _ORIGINALS[id(new)] = weakref.ref(old)
             # A later object may get the same id: the entry goes when this object does.
             weakref.finalize(new, _ORIGINALS.pop, id(new), None)
@@ -114,28 +118,28 @@ def _standing_for(module: Any, original: Any) -> Any:
 
 def is_bound(args: Any) -> bool:
     """Whether a module that `map_shared` made is among the arguments."""
-    return any(_original(x) is not None for x in _members(_objects(args)))
+    return any(original_of(x) is not None for x in members_of(objects_in(args)))
 
 
-def _original(member: Any) -> Any:
+def original_of(member: Any) -> Any:
     ref = _ORIGINALS.get(id(member))
     return None if ref is None else ref()
 
 
-def _objects(args: Any) -> list:
-    leaves = jax.tree.leaves(args, is_leaf=whole(_is_object))
-    return [x for x in leaves if _is_object(x)]
+def objects_in(args: Any) -> list:
+    leaves = jax.tree.leaves(args, is_leaf=whole(is_object))
+    return [x for x in leaves if is_object(x)]
 
 
-def _members(root: Any) -> list:
+def members_of(root: Any) -> list:
     """The objects below and variables, each once, in an order that `nnx.merge` keeps."""
-    return [x for _, x in nnx.iter_graph(root) if _is_object(x)]
+    return [x for _, x in nnx.iter_graph(root) if is_object(x)]
 
 
 # ---------------------------------------------------------------- what a module is made of
 def modules(root: Any) -> list:
     """The modules below, each once; lists and dicts of modules are no modules."""
-    return [x for x in _members(root) if is_module(x) and not _is_container(x)]
+    return [x for x in members_of(root) if is_module(x) and not _is_container(x)]
 
 
 def _is_container(x: Any) -> bool:
@@ -148,12 +152,10 @@ def owned(module: Any) -> dict[str, Any]:
 
 
 def _owned(x: Any, keys: tuple) -> Iterator[tuple[tuple, Any]]:
-    for name, value in vars(x).items():
-        if str(name).startswith("_pytree__"):
-            continue
-        for inner, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=whole(_is_object)):
+    for name, value in attributes_of(x).items():
+        for inner, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=whole(is_object)):
             path = (*keys, DictKey(name), *inner)
-            if _is_variable(leaf) or not _is_object(leaf):
+            if is_variable(leaf) or not is_object(leaf):
                 yield path, leaf
             elif _is_container(leaf) or not is_module(leaf):
                 yield from _owned(leaf, path)
@@ -161,285 +163,11 @@ def _owned(x: Any, keys: tuple) -> Iterator[tuple[tuple, Any]]:
 
 def holds_arrays(value: Any) -> bool:
     """Whether there are arrays that belong to no object."""
-    leaves = jax.tree.leaves(value, is_leaf=whole(_is_object))
-    return any(_is_data(x) and not _is_object(x) for x in leaves)
+    leaves = jax.tree.leaves(value, is_leaf=whole(is_object))
+    return any(is_data(x) and not is_object(x) for x in leaves)
 
 
 def places(module: Any) -> dict[int, str]:
     """{id of a variable or array: its path in `state_of(module)`}."""
-    leaves = jax.tree_util.tree_leaves_with_path(state_of(module), is_leaf=whole(_is_variable))
+    leaves = jax.tree_util.tree_leaves_with_path(state_of(module), is_leaf=whole(is_variable))
     return {id(x): path_of(keys) for keys, x in leaves}
-
-
-# ---------------------------------------------------------------- into a trace
-_OBJECT = object()  # stands in the arguments for what is in `Packed`
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """The objects among some arguments, as one state: they may share variables."""
-
-    state: Any
-    graph: Any = dataclasses.field(metadata=dict(static=True))
-
-
-def pack(args: Any) -> tuple[Any, Packed]:
-    """(the arguments with a mark for each object, those objects)."""
-    objects = _objects(args)
-    graph, state = nnx.split(objects)
-    # `nnx.split` puts the very Variables into the state, so that identity tells them.
-    leaves, structure = jax.tree.flatten(state, is_leaf=_is_variable)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaves)):
-        # The Variables that a bound module shares with its original: no gradient flows to them.
-        frozen = {
-            id(v)
-            for original in map(_original, _members(objects))
-            if original is not None
-            for values, _ in _contents(original).values()
-            for v in values
-        }
-        leaves = [_stopped(x) if id(x) in frozen else x for x in leaves]
-        state = jax.tree.unflatten(structure, leaves)
-    marked = jax.tree.map(
-        lambda x: _OBJECT if _is_object(x) else x, args, is_leaf=whole(_is_object)
-    )
-    return marked, Packed(state, graph)
-
-
-def _stopped(variable: Any) -> Any:
-    """A variable that a bound module shares is frozen: no gradient flows to it."""
-
-    def one(x: Any) -> Any:
-        floats = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
-        return jax.lax.stop_gradient(x) if floats else x
-
-    return jax.tree.map(one, variable, is_leaf=whole())
-
-
-def unpack(marked: Any, packed: Packed) -> tuple[Any, list]:
-    """(the arguments with new objects, what the objects hold before the call)."""
-    objects = nnx.merge(packed.graph, packed.state)
-    each = iter(objects)
-    args = jax.tree.map(lambda x: next(each) if x is _OBJECT else x, marked)
-    members = _members(objects)
-    _replace(members, lambda x: x.get_raw_value() if isinstance(x, _Held) else x)
-    return args, [(x, _contents(x)) for x in members]
-
-
-def _replace(members: list, fn: Callable[[Any], Any]) -> None:
-    """Puts fn(leaf) in the place of each leaf of the attributes of new objects."""
-    for x in members:
-        for name, value in () if _is_variable(x) else vars(x).items():
-            if any(fn(leaf) is not leaf for leaf in _flat(value)[0]):
-                vars(x)[name] = jax.tree.map(fn, value, is_leaf=whole(_is_object))
-
-
-def calling(fn: Callable, *args: Any, **kwargs: Any):
-    """`fn` of arguments that are new objects."""
-    try:
-        return fn(*args, **kwargs)
-    except TraceContextError as e:
-        raise LoRAError(
-            f"{e}: the adapted function changes a module, Rngs or state that it does not take as "
-            "an argument. Pass it: lora.adapt(lambda params, rest, x: nnx.merge(graph, params, "
-            "rest)(x)), or lora.adapt(lambda model, x: model(x))"
-        ) from e
-
-
-# ---------------------------------------------------------------- and out of it
-def _contents(x: Any) -> dict[str, tuple[list, Any]]:
-    """{attribute: (leaves, structure)} of an object; a variable has one, without a name."""
-    if _is_variable(x):
-        return {"": jax.tree.flatten(x, is_leaf=whole())}
-    # "_pytree__" begins what NNX keeps for itself.
-    return {k: _flat(v) for k, v in vars(x).items() if not str(k).startswith("_pytree__")}
-
-
-def _flat(value: Any) -> tuple[list, Any]:
-    try:
-        return jax.tree.flatten(value, is_leaf=whole(_is_object))
-    except (TypeError, ValueError):  # a constant of keys that cannot be sorted
-        return [value], jax.tree.structure(0)
-
-
-def _is_data(x: Any) -> bool:
-    return _is_object(x) or isinstance(x, jax.Array | np.ndarray)
-
-
-def _same(old: tuple[list, Any] | None, new: tuple[list, Any]) -> bool:
-    return (
-        old is not None
-        and old[1] == new[1]
-        and all(
-            # Data by identity, as a tracer has no truth value; constants by type and value.
-            a is b or (not (_is_data(a) or _is_data(b)) and type(a) is type(b) and a == b)
-            for a, b in zip(old[0], new[0])
-        )
-    )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Changes:
-    """What a call has changed of the objects among its arguments, which are numbered.
-
-    Attributes:
-      variables: {number: the variable with its new value}.
-      arrays: those among the values of the new attributes.
-      state: of the objects among these values; None for a variable that has a number already.
-      attributes: (number, name) of each attribute that is new or has a new value.
-      removed: (number, name) of each attribute that is gone.
-      values: the leaves of the values of `attributes`, with marks for arrays and objects, and their
-        structure.
-      graph, known, parts: the graph of the objects among them; the numbers of the leaves of `state`
-        and of all that they are made of.
-    """
-
-    variables: dict[int, Any]
-    arrays: list
-    state: Any
-    attributes: tuple = dataclasses.field(metadata=dict(static=True))
-    removed: tuple = dataclasses.field(metadata=dict(static=True))
-    values: tuple = dataclasses.field(metadata=dict(static=True))
-    graph: Any = dataclasses.field(metadata=dict(static=True))
-    known: tuple = dataclasses.field(metadata=dict(static=True))
-    parts: tuple = dataclasses.field(metadata=dict(static=True))
-
-
-_ARRAY = object()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Known:
-    number: int
-
-
-def changes(before: list) -> Changes:
-    """The changes of a call, from what `unpack` returned."""
-    variables, new, removed = {}, {}, []
-    for i, (x, old) in enumerate(before):
-        now = _contents(x)
-        removed += [(i, k) for k in old if k not in now]
-        for k, content in now.items():
-            if _same(old.get(k), content):
-                continue
-            # A Variable has one entry; any other object has one for each attribute.
-            if _is_variable(x):
-                variables[i] = x
-            else:
-                new[i, k] = vars(x)[k]
-    leaves, structure = zip(*map(_flat, new.values())) if new else ((), ())
-    number = {id(x): i for i, (x, _) in enumerate(before)}
-    # An object that was there before the call goes by its number; it has its own change.
-    leaves = [_Known(number[id(x)]) if id(x) in number else x for each in leaves for x in each]
-    # New objects leave as one graph: two attributes may hold the same one.
-    created = [x for x in leaves if _is_object(x)]
-    graph, state = nnx.split(created)
-    parts, treedef = jax.tree.flatten(state, is_leaf=_is_variable)
-    # They may hold Variables that were there.
-    known = tuple(number.get(id(x)) for x in parts)
-    return Changes(
-        variables,
-        [x for x in leaves if _is_data(x) and not _is_object(x)],
-        [None if n is not None else x for n, x in zip(known, parts)],
-        tuple(new),
-        tuple(removed),
-        (
-            tuple(_OBJECT if _is_object(x) else _ARRAY if _is_data(x) else x for x in leaves),
-            structure,
-        ),
-        (graph, treedef),
-        known,
-        tuple(number.get(id(x)) for x in _members(created)),
-    )
-
-
-def without(new: Changes, before: list, same: Callable[[Any, Any], bool]) -> Changes:
-    """The changes without those of variables that hold the same as `before`, by `same`."""
-
-    def is_new(i: int, variable: Any) -> bool:
-        (_, contents), (now, structure) = before[i], _contents(variable)[""]
-        old, was = contents[""]  # the structure has the metadata
-        return structure != was or not all(map(same, old, now))
-
-    variables = {i: x for i, x in new.variables.items() if is_new(i, x)}
-    return dataclasses.replace(new, variables=variables)
-
-
-def update(args: Any, new: Changes) -> None:
-    """Writes the changes into the objects among the arguments, as `nnx.jit` does."""
-    if not (new.variables or new.attributes or new.removed):
-        return
-    members = _members(_objects(args))
-    try:
-        for i, variable in new.variables.items():
-            members[i].update_from_state(variable)
-        objects: list = []
-        for level in _levels(members):
-            # What is created holds parts of the objects of this level; where none differs, of all.
-            if not objects or any(level[n] is not members[n] for n in new.parts if n is not None):
-                objects, first = _created(level, new), objects
-                for x, of in zip(first, objects):
-                    _standing_for(x, of)
-            for (i, name), value in zip(new.attributes, _values(level, objects, new)):
-                # NNX takes an attribute as data, and not as a constant, where this mark says so.
-                data = any(map(_is_data, _flat(value)[0]))
-                _set(level[i], name, nnx.data(value) if data else value)
-            for i, name in new.removed:
-                if name in vars(level[i]):
-                    own = isinstance(name, str)
-                    delattr(level[i], name) if own else vars(level[i]).pop(name)
-    except TraceContextError as e:
-        raise LoRAError(
-            f"{e}: the call changes the model's state, and the model was made outside of this "
-            "jax.grad, jax.jit or the like. Pass it through NNX's own: nnx.value_and_grad(lambda "
-            "adapters, model, x: loss(call(lora.bind(model, adapters), x)))(adapters, model, x)"
-        ) from None
-
-
-def _set(x: Any, name: str | int, value: Any) -> None:
-    """`setattr`; and for numbers, which the elements of Flax 0.12.2's lists have for names."""
-    setattr(x, name, value) if isinstance(name, str) else x._setattr(name, value)
-
-
-def _levels(members: list) -> Iterator[list]:
-    """The members, those that they stand for, and so on."""
-    while True:
-        yield members
-        pairs = [(x, old) for x in members if (old := _original(x)) is not None]
-        if not pairs:
-            return
-        of = {id(x): old for x, old in pairs}
-        for x, old in pairs:  # a Variable with a weight stands for the one in the same place
-            for name in vars(x).keys() & vars(old).keys():
-                own, theirs = _flat(vars(x)[name])[0], _flat(vars(old)[name])[0]
-                of |= {id(v): o for v, o in zip(own, theirs) if _is_variable(v)}
-        members = [of.get(id(x), x) for x in members]
-
-
-def _created(members: list, new: Changes) -> list:
-    """The objects that the call has made; what they hold of the members is by number."""
-    graph, treedef = new.graph
-    parts = [x if n is None else members[n] for n, x in zip(new.known, new.state)]
-    objects = nnx.merge(graph, jax.tree.unflatten(treedef, parts))
-    own = _members(objects)
-    of = {id(x): members[n] for x, n in zip(own, new.parts) if n is not None}
-    _replace(own, lambda x: of.get(id(x), x))
-    return objects
-
-
-def _values(members: list, objects: list, new: Changes) -> list:
-    """The values of the new attributes: the reverse of `changes`."""
-    created, arrays, (leaves, structures) = iter(objects), iter(new.arrays), new.values
-
-    def value(x: Any) -> Any:
-        if isinstance(x, _Known):
-            return members[x.number]
-        return next(created) if x is _OBJECT else next(arrays) if x is _ARRAY else x
-
-    filled = map(value, leaves)
-    return [
-        jax.tree.unflatten(each, [next(filled) for _ in range(each.num_leaves)])
-        for each in structures
-    ]

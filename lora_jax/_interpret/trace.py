@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax._core import nnx
+from lora_jax._core import nnx_calls
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.numbers import positions
 from lora_jax._nodes.weight import Followed, is_weight
@@ -66,7 +66,7 @@ class Traceable:
         )
         named = {k for k, _ in static}
         # None keeps the place of a static argument.
-        rest = nnx.pack(
+        rest = nnx_calls.pack(
             (
                 [None if i in nums else a for i, a in enumerate(args)],
                 {k: v for k, v in kwargs.items() if k not in named},
@@ -81,7 +81,7 @@ class Traceable:
         """((arguments, named ones) with new NNX objects, what these hold)."""
         arrays = iter(arrays)
         leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
-        return nnx.unpack(*jax.tree.unflatten(constants.treedef, leaves))
+        return nnx_calls.unpack(*jax.tree.unflatten(constants.treedef, leaves))
 
     def call(self, constants: Constants, arrays: Iterable) -> tuple:
         """(what the function returns, what it changed of the NNX objects among its arguments)."""
@@ -89,7 +89,7 @@ class Traceable:
         # Static arguments come back as they are, by position or by name.
         for where, value in constants.static:
             (args if isinstance(where, int) else kwargs)[where] = value
-        return nnx.calling(self.fn, *args, **kwargs), nnx.changes(before)
+        return nnx_calls.calling(self.fn, *args, **kwargs), nnx_calls.changes(before)
 
     def parameters(self, constants: Constants, arrays: Iterable) -> list[bool]:
         """Which arrays came in an argument that holds a weight: parameters, no data."""
