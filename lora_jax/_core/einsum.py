@@ -16,6 +16,12 @@ from lora_jax._core import compat
 
 Labels = Sequence[Hashable]  # one for each axis of an array; equal ones are the same axis
 
+
+def mapped_label(labels: Labels) -> Hashable:
+    """The label of an axis that vmap adds: no other one, also of vmaps within each other."""
+    return "vmap", sum(isinstance(d, tuple) and d[0] == "vmap" for d in labels)
+
+
 # All arithmetic is by operators of jax.lax: those of jax.numpy are several times slower to trace.
 
 

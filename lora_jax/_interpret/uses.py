@@ -32,7 +32,8 @@ from lora_jax._interpret.rule import (
 )
 from lora_jax._nodes.weight import AdaptedWeight, Coded, Probe, is_weight
 from lora_jax._products.contract import Product, contracted, dropout
-from lora_jax._products.frozen import Frozen, product
+from lora_jax._products.frozen import product
+from lora_jax._products.group import Member
 
 
 def _product_rule(fn: Callable) -> Function:
@@ -87,17 +88,18 @@ def _coded_dot(ctx: Context, eqn: Equation, side: int, w: Coded, x: jax.Array) -
         # `product` has no rule for these; here the whole weight is read.
         return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
     xl = _own_labels(x)
-    how = Frozen(
-        xl,
+    member = Member(
         _labels(eqn, side, xl, w.ndim),
+        (),  # there is no B
         _out_labels(eqn, side, xl, w.ndim),
-        jax.tree.structure(w.base),
-        p["dimension_numbers"],
-        side == 0,
+        1.0,
+        eqn.outvars[0].aval.dtype,
         p["precision"],
         p["preferred_element_type"],
+        p["dimension_numbers"],
+        weight_first=side == 0,
     )
-    return [product(x, w.base, how)]
+    return [product(x, xl, w.base, member)]
 
 
 def _probed_dot(ctx: Context, eqn: Equation, side: int, w: Probe, x: jax.Array) -> list:

@@ -202,3 +202,13 @@ def gradient(
     if len(have) == len(out):
         return z
     return lax.broadcast_in_dim(z, like.shape, [*map(out.index, have)], out_sharding=where)
+
+
+def toward_x(x: Any, xl: Labels, m: Member, g: jax.Array, w: Any) -> jax.Array:
+    """g·Wᵀ, a term of the cotangent of x: in the type of x, which is what `x` is here."""
+    how = dict(precision=m.precision, preferred_element_type=x.dtype)
+    return dot(Whole(_whole_toward_x, (m, tuple(xl), x)), g, m.out, w, m.wl, xl, **how)
+
+
+def _whole_toward_x(g: jax.Array, w: jax.Array, m: Member, xl: Labels, x: Any) -> jax.Array:
+    return gradient(g, m.out, w, m.wl, xl, x, m.precision)

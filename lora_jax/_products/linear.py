@@ -27,20 +27,11 @@ import jax
 from jax import lax
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, cast, times
+from lora_jax._core.einsum import cast, mapped_label, times
 from lora_jax._products import beside
-from lora_jax._products.group import (
-    Group,
-    Member,
-    base,
-    factored,
-    gradient,
-    hidden,
-    up,
-)
+from lora_jax._products.group import Group, base, factored, gradient, hidden, toward_x, up
 from lora_jax._products.merged import through_merged
 from lora_jax._products.plan import AWARE, MERGING, Plan
-from lora_jax._quantized.dot import Whole, dot
 from lora_jax._quantized.waiting import is_waiting, value
 
 
@@ -226,28 +217,17 @@ def _gradients(
         dx = cast(beside.backward(group, x, g, dh, a, w), dtype)
     elif to_x:
         # g·Wᵀ + (g·Bᵀ)·Aᵀ, or g·(W + s·A·B)ᵀ: (T, in)
-        toward_x = functools.partial(_toward_x, x, xl)
+        back = functools.partial(toward_x, jax.typeof(x), xl)
         terms = []
         if merge:
-            terms = through_merged(group, g, a, b, w, toward_x)
+            terms = through_merged(group, g, a, b, w, back)
         elif based:
-            terms = list(map(toward_x, members, g, w))
+            terms = list(map(back, members, g, w))
         if not merge:
             a = group.side_by_side([cast(v, x.dtype) for v in a], al)
             terms += [gradient(d, hl, v, al, xl, x, group.precision) for d, v in zip(dh, a)]
         dx = cast(functools.reduce(lax.add, terms), dtype)
     return dx, da, db
-
-
-def _toward_x(x: jax.Array, xl: Labels, m: Member, g: jax.Array, w: Any) -> jax.Array:
-    """A term of the cotangent of x, by W or by the merged weight."""
-    whole = Whole(_whole_toward_x, (m, tuple(xl), jax.typeof(x)))
-    how = dict(precision=m.precision, preferred_element_type=x.dtype)
-    return dot(whole, g, m.out, w, m.wl, xl, **how)
-
-
-def _whole_toward_x(g: jax.Array, w: jax.Array, m: Member, xl: Labels, x: Any) -> jax.Array:
-    return gradient(g, m.out, w, m.wl, xl, x, m.precision)
 
 
 def _adapted_batch(
@@ -257,8 +237,7 @@ def _adapted_batch(
     then the plan is factored."""
     x, a, b, w = group.split(args)
     of_x, of_a, of_b, of_w = group.split(batched)
-    # The labels of nested vmaps must differ: they are numbered.
-    new = ("batch", sum(d[0] == "batch" for d in group.members[0].out if isinstance(d, tuple)))
+    new = mapped_label(group.members[0].out)
     factors, weights = any((*of_a, *of_b)), any(jax.tree.leaves(of_w))
     if weights:
         w, of_w = zip(*map(_read, w, of_w))

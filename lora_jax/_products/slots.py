@@ -28,7 +28,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, cast, contract, times, wide
+from lora_jax._core.einsum import Labels, cast, contract, mapped_label, times, wide
 from lora_jax._core.geometry import SLOT
 from lora_jax._products.plan import way_by_slot
 
@@ -91,7 +91,7 @@ class Choice:
 
     def mapped(self, of_x: bool, of_y: bool, of_s: bool) -> Choice:
         """With one axis more in front of the result, and of what has it."""
-        new = ("slots", sum(isinstance(d, tuple) and d[0] == "slots" for d in self.out))
+        new = mapped_label(self.out)
         lead = lambda labels, has=True: (new, *labels) if has else labels
         return dataclasses.replace(
             self,
