@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
 
+Where = NamedSharding | PartitionSpec | None  # the sharding of a result, if it is given
 Labels = Sequence[Hashable]  # one for each axis of an array; equal ones are the same axis
 
 
@@ -100,11 +101,29 @@ def plus(y: jax.Array, delta: jax.Array) -> jax.Array:
     return cast(lax.add(cast(y, dtype), cast(delta, dtype)), y.dtype)
 
 
+def in_order(y: jax.Array, have: Labels, out: Labels) -> jax.Array:
+    """`y` of labels `have` with its axes in the order in which they stand in `out`."""
+    order = [have.index(d) for d in out if d in have]
+    return y if order == sorted(order) else lax.transpose(y, order)
+
+
 def along(y: jax.Array, have: Labels, out: Labels, shape: Sequence[int]) -> jax.Array:
-    """`y` of labels `have`, a subsequence of `out`, in the full shape: constant along the rest."""
+    """`y` of labels `have`, all of them in `out`, in the full shape: constant along the rest."""
+    y = in_order(y, have, out)
     if y.shape == tuple(shape):
         return y
-    return lax.broadcast_in_dim(y, shape, [out.index(d) for d in have])
+    return lax.broadcast_in_dim(y, shape, [i for i, d in enumerate(out) if d in have])
+
+
+def laid_along(where: Where, have: Labels, out: Labels) -> Where:
+    """The sharding of an array of labels `out` from that of one of labels `have`: along each axis
+    as there, and along no mesh axis where `have` lacks it."""
+    if where is None:
+        return None
+    named = isinstance(where, NamedSharding)
+    axis = dict(zip(have, where.spec if named else where))
+    spec = PartitionSpec(*map(axis.get, out))
+    return where.update(spec=spec) if named else spec
 
 
 def contract(
@@ -113,7 +132,7 @@ def contract(
     y: jax.Array,
     yl: Labels,
     out: Labels,
-    sharding: NamedSharding | PartitionSpec | None = None,
+    sharding: Where = None,
     **params: Any,
 ) -> jax.Array:
     """Einstein summation of two arrays with labelled axes, as one dot_general: x (T, in) of labels
@@ -136,15 +155,9 @@ def contract(
     )
     # dot_general gives the batch axes first, then what is left of x, then what is left of y
     zl = [*batch, *(d for d in xl if d not in both), *(d for d in yl if d not in both)]
-    if sharding is not None:
-        named = isinstance(sharding, NamedSharding)
-        # `sharding` is in the order of `out`; dot_general wants that of its own result.
-        axis = dict(zip(out, sharding.spec if named else sharding))
-        spec = PartitionSpec(*(axis.get(d) for d in zl))
-        params["out_sharding"] = NamedSharding(sharding.mesh, spec) if named else spec
-    z = lax.dot_general(x, y, dims, **params)
-    order = [zl.index(d) for d in out]
-    return z if order == sorted(order) else lax.transpose(z, order)
+    # `sharding` is in the order of `out`; dot_general wants that of its own result.
+    own = laid_along(sharding, out, zl)
+    return in_order(lax.dot_general(x, y, dims, out_sharding=own, **params), zl, out)
 
 
 def _sum_lone(x: jax.Array, xl: Labels, yl: Labels, out: Labels) -> tuple[jax.Array, Labels]:

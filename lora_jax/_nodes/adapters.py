@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import cast, contract, wide
+from lora_jax._core.einsum import cast, contract, laid_along, wide
 from lora_jax._core.errors import LoRAError
-from lora_jax._core.geometry import RANK, Factor, Geometry, spec_along, static
+from lora_jax._core.geometry import RANK, Factor, Geometry, static
 from lora_jax._core.keys import path_key
 from lora_jax._core.numbers import COUNT, COUNT_OR_ZERO
 from lora_jax._core.placement import near
@@ -220,7 +219,7 @@ def norms(node: LowRank, base: Any) -> jax.Array:
     def product(
         x: jax.Array, xl: Sequence[int], y: jax.Array, yl: Sequence[int], out: Sequence[int]
     ):  # sharded as the base is along the axes of `out`
-        own = where and NamedSharding(where.mesh, spec_along(tuple(out), where.spec))
+        own = laid_along(where, range(base.ndim), out)
         return contract(x, xl, y, yl, out, own, precision=jax.lax.Precision.HIGHEST)
 
     # (*batch, r, *out); (*batch, r, r); (*batch, r, *out)
@@ -394,5 +393,5 @@ def rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
     where = compat.explicit_sharding(table)
     if where is None:
         return table[index]
-    own = where.update(spec=spec_along((RANK, *range(1, table.ndim)), where.spec))
-    return table.at[index].get(out_sharding=own)
+    axes = range(table.ndim)
+    return table.at[index].get(out_sharding=laid_along(where, axes, (RANK, *axes[1:])))

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, along, cast
+from lora_jax._core.einsum import Labels, along, cast, in_order
 from lora_jax._core.geometry import RANK
 from lora_jax._products.group import Group, gradient
 from lora_jax._quantized.waiting import is_waiting, value
@@ -87,7 +87,7 @@ def _as_one(x: jax.Array, xl: Labels, axes: Labels) -> tuple[jax.Array, Labels]:
     at = xl.index(axes[0]) if axes else 0
     if xl[at : at + n] != axes:
         own = (*axes, *(d for d in xl if d not in axes))
-        x, xl, at = lax.transpose(x, [*map(xl.index, own)]), own, 0
+        x, xl, at = in_order(x, xl, own), own, 0
     shape = (*x.shape[:at], math.prod(x.shape[at : at + n]), *x.shape[at + n :])
     return lax.reshape(x, shape), (*xl[:at], JOINED, *xl[at + n :])
 
@@ -99,11 +99,5 @@ def _with_ranks(labels: Labels) -> Labels:
 def _placed(x: jax.Array, have: Labels, out: Labels, shape: Sequence[int]) -> jax.Array:
     """x with its axes in the order of `out`, constant along those that it lacks: their sizes are in
     `shape`."""
-    have, size = tuple(have), dict(zip(have, x.shape))
-    order = [have.index(d) for d in out if d in have]
-    x = x if order == sorted(order) else lax.transpose(x, order)
-    if len(have) == len(out):
-        return x
-    return along(
-        x, [d for d in out if d in have], out, [size.get(d, n) for d, n in zip(out, shape)]
-    )
+    size = dict(zip(have, x.shape))
+    return along(x, have, out, [size[d] if d in size else shape[i] for i, d in enumerate(out)])

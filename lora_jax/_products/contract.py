@@ -15,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.lax import Precision
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, along, cast, holding, meeting, plus
+from lora_jax._core.einsum import Labels, along, cast, holding, laid_along, meeting, plus
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import PART, RANK, SEED_IMPL, SLOT, Factor
 from lora_jax._nodes.weight import AdaptedWeight
 from lora_jax._products.group import Group, Member
 from lora_jax._products.linear import adapted
 from lora_jax._products.plan import AWARE, Plan, planned
-from lora_jax._products.slots import Choice, Pair, by_slot
+from lora_jax._products.slot_ways import Choice
+from lora_jax._products.slots import Pair, by_slot
 from lora_jax._quantized.dot import read_whole
 from lora_jax._quantized.waiting import is_waiting
 
@@ -66,15 +66,6 @@ class Product:
         if not dtype == x.dtype == self.w.dtype and not isinstance(precision, Precision | tuple):
             precision = None  # an algorithm is one for the model's own types
         return dtype, precision
-
-    @property
-    def where(self) -> tuple[Any, tuple] | None:
-        """(mesh, pairs of a label of the result and its mesh axis) that the model gave, or None."""
-        sharding = self.params.get("out_sharding")
-        if sharding is None:
-            return None
-        spec = getattr(sharding, "spec", sharding)
-        return getattr(sharding, "mesh", None), (*zip(self.out, spec),)
 
     def factors(self, x: jax.Array, xl: Labels) -> tuple[Labelled, Labelled]:
         """(first, second) factor, with labels: A then B for x·W, B then A for x·Wᵀ.
@@ -165,7 +156,7 @@ def _multiplied(
             p.params["preferred_element_type"],
             p.params["dimension_numbers"],
             p.weight_first,
-            p.where,
+            p.params["out_sharding"],
         )
         for p, (_, (_, bl)) in zip(products, parts)
     )
@@ -254,9 +245,10 @@ def _by_slot(
         hl = (*(d for d in left if d not in (RANK, SLOT) and (d in p.out or d in bl)), RANK)
         count = a.shape[al.index(SLOT)]
         # Along the rank x·A is whole, and its update lies as x·W does.
-        down = Choice(tuple(xl), al, sl, hl, count, dtype, precision, where=_lying(x, xl, hl))
+        where = laid_along(compat.explicit_sharding(x), xl, hl)
+        down = Choice(tuple(xl), al, sl, hl, count, dtype, precision, where=where)
         out = tuple(d for d in p.out if d in hl or d in bl)
-        where = _lying(y, p.out, out)
+        where = laid_along(compat.explicit_sharding(y), p.out, out)
         up = Choice(hl, bl, sl, out, count, holding(p.dtype), precision, where=where)
         pairs.append(Pair(down, up, p.w.scale))
     factors = [(cast(a, dtype), cast(b, dtype)) for (a, _), (b, _) in parts]
@@ -265,13 +257,6 @@ def _by_slot(
         (plus(y, along(d, pair.up.out, p.out, y.shape)), "by slot: " + pair.plan(x, *f, s))
         for p, y, d, pair, f in zip(products, bases, deltas, pairs, factors)
     ]
-
-
-def _lying(x: jax.Array, xl: Labels, out: Labels) -> NamedSharding | None:
-    """How a result of labels `out` lies that lies as x does, where that is part of types."""
-    where = compat.explicit_sharding(x)
-    spec = dict(zip(xl, where.spec)) if where else {}
-    return where and where.update(spec=PartitionSpec(*map(spec.get, out)))
 
 
 def _slots(x: jax.Array, xl: Labels, p: Product) -> tuple[jax.Array, tuple]:

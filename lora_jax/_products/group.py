@@ -17,10 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, along, cast, contract, holding, times
+from lora_jax._core.einsum import (
+    Labels,
+    Where,
+    along,
+    cast,
+    contract,
+    holding,
+    laid_along,
+    times,
+)
 from lora_jax._core.geometry import RANK
 from lora_jax._products.plan import Plan
 from lora_jax._quantized.dot import Whole, dot
@@ -41,16 +49,7 @@ class Member:
     preferred: Any = None
     numbers: Any = None  # dot_general's dimension_numbers, as the model wrote the base product
     weight_first: bool = False
-    where: tuple[Any, tuple] | None = None  # (mesh, pairs (label of y, mesh axis)), where given
-
-    def sharding(self, labels: Labels) -> NamedSharding | PartitionSpec | None:
-        """The sharding of an array of `labels`, or None if the operands' types decide it."""
-        if self.where is None:
-            return None
-        mesh, pairs = self.where
-        # An axis that the result lacks, such as the rank, is not sharded.
-        spec = PartitionSpec(*(dict(pairs).get(d) for d in labels))
-        return spec if mesh is None else NamedSharding(mesh, spec)
+    where: Where = None  # the sharding that the model gives y; None: the operands' types decide it
 
     @property
     def params(self) -> dict[str, Any]:
@@ -71,7 +70,8 @@ class Member:
         kept = self.preferred is None or jnp.iscomplexobj(x)
         preferred = None if kept else holding(self.preferred)
         params = dict(precision=precision, preferred_element_type=preferred)
-        return contract(x, xl, y, yl, have, sharding=self.sharding(have), **params), have
+        where = laid_along(self.where, self.out, have)
+        return contract(x, xl, y, yl, have, where, **params), have
 
     def sum(self, terms: Sequence[Term], size: Mapping = MappingProxyType({})) -> jax.Array:
         """The result: the sum of its terms, in its dtype; 8-bit floats are rounded once. `size` is
@@ -149,7 +149,8 @@ def hidden(group: Group, x: jax.Array, a: Sequence[jax.Array]) -> Sequence[jax.A
     # The scale goes to the smaller of A and x·A.
     late = compat.less(x.size * ranks[0], a[0].size * summed)
     a = a if late else list(map(times, a, scales))
-    sharding = group.members[0].sharding(group.hl)
+    first = group.members[0]
+    sharding = laid_along(first.where, first.out, group.hl)
     # (T, Σr) if shared, else one (T, r) for each
     h = [
         contract(x, group.xl, v, group.al, group.hl, sharding, precision=group.precision)
@@ -197,7 +198,7 @@ def gradient(
     where = compat.explicit_sharding(like)
     have = tuple(d for d in out if d in xl or d in yl)
     # The sharding of the axes that the product has; the rest is broadcast below.
-    own = where and where.update(spec=PartitionSpec(*(where.spec[out.index(d)] for d in have)))
+    own = laid_along(where, out, have)
     z = cast(contract(x, xl, y, yl, have, precision=precision, sharding=own), like.dtype)
     if len(have) == len(out):
         return z

@@ -27,7 +27,7 @@ import jax
 from jax import lax
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import cast, mapped_label, times
+from lora_jax._core.einsum import cast, laid_along, mapped_label, times
 from lora_jax._products import beside
 from lora_jax._products.group import Group, base, factored, gradient, hidden, toward_x, up
 from lora_jax._products.merged import through_merged
@@ -249,6 +249,7 @@ def _adapted_batch(
             bl=lead(m.bl, factors),
             out=(new, *m.out),
             numbers=None,
+            where=laid_along(m.where, m.out, (new, *m.out)),
         )
         for m in group.members
     )

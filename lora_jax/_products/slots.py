@@ -1,114 +1,31 @@
-"""Products with one matrix of a stack for each row: x_t · M[s_t], and their derivatives.
+"""Products with one matrix of a stack for each row, and their derivatives.
 
-Shapes: x (T, in), M (slots, in, out), s (T,) integers, y (T, out). A row of slot -1 is zero, and
-one of any other number that has no slot is NaN; a slot that is not finite spoils its own rows
-alone. Axes are labelled, as in `group`, so T, in and out are any number of axes.
-
-With the gradient of M, (slots, in, out), it is one sum, Σ x·y·[s = k], over k where y has the
-slots, or not where the result has them: the transpose of each kind is the other. There are three
-ways to it, of which `plan.way_by_slot` takes one:
-
-* gathered: M[s], a copy for each group of rows, and one batched product;
-* one by one: a loop that reads M[s_t] where it lies, once for a run of rows of one slot;
-* concatenated: one product with all the matrices side by side, of which each row keeps its own.
+A sum by slot, x_t · M[s_t] or the gradient of M, is one primitive; the update of each row's own
+factors, s·(x·A)·B, is another. The shapes and the ways to them are in `slot_ways`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, cast, contract, mapped_label, times, wide
-from lora_jax._core.geometry import SLOT
-from lora_jax._products.plan import way_by_slot
-
-RUN = 32  # rows that "one by one" looks at together
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """All that is static of one sum Σ x·y·[s = k].
-
-    Attributes:
-      xl, yl, sl, out: the labels of x, y, s and the result. SLOT is in `yl` or in `out`. x has all
-        of `sl`, and so has y where it does not have the slots, or the result where it does not.
-      slots: how many there are.
-      dtype: of the result.
-      precision: of the products.
-      way: one of `plan.SLOT_WAYS`, or "auto".
-      where: the sharding of the result, if that is part of its type.
-    """
-
-    xl: tuple
-    yl: tuple
-    sl: tuple
-    out: tuple
-    slots: int
-    dtype: Any
-    precision: Any = None
-    way: str = "auto"
-    where: Any = None
-
-    @property
-    def sums(self) -> bool:
-        """Whether this is a product, and not the gradient of the stack."""
-        return SLOT in self.yl
-
-    def sizes(self, x: Any, y: Any) -> tuple[Any, Any, Any, Any]:
-        """(groups of rows of one slot, rows of a group, in, out)."""
-        size = dict(zip(self.yl, y.shape)) | dict(zip(self.xl, x.shape))
-        of = lambda labels: math.prod(size[d] for d in labels)
-        kept = {*self.out} if self.sums else {*self.sl}
-        inner = [d for d in self.xl if d not in kept and (not self.sums or d in self.yl)]
-        if not self.sums:
-            inner = [d for d in inner if d not in self.yl]
-        outer = [d for d in self.yl if d != SLOT and d not in self.xl]
-        rows = [d for d in self.xl if d not in self.sl and d not in inner]
-        return of(self.sl), of(rows), of(inner), of(outer)
-
-    def planned(self, x: Any, y: Any, s: Any, like: Any = None) -> str:
-        """The way; `like`: an array that lies as x does, where x is a shape alone."""
-        like = x if like is None else like
-        if {*self.sl} & {*(self.yl if self.sums else self.out)}:
-            return "concatenated"  # a stack for each row is none that could be looked up in
-        if compat.explicit_sharding(s) is not None:
-            return "concatenated"  # a look-up would need to be told the sharding of its result
-        if self.way != "auto":
-            return self.way
-        local = all(map(compat.one_device, (like, y, s)))
-        itemsize, platform = jnp.dtype(self.dtype).itemsize, compat.platform(like)
-        return way_by_slot(*self.sizes(x, y), self.slots, itemsize, platform, local, self.sums)
-
-    def mapped(self, of_x: bool, of_y: bool, of_s: bool) -> Choice:
-        """With one axis more in front of the result, and of what has it."""
-        new = mapped_label(self.out)
-        lead = lambda labels, has=True: (new, *labels) if has else labels
-        return dataclasses.replace(
-            self,
-            xl=lead(self.xl, of_x),
-            yl=lead(self.yl, of_y),
-            sl=lead(self.sl, of_s),
-            out=lead(self.out),
-            where=self.where and self.where.update(spec=PartitionSpec(None, *self.where.spec)),
-        )
-
-    def contract(self, x: Any, xl: Labels, y: Any, yl: Labels, out: Labels) -> jax.Array:
-        how = dict(precision=self.precision, preferred_element_type=self.dtype)
-        if self.where is None:
-            return contract(x, xl, y, yl, out, **how)
-        spec = dict(zip(self.out, self.where.spec))
-        own = self.where.update(spec=PartitionSpec(*(spec.get(d) for d in out)))
-        return contract(x, xl, y, yl, out, own, **how)
+from lora_jax._core.einsum import cast, times, wide
+from lora_jax._products.slot_ways import (
+    RUN,
+    WAYS,
+    Choice,
+    in_place,
+    nearest,
+    of_row,
+    rows_first,
+    slots_first,
+)
 
 
 def chosen(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
@@ -117,161 +34,10 @@ def chosen(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
 
 
 def _chosen(x: jax.Array, y: jax.Array, s: jax.Array, *, how: Choice) -> list[jax.Array]:
-    way, dtype = _WAYS[how.planned(x, y, s)], how.dtype
+    way, dtype = WAYS[how.planned(x, y, s)], how.dtype
     if not how.sums:  # rows are added one after another: in fp32, and rounded once
         how = dataclasses.replace(how, dtype=wide(dtype))
     return [cast(way(x, y, s, how), dtype)]
-
-
-def _along(v: jax.Array, have: Labels, out: Labels, like: jax.Array) -> jax.Array:
-    """v of labels `have` in the shape and, where that is part of types, the sharding of `like`,
-    which has the labels `out`."""
-    v = lax.broadcast_in_dim(v, like.shape, [list(out).index(d) for d in have])
-    return compat.lying_as(v, like)
-
-
-def _only(where: jax.Array, have: Labels, v: jax.Array, labels: Labels) -> jax.Array:
-    """v where `where` is true, and zero elsewhere."""
-    return jnp.where(_along(where, have, labels, v), v, jnp.zeros((), v.dtype))
-
-
-def _without(z: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
-    """The result with its rows without a slot: zero for -1, else NaN."""
-    # (T,): what stands in a row that no slot is for
-    none = jnp.where(s == -1, np.zeros((), z.dtype), np.asarray(np.nan, z.dtype))
-    along = lambda v: _along(v, how.sl, how.out, z)
-    return jnp.where(along((s >= 0) & (s < how.slots)), z, along(none))
-
-
-def _gathered(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
-    if how.sums:
-        at = how.yl.index(SLOT)
-        rest = tuple(d for d in how.yl if d != SLOT)
-        each = jnp.take(jnp.moveaxis(y, at, 0), s, axis=0, mode="clip")
-        return _without(how.contract(x, how.xl, each, (*how.sl, *rest), how.out), s, how)
-    rest = tuple(d for d in how.out if d != SLOT)
-    each = how.contract(x, how.xl, y, how.yl, (*how.sl, *rest))
-    total = compat.same_vma(jnp.zeros((how.slots, *each.shape[s.ndim :]), each.dtype), each)[0]
-    # past the end nothing is written
-    total = total.at[jnp.where(s < 0, how.slots, s)].add(each, mode="drop")
-    return jnp.moveaxis(total, 0, how.out.index(SLOT))
-
-
-def _one_by_one(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
-    x, xl = _rows(x, how.xl, how.sl)
-    at = jnp.clip(s, 0, how.slots - 1).reshape(-1)
-    if how.sums:
-        yl = tuple(d for d in how.yl if d != SLOT)
-        y = jnp.moveaxis(y, how.yl.index(SLOT), 0)
-        out = tuple(d for d in how.out if d not in how.sl)
-
-        def product(x: jax.Array, k: jax.Array, many: tuple = ()) -> jax.Array:
-            m = lax.dynamic_index_in_dim(y, k, keepdims=False)
-            return how.contract(x, (*many, *xl), m, yl, (*many, *out))
-
-        def each(x: jax.Array, at: jax.Array) -> jax.Array:
-            return lax.scan(lambda _, row: (None, product(*row)), None, (x, at))[1]
-
-        def run(x: jax.Array, at: jax.Array) -> jax.Array:
-            # of packed sequences most runs are of one slot
-            one = lambda x, at: product(x, at[0], ("row",))
-            return lax.cond(jnp.all(at == at[0]), one, each, x, at)
-
-        if len(at) >= 4 * RUN and len(at) % RUN == 0:
-            runs = (v.reshape(-1, RUN, *v.shape[1:]) for v in (x, at))
-            z = lax.scan(lambda _, rows: (None, run(*rows)), None, tuple(runs))[1]
-        else:
-            z = each(x, at)
-        return _in_place(z, s, how)
-    y, yl = _rows(y, how.yl, how.sl)
-    out = tuple(d for d in how.out if d != SLOT)
-    exists = ((s >= 0) & (s < how.slots)).reshape(-1)
-
-    def add(total: jax.Array, row: tuple) -> tuple[jax.Array, None]:
-        k, ok, x, y = row
-        z = how.contract(x, xl, y, yl, out)
-        z = jnp.where(ok, z, jnp.zeros((), z.dtype))
-        new = lax.dynamic_index_in_dim(total, k, keepdims=False) + z
-        return lax.dynamic_update_index_in_dim(total, new, k, 0), None
-
-    size = dict(zip(yl, y.shape[1:])) | dict(zip(xl, x.shape[1:]))
-    total = jnp.zeros((how.slots, *(size[d] for d in out)), how.dtype)
-    total = compat.same_vma(total, x, y, s)[0]
-    total, _ = lax.scan(add, total, (at, exists, x, y))
-    return jnp.moveaxis(total, 0, how.out.index(SLOT))
-
-
-def _in_place(z: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
-    """The result from one for each row, (T, …) or (T / RUN, RUN, …)."""
-    rest = [d for d in how.out if d not in how.sl]
-    z = z.reshape(*s.shape, *z.shape[z.ndim - len(rest) :])
-    own = [*how.sl, *rest]
-    return _without(jnp.transpose(z, [own.index(d) for d in how.out]), s, how)
-
-
-def _rows(x: jax.Array, xl: Labels, sl: Labels) -> tuple[jax.Array, tuple]:
-    """x with the axes of the slots' rows in front, as one, and the labels of the rest."""
-    rest = tuple(d for d in xl if d not in sl)
-    x = jnp.transpose(x, [list(xl).index(d) for d in (*sl, *rest)])
-    return x.reshape(-1, *x.shape[len(sl) :]), rest
-
-
-def _concatenated(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
-    hot = s[..., None] == jnp.arange(how.slots, dtype=s.dtype)
-    hl = (*how.sl, SLOT)
-    _, _, inner, outer = how.sizes(x, y)
-    if not how.sums:
-        (x, xl), (y, yl) = (x, how.xl), (y, how.yl)
-        if compat.less(outer, inner):  # the smaller one is written once for each slot
-            (x, xl), (y, yl) = (y, yl), (x, xl)
-        y, bad = _finite(y, yl, how.sl)
-        z = how.contract(*_by_slot(x, xl, hot, hl), y, yl, how.out)
-        # (T, slots) to (slots,): whose rows were not finite
-        met = hot & bad[..., None]
-        gone = tuple(i for i, d in enumerate(hl) if d not in how.out)
-        return _spoilt(z, how.out, jnp.any(met, gone), [d for d in hl if d in how.out])
-    if not compat.less(inner, outer):
-        # x·M for each slot, (T, slots, out), of which one is kept; out is the smaller
-        full = (*how.out, SLOT)
-        z = how.contract(x, how.xl, y, how.yl, full)
-        z = jnp.sum(_only(hot, hl, z, full), -1)
-        return _without(z, s, how)
-    kept = [d for d in how.yl if d == SLOT or d in how.sl]
-    y, bad = _finite(y, how.yl, kept)
-    z = how.contract(*_by_slot(x, how.xl, hot, hl), y, how.yl, how.out)
-    # (T, slots) to (T,): rows of a slot that is not finite
-    met = jnp.any(hot & _along(bad, kept, hl, hot), -1)
-    return _without(_spoilt(z, how.out, met, how.sl), s, how)
-
-
-def _by_slot(x: jax.Array, xl: Labels, hot: jax.Array, hl: Labels) -> tuple[jax.Array, tuple]:
-    """x at each row's own slot, (T, slots, in), zero at the others."""
-    wide = lax.broadcast_in_dim(x, (*x.shape, hot.shape[-1]), range(x.ndim))
-    labels = (*xl, SLOT)
-    return _only(hot, hl, wide, labels), labels
-
-
-def _finite(y: jax.Array, yl: Labels, kept: Labels) -> tuple[jax.Array, jax.Array]:
-    """y with zeros along `kept` where a part of it is not finite, and where that is: 0 times NaN
-    would be NaN in the rows of others."""
-    kept = list(kept)
-    order = [d for d in yl if d in kept]
-    bad = jnp.any(~jnp.isfinite(y), tuple(i for i, d in enumerate(yl) if d not in kept))
-    clean = _only(~bad, order, y, yl)
-    return clean, jnp.transpose(bad, [order.index(d) for d in kept])
-
-
-def _spoilt(z: jax.Array, labels: Labels, bad: jax.Array, have: Labels) -> jax.Array:
-    order = [d for d in labels if d in have]
-    bad = jnp.transpose(bad, [list(have).index(d) for d in order])
-    return jnp.where(_along(bad, order, labels, z), np.asarray(np.nan, z.dtype), z)
-
-
-_WAYS: dict[str, Callable] = {
-    "gathered": _gathered,
-    "one by one": _one_by_one,
-    "concatenated": _concatenated,
-}
 
 
 def _jvp(primals: Sequence, tangents: Sequence, *, how: Choice) -> tuple[list, list]:
@@ -364,27 +130,17 @@ def _pairs(x: jax.Array, s: jax.Array, *ab: jax.Array, pairs: Sequence[Pair]) ->
     loop = all(p.down.planned(x, a, s) == "one by one" for p, a in zip(pairs, ab[::2]))
     if not loop or s.size >= 4 * RUN:
         return _in_turn(x, s, *ab, pairs=pairs)
-    stacks = [
-        jnp.moveaxis(v, how.yl.index(SLOT), 0)
-        for p, *pair in zip(pairs, ab[::2], ab[1::2])
-        for how, v in zip((p.down, p.up), pair)
-    ]
-    sl = pairs[0].down.sl
-    rest = lambda labels: tuple(d for d in labels if d not in sl and d != SLOT)
-    x, _ = _rows(x, pairs[0].down.xl, sl)
+    downs = [slots_first(a, p.down.yl)[0] for p, a in zip(pairs, ab[::2])]
+    ups = [slots_first(b, p.up.yl)[0] for p, b in zip(pairs, ab[1::2])]
 
-    def product(how: Choice, x: jax.Array, k: jax.Array, stack: jax.Array) -> jax.Array:
-        m = lax.dynamic_index_in_dim(stack, k, keepdims=False)
-        return how.contract(x, rest(how.xl), m, rest(how.yl), rest(how.out))
+    def one(row: tuple) -> list:
+        x, k = row
+        h = [times(of_row(p.down, x, k, a), p.scale) for p, a in zip(pairs, downs)]
+        return [of_row(p.up, h_, k, b) for p, h_, b in zip(pairs, h, ups)]
 
-    def one(_: None, row: tuple) -> tuple[None, list]:
-        k, x = row
-        h = [times(product(p.down, x, k, a), p.scale) for p, a in zip(pairs, stacks[::2])]
-        return None, [product(p.up, *v) for p, *v in zip(pairs, h, [k] * len(h), stacks[1::2])]
-
-    at = jnp.clip(s, 0, pairs[0].down.slots - 1).reshape(-1)
-    _, ys = lax.scan(one, None, (at, x))
-    return [_in_place(y, s, p.up) for p, y in zip(pairs, ys)]
+    how = pairs[0].down  # alike for all: the labels of x and of its slots, and how many there are
+    ys = lax.map(one, (rows_first(x, how.xl, how.sl)[0], nearest(s, how)))
+    return [in_place(y, s, p.up) for p, y in zip(pairs, ys)]
 
 
 def _pairs_batch(

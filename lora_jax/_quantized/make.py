@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core.errors import LoRAError
+from lora_jax._quantized.double import doubled
 from lora_jax._quantized.formats import (
     FORMATS,
     Format,
     blocks_of,
     decode,
-    doubled,
     encode,
     most,
     pack,

@@ -22,17 +22,15 @@ from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError, refuse_use
 from lora_jax._core.geometry import names, static
 from lora_jax._core.order import ordered
+from lora_jax._quantized.double import SECOND, undoubled
 from lora_jax._quantized.formats import (
     FORMATS,
-    SECOND,
     STORED,
     blocks_of,
     decode,
-    dynamic_level,
     is_float,
     read,
     read_tiles,
-    undoubled,
 )
 from lora_jax._quantized.waiting import Waiting
 
@@ -255,12 +253,12 @@ class Quantized(Waiting):
         shape = (*q.codes.shape[:-1], -1, fmt.block // 2)
         # upper and lower half of each byte: (..., blocks, block / 2)
         parts = (x.reshape(shape) for x in (q.codes >> 4, q.codes & 15))
-        constants = q.block_constants(dynamic_level)
+        constants = q.block_constants()
         halves = (decode(fmt, x, constants, q.dtype).reshape(q.codes.shape) for x in parts)
         return [self._moved(w) for w in halves]
 
-    def block_constants(self, *level: Callable) -> jax.Array:
-        """The constant of each block, read where it is in codes; by `level`, see `undoubled`."""
+    def block_constants(self) -> jax.Array:
+        """The constant of each block, read where it is in codes."""
         if self.second is None or STORED[self.format].tiles:
             return self.constants
         if not self.double:
@@ -269,7 +267,7 @@ class Quantized(Waiting):
             return self.constants.astype(jnp.float32) * jnp.expand_dims(scale, more)
         *rest, last = self.stored
         shape = (*rest, blocks_of(last, STORED[self.format].block)[0])
-        return undoubled(self.constants, self.second, shape, self.stack, *level)
+        return undoubled(self.constants, self.second, shape, self.stack)
 
     def problem(self) -> str | None:
         """Why the fields are not those of one weight, as of leaves that were cut by hand, cast, or

@@ -11,7 +11,8 @@ from common import assert_close
 
 from lora_jax._core.geometry import SLOT
 from lora_jax._products.plan import SLOT_WAYS, way_by_slot
-from lora_jax._products.slots import RUN, Choice, chosen
+from lora_jax._products.slot_ways import RUN, Choice
+from lora_jax._products.slots import chosen
 
 KEY = jax.random.key(0)
 SLOTS, IN, OUT = 4, 6, 3
