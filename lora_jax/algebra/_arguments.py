@@ -1,16 +1,23 @@
-"""What the functions of several adapters are given: adapters, a weight for each, a rank."""
+"""What functions of adapters are given, checked: adapters, a weight for each, a base, a rank."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import SHARE, SIZE, is_real, shown
-from lora_jax._nodes.adapters import LoRA
+from lora_jax._core.paths import flatten
+from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows
+from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
+from lora_jax.algebra._finite import check_finite
 
 
 def check_rank(rank: Any, energy: Any, call: str) -> tuple[int | None, float | None]:
@@ -26,7 +33,7 @@ def check_rank(rank: Any, energy: Any, call: str) -> tuple[int | None, float | N
     return SIZE.plain(rank), None if energy is None else float(energy)
 
 
-def several(
+def _several(
     adapters: Any, weights: Any, call: str
 ) -> tuple[list[Any], list[Mapping[str, Any] | Any]]:
     """The adapters, and a weight for each."""
@@ -61,7 +68,7 @@ def _factor(x: Any) -> Any:
     found = None
     try:
         if is_real(x):
-            return int(x) if float(x) == x and isinstance(x, int) else float(x)
+            return float(x)
         found = None if isinstance(x, str | bytes) else jnp.asarray(x)
     except (TypeError, ValueError, OverflowError):
         pass
@@ -71,7 +78,7 @@ def _factor(x: Any) -> Any:
     return found
 
 
-def check_weights(trees: Sequence[Mapping[str, Any]], weights: Sequence[Any], call: str) -> None:
+def _check_weights(trees: Sequence[Mapping[str, Any]], weights: Sequence[Any], call: str) -> None:
     """Raises for weights that are no numbers, lack a leaf, or name one that no tree has."""
     known = {path for tree in trees for path in tree}
     failures = []
@@ -96,7 +103,7 @@ def check_weights(trees: Sequence[Mapping[str, Any]], weights: Sequence[Any], ca
     raise_all("these weights do not fit the adapters:", failures, call)
 
 
-def weight_of(weight: Any, path: str, node: Any) -> Any:
+def _weight_of(weight: Any, path: str, node: Any) -> Any:
     """The weight of one leaf: a number, or an array along its first batch axes."""
     weight = weight[path] if isinstance(weight, Mapping) else weight
     axes = node.geometry.batch_axes if isinstance(node, LoRA) else ()
@@ -108,3 +115,143 @@ def weight_of(weight: Any, path: str, node: Any) -> Any:
             f"leaf's batch axes, {shape}"
         )
     return weight
+
+
+def linear(adapters: Any) -> Any:
+    """The adapters, if each stands for an update that is added to the base."""
+    adapters = checked(adapters)
+    nodes = flatten(adapters, is_leaf=is_node)
+    raise_all(
+        "these are scaled by magnitudes, so what they add depends on the base:",
+        (f"'{p}' is a DoRA" for p, n in nodes.items() if isinstance(n, DoRA)),
+        "merge them, lora.merge(params, adapters), and take a low-rank update by "
+        "lora.algebra.extract",
+    )
+    return adapters
+
+
+def checked(adapters: Any) -> Any:
+    """The adapters, if that is what they are."""
+    nodes = jax.tree.leaves(adapters, is_leaf=is_node)
+    wrong = [type(n).__name__ for n in nodes if not is_node(n)]
+    if wrong or not nodes:
+        raise LoRAError(
+            f"expected adapters, as from lora.init, found {wrong[0] if wrong else 'an empty tree'}"
+        )
+    flat = flatten(adapters, is_leaf=is_node)
+    check_factors(flat)
+    raise_all(
+        "these factors do not fit each other:",
+        (f"'{p}'{wrong}" for p, n in flat.items() if (wrong := _unfit(n))),
+        "make them by lora.init(key, params, config)",
+    )
+    # NumPy's fp64, as JAX has it.
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, adapters)
+
+
+def _unfit(node: Any) -> str | None:
+    if not node.of_arrays:
+        return " holds what is no array"
+    if node.more_axes:
+        return " is a stack, or a part of one: lora.algebra.choose(stacked, 0) of it first"
+    wrong = node.misfit(tuple(node.shape))
+    return wrong and f": {wrong}"
+
+
+def _differ(nodes: list, base: Any) -> str | None:
+    """What is wrong with combining these nodes of one leaf."""
+    first = nodes[0]
+    if any(type(n) is not type(first) or n.shape != first.shape for n in nodes):
+        return "found " + ", ".join(f"{type(n).__name__} of {n.shape}" for n in nodes)
+    if isinstance(first, LoRA):
+        # Factors of one shape may still run along other axes of a square leaf.
+        if any((n.geometry, n.embedding) != (first.geometry, first.embedding) for n in nodes):
+            return f"the axes differ: {[n.geometry for n in nodes]}"
+    elif base is None:
+        return (
+            f"is a {type(first).__name__}, whose update is the difference from the base: "
+            "lora.algebra.combine(adapters, weights, base=params)"
+        )
+    return None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One leaf of one adapter: its node; its weight, a number or an array along the leaf's first
+    batch axes; and the base where the update is the difference from it. Or an array, the update
+    itself, and a weight for each matrix of it."""
+
+    node: Any
+    weight: Any
+    base: Any = None
+
+
+# The parts of one leaf, one for each adapter; None where an adapter lacks the leaf.
+Parts = tuple[Part | None, ...]
+
+
+def parts_of(
+    adapters: Any,
+    weights: Any,
+    base: Any,
+    call: str,
+    *,
+    dense: bool = True,
+    exact: bool = False,
+) -> dict[str, Parts]:
+    """{path: its part of each adapter}, checked.
+
+    Args:
+      dense: something is done to the elements of updates, which not all kinds have.
+      exact: low-rank leaves come back in full, and need the base.
+    """
+    adapters, weights = _several(adapters, weights, call)
+    if dense:
+        trees = [flatten(tree, is_leaf=is_node) for tree in adapters]
+        raise_all(
+            "these leaves are no adapters that can be merged:",
+            dict.fromkeys(
+                f"'{path}' is a {type(node).__name__}; expected a LoRA, Full or Rows"
+                for tree in trees
+                for path, node in tree.items()
+                if type(node) not in (LoRA, Full, Rows)
+            ),
+            "as from lora.init(key, params, config)",
+        )
+    adapters = [*map(checked if dense else linear, adapters)]
+    trees = [flatten(tree, is_leaf=is_node) for tree in adapters]
+    _check_weights(trees, weights, call)
+    check_finite(*adapters, weights=weights, base=base)
+    starts = {} if base is None else flatten(state_of(base))
+    failures: list[str] = []
+    out: dict[str, Parts] = {}
+    # The union of the targets, in the order of their first appearance.
+    for path in dict.fromkeys(p for tree in trees for p in tree):
+        nodes = [tree[path] for tree in trees if path in tree]
+        start = starts.get(path)
+        problem = _differ(nodes, start) or _base_problem(nodes[0], start, exact)
+        # The order and sign of complex elements, and what is drawn of them, are not defined.
+        numbers = jax.tree.leaves((nodes, start))
+        if dense and any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in numbers):
+            problem = problem or "is complex; its sum is lora.algebra.combine(adapters, weights)"
+        if problem is not None:
+            failures.append(f"'{path}': {problem}")
+            continue
+        # A low-rank leaf that stays low-rank needs no base.
+        start = None if isinstance(nodes[0], LoRA) and not exact else start
+        out[path] = tuple(
+            Part(tree[path], _weight_of(w, path, tree[path]), start) if path in tree else None
+            for tree, w in zip(trees, weights)
+        )
+    title = "these adapters cannot be merged:" if dense else "these adapters cannot be combined:"
+    raise_all(title, failures, "they must be of one base")
+    return out
+
+
+def _base_problem(node: Any, start: Any, exact: bool) -> str | None:
+    if start is None:
+        return f"the base has no such leaf of {node.shape}" if exact else None
+    if tuple(start.shape) != node.shape:
+        return f"of {node.shape}, but the base has {tuple(start.shape)}"
+    return None

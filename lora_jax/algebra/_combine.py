@@ -17,17 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax._core.einsum import widened
-from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.mesh import placed
-from lora_jax._core.nnx import state_of
-from lora_jax._core.paths import flatten, nest
-from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows, rows_of
-from lora_jax._nodes.factors import check_factors
+from lora_jax._core.paths import nest
+from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
-from lora_jax.algebra._arguments import check_rank, check_weights, several, weight_of
+from lora_jax.algebra._arguments import Part, check_rank, linear, parts_of
+from lora_jax.algebra._elementwise import moved, summed
 from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import from_svd, leaf_sharding, rank_for, svd
 
@@ -68,28 +65,11 @@ def combine(
            [-1.5, -1.5]], dtype=float32)
     """
     call = "lora.algebra.combine([first, second], [0.5, 0.5])"
-    adapters, weights = several(adapters, weights, call)
-    trees = [flatten(linear(tree), is_leaf=is_node) for tree in adapters]
-    check_weights(trees, weights, call)
-    check_finite(*adapters, weights=weights, base=base)
-    leaves = {} if base is None else flatten(state_of(base))
-    failures: list[str] = []
     out = {}
-    # The union of the targets, in the order of their first appearance.
-    for path in dict.fromkeys(p for tree in trees for p in tree):
-        # (node, weight) of the trees that have the leaf; in the others its update is zero.
-        parts = [(tree[path], w) for tree, w in zip(trees, weights) if path in tree]
-        problem = differ([node for node, _ in parts], leaves.get(path))
-        if problem is not None:
-            failures.append(f"'{path}': {problem}")
-            continue
-        parts = [(node, weight_of(w, path, node)) for node, w in parts]
-        if isinstance(parts[0][0], LoRA):
-            out[path] = _side_by_side(parts)
-        else:
-            # Full or Rows: `differ` has made sure that the base has the leaf.
-            out[path] = _moved(parts, leaves[path])
-    raise_all("these adapters cannot be combined:", failures, "they must be of one base")
+    for path, parts in parts_of(adapters, weights, base, call, dense=False).items():
+        have = [p for p in parts if p is not None]
+        low_rank = isinstance(have[0].node, LoRA)
+        out[path] = _side_by_side(have) if low_rank else moved(parts, summed(have))
     return nest(out)
 
 
@@ -149,71 +129,13 @@ def resize(adapters: Any, rank: int | None = None, *, energy: float | None = Non
     return jax.tree.map(leaf, adapters, is_leaf=is_node)
 
 
-def linear(adapters: Any) -> Any:
-    """The adapters, if each stands for an update that is added to the base."""
-    adapters = checked(adapters)
-    nodes = flatten(adapters, is_leaf=is_node)
-    raise_all(
-        "these are scaled by magnitudes, so what they add depends on the base:",
-        (f"'{p}' is a DoRA" for p, n in nodes.items() if isinstance(n, DoRA)),
-        "merge them, lora.merge(params, adapters), and take a low-rank update by "
-        "lora.algebra.extract",
-    )
-    return adapters
-
-
-def checked(adapters: Any) -> Any:
-    """The adapters, if that is what they are."""
-    nodes = jax.tree.leaves(adapters, is_leaf=is_node)
-    wrong = [type(n).__name__ for n in nodes if not is_node(n)]
-    if wrong or not nodes:
-        raise LoRAError(
-            f"expected adapters, as from lora.init, found {wrong[0] if wrong else 'an empty tree'}"
-        )
-    flat = flatten(adapters, is_leaf=is_node)
-    check_factors(flat)
-    raise_all(
-        "these factors do not fit each other:",
-        (f"'{p}'{wrong}" for p, n in flat.items() if (wrong := _unfit(n))),
-        "make them by lora.init(key, params, config)",
-    )
-    # NumPy's fp64, as JAX has it.
-    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, adapters)
-
-
-def _unfit(node: Any) -> str | None:
-    if not node.of_arrays:
-        return " holds what is no array"
-    if node.more_axes:
-        return " is a stack, or a part of one: lora.algebra.choose(stacked, 0) of it first"
-    wrong = node.misfit(tuple(node.shape))
-    return wrong and f": {wrong}"
-
-
-def differ(nodes: list, base: Any) -> str | None:
-    """What is wrong with combining these nodes of one leaf."""
-    first = nodes[0]
-    if any(type(n) is not type(first) or n.shape != first.shape for n in nodes):
-        return "found " + ", ".join(f"{type(n).__name__} of {n.shape}" for n in nodes)
-    if isinstance(first, LoRA):
-        # Factors of one shape may still run along other axes of a square leaf.
-        if any((n.geometry, n.embedding) != (first.geometry, first.embedding) for n in nodes):
-            return f"the axes differ: {[n.geometry for n in nodes]}"
-    elif base is None:
-        return (
-            f"is a {type(first).__name__}, whose update is the difference from the base: "
-            "lora.algebra.combine(adapters, weights, base=params)"
-        )
-    return None
-
-
-def _side_by_side(parts: list[tuple[LoRA, Any]]) -> LoRA:
+def _side_by_side(parts: list[Part]) -> LoRA:
     """[A₁ A₂ …] and [w₁s₁B₁; w₂s₂B₂; …], in fp32 where w·s·B is no number of a narrower type."""
-    nodes = typed_alike([n for n, _ in parts])
-    if not all(_keeps(n.b.dtype, n.scale, w) for n, (_, w) in zip(nodes, parts)):
+    nodes, weights = typed_alike([p.node for p in parts]), [p.weight for p in parts]
+    if not all(_keeps(n.b.dtype, n.scale, w) for n, w in zip(nodes, weights)):
         # All of them, not only those that would be rounded: one array has one dtype.
         nodes = [dataclasses.replace(n, a=widened(n.a), b=widened(n.b)) for n in nodes]
-    b = [_times(n.b, n.scale, w) for n, (_, w) in zip(nodes, parts)]
+    b = [_times(n.b, n.scale, w) for n, w in zip(nodes, weights)]
     # Σ wₖsₖ·Aₖ·Bₖ as one product of block matrices: A grows along its last axis, B along the first
     # after its batch axes.
     a = jnp.concatenate([n.a for n in nodes], -1)
@@ -233,7 +155,7 @@ def _keeps(dtype: Any, scale: float, weight: Any) -> bool:
     """Whether scale · weight · B may stay in this type: always in fp32 or wider, and in 16 bits
     where no bit of B is lost. bf16 has the exponents of fp32, so there powers of two lose none."""
     # An array may be traced: in 16 bits nothing can be promised of its values.
-    if jnp.finfo(dtype).bits > 16 or not isinstance(weight, int | float):
+    if jnp.finfo(dtype).bits > 16 or not isinstance(weight, float):
         return jnp.finfo(dtype).bits > 16
     factor = abs(scale * weight)
     if dtype == jnp.bfloat16 and 2.0**-32 < factor < 2.0**32:
@@ -244,29 +166,9 @@ def _keeps(dtype: Any, scale: float, weight: Any) -> bool:
 
 def _times(b: jax.Array, scale: float, weight: Any) -> jax.Array:
     """scale · weight · B, the weight along the batch axes."""
-    if isinstance(weight, int | float):
+    if isinstance(weight, float):
         # Two Python numbers: the product is rounded in fp64, and then once to B's type.
         weight, scale = weight * scale, 1.0
     weight = jnp.asarray(weight, b.dtype) * scale
     # (*batch,) to (*batch, 1, …), beside B (*batch, r, *out).
     return b * weight.reshape(weight.shape + (1,) * (b.ndim - weight.ndim))
-
-
-def _moved(parts: list[tuple[Any, Any]], base: Any) -> Any:
-    """base + Σ w·(value − base), of leaves in full, or of all rows that any of the parts has, in
-    fp32 or wider and rounded once."""
-    first = parts[0][0]
-    base, dtype = jnp.asarray(base), first.value.dtype
-    index = None
-    if isinstance(first, Rows):
-        index = tuple(sorted({i for n, _ in parts for i in n.index}))
-        base = rows_of(base, jnp.asarray(index))
-    # In the adapters' dtype first, as they started from it: what was not trained has not moved.
-    total = start = widened(base.astype(dtype))
-    for node, w in parts:
-        # The node's own rows among those of all; a leaf in full is taken whole.
-        at = ... if index is None else jnp.asarray([index.index(i) for i in node.index])
-        move = widened(node.value).astype(start.dtype) - start[at]
-        total = total.at[at].add(move * jnp.asarray(w, start.dtype))
-    total = total.astype(dtype)
-    return Full(total) if index is None else Rows(total, index, first.length)

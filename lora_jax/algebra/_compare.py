@@ -17,7 +17,7 @@ from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
-from lora_jax.algebra._combine import linear
+from lora_jax.algebra._arguments import linear
 from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import matrices, svd
 

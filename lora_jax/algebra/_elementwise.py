@@ -18,16 +18,11 @@ import numpy as np
 from jax import lax
 
 from lora_jax._core.einsum import product, wide
-from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import path_key
 from lora_jax._core.mesh import anywhere
-from lora_jax._core.nnx import state_of
-from lora_jax._core.paths import flatten
-from lora_jax._nodes.adapters import Full, LoRA, Rows
-from lora_jax._nodes.node import is_node
-from lora_jax.algebra._arguments import check_weights, several, weight_of
-from lora_jax.algebra._combine import checked, differ
-from lora_jax.algebra._finite import check_finite
+from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
+from lora_jax.algebra._arguments import Part, Parts
 from lora_jax.algebra._svd import matrices
 
 # Bits of a magnitude that one pass over the leaves decides: fp32 takes two passes.
@@ -54,78 +49,12 @@ class Method:
     per_weight: bool = False
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One leaf of one task vector: an adapter's node, or an array; its weight, a number or (n,);
-    and the base where the update is the difference from it."""
-
-    node: Any
-    weight: jax.Array
-    base: Any = None
-
-
-# The parts of one leaf, one for each adapter; None where an adapter lacks the leaf.
-Parts = tuple[Part | None, ...]
-
-
-def parts_of(
-    adapters: Sequence[Any],
-    weights: Sequence[Any] | None,
-    base: Any,
-    call: str,
-    exact: bool = False,
-) -> dict[str, Parts]:
-    """{path: its part of each task vector}, checked."""
-    adapters, weights = several(adapters, weights, call)
-    trees = [flatten(tree, is_leaf=is_node) for tree in adapters]
-    raise_all(
-        "these leaves are no adapters that can be merged:",
-        dict.fromkeys(
-            f"'{path}' is a {type(node).__name__}; expected a LoRA, Full or Rows"
-            for tree in trees
-            for path, node in tree.items()
-            if type(node) not in (LoRA, Full, Rows)
-        ),
-        "as from lora.init(key, params, config)",
-    )
-    adapters = [*map(checked, adapters)]
-    trees = [flatten(tree, is_leaf=is_node) for tree in adapters]
-    check_weights(trees, weights, call)
-    check_finite(*adapters, weights=weights, base=base)
-    starts = {} if base is None else flatten(state_of(base))
-    failures: list[str] = []
-    out: dict[str, Parts] = {}
-    for path in dict.fromkeys(p for tree in trees for p in tree):
-        nodes = [tree[path] for tree in trees if path in tree]
-        start, low_rank = starts.get(path), isinstance(nodes[0], LoRA)
-        problem = differ(nodes, start)
-        if problem is None and start is None and exact:
-            problem = f"the base has no such leaf of {nodes[0].shape}"
-        if problem is None and start is not None and tuple(start.shape) != nodes[0].shape:
-            problem = f"of {nodes[0].shape}, but the base has {tuple(start.shape)}"
-        # The order and sign of complex elements, and what is drawn of them, are not defined.
-        numbers = jax.tree.leaves((nodes, start))
-        if problem is None and any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in numbers):
-            problem = "is complex; its sum is lora.algebra.combine(adapters, weights)"
-        if problem is not None:
-            failures.append(f"'{path}': {problem}")
-            continue
-        # Without `exact` a low-rank leaf stays low-rank, and its update needs no base.
-        start = None if low_rank and not exact else start
-        out[path] = tuple(
-            Part(tree[path], _spread(path, tree[path], w), start) if path in tree else None
-            for tree, w in zip(trees, weights)
-        )
-    raise_all("these adapters cannot be merged:", failures, "they must be of one base")
-    return out
-
-
-def _spread(path: str, node: Any, weight: Any) -> jax.Array:
+def spread(part: Part) -> jax.Array:
     """What a leaf's update is multiplied by, a number for each of the stacked weights: (n,)."""
+    node, weight = part.node, jnp.asarray(part.weight)
     axes = node.geometry.batch_axes if isinstance(node, LoRA) else ()
     shape = tuple(node.shape[d] for d in axes)
-    weight = jnp.asarray(weight_of(weight, path, node), wide(jax.tree.leaves(node)[0].dtype))
+    weight = weight.astype(wide(jax.tree.leaves(node)[0].dtype))
     # (*first,) to (*first, 1, …) to (*batch,) to (n,).
     weight = weight.reshape(weight.shape + (1,) * (len(shape) - weight.ndim))
     return jnp.broadcast_to(weight, shape).reshape(-1)
@@ -134,11 +63,12 @@ def _spread(path: str, node: Any, weight: Any) -> jax.Array:
 @jax.jit
 def vector(part: Part) -> jax.Array:
     """weight · Δ in fp32 or wider: (n, in, out); (1, size, 1) of a leaf in full; (1, rows, d)."""
-    node, weight = part.node, part.weight.reshape(-1, 1, 1)
+    node = part.node
+    # An array is a task vector already (what `knots` has aligned): it is only weighted.
+    weight = part.weight if isinstance(node, jax.Array) else spread(part)
     if isinstance(node, LoRA):
         # scale·A (n, in, r) times B (n, r, out).
         node = product(*matrices(node))
-    # An array is a task vector already (what `knots` has aligned): it is only weighted.
     elif not isinstance(node, jax.Array):
         index = slice(None) if isinstance(node, Full) else jnp.asarray(node.index)
         # Rounded as the adapter's own start was, so that what was not trained has moved by 0.
@@ -146,7 +76,45 @@ def vector(part: Part) -> jax.Array:
         dtype = wide(start.dtype)
         shape = (1, -1, 1) if isinstance(node, Full) else (1, *start.shape)
         node = (node.value.astype(dtype) - start.astype(dtype)).reshape(shape)
-    return node * weight.astype(node.dtype)
+    return node * weight.reshape(-1, 1, 1).astype(node.dtype)
+
+
+def summed(parts: Sequence[Part]) -> jax.Array:
+    """The sum of the task vectors of one leaf; of rows, all that any of the adapters has."""
+    return functools.reduce(jnp.add, _joined([vector(p) for p in parts], _indices(parts)))
+
+
+def _indices(parts: Sequence[Part]) -> tuple:
+    return tuple(getattr(p.node, "index", None) for p in parts)
+
+
+def _joined(vectors: list[jax.Array], rows: tuple) -> list[jax.Array]:
+    """Task vectors of the same rows: (1, rows of any, d), each one's in their places."""
+    if rows[0] is None:
+        return vectors
+    union = sorted({i for index in rows for i in index})
+    blank = jnp.zeros((1, len(union), vectors[0].shape[-1]), vectors[0].dtype)
+    at = [jnp.asarray([union.index(i) for i in index]) for index in rows]
+    return [blank.at[:, i].set(x) for i, x in zip(at, vectors)]
+
+
+def moved(parts: Parts, delta: jax.Array) -> Full | Rows:
+    """base + Δ, in the dtype of the adapters; what was low-rank, in fp32 or wider."""
+    have = [p for p in parts if p is not None]
+    node, base = have[0].node, jnp.asarray(have[0].base)
+    if isinstance(node, Rows):
+        index = tuple(sorted({i for p in have for i in p.node.index}))
+        start = rows_of(base, jnp.asarray(index)).astype(node.value.dtype)
+        value = start.astype(delta.dtype) + delta.reshape(start.shape)
+        return Rows(value.astype(start.dtype), index, node.length)
+    dtype = node.value.dtype if isinstance(node, Full) else delta.dtype
+    if isinstance(node, LoRA):
+        # (n, in, out) to the leaf's own order of axes.
+        delta = node.geometry.leaf(delta, node.shape)
+    # As `vector` has it: from the base as the adapter's dtype rounds it.
+    start = base.astype(dtype)
+    value = start.astype(delta.dtype) + delta.reshape(start.shape)
+    return Full(value.astype(dtype))
 
 
 def merged(
@@ -160,7 +128,7 @@ def merged(
     # By the path and then by the place among all adapters, so that a leaf that another adapter
     # lacks, or one more leaf, draws nothing anew.
     keys = [None if key is None else jax.random.fold_in(key, k) for k, _ in have]
-    rows = tuple(getattr(part.node, "index", None) for _, part in have)
+    rows = _indices([part for _, part in have])
     at = [cuts[path][k] for k, _ in have]
     return _merged(vectors, at, keys, method.rate, elect=method.elect, rows=rows)
 
@@ -177,12 +145,7 @@ def _merged(
 ) -> jax.Array:
     # Before the rows are joined: in rows that a vector lacks there is nothing to trim or drop.
     vectors = [_sparse(x, cut, key, rate) for x, cut, key in zip(vectors, cuts, keys)]
-    if rows[0] is not None:
-        union = sorted({i for index in rows for i in index})
-        # (1, rows of any, d), each vector in its own rows.
-        blank = jnp.zeros((1, len(union), vectors[0].shape[-1]), vectors[0].dtype)
-        at = [jnp.asarray([union.index(i) for i in index]) for index in rows]
-        vectors = [blank.at[:, i].set(x) for i, x in zip(at, vectors)]
+    vectors = _joined(vectors, rows)
     total: Any = sum(vectors)
     return _agreed(vectors) if elect else total
 

@@ -24,7 +24,7 @@ from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._nodes.node import is_node
 from lora_jax._quantized.waiting import value
 from lora_jax._quantized.weight import is_quantized
-from lora_jax.algebra._combine import linear
+from lora_jax.algebra._arguments import linear
 from lora_jax.algebra._finite import check_finite
 from lora_jax.algebra._svd import svd
 

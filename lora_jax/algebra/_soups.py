@@ -23,10 +23,10 @@ from lora_jax._core.keys import as_key
 from lora_jax._core.mesh import anywhere, placed
 from lora_jax._core.numbers import BELOW_ONE, PASSES_OR_ZERO, SHARE, integer, shown
 from lora_jax._core.paths import nest
-from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
-from lora_jax.algebra._arguments import check_rank
+from lora_jax._nodes.adapters import LoRA
+from lora_jax.algebra._arguments import Part, Parts, check_rank, parts_of
 from lora_jax.algebra._combine import typed_alike
-from lora_jax.algebra._elementwise import Method, Part, Parts, cuts, merged, parts_of
+from lora_jax.algebra._elementwise import Method, cuts, merged, moved, spread
 from lora_jax.algebra._svd import (
     as_node,
     best_svd,
@@ -256,7 +256,7 @@ def knots(
             # The merged Vₖ·Σ (n, in, k) are A; B is Uᵀ (n, k, out).
             out[path] = placed(as_node(like, delta, b, 1.0), leaf_sharding(like))
         else:
-            out[path] = _moved(parts, delta)
+            out[path] = moved(parts, delta)
     return nest(out)
 
 
@@ -306,7 +306,7 @@ def _elementwise(
             f"rank={rank}: " + call.format("rank=16, passes=2")
         )
     passes = integer(passes)  # static, and so hashed
-    leaves = parts_of(adapters, weights, base, call.format("rank=16"), exact)
+    leaves = parts_of(adapters, weights, base, call.format("rank=16"), exact=exact)
     trimmed, out, kept = cuts(leaves, method), {}, {}
     for path, parts in leaves.items():
         # (n, in, out), of one leaf at a time.
@@ -329,30 +329,11 @@ def _elementwise(
             kept[path] = share_kept(s, keep, jnp.sum(delta**2, (1, 2)))
             out[path] = placed(from_svd(typed_alike(nodes)[0], u, s, v, keep), where)
         else:
-            out[path] = _moved(parts, delta)
+            out[path] = moved(parts, delta)
     return nest(out), kept
 
 
 _range_svd = jax.jit(range_svd, static_argnums=(1, 2))
-
-
-def _moved(parts: Parts, delta: jax.Array) -> Full | Rows:
-    """base + Δ, in the dtype of the adapters; what was low-rank, in fp32 or wider."""
-    have = [p for p in parts if p is not None]
-    node, base = have[0].node, jnp.asarray(have[0].base)
-    if isinstance(node, Rows):
-        index = tuple(sorted({i for p in have for i in p.node.index}))
-        start = rows_of(base, jnp.asarray(index)).astype(node.value.dtype)
-        value = start.astype(delta.dtype) + delta.reshape(start.shape)
-        return Rows(value.astype(start.dtype), index, node.length)
-    dtype = node.value.dtype if isinstance(node, Full) else delta.dtype
-    if isinstance(node, LoRA):
-        # (n, in, out) to the leaf's own order of axes.
-        delta = node.geometry.leaf(delta, node.shape)
-    # As `vector` has it: from the base as the adapter's dtype rounds it.
-    start = base.astype(dtype)
-    value = start.astype(delta.dtype) + delta.reshape(start.shape)
-    return Full(value.astype(dtype))
 
 
 def _aligned(parts: Parts) -> tuple[Parts, tuple[LoRA, jax.Array]]:
@@ -360,7 +341,7 @@ def _aligned(parts: Parts) -> tuple[Parts, tuple[LoRA, jax.Array]]:
     have = [p for p in parts if p is not None]
     own, b = _shared([p.node for p in have])
     own = iter(own)
-    aligned = tuple(p and Part(next(own), p.weight) for p in parts)
+    aligned = tuple(p and Part(next(own), spread(p)) for p in parts)
     return aligned, (typed_alike([p.node for p in have])[0], b)
 
 

@@ -25,7 +25,7 @@ from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._core.placement import check_there
 from lora_jax._nodes.node import is_node
 from lora_jax._nodes.tokens import ForTokens, remembering
-from lora_jax.algebra._combine import checked
+from lora_jax.algebra._arguments import checked
 from lora_jax.algebra._finite import check_finite
 
 if TYPE_CHECKING:

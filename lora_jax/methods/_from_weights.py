@@ -21,7 +21,8 @@ from lora_jax._core.numbers import NOT_NEGATIVE, PASSES_OR_ZERO, check_numbers
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.node import is_node
-from lora_jax.algebra._combine import combine, linear
+from lora_jax.algebra._arguments import linear
+from lora_jax.algebra._combine import combine
 from lora_jax.algebra._svd import as_node, best_svd, from_svd, range_svd
 from lora_jax.methods._start import each, lora_nodes, off_the_base
 

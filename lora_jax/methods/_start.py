@@ -21,7 +21,7 @@ from lora_jax._nodes.adapters import LoRA, LowRank
 from lora_jax._nodes.node import is_node
 from lora_jax._quantized.weight import is_quantized
 from lora_jax._targets import Targets
-from lora_jax.algebra._combine import linear
+from lora_jax.algebra._arguments import linear
 from lora_jax.algebra._finite import is_finite
 
 FIX = (
