@@ -22,10 +22,8 @@ from jax.interpreters import ad, batching, mlir
 # What `jax.checkpoint` is called, by version.
 REMAT = ("remat2", "remat", "checkpoint")
 
-
 # Primitives that call one body once, on all of their operands.
 CALLS = ("jit", "pjit", *REMAT, "closed_call", "core_call")
-
 
 # The option of jax.jit by which a function leaves no call behind where it is traced: since 0.12
 # `True` stands for one that is dissolved later, when lowered.

@@ -149,10 +149,7 @@ def contract(
     batch = [d for d in both if d in out]
     summed = [d for d in both if d not in out]
     places = lambda labels, group: tuple(labels.index(d) for d in group)
-    dims = (
-        (places(xl, summed), places(yl, summed)),
-        (places(xl, batch), places(yl, batch)),
-    )
+    dims = ((places(xl, summed), places(yl, summed)), (places(xl, batch), places(yl, batch)))
     # dot_general gives the batch axes first, then what is left of x, then what is left of y
     zl = [*batch, *(d for d in xl if d not in both), *(d for d in yl if d not in both)]
     # `sharding` is in the order of `out`; dot_general wants that of its own result.

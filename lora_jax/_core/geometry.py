@@ -28,15 +28,12 @@ def names(entry: Any) -> tuple[str, ...]:
 # A field of the tree's structure and no leaf: jax.tree.map and gradients pass over it.
 static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
-
 Array = TypeVar("Array", jax.Array, np.ndarray)
-
 
 RANK = -1  # the label of a factor's rank axis, and of a seed's words
 SLOT = -2  # of the axis of many adapters, each for some tokens
 PART = -3  # of weights that were joined, each with a dropout mask of its own
 # All are < 0: no axes of a weight.
-
 
 # The kind of the keys of dropout masks, whatever kind the user's key is of.
 SEED_IMPL = "threefry2x32"

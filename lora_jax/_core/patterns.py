@@ -13,7 +13,6 @@ from lora_jax._core.paths import module_of
 # A suffix ("q_proj"), a glob ("*/attn/*"), a compiled regex (full match) or predicate(path, leaf).
 Pattern = str | re.Pattern | Callable[[str, Any], bool]
 
-
 Patterns = Pattern | Sequence[Pattern]
 
 

@@ -17,20 +17,15 @@ from lora_jax._core.geometry import blocks_of
 
 LOOK_UP = "gather"
 
-
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", LOOK_UP)
 
-
 INLINE = (*compat.CALLS, "custom_jvp_call", "custom_vjp_call", "shard_map")
-
 
 # They join arrays without a product, though their shapes differ.
 JOINS = ("concatenate", "dynamic_slice", "dynamic_update_slice", "pad", "select_n", "sort", "clamp")
 
-
 # They multiply, though the shapes may be equal.
 SOLVES = ("triangular_solve", "custom_linear_solve", "tridiagonal_solve")
-
 
 Axes = tuple[frozenset, ...]  # for each axis, the (leaf, axis) that run along it
 

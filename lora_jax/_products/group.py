@@ -19,16 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import (
-    Labels,
-    Where,
-    along,
-    cast,
-    contract,
-    holding,
-    laid_along,
-    times,
-)
+from lora_jax._core.einsum import Labels, Where, along, cast, contract, holding, laid_along, times
 from lora_jax._core.geometry import RANK
 from lora_jax._products.plan import Plan
 from lora_jax._quantized.dot import Whole, dot
@@ -182,13 +173,7 @@ def factored(
 
 
 def gradient(
-    x: jax.Array,
-    xl: Labels,
-    y: jax.Array,
-    yl: Labels,
-    out: Labels,
-    like: Any,
-    precision: Any,
+    x: jax.Array, xl: Labels, y: jax.Array, yl: Labels, out: Labels, like: Any, precision: Any
 ) -> jax.Array:
     """x·y of labels `out`, in the dtype and, where shardings are in types, sharding of `like`;
     constant along the labels that neither has."""

@@ -36,11 +36,7 @@ from lora_jax._quantized.waiting import is_waiting, value
 
 
 def adapted(
-    group: Group,
-    x: jax.Array,
-    a: Sequence[jax.Array],
-    b: Sequence[jax.Array],
-    w: Sequence = (),
+    group: Group, x: jax.Array, a: Sequence[jax.Array], b: Sequence[jax.Array], w: Sequence = ()
 ) -> list[jax.Array]:
     """The outputs of a group; without `w`, the updates alone."""
     # A weight in codes is several arrays: the primitive takes them flat; how they belong together

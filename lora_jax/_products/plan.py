@@ -62,7 +62,6 @@ BALANCE = 16  # FLOPs a byte; whole, as sizes of symbolic shapes take no fractio
 MATRIX_UNITS = 200  # the same of bf16 on an H200 or a TPU v5e: 206 and 240
 STEP = 100_000  # FLOPs in the time of one step of a loop on a CPU, about 1 µs
 
-
 WAYS = ("factored", "merged", "beside")
 PLANS = ("auto", *WAYS)
 AWARE = "merge-aware"  # as merged, by a base that holds the update and rounds what it merges

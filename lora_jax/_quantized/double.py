@@ -79,10 +79,7 @@ def doubled(
 
 
 def undoubled(
-    codes: jax.Array,
-    second: tuple[jax.Array, ...],
-    shape: Sequence[int],
-    stack: int,
+    codes: jax.Array, second: tuple[jax.Array, ...], shape: Sequence[int], stack: int
 ) -> jax.Array:
     """The constants, of `shape`, from their codes."""
     top, mean = second

@@ -26,7 +26,6 @@ NF4 = (
     0.7229568362236023, 1.0,
 )  # fmt: skip
 
-
 # E2M1 (OCP Microscaling Formats v1.0, 5.3.3): sign, two bits of exponent, one of mantissa; by 6.
 E2M1 = tuple(x / 6 for x in (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6))
 # The same by their bits, sign first, as NVFP4 has them.
@@ -97,7 +96,6 @@ def is_float(dtype: Any) -> bool:
 
 _INT4 = tuple(i / 7 for i in range(-7, 8))
 
-
 FORMATS = {
     f.name: f
     for f in (
@@ -111,7 +109,6 @@ FORMATS = {
         Format("fp8_block", 64, dtype=jnp.float8_e4m3fn, top=448.0),
     )
 }
-
 
 # Those of GGUF files (llama.cpp, ggml-quants.c) are read, and not made: levels and codes are whole
 # numbers, and constants are fp16.
@@ -269,10 +266,7 @@ def by_halving(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.Ar
 
 _look_up: Callable = lambda codes, levels: [looked_up(levels, codes)]
 level_p = compat.primitive(
-    "level",
-    lambda codes, levels: [by_halving(levels, codes)],
-    cuda=_look_up,
-    rocm=_look_up,
+    "level", lambda codes, levels: [by_halving(levels, codes)], cuda=_look_up, rocm=_look_up
 )
 
 

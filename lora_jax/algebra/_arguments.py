@@ -192,13 +192,7 @@ Parts = tuple[Part | None, ...]
 
 
 def parts_of(
-    adapters: Any,
-    weights: Any,
-    base: Any,
-    call: str,
-    *,
-    dense: bool = True,
-    exact: bool = False,
+    adapters: Any, weights: Any, base: Any, call: str, *, dense: bool = True, exact: bool = False
 ) -> dict[str, Parts]:
     """{path: its part of each adapter}, checked.
 

@@ -21,12 +21,7 @@ from lora_jax.algebra._svd import from_svd, rank_for, share_kept
 
 
 def extract(
-    base: Any,
-    tuned: Any,
-    targets: Targets,
-    *,
-    energy: float | None = None,
-    drop: bool = False,
+    base: Any, tuned: Any, targets: Targets, *, energy: float | None = None, drop: bool = False
 ) -> tuple[dict, dict[str, float]]:
     """Adapters of a model that was fine-tuned in full: the best of each rank (the SVD of W' − W).
 

@@ -63,7 +63,6 @@ from lora_jax.parallel._state_shardings import state_shardings
 SAVE = "lora.checkpoint.save(manager, step, adapters, base=params, config=config, state=opt_state)"
 SAVE_OF = "lora.checkpoint.save(manager, step, {adapters}, base={params})"
 
-
 RESTORE = "lora.checkpoint.restore(manager, adapters, base=params, config=config, state=opt_state)"
 
 

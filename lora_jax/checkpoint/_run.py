@@ -36,12 +36,9 @@ from lora_jax._core.errors import LoRAError
 # It is not there on Windows.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
-
 LOCK, RUN = ".lora_lock", ".lora_run"
 
-
 INSTEAD = "nothing was saved. Use another directory, or end the other run"
-
 
 # Bytes of an error that all processes raise: a broadcast has one shape in all of them.
 MESSAGE = 2048
