@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -167,6 +167,23 @@ class Factor:
     def size(self, dim: int) -> int:
         # from the end: the arrays of a stack of adapters have one more axis in front
         return self.value.shape[self.dims.index(dim) - len(self.dims)]
+
+    def map(self, fn: Callable, *args: Any) -> Factor:
+        """The factor with fn(its array, *args), which keeps the axes."""
+        return Factor(fn(self.value, *args), self.dims)
+
+    def cut(self, d: int, start: int, stop: int) -> Factor:
+        """Its part along axis d; all of it where it does not have that."""
+        if not self.has(d):
+            return self
+        return self.map(jax.lax.slice_in_dim, start, stop, 1, self.dims.index(d))
+
+    def padded(self, ends: Mapping[int, tuple]) -> Factor:
+        """With zeros around it: (before, after, between) along some axes."""
+        config = [ends.get(d, (0, 0, 0)) for d in self.dims]
+        if not any(map(any, config)):
+            return self
+        return self.map(jax.lax.pad, np.zeros((), self.value.dtype), config)
 
     def relabel(self, label: Mapping[int, int]) -> Factor:
         """Renames the axes; those of size 1 without a new name are squeezed out."""

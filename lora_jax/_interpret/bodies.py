@@ -54,7 +54,7 @@ def _once(ctx: Context, eqn: Equation, args: Sequence, name: str, transform: Cal
     source = eqn.params["jaxpr"]
     jaxpr, consts = compat.opened(source)
     # Which operands no data enters is known out here alone.
-    fixed = tuple(map(ctx.constant, eqn.invars))
+    fixed = tuple(map(ctx.body.constant, eqn.invars))
     run = lambda xs: ctx.run(jaxpr, consts, xs, fixed=fixed)
     outs = ctx.once(source, run, args, eqn, name, transform, fixed)
     return _same(jaxpr, args, outs)
@@ -95,7 +95,7 @@ def _sharding_of(sharding: Any, arg: Any) -> Any:
 def _like(arg: Followed, base: Any, of: Callable[[Factor], Any]) -> Any:
     """What is said of a weight, in its own structure: of the base, and `of` each factor."""
     # The same tree structure as the weight's, with specs for arrays.
-    new = arg.moved(base, lambda f: Factor(of(f), f.dims), arg.axes)
+    new = arg.moved(base, lambda f: Factor(of(f), f.dims))
     if not isinstance(new, AdaptedWeight) or new.tokens is None:
         return new
     # along no axis of the weight
@@ -109,7 +109,7 @@ def _remat(ctx: Context, eqn: Equation, args: Sequence) -> list:
 
 def _call(ctx: Context, eqn: Equation, args: Sequence) -> list:
     jaxpr, consts = compat.opened(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
-    return ctx.run(jaxpr, consts, args, fixed=tuple(map(ctx.constant, eqn.invars)))
+    return ctx.run(jaxpr, consts, args, fixed=tuple(map(ctx.body.constant, eqn.invars)))
 
 
 def _cond(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
@@ -146,10 +146,9 @@ def _meeting(arg: Any, spec: PartitionSpec) -> Any:
         where = compat.explicit_sharding(f.value)
         if where is None:
             return f
-        own = where.update(spec=spec_along(f.dims, spec))
-        return Factor(jax.sharding.reshard(f.value, own), f.dims)
+        return f.map(jax.sharding.reshard, where.update(spec=spec_along(f.dims, spec)))
 
-    return arg.moved(arg.base, move, arg.axes) if is_weight(arg) else arg
+    return arg.moved(arg.base, move) if is_weight(arg) else arg
 
 
 def _shard_map(ctx: Context, eqn: Equation, args: Sequence) -> list:

@@ -74,7 +74,7 @@ def _conv(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     dtype = meeting(x.dtype, w.dtype, y.dtype)
     # Below, x is the branch's alone: the base has seen it whole.
     x = dropout(cast(x, dtype), w, ctx.use())
-    first = Factor(times(cast(first.value, x.dtype), w.scale), first.dims)
+    first = first.map(cast, x.dtype).map(times, w.scale)
     where = compat.explicit_sharding(y)
     h = _conv_down(eqn, w.ndim, x, first, where)
     # h: (..., batch·groups, ..., rank, ...); B: (rank, out) -> (rank, groups, out / groups)

@@ -28,7 +28,7 @@ class Interpreter:
         self.policy = policy  # of jax.checkpoint, for the bodies of scans that weights enter
         self.saves = False  # whether there was such a body
         self.events: dict[tuple, Use] = {}
-        self._body = Running([], {}, 0)
+        self.body = Running([], {}, 0)  # that is run now
         self._jits: dict = {}  # see `once`
         self._uses = 0
 
@@ -50,7 +50,7 @@ class Interpreter:
         still += [v for v, x in zip(jaxpr.invars, args) if is_weight(x)]
         body = Running(jaxpr.eqns, env, scopes, [*jaxpr.constvars, *still])
         # Bodies nest: rules run those inside by this method.
-        outer, self._body = self._body, body
+        outer, self.body = self.body, body
         repeats = Repeats(jaxpr) if any(map(is_weight, args)) else None
         try:
             for run in self._runs(jaxpr.eqns):
@@ -60,9 +60,9 @@ class Interpreter:
                 else:
                     for eqn in run:
                         self.evaluate(eqn)
-            return [self._body.read(v) for v in jaxpr.outvars]
+            return [self.body.read(v) for v in jaxpr.outvars]
         finally:
-            self._body = outer
+            self.body = outer
 
     def _runs(self, eqns: Sequence) -> Iterator[list]:
         """The equations in order: neighbours of one scope that no weight enters, together.
@@ -71,7 +71,7 @@ class Interpreter:
         """
         run: list = []
         for eqn in eqns:
-            if id(eqn) in self._body.done:  # it was made with a sibling
+            if id(eqn) in self.body.done:  # it was made with a sibling
                 continue
             plain = self._is_plain(eqn)
             if run and not (plain and compat.scopes(eqn) == compat.scopes(run[0])):
@@ -86,23 +86,23 @@ class Interpreter:
 
     def _is_plain(self, eqn: Equation) -> bool:
         # What the run itself makes is not there yet; plain equations make no weights.
-        values = [self._body.env.get(v) for v in eqn.invars if not isinstance(v, compat.Literal)]
+        values = [self.body.env.get(v) for v in eqn.invars if not isinstance(v, compat.Literal)]
         return not eqn.effects and not any(is_weight(v) or is_waiting(v) for v in values)
 
     def _repeated(self, run: list, body: Body, first: Body) -> None:
         """A run that equals an earlier one, by the function of that: JAX keeps its derivative."""
-        args = [self._body.read(v) for v in body.invars]
+        args = [self.body.read(v) for v in body.invars]
         evaluate = functools.partial(self.run, first, (), scopes=first.scopes)
         # The names that all of the run share are this call's; inside come those of the first run,
         # less the names that all of that share.
-        with compat.eqn_context(run[0], slice(self._body.scopes, body.scopes)):
+        with compat.eqn_context(run[0], slice(self.body.scopes, body.scopes)):
             inlined = lambda f, _: jax.jit(f, inline=compat.INLINED)
             outs = self.once(first, evaluate, args, run[0], "run", inlined)
-        self._body.env.update(zip(body.outvars, outs))
+        self.body.env.update(zip(body.outvars, outs))
 
     def evaluate(self, eqn: Equation) -> None:
-        values = [self._body.read(v) for v in eqn.invars]
-        with compat.eqn_context(eqn, slice(self._body.scopes, None)):
+        values = [self.body.read(v) for v in eqn.invars]
+        with compat.eqn_context(eqn, slice(self.body.scopes, None)):
             outs = self._equation(eqn, values)
         self.made(eqn, outs)
 
@@ -154,26 +154,26 @@ class Interpreter:
 
     def made(self, eqn: Equation, outs: Sequence) -> None:
         """Takes the outputs of an equation of the body."""
-        self._body.done.add(id(eqn))
-        self._body.env.update(zip(eqn.outvars, outs))
+        self.body.done.add(id(eqn))
+        self.body.env.update(zip(eqn.outvars, outs))
 
     def siblings(self, eqn: Equation, side: int) -> list:
         """The later dot_generals of the body that multiply the same input, operand `side` of `eqn`,
         with an adapted weight: (equation, which operand is the weight, the weight)."""
         found = []
-        for other, x_side in self._body.products_of(eqn.invars[side]):
+        for other, x_side in self.body.products_of(eqn.invars[side]):
             v = other.invars[1 - x_side]
-            if other is not eqn and id(other) not in self._body.done and self._reach(v):
-                w = self._body.read(v)
+            if other is not eqn and id(other) not in self.body.done and self._reach(v):
+                w = self.body.read(v)
                 if isinstance(w, AdaptedWeight):
                     found.append((other, 1 - x_side, w))
         return found
 
     def _reach(self, v: Any) -> bool:
         """Makes a value ahead of its turn, if it is only moved from what is there."""
-        if self._body.has(v):
+        if self.body.has(v):
             return True
-        eqn = self._body.maker(v)
+        eqn = self.body.maker(v)
         # Moves alone: making them early reads no data, and changes no product.
         if eqn is None or not may_move(eqn) or not all(map(self._reach, eqn.invars)):
             return False
@@ -224,18 +224,6 @@ class Interpreter:
         out = eqn.primitive.bind(*values, **params)
         return list(out) if eqn.primitive.multiple_results else [out]
 
-    def constant(self, v: Any) -> bool:
-        """Whether a value of the body is made of parameters and constants alone."""
-        return self._body.constant(v)
-
-    def varies(self, v: Any) -> set[int]:
-        """The axes along which the elements of a value of the body may differ."""
-        return self._body.varies(v)
-
-    def leaves_of(self, v: Any) -> set:
-        """The leaves that a value of the body is made of."""
-        return self._body.leaves_of(v)
-
     def use(self) -> int:
         """A number that no other use has: it tells dropout masks apart."""
         self._uses += 1
@@ -254,28 +242,20 @@ class Interpreter:
         name: str | None = None,
         plan: str = "",
         why: str = "",
+        consumed: Iterable[int] = (),
     ) -> None:
-        """Records a use, with the weight's axes by their part in it: in, out, batch."""
-        axes = [{axis for d in part for axis in w.axes[d]} for part in dims]
-        self._record(w, eqn, axes, how, name or eqn.primitive.name, plan, why)
-
-    def _record(
-        self,
-        w: Followed,
-        eqn: Equation,
-        axes: Sequence[set],
-        how: str,
-        name: str,
-        plan: str = "",
-        why: str = "",
-    ) -> None:
-        """The same, in terms of the axes of the leaf; an axis has the first part that it is in."""
-        inner, outer, batch = axes
-        # An axis that a loop or an index consumed is a batch axis, if it is neither in nor out.
-        axes = inner, outer - inner, (batch | set(w.stacked)) - inner - outer
-        inner, outer, batch = (tuple(sorted(a)) for a in axes)
+        """Records a use, with the weight's axes by their part in it: in, out, batch. `consumed`:
+        axes of the leaf that the weight has no more, and that were in axes."""
+        inner, outer, batch = ({axis for d in part for axis in w.axes[d]} for part in dims)
+        inner |= {*consumed}
+        # An axis that a loop or an index consumed is a batch axis, if it is neither in nor out. An
+        # axis has the first part that it is in.
+        parts = inner, outer - inner, (batch | {*w.stacked}) - inner - outer
+        in_axes, out_axes, batch_axes = (tuple(sorted(a)) for a in parts)
         dilated = max(eqn.params.get("rhs_dilation") or (1,)) > 1
-        use = Use(name, how, compat.source_line(eqn), inner, outer, batch, plan, dilated, why)
+        name = name or eqn.primitive.name
+        line = compat.source_line(eqn)
+        use = Use(name, how, line, in_axes, out_axes, batch_axes, plan, dilated, why)
         # By the equation, so that one that is evaluated again counts once.
         self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
 
@@ -284,8 +264,7 @@ class Interpreter:
     ) -> jax.Array:
         """The plain array that an equation without a rule needs."""
         if w.indexed:  # rows of a table that turned out to be activations
-            rest = {axis for dim in w.axes for axis in dim}
-            self._record(w, eqn, (set(w.indexed), rest, set()), LOW_RANK, "gather")
+            self.used(w, eqn, ((), range(w.ndim), ()), name="gather", consumed=w.indexed)
         elif not isinstance(w, Coded):
             self.used(w, eqn, how=MATERIALISED, name=name, why=why)
         return w.array()

@@ -36,7 +36,7 @@ def _sum(
     rest = [v for i, v in enumerate(eqn.invars) if i not in of]
     if any(w.indexed for w in parts):
         return ROWS
-    if not all(map(ctx.constant, rest)):
+    if not all(map(ctx.body.constant, rest)):
         return DATA
     # An axis that comes from no axis of the leaf is a repetition.
     if any(n != 1 and not w.axes[d] for w in parts for d, n in enumerate(w.shape)) and rest:
@@ -106,7 +106,7 @@ def _alike(parts: Sequence[AdaptedWeight]) -> list[tuple[Factor, Factor]] | str:
     some = {PART: 1} if any(w.a.has(PART) for w in parts) else {}
     pairs = []
     for w in parts:
-        a, b = Factor(times(w.a.value, w.scale), w.a.dims).spread(some), w.b.spread(some)
+        a, b = w.a.map(times, w.scale).spread(some), w.b.spread(some)
         orders = (a, b), (b, a)  # of Wᵀ the factors change places
         misfit = lambda pair: sum(len({*f.dims} ^ dims) for f, dims in zip(pair, want))
         pairs.append(min(orders, key=misfit))
@@ -140,10 +140,16 @@ def _beside(
 
 
 def _along(dim: int, factors: Sequence[Factor]) -> Factor:
+    """The factors side by side along an axis."""
+    values, dims = _values(factors)
+    return Factor(lax.concatenate(values, dims.index(dim)), dims)
+
+
+def _values(factors: Sequence[Factor]) -> tuple[list[jax.Array], tuple[int, ...]]:
+    """Their arrays, of one type and order of axes; and that order."""
     dims = factors[0].dims
     dtype = jnp.result_type(*(f.value.dtype for f in factors))
-    values = [cast(f.order(dims).value, dtype) for f in factors]
-    return Factor(lax.concatenate(values, dims.index(dim)), dims)
+    return [cast(f.order(dims).value, dtype) for f in factors], dims
 
 
 def _seeds(weights: Sequence[AdaptedWeight], dim: int) -> list[Factor]:
@@ -173,7 +179,7 @@ def _select(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     if all(map(is_weight, cases)) and _one_and_the_same(cases):
         base = ctx.bind(eqn, [which, *(w.base for w in cases)])[0]
         return [cases[0].with_base(base)]
-    dims = ctx.varies(eqn.invars[0])
+    dims = ctx.body.varies(eqn.invars[0])
     # Operand 0 only chooses: inputs may enter it.
     at, parts = [0], []
     for i, w in enumerate(cases):
@@ -237,7 +243,7 @@ def _side_by_side(
     base = ctx.bind(eqn, [w.base if is_weight(w) else w for w in args])[0]
     if isinstance(first, Probe):
         rest = [v for v, x in zip(eqn.invars, args) if not is_weight(x)]
-        if not all(map(ctx.constant, rest)):
+        if not all(map(ctx.body.constant, rest)):
             return DATA
         return [dataclasses.replace(first, base=base, a=None, **labels)]
     if any(w.tokens is not None for w in weights):
@@ -246,7 +252,7 @@ def _side_by_side(
         return RATES
     if not any(f.has(dim) for w in weights for f in (w.a, w.b)):
         # A new axis, or one of repeats: a stack. Along it every factor is constant.
-        along = lambda w: w.moved(w.base, lambda f: f.spread({dim: w.shape[dim]}), w.axes)
+        along = lambda w: w.moved(w.base, lambda f: f.spread({dim: w.shape[dim]}))
         weights = list(map(along, weights))
     gains = [w.gain for w in weights if w.gain is not None]
     if any({*g.dims} != {*gains[0].dims} or not g.has(dim) for g in gains):
@@ -260,7 +266,7 @@ def _side_by_side(
     for w in placed:
         # An array that is stacked has no axis `dim` yet, and takes one place.
         stop = start + w.shape[dim] if is_weight(w) or w.ndim == base.ndim else start + 1
-        around += [{dim: (start, base.shape[dim] - stop)}] if is_weight(w) else []
+        around += [{dim: (start, base.shape[dim] - stop, 0)}] if is_weight(w) else []
         start = stop
     firsts, seconds = zip(*pairs)
     if stacked:  # of one rank, and one number of parts: the largest
@@ -279,9 +285,7 @@ def _side_by_side(
 
 
 def _total(factors: Sequence[Factor]) -> Factor:
-    dims = factors[0].dims
-    dtype = jnp.result_type(*(f.value.dtype for f in factors))
-    values = [cast(f.order(dims).value, dtype) for f in factors]
+    values, dims = _values(factors)
     return Factor(functools.reduce(lax.add, values), dims)
 
 
@@ -289,16 +293,10 @@ def _placed(factors: Sequence[Factor], around: Sequence[dict], *grow: int) -> li
     """Each factor with zeros around it, so many along each axis, and after it along the axes
     `grow` up to the largest."""
     most = {d: max(f.size(d) for f in factors) for d in grow if factors[0].has(d)}
-    found = []
-    for f, at in zip(factors, around):
-        ends = at | {d: (0, n - f.size(d)) for d, n in most.items()}
-        # (low, high, none in between) of each axis, as lax.pad takes them
-        config = [(*ends.get(d, (0, 0)), 0) for d in f.dims]
-        some = any(low or high for low, high, _ in config)
-        found.append(
-            Factor(lax.pad(f.value, jnp.zeros((), f.value.dtype), config), f.dims) if some else f
-        )
-    return found
+    return [
+        f.padded(at | {d: (0, n - f.size(d), 0) for d, n in most.items()})
+        for f, at in zip(factors, around)
+    ]
 
 
 RULES: dict[str, Rule] = {

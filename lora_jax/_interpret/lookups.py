@@ -7,7 +7,7 @@ a stack W (E, d, k), A (E, d, r), B (E, r, k) gives W (T, d, k), A (T, d, r), B 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,41 +15,66 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core.geometry import Factor
-from lora_jax._interpret.rule import INDEX, Context, Equation, Function, Rule, read_first
-from lora_jax._nodes.weight import AdaptedWeight, Followed, Probe, is_weight
+from lora_jax._interpret.rule import INDEX, Context, Equation, Rule, read_first
+from lora_jax._nodes.weight import AdaptedWeight, Followed, is_weight
 
 
-def _gather_rule(fn: Callable) -> Function:
-    """Indexing picks weights from a stack (experts, layers) or rows of a table: fn(ctx, eqn, w,
-    picked, indexed, rest), of the weight before and after, the axes that were indexed, and those
-    that were not."""
+def _gather(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
+    """Indexing picks weights from a stack (experts, layers) or rows of a table: both factors are
+    looked up, and multiplied where the rows are used."""
+    (w, indices), p = args, eqn.params
+    dn = p["dimension_numbers"]
+    if is_weight(indices):
+        return INDEX
+    if dn.operand_batching_dims:
+        return "each of a stack of weights has its own indices: use jax.lax.map for jax.vmap"
+    sizes, start_map = p["slice_sizes"], dn.start_index_map
+    # An axis of which all is taken is none that is indexed.
+    indexed = tuple(d for d in start_map if sizes[d] < w.shape[d])
+    rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
+    base = ctx.bind(eqn, [w.base, indices])[0]
+    axes: list[tuple[int, ...]] = [()] * base.ndim
+    # Where the axes that are left lie in the result; its others are those of the indices.
+    for old, new in zip(rest, dn.offset_dims):
+        axes[new] = w.axes[old]
+    taken = tuple(axis for d in indexed for axis in w.axes[d])
+    lead = [d for d in range(base.ndim) if d not in dn.offset_dims]
+    fixed = ctx.body.constant(eqn.invars[1])  # a permutation, or a choice of the program's own
+    if fixed and len(indexed) == len(lead) == 1 and indexed == dn.collapsed_slice_dims:
+        axes[lead[0]], taken = taken, ()
+    move = lambda f: _gather_factor(f, w, indices, p, base.ndim)
+    picked = _masked(w, w.moved(base, move, axes, taken), indices, p)
+    return _rows_or_weights(ctx, eqn, w, picked, indexed, rest, fixed)
 
-    def whole(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
-        (w, indices), p = args, eqn.params
-        dn = p["dimension_numbers"]
-        if is_weight(indices):
-            return INDEX
-        if dn.operand_batching_dims:
-            return "each of a stack of weights has its own indices: use jax.lax.map for jax.vmap"
-        sizes, start_map = p["slice_sizes"], dn.start_index_map
-        # An axis of which all is taken is none that is indexed.
-        indexed = tuple(d for d in start_map if sizes[d] < w.shape[d])
-        rest = [d for d in range(w.ndim) if d not in dn.collapsed_slice_dims]
-        base = ctx.bind(eqn, [w.base, indices])[0]
-        axes: list[tuple[int, ...]] = [()] * base.ndim
-        # Where the axes that are left lie in the result; its others are those of the indices.
-        for old, new in zip(rest, dn.offset_dims):
-            axes[new] = w.axes[old]
-        taken = tuple(axis for d in indexed for axis in w.axes[d])
-        lead = [d for d in range(base.ndim) if d not in dn.offset_dims]
-        if len(indexed) == len(lead) == 1 and indexed == dn.collapsed_slice_dims:
-            if ctx.constant(eqn.invars[1]):  # a permutation, or a choice of the program's own
-                axes[lead[0]], taken = taken, ()
-        move = lambda f: _gather_factor(f, w, indices, p, base.ndim)
-        picked = _masked(w, w.moved(base, move, axes, taken), indices, p)
-        return fn(ctx, eqn, w, picked, indexed, rest)
 
-    return whole
+def _rows_or_weights(
+    ctx: Context,
+    eqn: Equation,
+    w: Followed,
+    picked: Followed,
+    indexed: Sequence[int],
+    rest: Sequence[int],
+    fixed: bool,
+) -> list:
+    """What was picked along the axes `indexed`, which `fixed` indices choose or data.
+
+    It may not be known yet whether these are rows, or weights of a stack. The next use tells: see
+    `Interpreter.materialise`.
+    """
+    if isinstance(w, AdaptedWeight):
+        # An index along in or out axes picks rows; along batch axes, which both factors have,
+        # weights.
+        known = all(f.has(d) for f in (w.a, w.b) for d in indexed)
+    else:
+        # More than one axis may be a matrix.
+        if not fixed and sum(n != 1 for n in eqn.params["slice_sizes"]) <= 1:
+            ctx.used(w, eqn, (indexed, rest, ()), name="gather")
+            return [picked.base]
+        known = False
+    taken = {axis for d in indexed for axis in w.axes[d]}
+    if known or not taken:
+        return [picked]
+    return [dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken}))]
 
 
 def _masked(w: Followed, picked: Followed, indices: jax.Array, p: Mapping[str, Any]) -> Followed:
@@ -80,34 +105,6 @@ def _masked(w: Followed, picked: Followed, indices: jax.Array, p: Mapping[str, A
     return dataclasses.replace(picked, **masked)
 
 
-def _gather(
-    ctx: Context, eqn: Equation, w: AdaptedWeight, picked: AdaptedWeight, indexed: tuple, rest: list
-) -> list:
-    """Both factors are looked up, and multiplied where the rows are used."""
-    # An index along in or out axes picks rows; along batch axes, which both factors have, weights.
-    stack = all(f.has(d) for f in (w.a, w.b) for d in indexed)
-    return [picked if stack else _undecided(w, picked, indexed)]
-
-
-def _probed_gather(
-    ctx: Context, eqn: Equation, w: Probe, picked: Probe, indexed: tuple, rest: list
-) -> list:
-    p = eqn.params
-    # What is left may be a matrix; or it is a permutation.
-    if sum(p["slice_sizes"][d] != 1 for d in rest) > 1 or ctx.constant(eqn.invars[1]):
-        return [_undecided(w, picked, indexed)]
-    ctx.used(w, eqn, (indexed, rest, ()))
-    return [picked.base]
-
-
-def _undecided(w: Followed, picked: Followed, indexed: tuple) -> Followed:
-    """Rows, or weights picked from a stack? The next use tells: see `Interpreter.materialise`."""
-    taken = {axis for d in indexed for axis in w.axes[d]}
-    if not taken:
-        return picked
-    return dataclasses.replace(picked, indexed=tuple({*w.indexed, *taken}))
-
-
 def _coded_gather(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     w, indices = args
     if is_weight(indices):
@@ -127,8 +124,7 @@ def _gather_factor(
     # Which of the n positions are along axes that this factor has.
     columns = [i for i, d in enumerate(dn.start_index_map) if f.has(d)]
     if not columns:  # nothing that it has is indexed
-        value = lax.slice(f.value, [0] * f.value.ndim, sizes)
-        return Factor(value, f.dims).relabel(label)
+        return f.map(lax.slice, [0] * f.value.ndim, sizes).relabel(label)
     kept = [d for d in f.dims if d not in dn.collapsed_slice_dims]  # the rank among them
     lead = indices.ndim - 1
     # The gather of the weight, in the factor's axes: (*lead, *kept).
@@ -165,23 +161,18 @@ def _dynamic_slice(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
         # All of the rank. Starts are clamped for a factor as they are for the base.
         at = [jnp.zeros_like(starts[0]) if d < 0 else starts[d] for d in f.dims]
         size = [f.size(d) if d < 0 else sizes[d] for d in f.dims]
-        return Factor(lax.dynamic_slice(f.value, at, size), f.dims)
+        return f.map(lax.dynamic_slice, at, size)
 
     cut = tuple(d for d, n in enumerate(sizes) if n < w.shape[d])
-    picked = w.moved(base, move, w.axes)
+    picked = w.moved(base, move)
     # A part that no input chooses is a weight; one that an input chooses may be rows.
-    if all(map(ctx.constant, eqn.invars[1:])) or not cut:
+    if all(map(ctx.body.constant, eqn.invars[1:])) or not cut:
         return [picked]
-    if isinstance(w, AdaptedWeight):
-        stack = all(f.has(d) for f in (w.a, w.b) for d in cut)
-        return [picked if stack else _undecided(w, picked, cut)]
-    if sum(n != 1 for n in sizes) > 1:
-        return [_undecided(w, picked, cut)]
-    ctx.used(w, eqn, (cut, [d for d in range(w.ndim) if d not in cut], ()), name="gather")
-    return [base]
+    rest = [d for d in range(w.ndim) if d not in cut]
+    return _rows_or_weights(ctx, eqn, w, picked, cut, rest, False)
 
 
 RULES: dict[str, Rule] = {
     "dynamic_slice": read_first(_dynamic_slice),
-    "gather": Rule(_gather_rule(_gather), _gather_rule(_probed_gather), _coded_gather),
+    "gather": Rule(_gather, _gather, _coded_gather),
 }

@@ -7,6 +7,7 @@ W (in, out) with A (in, r) and B (r, out), out as (heads, size) reshapes B alone
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -54,27 +55,17 @@ def _slice(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     strides = p["strides"] or (1,) * w.ndim
 
     def move(f: Factor) -> Factor:
-        # From 0 to r by 1 along the rank: all of it.
-        start, limit, step = (
-            [r(d) if d < 0 else q[d] for d in f.dims]
-            for q, r in (
-                (p["start_indices"], lambda d: 0),
-                (p["limit_indices"], f.size),
-                (strides, lambda d: 1),
-            )
-        )
-        return Factor(lax.slice(f.value, start, limit, step), f.dims)
+        # (start, limit, stride) of each axis: from 0 to r by 1 along the rank, all of it.
+        own = [*zip(p["start_indices"], p["limit_indices"], strides)]
+        return f.map(lax.slice, *zip(*((0, f.size(d), 1) if d < 0 else own[d] for d in f.dims)))
 
-    return w.moved(base(), move, w.axes)
+    return w.moved(base(), move)
 
 
 def _rev(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     flipped = eqn.params["dimensions"]
-
-    def move(f: Factor) -> Factor:
-        return Factor(lax.rev(f.value, [i for i, d in enumerate(f.dims) if d in flipped]), f.dims)
-
-    return w.moved(base(), move, w.axes)
+    own = lambda f: [i for i, d in enumerate(f.dims) if d in flipped]
+    return w.moved(base(), lambda f: f.map(lax.rev, own(f)))
 
 
 def _convert(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
@@ -98,14 +89,14 @@ def _stop_gradient(ctx: Context, eqn: Equation, args: Sequence) -> list:
     if w.stopped:  # the program freezes the parameter: the adapter trains
         return [w.with_base(base)]
     # A target, a straight-through estimator, rows that were looked up: a constant to the gradient.
-    return [w.moved(base, lambda f: Factor(lax.stop_gradient(f.value), f.dims), w.axes)]
+    return [w.moved(base, lambda f: f.map(lax.stop_gradient))]
 
 
 def _mul(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
     """By a scalar, or along axes of one factor: exact on that factor as well."""
     by = 0 if is_weight(args[1]) else 1
     if is_weight(args[by]):  # of two weights the one that is a vector along the other
-        axes = [ctx.varies(v) for v in eqn.invars]
+        axes = [ctx.body.varies(v) for v in eqn.invars]
         by = 0 if axes[0] < axes[1] else 1
         # A proper subset: a vector along the other, or a scalar.
         if not axes[by] < axes[1 - by]:
@@ -129,12 +120,12 @@ def _times(
     moved = spread_to(w, eqn.outvars[0].aval.shape)
     if moved is None:
         return REPEATED
-    if isinstance(w, Probe) and ctx.leaves_of(eqn.invars[by]) & {*origins(w)}:
+    if isinstance(w, Probe) and ctx.body.leaves_of(eqn.invars[by]) & {*origins(w)}:
         return "it is scaled by what is made of it"  # no linear map
     c = ctx.materialise(args[by], eqn) if is_weight(args[by]) else args[by]
     # The operands in their order, with the factor c and the weight's base.
     base = ctx.bind(eqn, [c if i == by else x.base for i, x in ((0, args[0]), (1, args[1]))])[0]
-    out = scaled_along(moved, base, c, ctx.varies(eqn.invars[by]), op)
+    out = scaled_along(moved, base, c, ctx.body.varies(eqn.invars[by]), op)
     return out if isinstance(out, str) else [out]
 
 
@@ -169,10 +160,7 @@ def scaled_along(
         at = [d for d in f.dims if d in order]
         # c lies in the order of `dims`, sorted; the factor's axes may stand in another.
         c_ = lax.transpose(c, [order.index(d) for d in at])
-        return Factor(
-            op(f.value, lax.broadcast_in_dim(c_, f.value.shape, list(map(f.dims.index, at)))),
-            f.dims,
-        )
+        return f.map(op, lax.broadcast_in_dim(c_, f.value.shape, [*map(f.dims.index, at)]))
 
     moved: dict[str, Any] = {name: along(w.parts[name])}
     out = dataclasses.replace(w, base=base, **moved)
@@ -194,18 +182,9 @@ def spread_to(w: Followed, shape: Sequence[int]) -> Followed | None:
 
 def _split(ctx: Context, eqn: Equation, args: Sequence) -> list:
     (w,), dim = args, eqn.params["axis"]
-    bases, outs, start = ctx.bind(eqn, [w.base]), [], 0
-    for base, size in zip(bases, eqn.params["sizes"]):
-        stop = start + int(size)
-
-        def part(f: Factor, start: int = start, stop: int = stop) -> Factor:
-            if not f.has(dim):
-                return f
-            return Factor(lax.slice_in_dim(f.value, start, stop, axis=f.dims.index(dim)), f.dims)
-
-        outs.append(w.moved(base, part, w.axes))
-        start = stop
-    return outs
+    ends = [0, *itertools.accumulate(map(int, eqn.params["sizes"]))]
+    part = lambda base, *at: w.moved(base, lambda f: f.cut(dim, *at))
+    return [*map(part, ctx.bind(eqn, [w.base]), ends, ends[1:])]
 
 
 def _unstack(ctx: Context, eqn: Equation, args: Sequence) -> list:
@@ -214,12 +193,7 @@ def _unstack(ctx: Context, eqn: Equation, args: Sequence) -> list:
     label = {d: d - (d > dim) for d in range(w.ndim) if d != dim}
 
     def one(base: Any, i: int) -> Followed:
-        at = lambda f: (
-            f.value
-            if not f.has(dim)
-            else lax.slice_in_dim(f.value, i, i + 1, axis=f.dims.index(dim))
-        )
-        part = w.moved(w.base, lambda f: Factor(at(f), f.dims), w.axes)
+        part = w.moved(w.base, lambda f: f.cut(dim, i, i + 1))
         return part.relabelled(base, label, stacked)
 
     return [one(base, i) for i, base in enumerate(ctx.bind(eqn, [w.base]))]
@@ -235,30 +209,17 @@ def _pad(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | s
     if w.gain is not None:
         return GAIN
     # What is padded has no update: one factor at least must be zero there.
-    w = _in_a_factor(w, padded)
-
-    def move(f: Factor) -> Factor:
-        ends = [config.get(d, (0, 0, 0)) for d in f.dims]
-        return Factor(lax.pad(f.value, jnp.zeros((), f.value.dtype), ends), f.dims)
-
-    out = w.moved(base(), move, w.axes)
+    new = {d: w.shape[d] for d in padded if not w.a.has(d) and not w.b.has(d)}
+    w = dataclasses.replace(w, a=w.a.spread(new))
+    out = w.moved(base(), lambda f: f.padded(config))
     # Beside a row there is what it is padded with, and not the row's.
     return out if all(map(w.a.has, padded)) else dataclasses.replace(out, rows=None)
 
 
-def _in_a_factor(w: AdaptedWeight, dims: Collection[int]) -> AdaptedWeight:
-    """The weight with the axes that neither factor has in its A."""
-    new = {d: w.shape[d] for d in dims if not w.a.has(d) and not w.b.has(d)}
-    return dataclasses.replace(w, a=w.a.spread(new))
-
-
 def _tile(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     reps = eqn.params["reps"]
-
-    def move(f: Factor) -> Factor:
-        return Factor(lax.tile(f.value, [1 if d < 0 else reps[d] for d in f.dims]), f.dims)
-
-    return w.moved(base(), move, w.axes)
+    own = lambda f: [1 if d < 0 else reps[d] for d in f.dims]
+    return w.moved(base(), lambda f: f.map(lax.tile, own(f)))
 
 
 def _barrier(ctx: Context, eqn: Equation, args: Sequence) -> list:
@@ -272,7 +233,6 @@ def _sharding_constraint(ctx: Context, eqn: Equation, args: Sequence) -> list:
     base = ctx.bind(eqn, [w.base])[0]
     if not isinstance(sharding, NamedSharding):
         return [w.with_base(base)]
-
     return [_along(w, base, sharding, lax.with_sharding_constraint)]
 
 
@@ -290,11 +250,8 @@ def _reshard(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
 def _along(w: Followed, base: Any, sharding: NamedSharding, place: Callable) -> Followed:
     """The weight on its new base, each factor placed along the axes that it shares with it."""
 
-    def move(f: Factor) -> Factor:
-        own = NamedSharding(sharding.mesh, spec_along(f.dims, sharding.spec))
-        return Factor(place(f.value, own), f.dims)
-
-    return w.moved(base, move, w.axes)
+    own = lambda f: NamedSharding(sharding.mesh, spec_along(f.dims, sharding.spec))
+    return w.moved(base, lambda f: f.map(place, own(f)))
 
 
 def _all_gather(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed | str:
@@ -307,16 +264,15 @@ def _all_gather(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Follo
     def move(f: Factor) -> Factor:
         if not f.has(dim):  # each device has all of it
             return f
-        return Factor(
-            lax.all_gather(f.value, p["axis_name"], axis=f.dims.index(dim), tiled=True), f.dims
-        )
+        at = f.dims.index(dim)
+        return f.map(lambda x: lax.all_gather(x, p["axis_name"], axis=at, tiled=True))
 
-    return w.moved(base(), move, w.axes)
+    return w.moved(base(), move)
 
 
 def _pvary(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Followed:
     axes = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
-    return w.moved(base(), lambda f: Factor(compat.vary(f.value, axes), f.dims), w.axes)
+    return w.moved(base(), lambda f: f.map(compat.vary, axes))
 
 
 RULES: dict[str, Rule] = {

@@ -63,7 +63,7 @@ def _with_repeats(w: AdaptedWeight, blocks: Sequence) -> AdaptedWeight:
                 f = f.spread({d: w.shape[d] for d in big if not (a.has(d) or b.has(d))})
         return f
 
-    return w.moved(w.base, move, w.axes)
+    return w.moved(w.base, move)
 
 
 def _one_sided(w: AdaptedWeight, blocks: Sequence) -> AdaptedWeight:
@@ -108,7 +108,7 @@ def _whole(f: Factor, d: int) -> Factor:
     if where is None:
         return f
     spec = PartitionSpec(*(None if e == d else s for e, s in zip(f.dims, where.spec)))
-    return Factor(jax.sharding.reshard(f.value, where.update(spec=spec)), f.dims)
+    return f.map(jax.sharding.reshard, where.update(spec=spec))
 
 
 def _runs_along(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
@@ -163,7 +163,7 @@ def _reduce_sum(eqn: Equation, w: Followed, base: Base, rest: Sequence) -> Follo
         base(), move, [w.axes[d] for d in kept], {axis for d in gone for axis in w.axes[d]}
     )
     # On A alone, as A·B is linear in it.
-    return dataclasses.replace(out, a=Factor(times(out.a.value, float(many)), out.a.dims))
+    return dataclasses.replace(out, a=out.a.map(times, float(many)))
 
 
 RULES: dict[str, Rule] = {

@@ -29,6 +29,11 @@ class Constants:
     # (position or name, value) of the static arguments
     static: tuple
 
+    def with_arrays(self, arrays: Iterable) -> Any:
+        arrays = iter(arrays)
+        leaves = [next(arrays) if x is _ARRAY else x for x in self.leaves]
+        return jax.tree.unflatten(self.treedef, leaves)
+
 
 _ARRAY = object()
 
@@ -79,9 +84,7 @@ class Traceable:
 
     def objects(self, constants: Constants, arrays: Iterable) -> tuple:
         """((arguments, named ones) with new NNX objects, what these hold)."""
-        arrays = iter(arrays)
-        leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
-        return nnx_calls.unpack(*jax.tree.unflatten(constants.treedef, leaves))
+        return nnx_calls.unpack(*constants.with_arrays(arrays))
 
     def call(self, constants: Constants, arrays: Iterable) -> tuple:
         """(what the function returns, what it changed of the NNX objects among its arguments)."""
@@ -93,9 +96,7 @@ class Traceable:
 
     def parameters(self, constants: Constants, arrays: Iterable) -> list[bool]:
         """Which arrays came in an argument that holds a weight: parameters, no data."""
-        arrays = iter(arrays)
-        leaves = [next(arrays) if x is _ARRAY else x for x in constants.leaves]
-        (args, kwargs), objects = jax.tree.unflatten(constants.treedef, leaves)
+        (args, kwargs), objects = constants.with_arrays(arrays)
         found = []
         # NNX objects share one state, and so count as one argument.
         for argument in (*args, *kwargs.values(), objects):

@@ -84,7 +84,7 @@ class Stored(Waiting):
             base = w.base
             late = ordered(after, base.codes if is_quantized(base) else base)
             base = dataclasses.replace(base, codes=late) if is_quantized(base) else late
-            w = dataclasses.replace(w, base=base, a=Factor(ordered(after, w.a.value), w.a.dims))
+            w = dataclasses.replace(w, base=base, a=w.a.map(lambda a: ordered(after, a)))
         how = dict(in_axes=self.in_axes, stack=self.stack, double=self.double)
         return self._moved(rounded(w.materialise(), self.format, **how))
 

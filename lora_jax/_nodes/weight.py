@@ -94,14 +94,15 @@ class Followed:
         self,
         base: Any,
         move: Callable[[Factor], Factor],
-        axes: Iterable[tuple[int, ...]],
+        axes: Iterable[tuple[int, ...]] | None = None,
         stacked: Iterable[int] = (),
     ) -> Self:
-        """The weight after a change of shape: `move` carries each factor along."""
+        """The weight after a change: `move` carries each factor along; without `axes` each axis
+        stays where it is."""
         return dataclasses.replace(
             self,
             base=base,
-            axes=tuple(axes),
+            axes=self.axes if axes is None else tuple(axes),
             stacked=tuple(sorted({*self.stacked, *stacked})),
             **{name: move(f) for name, f in self.parts.items()},
         )
@@ -214,8 +215,8 @@ class AdaptedWeight(Followed):
         return self.drops or self.tokens is not None
 
     def scaled(self, base: Any, scale: Callable[[jax.Array], jax.Array]) -> AdaptedWeight:
-        a = Factor(scale(self.a.value), self.a.dims)  # of A·B one factor is enough
-        return dataclasses.replace(self, base=base, a=a)
+        # of A·B one factor is enough
+        return dataclasses.replace(self, base=base, a=self.a.map(scale))
 
     def narrowed(self) -> AdaptedWeight:
         """With the slots alone that tokens name, where these are fewer: what reads all of a stack,
@@ -226,10 +227,8 @@ class AdaptedWeight(Followed):
         if not slots.ndim:
             return self.settled()
 
-        def move(f: Factor) -> Factor:
-            at = f.dims.index(SLOT)
-            return Factor(jnp.take(f.value, slots.reshape(-1), at, mode="clip"), f.dims)
-
+        flat = slots.reshape(-1)
+        move = lambda f: f.map(lambda x: jnp.take(x, flat, f.dims.index(SLOT), mode="clip"))
         own = jnp.arange(slots.size, dtype=slots.dtype).reshape(slots.shape)
         none = jnp.where(slots == -1, -1, slots.size)  # past the end: NaN
         tokens = jnp.where((slots >= 0) & (slots < many), own, none)

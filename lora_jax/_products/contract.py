@@ -72,9 +72,10 @@ class Product:
 
         The one that makes the cheaper first product comes first.
         """
-        label = dict(enumerate(self.wl)) | {d: d for d in self.w.a.dims if d < 0}
+        own = [d for d in self.w.a.dims if d < 0]  # of the factors alone: their labels
+        label = dict(enumerate(self.wl)) | dict(zip(own, own))
         size = dict(zip(xl, x.shape)) | dict(zip(self.wl, self.w.shape))
-        size |= {d: self.w.a.size(d) for d in self.w.a.dims if d < 0}
+        size |= {d: self.w.a.size(d) for d in own}
 
         def flops(first: Factor, second: Factor) -> int:
             fl, sl = ([label[d] for d in f.dims] for f in (first, second))
@@ -113,14 +114,12 @@ def contracted(
         slots = None if p.w.tokens is None else id(p.w.tokens)
         key = (al, left, p.params["precision"], p.whole, p.meeting(x), alone, slots)
         groups.setdefault(key, []).append(i)
-    done: dict[int, tuple] = {}
+    outs: list[Any] = [None] * len(products)
     for members in groups.values():
-        outs = _multiplied(x, xl, [products[i] for i in members], [parts[i] for i in members], mode)
-        done |= dict(zip(members, outs))
-    return [
-        (p.w.gained(y, p.out, p.wl), plan)
-        for p, (y, plan) in zip(products, (done[i] for i in range(len(products))))
-    ]
+        some, own = [products[i] for i in members], [parts[i] for i in members]
+        for i, p, (y, plan) in zip(members, some, _multiplied(x, xl, some, own, mode)):
+            outs[i] = p.w.gained(y, p.out, p.wl), plan
+    return outs
 
 
 def _multiplied(
