@@ -237,11 +237,6 @@ def primitive(
     p.multiple_results = True
     derived = derived or impl
 
-    # Outside of any jit a primitive runs this: one compiled program, not the steps of `impl`.
-    @functools.lru_cache(maxsize=1024)
-    def jitted(**params: Any) -> Callable:
-        return jax.jit(functools.partial(p.bind, **params))
-
     # Each equation asks for its types, and this traces `impl`: kept by types and parameters.
     @functools.lru_cache(maxsize=1024)
     def avals(*args: Any, **params: Any) -> list:
@@ -280,7 +275,8 @@ def primitive(
         outs, batched = batch(size, args, batched, **params)
         return outs, [0 if b else None for b in batched]
 
-    p.def_impl(lambda *args, **params: jitted(**params)(*args))
+    # Outside of any jit it runs as one compiled program, and not by the steps of `impl`.
+    p.def_impl(_of_one_trace(p.bind))
     p.def_abstract_eval(avals)
     # Lowered inline: what is compiled is `impl` itself, and no call.
     for platform, fn in {None: impl, **platforms}.items():

@@ -121,13 +121,9 @@ class Number:
 def _real(x: Any) -> float | None:
     """A finite number of any library as Python's; None of anything else."""
     try:
-        if is_real(x):
-            found = float(x)
-        elif getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, jnp.floating):
-            found = float(x)
-        else:
-            found = integer(x)
-            found = found if found is None else float(found)
+        scalar = getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, jnp.floating)
+        found = x if is_real(x) or scalar else integer(x)
+        found = None if found is None else float(found)
     except (TypeError, ValueError, OverflowError):
         # No array; an integer beyond any float.
         return None

@@ -54,12 +54,8 @@ def _joined(base: Any, parts: Sequence[Any]) -> Followed | str:
         return labels
     if isinstance(first, Probe):
         return dataclasses.replace(first, base=base, a=None, **labels)
-    if any(w.tokens is not None for w in parts):
-        return TOKENS
     if any(w.gain is not None for w in parts):
         return GAIN
-    if _rates_differ(parts):
-        return RATES
     pairs = _alike(parts)
     if isinstance(pairs, str):
         return pairs
@@ -68,11 +64,6 @@ def _joined(base: Any, parts: Sequence[Any]) -> Followed | str:
     return dataclasses.replace(
         first, base=base, a=a, b=b, seed=seed, rows=None, scale=1.0, **labels
     )
-
-
-def _rates_differ(parts: Sequence[AdaptedWeight]) -> bool:
-    # The joined branch has one rate, and a mask for each part.
-    return len({w.dropout if w.drops else 0.0 for w in parts}) > 1
 
 
 def _labels(parts: Sequence[Followed]) -> dict | str:
@@ -101,6 +92,11 @@ def _way(w: Followed) -> tuple:
 def _alike(parts: Sequence[AdaptedWeight]) -> list[tuple[Factor, Factor]] | str:
     """The factors of each weight, the scale in the first, in such an order and with such axes
     that all first ones run along the same axes, and all second ones do."""
+    if any(w.tokens is not None for w in parts):
+        return TOKENS
+    # The joined branch has one rate, and a mask for each part.
+    if len({w.dropout if w.drops else 0.0 for w in parts}) > 1:
+        return RATES
     # How the first weight's factors lie; others are taken in the order that fits better.
     want = [{*parts[0].a.dims}, {*parts[0].b.dims}]
     some = {PART: 1} if any(w.a.has(PART) for w in parts) else {}
@@ -246,10 +242,6 @@ def _side_by_side(
         if not all(map(ctx.body.constant, rest)):
             return DATA
         return [dataclasses.replace(first, base=base, a=None, **labels)]
-    if any(w.tokens is not None for w in weights):
-        return TOKENS
-    if _rates_differ(weights):
-        return RATES
     if not any(f.has(dim) for w in weights for f in (w.a, w.b)):
         # A new axis, or one of repeats: a stack. Along it every factor is constant.
         along = lambda w: w.moved(w.base, lambda f: f.spread({dim: w.shape[dim]}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lora_jax._core import compat
@@ -256,14 +256,9 @@ def _broadcast(eqn: Any, ins: Sequence[Value]) -> Axes:
     return tuple(axes)
 
 
-def _reduce(eqn: Any, ins: Sequence[Value]) -> Axes:
-    gone = eqn.params["axes"]
-    return tuple(t for d, t in enumerate(ins[0].axes) if d not in gone)
-
-
-def _squeeze(eqn: Any, ins: Sequence[Value]) -> Axes:
-    gone = eqn.params["dimensions"]
-    return tuple(t for d, t in enumerate(ins[0].axes) if d not in gone)
+def _without(name: str) -> Callable[[Any, Sequence[Value]], Axes]:
+    """What is left where the parameter `name` says which axes are gone."""
+    return lambda eqn, ins: tuple(t for d, t in enumerate(ins[0].axes) if d not in eqn.params[name])
 
 
 def _reshape(eqn: Any, ins: Sequence[Value]) -> Axes:
@@ -281,9 +276,10 @@ _RULES = {
     "dot_general": _dot,
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
-    "squeeze": _squeeze,
+    "squeeze": _without("dimensions"),
     "reshape": _reshape,
     **dict.fromkeys(
-        ["reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin"], _reduce
+        ["reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin"],
+        _without("axes"),
     ),
 }

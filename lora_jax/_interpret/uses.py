@@ -86,20 +86,9 @@ def _coded_dot(ctx: Context, eqn: Equation, side: int, w: Coded, x: jax.Array) -
     p = eqn.params
     if not jnp.issubdtype(x.dtype, jnp.floating) or p["out_sharding"] is not None:
         # `product` has no rule for these; here the whole weight is read.
-        return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
+        return _bound(ctx, eqn, side, w.base, x)
     xl = _own_labels(x)
-    member = Member(
-        _labels(eqn, side, xl, w.ndim),
-        (),  # there is no B
-        _out_labels(eqn, side, xl, w.ndim),
-        1.0,
-        eqn.outvars[0].aval.dtype,
-        p["precision"],
-        p["preferred_element_type"],
-        p["dimension_numbers"],
-        weight_first=side == 0,
-    )
-    return [product(x, xl, w.base, member)]
+    return [product(x, xl, w.base, _member(eqn, side, xl, w.ndim))]
 
 
 def _probed_dot(ctx: Context, eqn: Equation, side: int, w: Probe, x: jax.Array) -> list:
@@ -115,7 +104,7 @@ def _probed_dot(ctx: Context, eqn: Equation, side: int, w: Probe, x: jax.Array) 
         hl = [d for d in dict.fromkeys([*xl, *al]) if d not in inner]
         down = lambda x, a: contract(x, xl, a, al, hl, precision=lax.Precision.HIGHEST)
         x = observed(w, met, x, down)
-    return ctx.bind(eqn, [x, w.base] if side else [w.base, x])
+    return _bound(ctx, eqn, side, w.base, x)
 
 
 def _own_labels(x: jax.Array) -> Labels:
@@ -153,20 +142,33 @@ def _labels(eqn: Equation, side: int, xl: Labels, ndim: int) -> Labels:
     return tuple(xl[met[d]] if d in met else ("w", d) for d in range(ndim))
 
 
+def _member(eqn: Equation, side: int, xl: Labels, ndim: int) -> Member:
+    """x·W as the model wrote it."""
+    p = eqn.params
+    return Member(
+        _labels(eqn, side, xl, ndim),
+        _out_labels(eqn, side, xl, ndim),
+        eqn.outvars[0].aval.dtype,
+        precision=p["precision"],
+        preferred=p["preferred_element_type"],
+        numbers=p["dimension_numbers"],
+        weight_first=side == 0,
+        where=p["out_sharding"],
+    )
+
+
+def _bound(ctx: Context, eqn: Equation, side: int, w: Any, x: Any) -> list:
+    return ctx.bind(eqn, [x, w] if side else [w, x])
+
+
 def _product(
     ctx: Context, eqn: Equation, side: int, x: jax.Array, xl: Labels, w: AdaptedWeight
 ) -> Product:
-    wl, out = _labels(eqn, side, xl, w.ndim), _out_labels(eqn, side, xl, w.ndim)
-    operands = [w.base, x] if side == 0 else [x, w.base]
     return Product(
         w,
-        wl,
-        out,
-        eqn.outvars[0].aval.dtype,
-        eqn.params,
-        weight_first=side == 0,
+        _member(eqn, side, xl, w.ndim),
         # Called only for a product that is not `whole`; else the group makes x·W too.
-        base=lambda: ctx.bind(eqn, operands)[0],
+        base=lambda: _bound(ctx, eqn, side, w.base, x)[0],
         whole=jnp.issubdtype(x.dtype, jnp.inexact) and eqn.params["out_sharding"] is None,
         use=ctx.use(),
     )

@@ -37,32 +37,28 @@ class Product:
     """One contraction of x with an adapted weight.
 
     Attributes:
-      w: the weight; wl labels its axes, those that meet an axis of x by that axis's label.
-      out, dtype: the labels of the result, and its type.
-      params: those of the model's dot_general; weight_first: whether W is its first operand.
-      base: gives x·W as the model wrote it, for a product that is not `whole`.
+      w: the weight.
+      m: x·W as the model wrote it. `m.wl` labels the weight's axes, those that meet an axis of x by
+        that axis's label.
+      base: gives x·W, for a product that is not `whole`.
       whole: whether x·W is made together with the update; not so where x is of integers, or the
         model gives the result a sharding.
       use: a number that no other use has.
     """
 
     w: AdaptedWeight
-    wl: Labels
-    out: Labels
-    dtype: Any
-    params: dict
-    weight_first: bool
+    m: Member
     base: Callable[[], jax.Array]
     whole: bool
     use: int
 
     def meeting(self, x: jax.Array) -> Any:
         """The type in which x meets the factors."""
-        return meeting(x.dtype, self.w.dtype, self.dtype)
+        return meeting(x.dtype, self.w.dtype, self.m.dtype)
 
     def arithmetic(self, x: jax.Array) -> tuple[Any, Any]:
         """(type, precision) of the products with the factors."""
-        dtype, precision = self.meeting(x), self.params["precision"]
+        dtype, precision = self.meeting(x), self.m.precision
         if not dtype == x.dtype == self.w.dtype and not isinstance(precision, Precision | tuple):
             precision = None  # an algorithm is one for the model's own types
         return dtype, precision
@@ -73,13 +69,13 @@ class Product:
         The one that makes the cheaper first product comes first.
         """
         own = [d for d in self.w.a.dims if d < 0]  # of the factors alone: their labels
-        label = dict(enumerate(self.wl)) | dict(zip(own, own))
-        size = dict(zip(xl, x.shape)) | dict(zip(self.wl, self.w.shape))
+        label = dict(enumerate(self.m.wl)) | dict(zip(own, own))
+        size = dict(zip(xl, x.shape)) | dict(zip(self.m.wl, self.w.shape))
         size |= {d: self.w.a.size(d) for d in own}
 
         def flops(first: Factor, second: Factor) -> int:
             fl, sl = ([label[d] for d in f.dims] for f in (first, second))
-            hl = [d for d in dict.fromkeys([*xl, *fl]) if d in self.out or d in sl]
+            hl = [d for d in dict.fromkeys([*xl, *fl]) if d in self.m.out or d in sl]
             cost = lambda *labels: math.prod(size[d] for d in {*labels[0], *labels[1]})
             return cost(xl, fl) + cost(hl, sl)
 
@@ -108,17 +104,17 @@ def contracted(
     for i, (p, ((_, al), (_, bl))) in enumerate(zip(products, parts)):
         # A stands beside another A if both run along the same axes, in the same order, and meet x
         # in the same arithmetic.
-        left = tuple(d for d in xl if d in p.out or d in bl)
+        left = tuple(d for d in xl if d in p.m.out or d in bl)
         # Not beside others: what has a mask of its own, and A along other axes than x's.
         alone = i if p.w.drops or not {*al} <= {*xl, RANK, SLOT} else None
         slots = None if p.w.tokens is None else id(p.w.tokens)
-        key = (al, left, p.params["precision"], p.whole, p.meeting(x), alone, slots)
+        key = (al, left, p.m.precision, p.whole, p.meeting(x), alone, slots)
         groups.setdefault(key, []).append(i)
     outs: list[Any] = [None] * len(products)
     for members in groups.values():
         some, own = [products[i] for i in members], [parts[i] for i in members]
         for i, p, (y, plan) in zip(members, some, _multiplied(x, xl, some, own, mode)):
-            outs[i] = p.w.gained(y, p.out, p.wl), plan
+            outs[i] = p.w.gained(y, p.m.out, p.m.wl), plan
     return outs
 
 
@@ -144,19 +140,9 @@ def _multiplied(
         bases = [p.base() for p in products]
         x = dropout(cast(x, dtype), first.w, first.use)
         xl = (PART, *xl) if first.w.a.has(PART) else xl
+    own = lambda m: m if whole else dataclasses.replace(m, wl=(), dtype=holding(m.dtype))
     members = tuple(
-        Member(
-            tuple(p.wl) if whole else (),
-            bl,
-            tuple(p.out),
-            p.w.scale,
-            p.dtype if whole else holding(p.dtype),
-            p.params["precision"],
-            p.params["preferred_element_type"],
-            p.params["dimension_numbers"],
-            p.weight_first,
-            p.params["out_sharding"],
-        )
+        dataclasses.replace(own(p.m), bl=bl, scale=p.w.scale)
         for p, (_, (_, bl)) in zip(products, parts)
     )
     ys = adapted(
@@ -180,20 +166,20 @@ def _plan(
     whole: bool,
 ) -> Plan:
     first = products[0]
-    size = dict(zip(xl, x.shape)) | dict(zip(first.wl, first.w.shape))
+    size = dict(zip(xl, x.shape)) | dict(zip(first.m.wl, first.w.shape))
     # What is summed; rows are what x has beside the weight's own axes.
-    inner = {d for d in first.wl if d in xl and d not in first.out}
-    rows = math.prod(size[d] for d in xl if d not in first.wl)
-    outs = [math.prod(n for d, n in zip(p.wl, p.w.shape) if d not in xl) for p in products]
+    inner = {d for d in first.m.wl if d in xl and d not in first.m.out}
+    rows = math.prod(size[d] for d in xl if d not in first.m.wl)
+    outs = [math.prod(n for d, n in zip(p.m.wl, p.w.shape) if d not in xl) for p in products]
     ranks = [p.w.a.size(RANK) for p in products]
     # A along all that is summed, B along nothing of it: the merged weight is of the weight's shape.
     apart = whole and all(
         inner <= {*al} <= {*xl, RANK} and not inner & {*bl} for (_, al), (_, bl) in parts
     )
     joinable = apart and all(
-        {*al, *bl} <= {*p.wl, RANK}
-        and {*p.wl} & {*xl} == {*first.wl} & {*xl}
-        and p.meeting(x) == p.dtype == p.w.dtype == x.dtype
+        {*al, *bl} <= {*p.m.wl, RANK}
+        and {*p.m.wl} & {*xl} == {*first.m.wl} & {*xl}
+        and p.meeting(x) == p.m.dtype == p.w.dtype == x.dtype
         and compat.explicit_sharding(x) is None
         and read_whole(x, p.w.base)
         for p, ((_, al), (_, bl)) in zip(products, parts)
@@ -222,8 +208,7 @@ def _keeps_all_bits(p: Product, x: jax.Array) -> bool:
     weight is not rounded away. In fp32, GPUs and TPUs do so only at the highest precision."""
     wide = all(v.dtype.itemsize >= 4 for v in (x, p.w.base))
     highest = jax.lax.Precision.HIGHEST
-    precision = p.params["precision"]
-    full = precision == highest or precision == (highest, highest)
+    full = p.m.precision in (highest, (highest, highest))
     return wide and (full or compat.platform(x) == "cpu")
 
 
@@ -241,19 +226,19 @@ def _by_slot(
     pairs: list[Pair] = []
     for p, y, ((a, al), (_, bl)) in zip(products, bases, parts):
         left = dict.fromkeys((*xl, *al))
-        hl = (*(d for d in left if d not in (RANK, SLOT) and (d in p.out or d in bl)), RANK)
+        hl = (*(d for d in left if d not in (RANK, SLOT) and (d in p.m.out or d in bl)), RANK)
         count = a.shape[al.index(SLOT)]
         # Along the rank x·A is whole, and its update lies as x·W does.
         where = laid_along(compat.explicit_sharding(x), xl, hl)
         down = Choice(tuple(xl), al, sl, hl, count, dtype, precision, where=where)
-        out = tuple(d for d in p.out if d in hl or d in bl)
-        where = laid_along(compat.explicit_sharding(y), p.out, out)
-        up = Choice(hl, bl, sl, out, count, holding(p.dtype), precision, where=where)
+        out = tuple(d for d in p.m.out if d in hl or d in bl)
+        where = laid_along(compat.explicit_sharding(y), p.m.out, out)
+        up = Choice(hl, bl, sl, out, count, holding(p.m.dtype), precision, where=where)
         pairs.append(Pair(down, up, p.w.scale))
     factors = [(cast(a, dtype), cast(b, dtype)) for (a, _), (b, _) in parts]
     deltas = by_slot(x, s, factors, pairs)
     return [
-        (plus(y, along(d, pair.up.out, p.out, y.shape)), "by slot: " + pair.plan(x, *f, s))
+        (plus(y, along(d, pair.up.out, p.m.out, y.shape)), "by slot: " + pair.plan(x, *f, s))
         for p, y, d, pair, f in zip(products, bases, deltas, pairs, factors)
     ]
 
@@ -262,7 +247,7 @@ def _slots(x: jax.Array, xl: Labels, p: Product) -> tuple[jax.Array, tuple]:
     """The slots of the positions of x, and the labels of their axes: those of x that the weight
     lacks, less those along which all have the same."""
     assert p.w.tokens is not None
-    free = [i for i, d in enumerate(xl) if d not in p.wl]
+    free = [i for i, d in enumerate(xl) if d not in p.m.wl]
     sizes, found = tuple(x.shape[i] for i in free), tuple(p.w.tokens.shape)
     fits = len(sizes) == len(found) and all(n in (1, size) for n, size in zip(found, sizes))
     if found and not fits:

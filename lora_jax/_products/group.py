@@ -32,10 +32,10 @@ class Member:
     """One weight of a group."""
 
     wl: Labels  # of W; (): the update alone
-    bl: Labels  # of B
     out: Labels  # of y
-    scale: float
     dtype: Any  # of y
+    bl: Labels = ()  # of B
+    scale: float = 1.0
     precision: Any = None
     preferred: Any = None
     numbers: Any = None  # dot_general's dimension_numbers, as the model wrote the base product

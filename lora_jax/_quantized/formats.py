@@ -142,7 +142,7 @@ def encode(fmt: Format, w: jax.Array, scale: Any = 1.0) -> tuple[jax.Array, jax.
         step = constants * scale
         unit = jnp.abs(w) * jnp.where(step > 0, 1 / step, 0)[..., None]
         sign = jnp.where(jnp.signbit(w), 8, 0).astype(jnp.uint8)
-        return _nearest_even(E2M1_BITS[:8], unit) | sign, constants.astype(jnp.float8_e4m3fn)
+        return _nearest(E2M1_BITS[:8], unit, even=True) | sign, constants.astype(jnp.float8_e4m3fn)
     if fmt.power:
         assert fmt.levels is not None  # as such a format has
         power, down = _power(top, largest)
@@ -205,26 +205,16 @@ def _top(w: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(w).all(-1), jnp.max(jnp.abs(w), -1), jnp.nan)
 
 
-def _nearest_even(levels: Sequence[float], x: jax.Array) -> jax.Array:
-    """The number of the nearest level; half way, the even one, as a cast does."""
-    values = np.asarray(levels, np.float32)
-    middle = (values[1:] + values[:-1]) / 2
-    # above an odd number half way is up: the bound is the number before it
-    middle[1::2] = np.nextafter(middle[1::2], np.float32(0))
-    return _above(middle, x)
-
-
-def _nearest(levels: Sequence[float], x: jax.Array) -> jax.Array:
-    """The number of the nearest level; half way, the lower one."""
+def _nearest(levels: Sequence[float], x: jax.Array, even: bool = False) -> jax.Array:
+    """The number of the nearest level; half way, the lower one or, as a cast does, the even one."""
     values = np.asarray(levels, np.float32)
     # middle[i] is the border between levels i and i + 1.
-    return _above((values[1:] + values[:-1]) / 2, x)
-
-
-def _above(bounds: np.ndarray, x: jax.Array) -> jax.Array:
-    """How many of a few bounds are below x."""
+    middle = (values[1:] + values[:-1]) / 2
+    if even:
+        # above an odd number half way is up: the bound is the number before it
+        middle[1::2] = np.nextafter(middle[1::2], np.float32(0))
     # Of so few, to compare with all is twelve times as fast as to search, and takes no memory.
-    return jnp.searchsorted(jnp.asarray(bounds), x, method="compare_all").astype(jnp.uint8)
+    return jnp.searchsorted(jnp.asarray(middle), x, method="compare_all").astype(jnp.uint8)
 
 
 def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> jax.Array:

@@ -131,14 +131,10 @@ def compare(first: Any, second: Any) -> Comparison:
                 f"'{path}': {a.shape} with {a.geometry} in the first, {b.shape} with {b.geometry} "
                 "in the second; compare adapters of one base"
             )
-        leaves[path] = _likeness(a, b)
+        leaves[path] = Likeness(*map(np.asarray, _numbers(a, b)))
     # Also leaves that both have, but in full or by rows: there are no factors to compare.
     alone = lambda tree: tuple(p for p in tree if p not in both)
     return Comparison(leaves, alone(one), alone(two))
-
-
-def _likeness(one: LoRA, two: LoRA) -> Likeness:
-    return Likeness(*map(np.asarray, _numbers(one, two)))
 
 
 @anywhere

@@ -33,13 +33,12 @@ def check_finite(*trees: Any, weights: Iterable[Any] = (), base: Any = None) -> 
         "jax.eval_shape(lora.algebra.combine, adapters)",
     )
     leaves = {} if base is None else flatten(state_of(base))
-    check_there(
-        *map(flatten, trees), {p: x for p, x in leaves.items() if any(p in t for t in flat)}
-    )
+    leaves = {p: x for p, x in leaves.items() if any(p in nodes for nodes in flat)}
+    check_there(*map(flatten, trees), leaves)
     of = lambda k: f" of adapters[{k}]" if len(trees) > 1 else ""
     named = [(f"'{p}'{of(k)}", node) for k, tree in enumerate(flat) for p, node in tree.items()]
     named += [(f"the weight{of(k)}", w) for k, w in enumerate(weights)]
-    named += [(f"'{p}' of the base", x) for p, x in leaves.items() if any(p in t for t in flat)]
+    named += [(f"'{p}' of the base", x) for p, x in leaves.items()]
     raise_all(
         "these hold NaN or infinity:",
         [name for name, value in named if not is_finite(value)],

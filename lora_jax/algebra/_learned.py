@@ -113,18 +113,8 @@ class Learned(Shown):
     unknown: tuple[str, ...] = ()
 
     def __str__(self):
-        head = (
-            "leaf",
-            "kind",
-            "weights",
-            "rank",
-            "‖ΔW‖",
-            "‖W‖",
-            "ratio",
-            "largest",
-            "effective rank",
-            "stable rank",
-        )
+        head = "leaf kind weights rank ‖ΔW‖ ‖W‖ ratio largest".split()
+        head += ["effective rank", "stable rank"]
         rows = [
             (
                 path,
@@ -229,7 +219,7 @@ def _change(node: Any, base: Any) -> Change | None:
     if isinstance(node, LoRA):
         batch = node.geometry.batch_axes
         # (n, k); ‖ΔW‖² = Σσ², so the update is not formed for its norm either.
-        s = np.asarray(_singular_values(node))
+        s = np.asarray(svd(node)[1])
         size = None if base is None else np.asarray(_norms(base, batch))
         stack = node.a.shape[: len(batch)]
         return Change("lora", stack, node.rank, np.linalg.norm(s, axis=-1), size, s)
@@ -241,12 +231,6 @@ def _change(node: Any, base: Any) -> Change | None:
     s, size = map(np.asarray, _rows(node, base))
     # A change of m rows of d has rank min(m, d) at most.
     return Change("rows", (), min(node.value.shape), np.linalg.norm(s, axis=-1), size, s)
-
-
-@anywhere
-@jax.jit
-def _singular_values(node: LoRA) -> jax.Array:
-    return svd(node)[1]
 
 
 def _norms(x: Any, batch: tuple[int, ...]) -> jax.Array:

@@ -33,6 +33,7 @@ ROWS, COLUMNS, NAMED = 120, 48, 24
 # Points of the labels of rows; inches of a row, and of the figure at most.
 FONT, ROW, WIDEST, HIGHEST = 8, 0.24, 24, 40
 DPI = 120
+CENTRE = dict(ha="center", va="center")
 
 # Ticks are multiples of these.
 STEPS = [1, 2, 5, 10]
@@ -163,7 +164,7 @@ def _heat_map(
             # Viridis begins dark.
             dark = math.isfinite(x) and norm(x) < 0.6
             at, color = (columns - 1) / 2 if across[i] else j, "white" if dark else "black"
-            axes.text(at, i, _text(x), ha="center", va="center", color=color, fontsize=7)
+            axes.text(at, i, _text(x), color=color, fontsize=7, **CENTRE)
 
 
 def _bars(axes: Axes, values: Sequence, names: Sequence[str], title: str, first: bool) -> None:
@@ -234,14 +235,7 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
     axes.tick_params(labelsize=FONT)
     axes.spines[["top", "right"]].set_visible(False)
     if not curves:
-        axes.text(
-            0.5,
-            0.5,
-            "every ΔW of low rank is zero",
-            ha="center",
-            va="center",
-            transform=axes.transAxes,
-        )
+        axes.text(0.5, 0.5, "every ΔW of low rank is zero", transform=axes.transAxes, **CENTRE)
         axes.set(xticks=[], yticks=[])
         return
     longest = max(len(s) for of in curves.values() for s in of)
@@ -257,16 +251,8 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
         # nanmedian warns of a column without a number.
         there = ~np.isnan(padded).all(0)
         middle = np.nanmedian(padded[:, there], 0)
-        axes.plot(
-            at[there],
-            middle,
-            color=color,
-            linewidth=1.8,
-            label=names[target],
-            marker="o" if longest <= 16 else None,
-            markersize=3,
-            zorder=3,
-        )
+        marker = dict(marker="o" if longest <= 16 else None, markersize=3, zorder=3)
+        axes.plot(at[there], middle, color=color, linewidth=1.8, label=names[target], **marker)
     lowest = min(s[s > FLOOR].min() for of in curves.values() for s in of)
     axes.set_yscale("log")
     axes.set_ylim(min(0.8 * lowest, 0.1), 1.2)
@@ -282,16 +268,9 @@ def _spectra(axes: Axes, cells: Sequence[Cell], names: Mapping[str, str]) -> Non
     if len(labels) == 1:
         return
     title = None if len(labels) <= NAMED else f"{NAMED} of {len(labels)}"
-    axes.legend(
-        handles[:NAMED],
-        labels[:NAMED],
-        title=title,
-        loc="upper left",
-        fontsize=7,
-        bbox_to_anchor=(1.01, 1.0),
-        borderaxespad=0,
-        frameon=False,
-    )
+    at = dict(bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    named = dict(handles=handles[:NAMED], labels=labels[:NAMED], title=title, fontsize=7)
+    axes.legend(loc="upper left", frameon=False, **named, **at)
 
 
 def _scale(grid: np.ndarray, from_zero: bool) -> Normalize:
