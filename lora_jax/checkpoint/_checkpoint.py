@@ -62,7 +62,6 @@ from lora_jax.parallel._state_shardings import state_shardings
 
 SAVE = "lora.checkpoint.save(manager, step, adapters, base=params, config=config, state=opt_state)"
 SAVE_OF = "lora.checkpoint.save(manager, step, {adapters}, base={params})"
-
 RESTORE = "lora.checkpoint.restore(manager, adapters, base=params, config=config, state=opt_state)"
 
 
@@ -171,7 +170,8 @@ def save(
     refuse_variables(shapes, flatten(adapters, is_leaf=is_node))
     if not shapes.leaves:
         raise LoRAError(f"expected parameters as the base, found a {type(base).__name__}: {SAVE}")
-    adapter_nodes(_shapes(shapes), adapters, SAVE_OF)
+    leaves = {p: types.SimpleNamespace(shape=shape) for p, (shape, _) in shapes.leaves.items()}
+    adapter_nodes(leaves, adapters, SAVE_OF)
     if config is not None:
         raise_all(
             "the configuration is not that of these adapters:",
@@ -307,7 +307,7 @@ def restore(
         # Shapes and static fields alone; no array is read before all of it is compared.
         saved = nodes_from_json(record["nodes"], adapters, where)
         if adapters is None:
-            adapters = _placed_as(nest(saved), base)
+            adapters = _placed_as(saved, base)
         likes = {"adapters": adapters}
         if state is not None:
             likes["state"] = _beside(state, adapters)
@@ -328,9 +328,8 @@ def restore(
             arrays = arrays_of(manager, step, name, abstract(record[name], tree))
             # The new part is as passed in the factor that was drawn, and zero in the other one and
             # in all moments.
-            of = {
-                p: (axis, p in keep and name == "adapters") for p, (_, axis) in larger[name].items()
-            }
+            drawn = keep if name == "adapters" else ()
+            of = {p: (axis, p in drawn) for p, (_, axis) in larger[name].items()}
             found[name] = rebuilt(record[name], tree, arrays, of, where)
     own = record["config"] and config_from_json(record["config"])
     if rank == "grow":
@@ -348,46 +347,41 @@ def restore(
     )
 
 
-def _placed_as(saved: Any, base: Any) -> Any:
-    """Shapes of the adapters, sharded as the base where it says how."""
+def _placed_as(saved: Mapping[str, Any], base: Any) -> Any:
+    """Shapes of the adapters {path: node}, as a tree, sharded as the base where it says how."""
+    tree = nest(saved)
     if base is None or isinstance(base, Fingerprint):
-        return saved
+        return tree
     leaves = flatten(state_of(base))
-    own = {p: placement(leaves[p]) for p in flatten(saved, is_leaf=is_node) if p in leaves}
+    own = {p: placement(leaves[p]) for p in saved if p in leaves}
     if all(where is None for where in own.values()):
-        return saved
+        return tree
     raise_all(
         "these leaves of the base are on no device in particular, and others are placed:",
         (f"'{p}'" for p, where in own.items() if where is None),
         "place all of them, jax.device_put(params, shardings), or pass adapters that are placed",
     )
     # The base is another one, as `restore` is about to say.
-    if own.keys() != flatten(saved, is_leaf=is_node).keys():
-        return saved
-    return _at(saved, shardings(nest(own), saved))
+    if own.keys() != saved.keys():
+        return tree
+    return _at(tree, shardings(nest(own), tree))
 
 
 def _beside(state: Any, adapters: Any) -> Any:
     """The state; its shapes without a sharding get the one that the adapters' shardings imply."""
-    leaves = jax.tree.leaves(adapters)
-    placed = [isinstance(placement(x), NamedSharding) for x in leaves]
+    placed = [isinstance(placement(x), NamedSharding) for x in jax.tree.leaves(adapters)]
     nowhere = lambda x: isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None
     # What the caller has placed stays there; a fresh `eval_shape` of a state says nothing.
     if not placed or not all(placed) or not any(map(nowhere, jax.tree.leaves(state))):
         return state
     at = state_shardings(state, adapters, jax.tree.map(placement, adapters))
-    place = lambda x, s: _at(x, s) if nowhere(x) else x
-    return jax.tree.map(place, state, at)
+    return jax.tree.map(lambda x, s: _at(x, s) if nowhere(x) else x, state, at)
 
 
 def _at(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
-
-
-def _shapes(base: Fingerprint) -> dict[str, Any]:
-    return {p: types.SimpleNamespace(shape=shape) for p, (shape, _) in base.leaves.items()}
 
 
 def _fingerprint(record: Mapping) -> Fingerprint:
