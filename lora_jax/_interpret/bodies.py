@@ -36,13 +36,6 @@ def forwarded(jaxpr: Any) -> list[int | None]:
     return [None if isinstance(v, compat.Literal) else source.get(v) for v in jaxpr.outvars]
 
 
-def _same(jaxpr: Any, args: Sequence, outs: Sequence) -> list:
-    """The outputs, with a weight that only passed through a call as the weight that it was."""
-    # What a call returns are new tracers: a weight that it hands on stays the object that it was.
-    came = forwarded(jaxpr)
-    return [o if i is None or not is_weight(args[i]) else args[i] for i, o in zip(came, outs)]
-
-
 def arrays(ctx: Context, eqn: Equation, outs: Sequence, name: str) -> list:
     """Outputs of a body where only arrays may leave it."""
     why = f"it leaves the body of the {eqn.primitive.name} as an array: multiply by it inside"
@@ -57,7 +50,9 @@ def _once(ctx: Context, eqn: Equation, args: Sequence, name: str, transform: Cal
     fixed = tuple(map(ctx.body.constant, eqn.invars))
     run = lambda xs: ctx.run(jaxpr, consts, xs, fixed=fixed)
     outs = ctx.once(source, run, args, eqn, name, transform, fixed)
-    return _same(jaxpr, args, outs)
+    # What a call returns are new tracers: a weight that it hands on stays the object that it was.
+    came = [None if i is None else args[i] for i in forwarded(jaxpr)]
+    return [a if is_weight(a) else o for a, o in zip(came, outs)]
 
 
 def _jit(ctx: Context, eqn: Equation, args: Sequence) -> list:

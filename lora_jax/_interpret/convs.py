@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import cast, contract, holding, meeting, plus, times
+from lora_jax._core.einsum import cast, contract, holding, laid_along, meeting, plus, times
 from lora_jax._core.geometry import PART, RANK, Factor
 from lora_jax._interpret.observe import observed
 from lora_jax._interpret.reshapes import only_in
@@ -141,8 +141,9 @@ def _conv_down(
     dn = p["dimension_numbers"]
     out_dim, inner = _conv_axes(eqn)
     # In the kernel's own order of axes, with the rank where the output features are.
-    kernel = _insert(first, [d for d in inner if not first.has(d)])
+    kernel = first.spread({d: 1 for d in inner if not first.has(d)})
     kernel = kernel.order(tuple(RANK if d == out_dim else d for d in range(ndim))).value
+    at = dn.out_spec[1]  # of the features, which are not sharded: the rank
     return lax.conv_general_dilated(
         _groups_to_batch(x, dn.lhs_spec[0], dn.lhs_spec[1], p["feature_group_count"]),
         kernel,
@@ -152,12 +153,8 @@ def _conv_down(
         p["rhs_dilation"],
         dn,
         precision=p["precision"],
-        out_sharding=where and where.update(spec=_but(where.spec, dn.out_spec[1])),
+        out_sharding=laid_along(where, range(ndim), [*range(at), RANK, *range(at + 1, ndim)]),
     )
-
-
-def _but(spec: PartitionSpec, d: int) -> PartitionSpec:
-    return PartitionSpec(*(None if i == d else s for i, s in enumerate(spec)))
 
 
 def _groups_to_batch(x: jax.Array, batch: int, feature: int, groups: int) -> jax.Array:
@@ -169,11 +166,6 @@ def _groups_to_batch(x: jax.Array, batch: int, feature: int, groups: int) -> jax
     x = x.reshape(*x.shape[:feature], groups, each, *x.shape[feature + 1 :])
     x = jnp.moveaxis(x, feature, batch + 1)
     return x.reshape(*x.shape[:batch], n * groups, *x.shape[batch + 2 :])
-
-
-def _insert(f: Factor, dims: Sequence[int]) -> Factor:
-    """The factor with axes of size 1 for `dims` in front."""
-    return Factor(lax.expand_dims(f.value, range(len(dims))), (*dims, *f.dims)) if dims else f
 
 
 RULES: dict[str, Rule] = {"conv_general_dilated": Rule(adds(_conv), _probed_conv)}

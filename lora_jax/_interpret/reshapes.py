@@ -111,10 +111,6 @@ def _whole(f: Factor, d: int) -> Factor:
     return f.map(jax.sharding.reshard, where.update(spec=spec))
 
 
-def _runs_along(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
-    return any(f.has(d) and shape[d] != 1 for d in old)
-
-
 def _reshapeable(f: Factor, shape: Sequence[int], old: Sequence[int]) -> bool:
     # All of the block's axes, or none; those of size 1 say nothing.
     big = [d for d in old if shape[d] != 1]
@@ -126,7 +122,8 @@ def _reshape_factor(
 ) -> Factor:
     f = f.sorted(rank_first=f.dims[0] == RANK)
     # The rank stays first or last, where it was: between axes that are merged it could not.
-    dims = [d for old, new in blocks if _runs_along(f, shape, old) for d in new]
+    has = lambda old: any(f.has(d) and shape[d] != 1 for d in old)
+    dims = [d for old, new in blocks if has(old) for d in new]
     # Slots, in front of the weight's own axes, are no part of it either.
     at = [i for i, d in enumerate(f.dims) if d >= 0] or [len(f.dims)]
     dims = [*f.dims[: at[0]], *dims, *f.dims[at[-1] + 1 :]]

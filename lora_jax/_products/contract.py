@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -82,17 +82,10 @@ class Product:
         a, b = self.w.a, self.w.b
         first, second = (b, a) if compat.less(flops(b, a), flops(a, b)) else (a, b)
         # Those that meet x in x's order, then the rank: only equal orders share a product.
-        order = sorted(first.dims, key=lambda d: (d == RANK, _place(label[d], xl), d))
-        first = first.order(tuple(order))
-        return _labelled(first, label), _labelled(second, label)
-
-
-def _place(label: Hashable, xl: Labels) -> int:
-    return xl.index(label) if label in xl else len(xl)
-
-
-def _labelled(f: Factor, label: Mapping[int, Hashable]) -> Labelled:
-    return f.value, tuple(label[d] for d in f.dims)
+        at = lambda d: xl.index(label[d]) if label[d] in xl else len(xl)
+        first = first.order(tuple(sorted(first.dims, key=lambda d: (d == RANK, at(d), d))))
+        labelled = lambda f: (f.value, tuple(label[d] for d in f.dims))
+        return labelled(first), labelled(second)
 
 
 def contracted(

@@ -37,8 +37,8 @@ def _several(
     adapters: Any, weights: Any, call: str
 ) -> tuple[list[Any], list[Mapping[str, Any] | Any]]:
     """The adapters, and a weight for each."""
-    if isinstance(adapters, Mapping) or is_node(adapters) or not _iterable(adapters):
-        tree = isinstance(adapters, Mapping) or is_node(adapters)
+    tree = isinstance(adapters, Mapping) or is_node(adapters)
+    if tree or not _iterable(adapters):
         found = "one tree" if tree else type(adapters).__name__
         raise LoRAError(f"expected several adapters, found {found}: {call}")
     adapters = list(adapters)
