@@ -57,10 +57,8 @@ def blocks_of(old: Sequence[int], new: Sequence[int]) -> list | None:
     while i < len(old) or j < len(new):
         # A group is old[i:a] and new[j:b], of m and n elements. At the end of one shape only
         # axes of size 1 are left of the other: (8,) to (8, 1) ends with the group ((), (1,)).
-        a, b = i + 1, j + 1
-        m = old[i] if i < len(old) else 1
-        n = new[j] if j < len(new) else 1
-        a, b = min(a, len(old)), min(b, len(new))
+        a, b = min(i + 1, len(old)), min(j + 1, len(new))
+        m, n = math.prod(old[i:a]), math.prod(new[j:b])
         # The side with fewer elements takes its next axis, until both have the same number.
         while m != n:
             # Of symbolic sizes such as b·t and b it is known that the multiple is larger.

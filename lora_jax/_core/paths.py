@@ -12,27 +12,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.tree_util import GetAttrKey, keystr
 
 from lora_jax._core.errors import LoRAError
-
-
-def _key_name(key: Any) -> str:
-    match key:
-        case DictKey() | FlattenedIndexKey():
-            return str(key.key)
-        case SequenceKey():
-            return str(key.idx)
-        case GetAttrKey():
-            return str(key.name)
-    return str(key)
 
 
 def path_of(keys: tuple) -> str:
     """The path of a leaf from the keys of `jax.tree_util.tree_flatten_with_path`."""
     if keys and isinstance(keys[-1], GetAttrKey) and keys[-1].name in ("value", "raw_value"):
         keys = keys[:-1]  # the box of nn.Partitioned or nnx.Param
-    return "/".join(_key_name(k) for k in keys)
+    return keystr(keys, simple=True, separator="/")
 
 
 def whole(is_leaf: Callable[[Any], bool] | None = None) -> Callable[[Any], bool]:

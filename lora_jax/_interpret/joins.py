@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -191,18 +192,9 @@ def _select(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
 
 def _one_and_the_same(cases: Sequence[Followed]) -> bool:
     """Whether all have one update: vmap of cond chooses between a weight and itself."""
-    first = cases[0]
-    if any((w.origin, *_way(w)) != (first.origin, *_way(first)) for w in cases):
-        return False
-    return all(
-        f is g or (f.dims == g.dims and f.value is g.value)
-        for w in cases
-        for f, g in zip(w.parts.values(), first.parts.values())
-    ) and all(
-        getattr(w, "scale", None) == getattr(first, "scale", None)
-        and getattr(w, "tokens", None) is getattr(first, "tokens", None)
-        for w in cases
-    )
+    # The very arrays, and all that is static.
+    (first, alike), *others = (jax.tree.flatten(w.with_base(None)) for w in cases)
+    return all(s == alike and all(map(operator.is_, first, xs)) for xs, s in others)
 
 
 def _concatenate(ctx: Context, eqn: Equation, args: Sequence) -> list | str:
