@@ -1,7 +1,7 @@
 """What the merging methods do to the elements of task vectors: trim, drop, elect signs, add up.
 
-A task vector is one adapter's update, leaf by leaf. An array of it has three axes, (weights of the
-stack, in, out), and is made when it is needed: one leaf at a time.
+A task vector is one adapter's update, leaf by leaf. An array of it is (weights of the stack, in,
+out), or (1, *shape) of a leaf in full, and is made when it is needed: one leaf at a time.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def spread(part: Part) -> jax.Array:
 
 @jax.jit
 def vector(part: Part) -> jax.Array:
-    """weight · Δ in fp32 or wider: (n, in, out); (1, size, 1) of a leaf in full; (1, rows, d)."""
+    """weight · Δ in fp32 or wider: (n, in, out); (1, *shape) of a leaf in full; (1, rows, d)."""
     node = part.node
     # An array is a task vector already (what `knots` has aligned): it is only weighted.
     weight = part.weight if isinstance(node, jax.Array) else spread(part)
@@ -70,13 +70,18 @@ def vector(part: Part) -> jax.Array:
         # scale·A (n, in, r) times B (n, r, out).
         node = product(*matrices(node))
     elif not isinstance(node, jax.Array):
-        index = slice(None) if isinstance(node, Full) else jnp.asarray(node.index)
+        start = jnp.asarray(part.base)
+        start = start if isinstance(node, Full) else rows_of(start, jnp.asarray(node.index))
         # Rounded as the adapter's own start was, so that what was not trained has moved by 0.
-        start = jnp.asarray(part.base)[index].astype(node.value.dtype)
+        start = start.astype(node.value.dtype)
         dtype = wide(start.dtype)
-        shape = (1, -1, 1) if isinstance(node, Full) else (1, *start.shape)
-        node = (node.value.astype(dtype) - start.astype(dtype)).reshape(shape)
-    return node * weight.reshape(-1, 1, 1).astype(node.dtype)
+        node = (node.value.astype(dtype) - start.astype(dtype))[None]
+    return node * _along_first(weight.astype(node.dtype), node)
+
+
+def _along_first(each: jax.Array, x: jax.Array) -> jax.Array:
+    """Numbers, one for each entry of the first axis of x, or one for all, to meet it."""
+    return each.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def summed(parts: Sequence[Part]) -> jax.Array:
@@ -152,7 +157,7 @@ def _merged(
 
 def _sparse(x: jax.Array, cut: jax.Array, key: jax.Array | None, rate: Any) -> jax.Array:
     # What is equal to the cut but for rounding is kept with it.
-    rounding = 1 - 4 * jnp.finfo(x.dtype).eps
+    rounding, cut = 1 - 4 * jnp.finfo(x.dtype).eps, _along_first(cut, x)
     x = jnp.where(jnp.abs(x) < cut.astype(x.dtype) * rounding, 0, x)
     # A cut of infinity or NaN says nothing of what is below it.
     x = jnp.where(jnp.isfinite(cut), x, jnp.nan)
@@ -184,7 +189,7 @@ def cuts(leaves: Mapping[str, Parts], method: Method) -> dict[str, list]:
     count = len(next(iter(leaves.values())))
     if method.density == 1:
         # No magnitude is below 0: nothing is trimmed.
-        nothing = [jnp.zeros((1, 1, 1))] * count
+        nothing = [jnp.zeros(1)] * count
         return dict.fromkeys(leaves, nothing)
     if method.per_weight:
         cut = lambda part: part and _cut([part], method.density, per_weight=True)
@@ -196,8 +201,8 @@ def cuts(leaves: Mapping[str, Parts], method: Method) -> dict[str, list]:
 
 
 def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax.Array:
-    """The magnitude of the number-th largest element, exactly, from one array at a time: (1, 1, 1),
-    or of each weight of a stack, (n, 1, 1).
+    """The magnitude of the number-th largest element, exactly, from one array at a time: (1,), or
+    of each weight of a stack, (n,).
 
     The bits of floats that are not negative are ordered as the floats are. So each pass counts the
     elements by the next digit of their bits, among those that have the digits found so far.
@@ -230,7 +235,7 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
         # Those with a larger digit come before it.
         need = need - (at(above, digit) - at(counts, digit))
         found = (found << DIGIT) | digit.astype(found.dtype)
-    return lax.bitcast_convert_type(jnp.asarray(found), dtype).reshape(-1, 1, 1)
+    return lax.bitcast_convert_type(jnp.asarray(found), dtype)
 
 
 @anywhere
