@@ -78,30 +78,34 @@ def _rows_or_weights(
 
 
 def _masked(w: Followed, picked: Followed, indices: jax.Array, p: Mapping[str, Any]) -> Followed:
-    """Without an update where an index is out of bounds along an axis that no factor has."""
-    dn = p["dimension_numbers"]
-    parts = [f for name, f in w.parts.items() if name in ("a", "b")]
-    loose = [i for i, d in enumerate(dn.start_index_map) if not any(f.has(d) for f in parts)]
-    if not parts or not loose or p["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+    """Without an update, and without a gain, where an index is out of bounds along an axis that the
+    factors, or the gain, lack: along those that they have, they are filled with zeros."""
+    if p["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
         return picked
-    # The last index from which a slice still fits. The fill may be 0, where an update shows.
+    dn, fill = p["dimension_numbers"], p["fill_value"]
+    # The last index from which a slice still fits.
     ends = [w.shape[d] - p["slice_sizes"][d] for d in dn.start_index_map]
-    at = [indices[..., i] for i in loose]
-    inside = jnp.stack([(x >= 0) & (x <= ends[i]) for i, x in zip(loose, at)]).all(0)
     batch = tuple(d for d in range(picked.ndim) if d not in dn.offset_dims)
 
-    def mask(f: Factor) -> Factor:
+    def mask(name: str, *of: str) -> dict[str, Factor]:
+        """What was picked of the part, where nothing is out of bounds along axes that all of `of`
+        lack; else 0."""
+        f, have = picked.parts.get(name), [w.parts[x] for x in of if x in w.parts]
+        loose = [i for i, d in enumerate(dn.start_index_map) if not any(x.has(d) for x in have)]
+        if f is None or not loose:
+            return {}
+        at = [indices[..., i] for i in loose]
+        inside = jnp.stack([(x >= 0) & (x <= ends[i]) for i, x in zip(loose, at)]).all(0)
         f = f.order((*filter(f.has, batch), *(d for d in f.dims if d not in batch)))
         # The indices' axes come first, then what is the factor's own: (*batch, *own).
         own = f.dims[sum(map(f.has, batch)) :]
         seen = lax.expand_dims(inside, range(len(batch), len(batch) + len(own)))
         value = jnp.where(seen, f.value, jnp.zeros((), f.value.dtype))
-        return Factor(value, (*batch, *own))
+        return {name: Factor(value, (*batch, *own))}
 
-    # With A zero, A·B is.
-    masked: dict[str, Any] = {
-        name: mask(f) for name, f in picked.parts.items() if name in ("a", "gain")
-    }
+    # With A zero, A·B is. What a row is filled with has no gain, which 0 and NaN do not tell.
+    same = fill is None or fill == 0 or fill != fill
+    masked: dict[str, Any] = mask("a", "a", "b") | ({} if same else mask("gain", "gain"))
     return dataclasses.replace(picked, **masked)
 
 

@@ -74,6 +74,28 @@ def test_moves_on_one_side_are_low_rank(name):
     assert_equals_dense(fn, params, X, targets=used)
 
 
+FILLED = {
+    "product": lambda w, x: x[:, : w.shape[0]] @ w,
+    "rows": lambda w, x: jnp.tanh(w[IDS]),
+    "elements": lambda w, x: x[0, 0] * w.at[OUTSIDE, IDS].get(mode="fill", fill_value=2.0),
+}
+
+
+@pytest.mark.parametrize("units", [0, 1])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("use", FILLED)
+def test_what_is_out_of_bounds_has_no_gain(use, axis, units):
+    """DoRA, with units along the axis that is filled, or along the other one."""
+    w = PARAMS["w"]
+    taken = lambda w: jnp.take(w, OUTSIDE + 1, axis, mode="fill", fill_value=1.0)
+    fn = lambda p: FILLED[use](taken(p["w"]), X)
+    geometry = lora.Geometry((1 - units,), (units,))
+    a, b = (rand.normal(k, s) for k, s in zip(KEYS, geometry.factor_shapes(w.shape, 2)))
+    node = lora.LoRA(a, b, 0.5, geometry).with_magnitude(jnp.arange(1.0, 1 + w.shape[units]))
+    want = fn(lora.merge({"w": w}, {"w": node}))
+    assert_close(lora.adapt(fn)(lora.bind({"w": w}, {"w": node})), want)
+
+
 STACKS = {
     "unstacked": lambda w, x: [x @ part for part in jnp.unstack(w[:, 0])],
     "summed": lambda w, x: x @ w[:, 0].sum(0),
