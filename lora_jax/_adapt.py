@@ -81,8 +81,8 @@ def adapt(
         The gradient of A and B passes straight through Q (arXiv:1308.3432): it is that of
         W + scale·A·B; that of x is through the weight that x met. One weight is there at a time,
         as in the plan "merged". On arrays, or on a base in codes: where that is of this format, an
-        update shorter than half a step changes nothing (docs/quantized.md). For matrix products
-        alone, of leaves that are moved on their way there.
+        update shorter than half a step changes nothing (docs/howto/merge_aware.md). For products
+        of matrices alone, of leaves that are moved on their way there.
       static_argnums, static_argnames: as in `jax.jit`, for arguments that hold arrays or objects
         and are still constants.
 
