@@ -112,7 +112,7 @@ def table(page: str, first: str) -> list[list[str]]:
 
 
 def recorded_methods() -> Figure:
-    """Of docs/results/methods.md."""
+    """The figure of docs/results/methods.md."""
     rows = []
     for name, accuracy, count, *_ in table("results/methods.md", "method | test accuracy"):
         mean, sd = map(float, accuracy.split(" ± "))
@@ -122,7 +122,7 @@ def recorded_methods() -> Figure:
 
 
 def recorded_weak_scaling() -> Figure:
-    """Of docs/scaling.md."""
+    """The figure of docs/scaling.md."""
     rows = []
     for chips, arm, *costs, _ in table("scaling.md", "chips | arm | TFLOPs"):
         values = [None if x == "–" else float(x) for x in costs]

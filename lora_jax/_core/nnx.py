@@ -91,7 +91,7 @@ def map_shared(fn: Callable[[Any], Any], tree: Any, replaced: Container[str]) ->
         return new if changed else old
 
     state = jax.tree_util.tree_map_with_path(either, state, fn(state), is_leaf=_is_variable)
-    # Of these very variables.
+    # It has these very variables.
     return _standing_for(nnx.merge(graph, state), tree)
 
 

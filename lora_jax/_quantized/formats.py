@@ -228,7 +228,7 @@ def _nearest(levels: Sequence[float], x: jax.Array) -> jax.Array:
 
 def _above(bounds: np.ndarray, x: jax.Array) -> jax.Array:
     """How many of a few bounds are below x."""
-    # Of so few, to compare with all is twelve times as fast as to search, and takes no memory.
+    # To compare with all of so few is twelve times as fast as to search, and takes no memory.
     return jnp.searchsorted(jnp.asarray(bounds), x, method="compare_all").astype(jnp.uint8)
 
 

@@ -35,7 +35,7 @@ def replacing(out: Path) -> Generator[Path, None, None]:
     except LoRAError as e:
         raise LoRAError(str(e).replace(str(new), str(out))) from e
     finally:
-        # Of a name that is too long, nothing is there, and the system does not even look.
+        # Nothing is there under a name that is too long, and the system does not even look.
         with contextlib.suppress(OSError):
             remove(new)
 
