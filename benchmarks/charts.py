@@ -112,9 +112,9 @@ def table(page: str, first: str) -> list[list[str]]:
 
 
 def recorded_methods() -> Figure:
-    """Of docs/methods.md."""
+    """The figure of docs/results/methods.md."""
     rows = []
-    for name, accuracy, count, *_ in table("methods.md", "method | test accuracy"):
+    for name, accuracy, count, *_ in table("results/methods.md", "method | test accuracy"):
         mean, sd = map(float, accuracy.split(" ± "))
         rows.append((name, mean, sd, int(count.replace(",", ""))))
     data = "Film reviews (1,000 test snippets), all-MiniLM-L6-v2"
@@ -122,7 +122,7 @@ def recorded_methods() -> Figure:
 
 
 def recorded_weak_scaling() -> Figure:
-    """Of docs/scaling.md."""
+    """The figure of docs/scaling.md."""
     rows = []
     for chips, arm, *costs, _ in table("scaling.md", "chips | arm | TFLOPs"):
         values = [None if x == "–" else float(x) for x in costs]

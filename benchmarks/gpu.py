@@ -336,8 +336,8 @@ def step_of(arm: Arm):
 
 
 def useful_flops(shape: Shape, tokens, remat: str, full: bool) -> float:
-    """Of the products with weights, without attention: forward and input gradients, all again where
-    it is rematerialised; and gradients of the weights, where these are trained."""
+    """FLOPs of the products with weights, without attention: forward and input gradients, all again
+    where it is rematerialised; and gradients of the weights, where these are trained."""
     in_layers = shape.layers * sum(map(math.prod, shape.linears.values()))
     head = shape.width * shape.vocab
     passes = 2 + full

@@ -16,7 +16,7 @@ PARTS = ("gather", "dynamic-slice")
 
 
 def traffic(text: str) -> int:
-    """Of the instructions of the entry: results written, and operands read."""
+    """Results written and operands read by the instructions of the entry."""
     blocks, entry = parsed(text)
     sizes = {name: shape for block in blocks.values() for name, (shape, *_) in block.items()}
     total = 0
@@ -52,7 +52,7 @@ def parsed(text: str):
 
 
 def nbytes(shape: str) -> int:
-    """Of what lies in the device's memory: a layout with S(n) is of another one."""
+    """The bytes of what lies in the device's memory: a layout with S(n) is of another one."""
     found = re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape)
     return sum(
         WIDTH[dtype] * math.prod(int(d) for d in dims.split(",") if d)

@@ -29,8 +29,13 @@ RULES = [  # of the base: the first whose pattern is in a leaf's path; axis 0 of
 def make_mesh(text: str | None) -> Mesh:
     """The mesh of "data=2,fsdp=2,tp=2": all devices, by default as "data". Others have size 1."""
     text = text or f"data={jax.device_count()}"
-    sizes = {name: int(n) for name, n in (part.split("=") for part in text.split(","))}
-    if not sizes.keys() <= set(AXES) or np.prod(list(sizes.values())) != jax.device_count():
+    sizes = {name: int(n) for name, n in re.findall(r"(\w+)=(\d+)", text)}
+    same = text == ",".join(f"{name}={n}" for name, n in sizes.items())
+    if (
+        not same
+        or not sizes.keys() <= set(AXES)
+        or np.prod(list(sizes.values())) != jax.device_count()
+    ):
         raise SystemExit(f"--mesh {text}: expected sizes of {', '.join(AXES)}, whose product is "
                          f"the number of devices, {jax.device_count()}")  # fmt: skip
     shape = tuple(sizes.get(name, 1) for name in AXES)

@@ -11,13 +11,12 @@ Expected (seed 0; two cores, about a minute when idle): the reward goes from 0.2
     to above 0.9 in 60 steps; the sampler's log-probabilities are the trainer's to about 1e-5.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import optax
 from digits_convnet import train_on
 from models.llama import Llama, LlamaConfig, empty_cache, sample
+from reporting import options, whole
 from tqdm import tqdm
 
 import lora_jax as lora
@@ -91,9 +90,9 @@ def step(adapters, state, params, key):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60)
+    parser = options(__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--steps", type=whole(), default=60, help="of training")
     args = parser.parse_args()
     params = pretrained(args.seed)
     key = jax.random.key(args.seed)

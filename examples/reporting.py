@@ -1,10 +1,36 @@
-"""What the example scripts share: a table of results, and a plot."""
+"""What the example scripts share: flags, a table of results, and a plot."""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        none = action.default is None or action.default is False
+        return action.help if none else super()._get_help_string(action)
+
+
+def options(doc: str) -> argparse.ArgumentParser:
+    """A parser that shows the first line of a script's docstring, and each flag's default."""
+    return argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=Defaults)
+
+
+def whole(most: int | None = None) -> Callable[[str], int]:
+    """The type of a flag: a number from 1 on, so that others are refused before anything runs."""
+
+    def number(text: str) -> int:
+        n = int(text)
+        if n < 1 or (most and n > most):
+            wanted = f"1 to {most:,}" if most else "1 or more"
+            raise argparse.ArgumentTypeError(f"{n}: expected {wanted}")
+        return n
+
+    return number
 
 
 def format_table(head, rows) -> str:

@@ -17,7 +17,6 @@ a minute on two idle cores; --all takes two more. Learning rates were chosen on 
 of the validation split (--sweep tries others); the test split is read at the end.
 """
 
-import argparse
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +27,7 @@ import numpy as np
 import reviews
 from classify import Arm, fit, fit_probe, labels_of, over, predict
 from models import bert
-from reporting import format_table, plot
+from reporting import format_table, options, plot, whole
 
 import lora_jax as lora
 
@@ -43,12 +42,12 @@ BATCH = 16
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("--all", action="store_true", help="and LoRA on NF4, and full fine-tuning")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=1500, help="snippets, at most 7,070")
-    parser.add_argument("--test", type=int, default=1000, help="snippets, at most 2,000")
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--train", type=whole(7070), default=1500, help="snippets, at most 7,070")
+    parser.add_argument("--test", type=whole(2000), default=1000, help="snippets, at most 2,000")
+    parser.add_argument("--rank", type=whole(), default=8, help="of the adapters")
     parser.add_argument("--sweep", action="store_true", help="try learning rates, on validation")
     parser.add_argument("--cache", type=Path, default=fetch.CACHE, help="downloads are kept here")
     parser.add_argument("--out", type=Path, default=Path("runs/reviews_minilm"), help="results")

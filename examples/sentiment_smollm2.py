@@ -17,7 +17,6 @@ instead of 544; with `--base nf4` all linear layers are quantised anew, 174 MB: 
 0.84.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import optax
 import reviews
 from models import smollm2
 from models.llama import Llama, generate, mapping_of
-from reporting import format_table
+from reporting import format_table, options, whole
 from tqdm import tqdm
 
 import lora_jax as lora
@@ -44,14 +43,14 @@ LENGTH, BATCH = 48, 8
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=40)
+    parser = options(__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--steps", type=whole(), default=40, help="of training")
     parser.add_argument("--base", choices=("fp32", "q4_1", "nf4"), default="fp32",
                         help="the frozen weights: q4_1, the file's own blocks")  # fmt: skip
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rank", type=whole(), default=8, help="of the adapters")
     parser.add_argument("--rate", type=float, default=2e-3, help="Adam's, falling to zero")
-    parser.add_argument("--test", type=int, default=400, help="snippets held out")
+    parser.add_argument("--test", type=whole(), default=400, help="snippets held out")
     parser.add_argument("--cache", type=Path, default=fetch.CACHE, help="downloads are kept here")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/sentiment_smollm2"), help="the adapter"

@@ -12,7 +12,6 @@ Expected (seed 0, a server with the base that serves `tuned-v1`; a minute when i
     loss 4.00 to 1.12 in 30 steps; tuned-v2 is loaded; tuned-v1 is unloaded
 """
 
-import argparse
 import json
 import re
 import urllib.error
@@ -24,6 +23,7 @@ import numpy as np
 import optax
 import tasks
 from models.llama import mapping_of
+from reporting import options, whole
 
 import lora_jax as lora
 
@@ -95,15 +95,17 @@ def swap(server, folder, name, adapters, mapping, target="vllm"):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--server", default="http://127.0.0.1:8000")
+    parser = options(__doc__)
+    parser.add_argument("--server", default="http://127.0.0.1:8000", help="its address")
     parser.add_argument(
         "--folder", type=Path, default=Path("adapters"), help="that the server sees"
     )
-    parser.add_argument("--name", default="tuned")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="tuned", help="of the versions, NAME-v1 …")
+    parser.add_argument("--steps", type=whole(), default=30, help="of training")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     args = parser.parse_args(argv)
+    if not args.server.startswith(("http://", "https://")):
+        parser.error(f"--server {args.server}: expected http://host:port")
     task = tasks.tiny(16, args.seed, Path())
     adapters, first, last = train(task, args.steps, args.seed)
     args.folder.mkdir(parents=True, exist_ok=True)

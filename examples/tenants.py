@@ -10,7 +10,6 @@ Expected (seed 0; two cores, about a minute when idle): at least 0.98 of the dig
     tenant, and tenant 7 alone within 0.1 % of the largest value (Adam enlarges rounding).
 """
 
-import argparse
 from pathlib import Path
 
 import jax
@@ -19,7 +18,7 @@ import numpy as np
 import optax
 from digits_convnet import train_on
 from models.llama import Llama, LlamaConfig
-from reporting import format_table, plot
+from reporting import format_table, options, plot
 from tqdm import tqdm
 
 import lora_jax as lora
@@ -97,7 +96,7 @@ def start(params, k):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the base")
     parser.add_argument("--out", type=Path, default=Path("runs/tenants.png"), help="the picture")
     args = parser.parse_args()

@@ -32,22 +32,23 @@ import orbax.checkpoint as ocp
 from cluster import BATCH, Stop, batches, make_log, make_mesh, place
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from reporting import options, whole
 from tasks import TASKS
 
 import lora_jax as lora
 
 
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__)
     flag = parser.add_argument
     flag("--model", choices=TASKS, default="smollm2", help="and its data")
     flag("--cache", type=Path, default=fetch.CACHE, help="downloads are kept here")
     flag("--directory", "--out", type=Path, default=Path("runs/train"), help="what is written")
-    flag("--steps", type=int, default=60, help="updates")
-    flag("--batch", type=int, default=16, help="examples of an update, over all devices")
-    flag("--accumulate", type=int, default=1, help="parts of a batch, one after the other")
-    flag("--length", type=int, default=48, help="tokens of an example")
-    flag("--rank", type=int, default=8)
+    flag("--steps", type=whole(), default=60, help="updates")
+    flag("--batch", type=whole(), default=16, help="examples of an update, over all devices")
+    flag("--accumulate", type=whole(), default=1, help="parts of a batch, one after the other")
+    flag("--length", type=whole(), default=48, help="tokens of an example")
+    flag("--rank", type=whole(), default=8, help="of the adapters")
     flag("--alpha", type=float, default=16.0)
     flag("--dropout", type=float, default=0.05)
     flag("--targets", nargs="+", default=["all-linear"])
@@ -55,9 +56,9 @@ def flags():
     flag("--clip", type=float, default=1.0, help="largest norm of a gradient")
     flag("--dtype", choices=["float32", "bfloat16"], default="float32", help="of base and model")
     flag("--remat", action=argparse.BooleanOptionalAction, default=True, help="recompute layers")
-    flag("--log-every", type=int, default=10, help="steps")
-    flag("--eval-every", type=int, default=30)
-    flag("--save-every", type=int, default=20)
+    flag("--log-every", type=whole(), default=10, help="steps")
+    flag("--eval-every", type=whole(), default=30, help="steps")
+    flag("--save-every", type=whole(), default=20, help="steps")
     flag("--seed", type=int, default=0)
     flag("--mesh", help="data=2,fsdp=2,tp=2; by default data=<all devices>")
     flag("--distributed", action="store_true", help="one of several processes")
@@ -118,9 +119,7 @@ def main():
     stop = Stop(mesh)
     rows = args.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
     if args.batch % rows:
-        raise SystemExit(
-            f"--batch {args.batch}: expected a multiple of {rows}, parts times devices"
-        )
+        raise SystemExit(f"--batch {args.batch}: expected a multiple of {rows}, parts × devices")
     dtype = jnp.dtype(args.dtype)
     task = TASKS[args.model](args.length, args.seed, args.cache, dtype=dtype, remat=args.remat)
 

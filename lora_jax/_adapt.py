@@ -40,10 +40,10 @@ def adapt(
     The result takes the arguments of `fn`. Where they hold adapted weights, each contraction,
     convolution or look-up x·W becomes x·W + scale·(x·A)·B (arXiv:2106.09685, eq. 3); all else is
     `fn`, unchanged. A weight that `fn` returns as it got it is an array, W + scale·A·B. The result
-    is a pure function, and composes with JAX's transformations. Where all uses of a
-    weight go through `stop_gradient`, it is of the base, which is frozen anyway: the adapter still
-    trains. Where some do not, as those of an online network beside its target, it is of the update
-    as well. Without an adapted weight among the arguments it is `fn` itself.
+    is a pure function, and composes with JAX's transformations. A
+    `stop_gradient` around all uses of a weight is meant for the base, which is frozen anyway: the
+    adapter still trains. Around some of them, as in a target network, it stops the adapter there,
+    too. Without an adapted weight among the arguments it is `fn` itself.
 
     What `fn` changes of NNX objects among its arguments is changed as by `nnx.jit`.
 
@@ -81,8 +81,8 @@ def adapt(
         The gradient of A and B passes straight through Q (arXiv:1308.3432): it is that of
         W + scale·A·B; that of x is through the weight that x met. One weight is there at a time,
         as in the plan "merged". On arrays, or on a base in codes: where that is of this format, an
-        update shorter than half a step changes nothing (docs/quantized.md). For matrix products
-        alone, of leaves that are moved on their way there.
+        update shorter than half a step changes nothing (docs/howto/merge_aware.md). For products
+        of matrices alone, of leaves that are moved on their way there.
       static_argnums, static_argnames: as in `jax.jit`, for arguments that hold arrays or objects
         and are still constants.
 
@@ -99,9 +99,10 @@ def adapt(
     >>> params = {"w": jnp.ones((4, 3))}
     >>> adapters = lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=2, targets="w"))
     >>> apply = lora.adapt(lambda p, x: x @ p["w"])
-    >>> apply(lora.bind(params, adapters), jnp.ones((2, 4)))
-    Array([[4., 4., 4.],
-           [4., 4., 4.]], dtype=float32)
+    >>> loss = lambda adapters, x: jnp.sum(apply(lora.bind(params, adapters), x))
+    >>> value, grads = jax.jit(jax.value_and_grad(loss))(adapters, jnp.ones((2, 4)))
+    >>> value, grads["w"].a.shape, grads["w"].b.shape  # the base's loss: B is zero at the start
+    (Array(24., dtype=float32), (4, 2), (2, 3))
     """
     if nnx.is_module(fn):
         raise LoRAError(

@@ -56,8 +56,16 @@ class Rule(Named, theirs=THEIRS):
       batch_axes: axes that stack separate weights, each of which gets its own A and B: experts,
         layers, or the packed axis of a (2, heads, d, k) kernel that holds keys and values.
 
-    >>> Rule("kv_einsum/w", rank=4, batch_axes=(0,))  # doctest: +ELLIPSIS
-    Rule(pattern='kv_einsum/w', rank=4, ...
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {"q": {"kernel": jnp.ones((64, 64))}, "v": {"kernel": jnp.ones((64, 64))}}
+    >>> rules = [lora.Rule("v", rank=8, alpha=16)]
+    >>> config = lora.LoRAConfig(rank=2, alpha=4, targets=["q", "v"], rules=rules)
+    >>> print(lora.select(params, config))
+    leaf      shape     primitive  in   out  batch  rank  alpha  parameters
+    --------  --------  ---------  ---  ---  -----  ----  -----  ----------
+    q/kernel  (64, 64)  ?          (0)  (1)  -         2      4         256
+    v/kernel  (64, 64)  ?          (0)  (1)  -         8     16       1,024
+    trained: 1,280 of 8,192 (15.625%)
     """
 
     pattern: Pattern

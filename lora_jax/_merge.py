@@ -45,8 +45,8 @@ def merge(
         codes' distance is lost: `lora.quant.errors(lora.merge(params, adapters), requantised)` says
         how much, leaf by leaf. A format, such as "nf4": store each leaf with an update in that,
         arrays and codes of other formats too; of adapters that were trained by `adapt(fn,
-        merge_aware="nf4")` nothing is lost. What was trained in full or by rows is an array either
-        way, and not rounded.
+        merge_aware="nf4")` that is the function that was trained, to one rounding. What was trained
+        in full or by rows is an array either way, and not rounded.
 
     Returns:
       A tree of the same structure, types, shapes, dtypes, boxes and shardings. Leaves without an

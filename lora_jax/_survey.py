@@ -74,6 +74,11 @@ class Survey:
     Leaves that differ in numbers alone, such as those of repeated layers, and agree in all columns
     are one line of the table, `layers_{0..23}/q/kernel`; each by itself is in `leaves`.
 
+    Attributes:
+      leaves: {path: a leaf}, with its `shape` and `dtype`, the `uses` that the function makes of it
+        (a `Use` each), its `kind` ("linear", "conv", "embedding", "other" or "unused"), its
+        `geometry` (None where it is in no product), and whether it is the output `head`.
+
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params = {"params": {"w": jnp.ones((4, 3))}}
     >>> found = lora.survey(lambda v, x: x @ v["params"]["w"], params, jnp.ones((2, 4)))

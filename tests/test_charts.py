@@ -7,7 +7,7 @@ from figures import apart
 def test_methods_are_those_of_the_page():
     figure = charts.recorded_methods()
     (axes,) = figure.axes
-    rows = charts.table("methods.md", "method | test accuracy")
+    rows = charts.table("results/methods.md", "method | test accuracy")
     labels = [t.get_text().rsplit("  ", 1) for t in axes.get_yticklabels()]
     assert sorted(labels) == sorted([row[0], row[2]] for row in rows) and len(rows) > 20
     means = [float(bars.lines[0].get_xdata()[0]) for bars in axes.containers]

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reporting
 import reviews
 import serve_swap
 from common import assert_close, noisy
@@ -32,7 +33,7 @@ from lora_jax._core.paths import nest
 from lora_jax._nodes.node import is_node
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if "argparse" in p.read_text())
+SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if "options(__doc__)" in p.read_text())
 
 
 BENCHMARKS = EXAMPLES.parent / "benchmarks"
@@ -73,6 +74,21 @@ def test_scripts_are_short_and_say_what_to_expect(script):
     assert "Expected" in ast.get_docstring(ast.parse(text))
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--seed" in done.stdout
+
+
+def test_odd_flags_are_refused_before_anything_runs(capsys):
+    parser = reporting.options("A script.\n\nMore.")
+    parser.add_argument("--steps", type=reporting.whole(10), default=3, help="of training")
+    assert parser.parse_args(["--steps", "10"]).steps == 10
+    assert "of training (default: 3)" in parser.format_help()
+    for bad in ("0", "11", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(["--steps", bad])
+        assert f"{bad}" in capsys.readouterr().err
+    cluster = pytest.importorskip("cluster", reason="the examples extra has what it needs")
+    for bad in ("data", "data=x", "data=8,", "model=8"):
+        with pytest.raises(SystemExit, match="expected sizes of data, fsdp, tp"):
+            cluster.make_mesh(bad)
 
 
 def test_the_main_job_needs_its_extra_alone():

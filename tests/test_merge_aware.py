@@ -281,7 +281,7 @@ def test_training_lowers_the_loss_that_is_deployed():
 
 
 def test_a_small_update_does_not_arrive_on_the_levels():
-    """docs/quantized.md, which base: on arrays and on 8 bits the right share of numbers crosses."""
+    """docs/howto/merge_aware.md, which base: on arrays and on 8 bits the right share of numbers crosses."""
     params = {"w": rand.normal(KEY, (128, 128))}
     u = 0.01 * rand.normal(jax.random.key(1), (128, 128))
     g = lora.Geometry((0,), (1,))

@@ -30,6 +30,21 @@ def test_every_public_name_has_an_example():
     assert [n for n, value in names if ">>>" not in (inspect.getdoc(value) or "")] == []
 
 
+def test_types_of_signatures_are_public():
+    """Each class of ours that an annotation names is a public name, or described where it stands."""
+    names = dict(public(lora, "lora"))
+    classes = {value.__name__ for value in names.values() if inspect.isclass(value)}
+    classes |= {"Leaf", "Block"}  # described where they are met: in `Survey`, in `Entry`
+    for name, value in names.items():
+        own = vars(value).items() if inspect.isclass(value) else ()
+        parts = [value, *(getattr(m, "fget", m) for key, m in own if key[0] != "_")]
+        said = [str(a) for p in parts for a in getattr(p, "__annotations__", {}).values()]
+        for word in {*re.findall(r"\b[A-Z]\w+", " ".join(said))} - classes:
+            used = getattr(sys.modules[value.__module__], word, None)
+            ours = inspect.isclass(used) and used.__module__.startswith("lora_jax")
+            assert not ours or name == "lora.AdaptedWeight", (name, word)  # its insides
+
+
 # In a process of its own: here the names are long imported.
 FIRST_USE = """
 import sys

@@ -49,7 +49,7 @@ def names_of(target: str, module: str | None) -> list[str]:
     head, dot, rest = target.partition(".")
     long = LONG.get(head, head) + dot + rest
     near = [f"{space}.{target}" for space in (module, "lora_jax") if space]
-    # Of another namespace, by its name alone: a class, or words joined, which no text has.
+    # One of another namespace, by its name alone: a class, or words joined, which no text has.
     alone = target[:1].isupper() or "_" in target
     far = [name for name in public().values() if alone and name.endswith(f".{target}")]
     return [public().get(long, long), *near, *far]

@@ -168,7 +168,7 @@ def _unfit(adapters: Sequence[TorchAdapter], orders: Orders) -> list[str]:
         for m, found in groups.items()
         if len(found) > 1
     ]
-    # Of those that are unclear, or differ in their parameters, it is said above.
+    # Those that are unclear, or differ in their parameters, are named above.
     return lines or [
         f"'{m}': by their ranks its parameters stand in another order in each"
         for m, (_, ways) in orders.items()

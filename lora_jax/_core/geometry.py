@@ -61,7 +61,7 @@ def blocks_of(old: Sequence[int], new: Sequence[int]) -> list | None:
         m, n = math.prod(old[i:a]), math.prod(new[j:b])
         # The side with fewer elements takes its next axis, until both have the same number.
         while m != n:
-            # Of symbolic sizes such as b·t and b it is known that the multiple is larger.
+            # The multiple is known to be larger, also of symbolic sizes such as b·t and b.
             whole = m % n == 0, n % m == 0
             if not any(whole) and not (isinstance(m, int) and isinstance(n, int)):
                 return None

@@ -95,7 +95,7 @@ def map_shared(fn: Callable[[Any], Any], tree: Any, replaced: Container[str]) ->
         return new if changed else old
 
     state = jax.tree_util.tree_map_with_path(either, state, fn(state), is_leaf=is_variable)
-    # Of these very variables.
+    # It has these very variables.
     return standing_for(nnx.merge(graph, state), tree)
 
 

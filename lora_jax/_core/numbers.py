@@ -135,7 +135,7 @@ def _whole(least: int, below: float = math.inf, limit: str = "") -> Number:
 
 
 COUNT, COUNT_OR_ZERO = _whole(1), _whole(0)
-# Of an axis; steps that int32 counts; turns that end within a lifetime.
+# The size of an axis; steps that int32 counts; turns that end within a lifetime.
 SIZE = _whole(1, 2**24, ", less than 2**24")
 STEPS, STEPS_OR_ZERO = (_whole(least, 2**31, ", less than 2**31") for least in (1, 0))
 PASSES, PASSES_OR_ZERO = (_whole(least, 1001, ", at most 1000") for least in (1, 0))

@@ -147,7 +147,7 @@ def _scan(ctx: Context, eqn: Equation, args: Sequence) -> list:
         body,
         _start(carry),
         (steps, [o.whole for o in stacks]),
-        # Of a symbolic shape it is the stacks' own.
+        # None where it is symbolic: it is the stacks' own.
         length=p["length"] if isinstance(p["length"], int) else None,
         reverse=p["reverse"],
         unroll=p["unroll"],

@@ -12,7 +12,7 @@ from lora_jax._core import compat
 
 FEW = 256  # numbers that a product sums over: it costs less to make it again than to keep it
 
-# Of what JAX computes: products, sorts, and what is sent between devices.
+# JAX's own that cost much to make again: products, sorts, and what is sent between devices.
 _DEAR = {
     lax.conv_general_dilated_p,
     lax.fft_p,

@@ -37,9 +37,12 @@ def factors(adapters: Any, frozen: Any = None) -> Any:
     >>> params = {"q": jnp.ones((4, 3))}
     >>> config = lora.LoRAConfig(rank=2, targets="q")
     >>> adapters, frozen = lora.methods.init_vera(jax.random.key(0), params, config)
-    >>> node = lora.methods.factors(adapters, frozen)["q"]
-    >>> type(node).__name__, node.a.shape, node.b.shape
-    ('LoRA', (4, 2), (2, 3))
+    >>> fn = lora.adapt(lambda p, x: x @ p["q"])
+    >>> def loss(adapters):  # VeRA's two vectors are trained, and the model sees a LoRA
+    ...     lora_tree = lora.methods.factors(adapters, frozen)
+    ...     return jnp.sum(fn(lora.bind(params, lora_tree), jnp.ones((2, 4))))
+    >>> jax.tree.map(jnp.shape, jax.tree.leaves(jax.grad(loss)(adapters)))
+    [(2,), (3,)]
     """
     failures: list[str] = []
     flat = {} if frozen is None else flatten(frozen, is_leaf=is_node)

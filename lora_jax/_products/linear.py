@@ -61,7 +61,7 @@ def _adapted(*args: jax.Array, group: Group) -> list[jax.Array]:
     return _by_way(group, group.plan.infer, x, hidden(group, _apart(x), a), b, w)
 
 
-# Of two products of one x XLA makes one on GPUs where one of them is small: it writes W and A side
+# On GPUs XLA joins two products of one x where one of them is small: it writes W and A side
 # by side for it, at each call, which is most of what a step of few tokens costs. This keeps x·A
 # apart from x·W, and g·Bᵀ from g·Wᵀ.
 _barrier: Callable = lambda x: [lax.optimization_barrier(x)]
@@ -277,7 +277,7 @@ def _read(w: Any, batched: Any) -> tuple[jax.Array, bool]:
         return w, batched
     if not any(jax.tree.leaves(batched)):
         return value(w), False
-    # Of the arrays of codes some may be mapped and others not, such as a table that all share.
+    # Some arrays of codes may be mapped and others not, such as a table that all share.
     axes = jax.tree.map(lambda one: 0 if one else None, batched)
     return jax.vmap(value, (axes,))(w), True
 

@@ -304,7 +304,7 @@ class Quantized(Waiting):
             groups = math.ceil(math.prod(lead[self.stack :]) * n / SECOND)
             good = others == [(*stack, groups, SECOND), (*stack, groups), stack]
         else:
-            # Of NVFP4, for each of a stack, or of layers put together.
+            # NVFP4's, for each of a stack, or of layers put together.
             scale = others[1] if others[1:] else ()
             good = others[0] == (*lead, each) and scale == tuple(lead[: len(scale)])
             good = good and len(scale) >= len(stack) * fmt.whole and each % fmt.parts == 0

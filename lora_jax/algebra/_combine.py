@@ -83,8 +83,10 @@ def scaled(adapters: Any, weight: Any) -> dict:
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, lora.Geometry((0,), (1,)))
-    >>> lora.algebra.scaled({"w": node}, -1.0)["w"].b
-    Array([[-1., -1.]], dtype=float32)
+    >>> without = lora.algebra.scaled({"w": node}, -1.0)  # takes off what the adapter learned
+    >>> lora.merge({"w": jnp.full((2, 2), 3.0)}, without)["w"]
+    Array([[2., 2.],
+           [2., 2.]], dtype=float32)
     """
     return combine([adapters], [weight])
 

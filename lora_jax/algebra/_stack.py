@@ -111,11 +111,12 @@ def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None
         array: `bind` gives the stack itself to each product. Or an array of integers, one for each
         position of the inputs of every adapted product, along the axes that its weight lacks:
         (B, T), as of packed sequences, or (B, 1), one for each example; no `vmap` is needed.
-        Traced or not, another choice never recompiles. -1 is the base; every other number that has
-        no slot, such as -2 or the capacity, gives NaN where it is traced.
+        What is jitted with it as an argument is not compiled anew for another choice. -1 is the
+        base; every other number that has no slot, such as -2 or the capacity, gives NaN where it is
+        traced.
       mask: booleans, for which tokens the adapters are active, as aLoRA's are from its invocation
-        tokens on; elsewhere the model is the base. Of the same shape as an array of numbers would
-        be, (B, T), or (T,) for each example under `jax.vmap`. None: for all tokens.
+        tokens on; elsewhere the model is the base. It has the shape that an array of numbers
+        would have, (B, T), or (T,) for each example under `jax.vmap`. None: for all tokens.
 
     Returns:
       Adapters for `bind`; of an array, or with a mask, for nothing else.
@@ -278,9 +279,9 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
     Args:
       stacked: as from `stack`; not changed. Under `jax.jit` it may be donated.
       index: an integer from 0 on; also a traced one, which is not checked: one that has no slot
-        changes none. The shapes stay, so nothing is compiled anew. (A jitted function that takes
-        `adapters` as an argument is traced for each scale, which is static: outside of jit, or of
-        `stack([adapters])`, whose scale is 1, that is not so.)
+        changes none. The shapes stay, so what takes the stack is not compiled anew. (A jitted
+        function with `adapters` as an argument is traced for each scale, which is static; that of
+        `stack([adapters])` is 1.)
       adapters: adapters whose leaves and ranks the stack has room for; None empties the slot.
 
     Raises:

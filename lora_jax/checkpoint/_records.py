@@ -211,7 +211,7 @@ def _is_key(x: Any) -> TypeGuard[jax.Array]:
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-# Of JAX's and NumPy's types those that files have a name for.
+# JAX's and NumPy's types that files have a name for.
 _STORABLE = re.compile(r"bool|u?int(8|16|32|64)|int[24]|b?float(8_\w+|16|32|64)|complex(64|128)")
 
 

@@ -91,12 +91,14 @@ def init_adalora(
     Raises:
       LoRAError: as `init`.
 
-    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
     >>> params = {"q": jnp.ones((8, 4))}
     >>> config = lora.LoRAConfig(rank=3, targets="q")
-    >>> node = lora.methods.init_adalora(jax.random.key(0), params, config)["q"]
-    >>> node.p.shape, node.lam, node.q.shape
+    >>> adapters = lora.methods.init_adalora(jax.random.key(0), params, config)
+    >>> adapters["q"].p.shape, adapters["q"].lam, adapters["q"].q.shape
     ((8, 3), Array([0., 0., 0.], dtype=float32), (3, 4))
+    >>> tx = lora.optim.adalora(optax.adam(1e-2), target_rank=1, steps=100, tinit=10, tfinal=50)
+    >>> state = tx.init(adapters)  # and train as ever, then `pruned`
     """
     key, targets = as_key(key), targets_of(params, config, survey, "lora.methods.init_adalora")
     dtype = targets.config.dtype
@@ -128,10 +130,12 @@ def orthogonality(adapters: Any) -> jax.Array:
       LoRAError: there is no `AdaLoRA` in the tree.
 
     >>> import jax.numpy as jnp, lora_jax as lora
-    >>> eye = jnp.eye(3, 2)
-    >>> node = lora.methods.AdaLoRA(eye, jnp.ones(2), 2 * eye.T, geometry=lora.Geometry((0,), (1,)))
-    >>> lora.methods.orthogonality({"q": node})  # Q's rows have a norm of 2: twice (4 − 1)²
-    Array(18., dtype=float32)
+    >>> eye, geometry = jnp.eye(3, 2), lora.Geometry((0,), (1,))
+    >>> adapters = {"q": lora.methods.AdaLoRA(eye, jnp.ones(2), 2 * eye.T, geometry=geometry)}
+    >>> task = lambda adapters: jnp.sum(lora.merge({"q": jnp.eye(3)}, adapters)["q"])
+    >>> loss = lambda adapters: task(adapters) + 0.1 * lora.methods.orthogonality(adapters)
+    >>> round(float(loss(adapters) - task(adapters)), 3)  # Q's rows have norm 2: 0.1 · 2·(4 − 1)²
+    1.8
     """
     total = jnp.zeros((), jnp.float32)
     for node in adalora_nodes(adapters):

@@ -164,7 +164,7 @@ fine-tuning
         why = f"targets: the {len(kept)} of {len(scores)} module types with the {what}"
     share = {p: active_experts or 1 for p in experts}
     rank, reason = _rank(chosen, tokens, share)
-    # Of the whole rank, before small leaves get less: the rank that is wanted does not pay.
+    # Judged by the whole rank, before small leaves get less: what is wanted does not pay.
     own = {p: max(1, rank // share.get(p, 1)) for p in chosen}
     numbers = sum(
         t.parameters * min(own[p], *t.geometry.sizes(t.shape)[1:]) for p, t in chosen.items()

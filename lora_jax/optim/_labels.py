@@ -83,8 +83,14 @@ def lora_plus(
     Raises:
       LoRAError: a ratio or a learning rate that is negative or not finite.
 
-    >>> import optax, lora_jax as lora
+    >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
+    >>> config = lora.LoRAConfig(rank=2, targets="q")
+    >>> adapters = lora.init(jax.random.key(0), {"q": jnp.ones((4, 4))}, config)
     >>> tx = lora.optim.lora_plus(optax.adam, 1e-4, ratio=16)
+    >>> grads = jax.tree.map(jnp.ones_like, adapters)
+    >>> updates, state = tx.update(grads, tx.init(adapters), adapters)
+    >>> print(*(x[0, 0].round(4) for x in (updates["q"].a, updates["q"].b)))
+    -1e-04 -0.0016
     """
     learning_rate, ratio, embedding_learning_rate = check_settings(
         "lora.optim.lora_plus(optax.adam, 1e-4, ratio=16)",

@@ -76,8 +76,17 @@ def lora_muon(
     Raises:
       LoRAError: as `lora_rite`; a learning rate times weight decay of 1 or more.
 
-    >>> import lora_jax as lora
-    >>> tx = lora.optim.lora_muon(1e-2, weight_decay=0.1)
+    >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
+    >>> params, tx = {"w": jnp.eye(8)}, lora.optim.lora_muon(1e-2)
+    >>> def moved(alpha):  # by the first step, in the spectral norm
+    ...     config = lora.LoRAConfig(rank=2, alpha=alpha, targets="w")
+    ...     adapters = lora.init(jax.random.key(0), params, config)
+    ...     loss = lambda adapters: jnp.sum(lora.merge(params, adapters)["w"] ** 2)
+    ...     updates, _ = tx.update(jax.grad(loss)(adapters), tx.init(adapters), adapters)
+    ...     new = lora.merge(params, optax.apply_updates(adapters, updates))["w"]
+    ...     return round(float(jnp.linalg.norm(new - params["w"], 2)), 4)
+    >>> moved(alpha=2), moved(alpha=32)  # B's half of the learning rate; A moves once B is not 0
+    (0.005, 0.005)
     """
     learning_rate, b1, weight_decay = check_settings(
         CALL, learning_rate=learning_rate, b1=b1, weight_decay=weight_decay

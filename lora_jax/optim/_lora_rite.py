@@ -95,8 +95,16 @@ def lora_rite(
     Raises:
       LoRAError: a decay rate outside of [0, 1), a negative number or one that is not finite.
 
-    >>> import lora_jax as lora
-    >>> tx = lora.optim.lora_rite(2e-4)
+    >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
+    >>> a, b = jax.random.normal(jax.random.key(0), (2, 8, 2))
+    >>> params, tx = {"w": jnp.eye(8)}, lora.optim.lora_rite(1e-2)
+    >>> def moved(c):  # the same product A·B, split in another way
+    ...     node = {"w": lora.LoRA(c * a, b.T / c, 1.0, lora.Geometry((0,), (1,)))}
+    ...     loss = lambda adapters: jnp.sum(lora.merge(params, adapters)["w"] ** 2)
+    ...     updates, _ = tx.update(jax.grad(loss)(node), tx.init(node), node)
+    ...     return lora.merge(params, optax.apply_updates(node, updates))["w"]
+    >>> bool(jnp.allclose(moved(1.0), moved(10.0), atol=1e-3))
+    True
     """
     learning_rate, b1, b2, eps, weight_decay = check_settings(
         CALL, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
@@ -118,7 +126,11 @@ def scale_by_lora_rite(
     """The step of `lora_rite` without a learning rate; leaves that are no factors pass unchanged.
 
     >>> import optax, lora_jax as lora
-    >>> tx = optax.chain(lora.optim.scale_by_lora_rite(), optax.scale_by_learning_rate(2e-4))
+    >>> tx = optax.chain(  # a trust ratio in between
+    ...     lora.optim.scale_by_lora_rite(),
+    ...     optax.scale_by_trust_ratio(),
+    ...     optax.scale_by_learning_rate(2e-4),
+    ... )
     """
     b1, b2, eps = check_settings(CALL, b1=b1, b2=b2, eps=eps)
 

@@ -38,6 +38,17 @@ class PerSlotState(NamedTuple):
       scale: {path: (n, 3)}, alpha / rank of each tenant's leaf, a sum of three fp32 numbers: so
         `leave` gives back the very float. The first is what is computed with.
       rank: {path: (n,)}, its rank; 0 where it does not train the leaf, 1 of a leaf without ranks.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
+    >>> config = lora.LoRAConfig(rank=2, targets="w")
+    >>> stacked = lora.algebra.stack(
+    ...     [lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, config)], capacity=2
+    ... )
+    >>> tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-2)
+    >>> state = lora.optim.per_slot(tx).init(stacked)
+    >>> rates = state.inner.hyperparams["learning_rate"]  # one for each slot, and the empty one
+    >>> rates.shape, rates.at[1].set(3e-3).shape
+    ((3,), (3,))
     """
 
     inner: Any

@@ -48,8 +48,16 @@ def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
       LoRAError: a delta that is negative or not finite; `update` without the adapters, or given A
         without B.
 
-    >>> import optax, lora_jax as lora
-    >>> tx = optax.chain(lora.optim.riemannian(), optax.adam(1e-3))
+    >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
+    >>> a, b = jax.random.normal(jax.random.key(0), (2, 8, 2))
+    >>> params, tx = {"w": jnp.eye(8)}, optax.chain(lora.optim.riemannian(), optax.sgd(0.1))
+    >>> def moved(c):  # the same product A·B, split in another way
+    ...     node = {"w": lora.LoRA(c * a, b.T / c, 1.0, lora.Geometry((0,), (1,)))}
+    ...     loss = lambda adapters: jnp.sum(lora.merge(params, adapters)["w"] ** 2)
+    ...     updates, _ = tx.update(jax.grad(loss)(node), tx.init(node), node)
+    ...     return lora.merge(params, optax.apply_updates(node, updates))["w"]
+    >>> bool(jnp.allclose(moved(1.0), moved(10.0), atol=1e-3))
+    True
     """
     (delta,) = check_settings("lora.optim.riemannian(delta=1e-6)", delta=delta)
 
@@ -95,8 +103,17 @@ def lora_pro(
     Raises:
       LoRAError: as `riemannian`, or another x.
 
-    >>> import optax, lora_jax as lora
-    >>> tx = optax.chain(lora.optim.lora_pro(), optax.adamw(1e-4))
+    >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
+    >>> params, (a, b) = {"w": jnp.eye(4)}, jax.random.normal(jax.random.key(0), (2, 4, 4))
+    >>> adapters = {"w": lora.LoRA(a, b, 1.0, lora.Geometry((0,), (1,)))}  # of full rank
+    >>> loss, merged = lambda p: jnp.sum(p["w"] ** 2), lambda ad: lora.merge(params, ad)
+    >>> tx = optax.chain(lora.optim.lora_pro(), optax.sgd(1e-3))
+    >>> grads = jax.grad(lambda adapters: loss(merged(adapters)))(adapters)
+    >>> updates, _ = tx.update(grads, tx.init(adapters), adapters)
+    >>> step = merged(optax.apply_updates(adapters, updates))["w"] - merged(adapters)["w"]
+    >>> full = -1e-3 * jax.grad(loss)(merged(adapters))["w"]  # of full fine-tuning
+    >>> bool(jnp.allclose(step, full, atol=1e-3))
+    True
     """
     (delta,) = check_settings("lora.optim.lora_pro(delta=1e-8)", delta=delta)
     if not (isinstance(x, str) and x in FREE):

@@ -40,7 +40,8 @@ class Forecast:
       capacity: bytes that a program may use on the device, None where that is not known.
       flops, bytes_accessed: by XLA's cost analysis, which counts the body of a loop once, whatever
         its trip count, so of a scan over layers one layer; None where there is none (GPUs).
-      collectives: the most bytes first. Their trip counts are known, other than those of the FLOPs.
+      collectives: a `Collective` each, the most bytes first. Their trip counts are known, other
+        than those of the FLOPs.
       seconds: to compile.
 
     >>> import jax, lora_jax as lora

@@ -30,13 +30,19 @@ CALLED = re.compile(
 class Collective:
     """One array that a compiled program sends between devices.
 
-    kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all`, `collective-permute`...
-    array: its dtype and shape on one device, as in `bf16[4096,1376]`: of what goes in or of what
-      comes out, whichever is larger.
-    bytes: of that array.
-    count: how many such there are in the program.
-    times: how often each is executed: the product of the trip counts of the loops around it; None
-      where one of these is not known.
+    Attributes:
+      kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute" ...
+      array: its dtype and shape on one device, as in "bf16[4096,1376]": of what goes in or of what
+        comes out, whichever is larger.
+      bytes: of that array.
+      count: how many such there are in the program.
+      times: how often each is executed: the product of the trip counts of the loops around it; None
+        where one of these is not known.
+
+    >>> import lora_jax as lora
+    >>> found = lora.parallel.Collective("all-reduce", "f32[8,16]", 512, count=2, times=32)
+    >>> found.bytes * found.count * found.times  # in one call of the program
+    32768
     """
 
     kind: str

@@ -31,7 +31,13 @@ PARTS = ("base", "constants", "adapters", "gradients", "optimizer")
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """Bytes in all, and on the device that holds most."""
+    """Bytes in all, and on the device that holds most: a part of `Memory`.
+
+    >>> import jax, lora_jax as lora
+    >>> found = lora.parallel.memory({"w": jax.ShapeDtypeStruct((1024, 1024), "bfloat16")}, None)
+    >>> found.parts["base"]
+    Bytes(total=2097152, device=2097152)
+    """
 
     total: int = 0
     device: int = 0

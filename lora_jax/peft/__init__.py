@@ -2,7 +2,7 @@
 
 from lora_jax.peft._load import PeftAdapter, load
 from lora_jax.peft._load_base import load_base
-from lora_jax.peft._mapping import TorchMapping
+from lora_jax.peft._mapping import Entry, TorchMapping
 from lora_jax.peft._save import mapping, save
 from lora_jax.peft._save_base import save_base
 
@@ -14,4 +14,5 @@ __all__ = [
     "mapping",
     "PeftAdapter",
     "TorchMapping",
+    "Entry",
 ]

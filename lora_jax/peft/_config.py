@@ -16,7 +16,7 @@ from lora_jax.peft._settings import LORA_ALONE, MERGE, OTHERS, REFUSED, switches
 # PEFT 0.21 has 45.
 MAX_SETTINGS = 1000
 
-# Of a name, of which every run of parts is looked up: n parts have n²/2 of them.
+# The parts of a name, each run of which is looked up: n parts have n²/2 of them.
 MAX_PARTS = 64
 
 # Tables of which rows are trained; tokens of an aLoRA.
@@ -105,7 +105,7 @@ class PeftConfig:
     def scales_inputs(self, module: str) -> bool:
         """Whether IA3 scales this module's inputs, and not its outputs; by PEFT's rule."""
         found = self.own["feedforward_modules"]
-        # Of a list, the end of a name, also within a part of it.
+        # A list has the ends of names, also within a part of one.
         return module in found if found.expression else module.endswith(tuple(found.names))
 
     def passed_over(self, module: str) -> str | None:

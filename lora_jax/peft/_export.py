@@ -389,7 +389,7 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 def _targets(modules: Sequence[str], mapping: TorchMapping) -> list[str] | str | None:
     """Full names; as one expression where a name also ends another, which is not adapted."""
-    # Of a list PEFT takes each name for the end of others; an expression is the whole name.
+    # PEFT takes each name of a list for the end of others; an expression is the whole name.
     known = {n.rpartition(".")[0] for n in mapping} - set(modules)
     if {end for n in known for end in endings(n)} & {*modules}:
         return "|".join(map(re.escape, modules))

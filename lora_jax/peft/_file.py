@@ -32,7 +32,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # By the format's own names. No type of 8 bits: that is a code, and no weight without its scale.
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 
-# Of tensors that hold positions.
+# The types of tensors that hold positions.
 PLACES = {"I32": np.dtype("int32"), "I64": np.dtype("int64")}
 
 # Bytes of adapter_config.json, and keys in it: a pattern for each of so many modules.
@@ -46,7 +46,7 @@ MAX_AXES = 8
 # In JSON, and one more for each 12 bytes: an empty list takes 3 bytes there, and 64 in memory.
 MAX_LISTS = 10_000
 
-# Of JSON: Python's own readers and writers fail at about a thousand.
+# The depth of JSON: Python's own readers and writers fail at about a thousand.
 MAX_DEPTH = 64
 
 TO_SAFETENSORS = (
@@ -196,7 +196,7 @@ def parse_json(data: bytes, where: object) -> dict:
     """A JSON object from untrusted bytes: no key twice, no NaN, no depth without end."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        # Of two values readers take the first or the last: a check could see another than PEFT.
+        # Readers take the first or the last of two values: a check could see another than PEFT.
         found = dict(items)
         if len(found) != len(items):
             twice = (k for k, n in collections.Counter(k for k, _ in items).items() if n > 1)

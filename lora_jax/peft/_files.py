@@ -35,7 +35,7 @@ def replacing(out: Path) -> Generator[Path, None, None]:
     except LoRAError as e:
         raise LoRAError(str(e).replace(str(new), str(out))) from e
     finally:
-        # Of a name that is too long, nothing is there, and the system does not even look.
+        # Nothing is there under a name that is too long, and the system does not even look.
         with contextlib.suppress(OSError):
             remove(new)
 
@@ -53,7 +53,7 @@ def partial(path: Path) -> Path:
     """Where this process writes what becomes `path` once it is complete.
 
     What processes of this host that are dead by now left for the same path is removed: after
-    `kill -9` it would stay for ever, as large as a model. Of another host's nothing is known.
+    `kill -9` it would stay for ever, as large as a model. What another host left is not looked at.
     """
     host = zlib.crc32(socket.gethostname().encode())
     start, end = f".{path.name}.{host:08x}-", ".partial"

@@ -346,7 +346,7 @@ def _window(b: Block) -> int:
 def _at(leaf: LeafInfo, at: Sequence[int]) -> Block | None:
     """A position in a leaf that is stacked so many times, from the outermost stack on."""
     rank = len(leaf.shape)
-    # Of a leaf without axes any but the last may be of a stack.
+    # Any axis but the last may be of a stack, where the leaf's are not known.
     axes = leaf.geometry.batch_axes if leaf.geometry else tuple(range(rank - 1))
     if len(axes) < len(at) or any(i >= leaf.shape[d] for d, i in zip(axes, at)):
         return None

@@ -178,7 +178,7 @@ def _of_mlx(name: str, t: Stored) -> tuple[str, Stored]:
     # lora_a (in, rank), lora_b (rank, out); PEFT has (rank, in) and (out, rank).
     if len(t.shape) == 2:
         t = t.turned(1, 0)
-    # Of experts lora_a (E, rank, in) stays, and lora_b (E, out, rank) is turned to (out, rank, E).
+    # Experts: lora_a (E, rank, in) stays, lora_b (E, out, rank) is turned to (out, rank, E).
     elif len(t.shape) == 3 and last == "lora_b":
         t = t.turned(1, 2, 0)
     return f"{module}.{end}", t

@@ -132,7 +132,7 @@ def _hira_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, i
 
 def _hira(t: Arrays, at: Place) -> np.ndarray:
     """W ∘ (B·A), HiRA (ICLR 2025)."""
-    # Of linear layers and of tables the names end in A and in B.
+    # The names of linear layers and of tables end in A and in B.
     a, b = (next(x for name, x in t.items() if name.endswith(end)) for end in "AB")
     return at.base * (b.reshape(at.n_out, -1) @ a.reshape(len(a), -1))
 
@@ -184,7 +184,7 @@ def _gralora(t: Arrays, at: Place) -> np.ndarray:
     # (k, in/k, r), (k, r, out/k).
     a, b = t["gralora_A"], t["gralora_B"]
     k, rank = len(a), a.shape[2]
-    # Of each block n of the inputs, A's ranks are shared out among the k blocks o of the outputs.
+    # A's ranks of each block n of the inputs are shared out among the k blocks o of the outputs.
     grid = np.einsum(
         "nikr,knro->koni",
         a.reshape(k, -1, k, rank // k),

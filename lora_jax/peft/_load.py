@@ -142,8 +142,8 @@ def load(
 ) -> PeftAdapter:
     """Reads an adapter of PEFT, mlx-lm, diffusers or kohya, for the parameters of a JAX model.
 
-    Every tensor of the file is used, or the call fails. The folder may come from a stranger: it is
-    checked before anything is allocated, and nothing in it is run.
+    Every tensor of the file is used, unless `ignore` names it, or the call fails. The folder may
+    come from a stranger: it is checked before anything is allocated, and nothing in it is run.
 
     PEFT's other additive types (LoHa, LoKr, MiSS, HiRA, VeRA, GraLoRA, FourierFT, SHiRA, IA3, OFT)
     are read as the update ΔW that they make, and brought to a LoRA by its singular values: say with

@@ -54,10 +54,10 @@ def load_base(
 ) -> Any:
     """Reads the weights of a torch model, such as a Hugging Face folder, into a Flax model's tree.
 
-    Every tensor of the folder is used, and every leaf filled, or the call fails and lists what is
-    left on either side. Leaves are made one after the other, each straight in its type and with
-    its sharding: beside the result there is never more than one tensor, or one leaf where it is
-    sharded.
+    Every tensor of the folder that `ignore` does not name is used, and every leaf filled, or the
+    call fails and lists what is left on either side. Leaves are made one after the other, each
+    straight in its type and with its sharding: beside the result there is never more than one
+    tensor, or one leaf where it is sharded.
 
     Args:
       folder: with model.safetensors, or several such files and their index; one such file; or a

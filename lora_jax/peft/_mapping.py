@@ -33,16 +33,26 @@ TABLE = 'mapping={r"model\\.layers\\.(\\d+)\\.self_attn\\.q_proj": "layers_{1}/a
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One torch parameter.
+    """One torch parameter of a `TorchMapping`, and where it lies in the model's leaves.
 
     Attributes:
       name: such as "model.layers.0.self_attn.q_proj.weight".
-      blocks: the parts of leaves that it is, in the order of its outputs.
+      blocks: the parts of leaves that it is, in the order of its outputs: three of a fused q, k, v.
+        Each prints as "layers/q/kernel[3]"; its leaf's `path` and `shape` are in `leaf`.
       kind: "linear", "embedding", "conv" or "experts", or "value" for one in full.
       layout: how the tensor lies: "out_in", "in_out", "same", "vector"; None if it is not known.
       shape: the tensor's, if it is known.
       swapped: PEFT's A runs along the outputs of the leaf: of a head that is the embedding's table,
         of experts that are (experts, in, out) in a module without `is_transposed`.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> params = {"layers": {"q": {"kernel": jnp.zeros((2, 4, 3))}}}  # a stack of two
+    >>> names = {f"layers.{i}.q.weight": (3, 4) for i in range(2)}
+    >>> rule = lora.Rule("q/kernel", batch_axes=(0,), in_axes=(1,), out_axes=(2,))
+    >>> targets = lora.select(params, lora.LoRAConfig(rank=1, targets="q", rules=[rule]))
+    >>> entry = lora.peft.mapping(names, params, targets)["layers.1.q.weight"]
+    >>> entry.kind, entry.layout, [str(block) for block in entry.blocks]
+    ('linear', 'out_in', ['layers/q/kernel[1]'])
     """
 
     name: str

@@ -78,7 +78,7 @@ class _Parser:
             if "rows" in parts:
                 rows += self._rows(module, parts.pop("rows"))
             pair = self._pair(module, parts)
-            # Of experts the name says the module, and not which of its parameters.
+            # The name of experts says the module, and not which of its parameters.
             if pair is not None and is_inside(plain_name(module), parts, self.config):
                 experts.append((module, *pair[:2]))
             elif pair is not None:

@@ -97,7 +97,7 @@ class SafePattern:
             raise LoRAError(f"{where}: a regular expression of {len(text):,} characters")
         try:
             with warnings.catch_warnings():
-                # Of what a later Python may read otherwise.
+                # They are of what a later Python may read otherwise.
                 warnings.simplefilter("ignore")
                 whole = before + text + after
                 self.branches, end = self._parse(whole, 0, 0)

@@ -78,7 +78,7 @@ def low_rank(
     ((1, 3), (2, 1), 0.9)
     """
     u, s, v = _svd(update)
-    # Of the largest, as the square of a small one may be 0.
+    # Relative to the largest, as the square of a small one may be 0.
     squares = (s / (s[0] or 1.0)) ** 2
     share = np.cumsum(squares) / (np.sum(squares) or 1.0)
     # 1 is what float64 holds of it.

@@ -82,7 +82,7 @@ def bitsandbytes_weight(
         constant that no weight of its type has (NaN, negative, too large).
 
     >>> import json, lora_jax as lora, numpy as np
-    >>> from lora_jax._quantized.formats import NF4
+    >>> from lora_jax._quantized.formats import NF4  # a file brings these 16 levels with it
     >>> state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [2, 64]}
     >>> tensors = {
     ...     "w": np.zeros((64, 1), "uint8"),
