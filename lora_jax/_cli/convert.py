@@ -230,7 +230,7 @@ def _abstract(t: Stored) -> jax.ShapeDtypeStruct:
 def _of_orbax(path: Path) -> Any:
     only_files(path)
     # The folder itself or its latest step; in it the tree, or the item that managers write.
-    steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    steps = sorted((p for p in path.iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
     for root in (path, *steps[-1:]):
         for folder in (root, root / "default", root / "params"):
             if (folder / "_METADATA").is_file():

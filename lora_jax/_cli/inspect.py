@@ -161,7 +161,7 @@ def _below(path: Path) -> Iterator[str]:
 
 
 def _is_step(path: Path) -> bool:
-    return path.name.isdigit() and (path / "lora").is_dir()
+    return path.name.isdecimal() and (path / "lora").is_dir()
 
 
 def restored(path: str | os.PathLike, base: Any = None) -> Restored:
@@ -228,7 +228,7 @@ def _natural(row: Mapping[str, Any]) -> list:
     """Layer 2 before layer 10."""
     # Pairs, as numbers and texts cannot be compared with each other.
     parts = re.split(r"(\d+)", row["name"])
-    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in parts]
+    return [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in parts]
 
 
 def _of_peft(adapter: TorchAdapter, name: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _snapshot(name: str, revision: str | None, subfolder: str | None) -> Path:
         at = "" if revision is None else f", revision {revision!r}"
         raise LoRAError(
             f"{name}: no such folder here, and the hub does not give it{at}: "
-            f"{type(e).__name__}: {ascii(str(e))[1:301]}"
+            f"{type(e).__name__}: {ascii(str(e)[:300])[1:-1]}"
         ) from None
     return Path(path)
 
