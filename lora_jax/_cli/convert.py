@@ -42,14 +42,8 @@ PARAMS = (
 def to_orbax(
     folder: str | os.PathLike, out: str | os.PathLike, params: Any, **options: Any
 ) -> TorchMapping:
-    """Writes the adapter of a PEFT folder as step 0 of a new checkpoint directory; returns the
-    mapping that was found.
-
-    Its `data` holds the configuration and the mapping, so that `to_peft` needs neither.
-
-    Args:
-      options: of `lora.peft.load`.
-    """
+    """Writes the adapter of a PEFT folder as step 0 of a new checkpoint directory, by `options` of
+    `lora.peft.load`. Its `data` holds the configuration and the mapping, for `to_peft`."""
     # Without the limit of `load`: the size of the file is the person's choice.
     found = load(folder, params, max_bytes=1 << 62, **options)
     data = {"peft": {"config": dict(found.config), "mapping": mapping_to_json(found.mapping)}}
@@ -285,12 +279,8 @@ def convert(
     experts_a: str | None = None,
     **options: Any,
 ) -> TorchMapping:
-    """Converts in the direction that `src` asks for; paths and texts as on the command line.
-
-    Args:
-      options: `ignore`, `rename`, `conv1d`, `keep_base`, `rank` and `energy` of `lora.peft.load`,
-        for which only the way from PEFT has a use.
-    """
+    """Converts in the direction that `src` asks for; paths and texts as on the command line, and
+    `options` of `lora.peft.load`."""
     kind = kind_of(src)
     if kind == "base" or to == kind:
         raise LoRAError(

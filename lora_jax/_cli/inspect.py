@@ -196,16 +196,11 @@ def of_orbax(path: Path) -> Generator[None, None, None]:
 def inspect(
     path: str | os.PathLike, ignore: Sequence[str] = (), rename: Mapping[str, str] | None = None
 ) -> Inspection:
-    """What is in a PEFT folder, a checkpoint directory (or a step in it), or a base model.
+    """What is in a folder or file, see `kind_of`. Factors that were trained against a changed base
+    (PiSSA, LoftQ) are shown as they are.
 
     Args:
-      path: see `kind_of`.
-      ignore: settings of a PEFT configuration to pass over. Factors that were trained against a
-        changed base (PiSSA, LoftQ) are shown as they are.
-      rename: as in `lora.peft.load`.
-
-    Raises:
-      LoRAError: it is none of them, or damaged.
+      ignore, rename: as in `lora.peft.load`.
     """
     kind = kind_of(path)
     if kind == "peft":

@@ -166,14 +166,8 @@ def open_adapter(
     """Checks an adapter folder; reads its configuration and the header of its tensors.
 
     Args:
-      folder: holds adapter_config.json and adapter_model.safetensors.
       max_bytes: how large all tensors together may be.
-      rename: {regular expression: what stands in its place} in the tensors' names, one after the
-        other, before anything else looks at them.
-
-    Raises:
-      LoRAError: a file is missing, is a pickle or no regular file, is cut off or too large, has
-        doubled, deep or malformed JSON, or lies about its tensors.
+      rename: as in `lora.peft.load`; of the names before anything else looks at them.
     """
     folder = as_path(folder)
     config = read_config(folder / CONFIG)
@@ -257,15 +251,12 @@ def opened(path: str | os.PathLike) -> io.BufferedReader:
         return open(path, "rb")
 
 
-@contextlib.contextmanager
-def checked(path: str | os.PathLike) -> Generator[Any, None, None]:
-    """A safetensors file after the format's own checks: no gaps, nothing cut off."""
+def check_format(path: str | os.PathLike) -> None:
+    """The format's own checks of a safetensors file: no gaps, nothing cut off."""
     opened(path).close()
     try:
-        with safe_open(path, "np") as file:
-            yield file
-    except LoRAError:
-        raise
+        with safe_open(path, "np"):
+            pass
     except (SafetensorError, OSError, ValueError) as e:
         # The message may quote the file: escaped, and cut.
         text = ascii(str(e)[:200])[1:-1]
@@ -332,8 +323,7 @@ def _tensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     if not stored:
         raise LoRAError(f"{path}: holds no tensor; {AGAIN}")
     # Last: of the format's own reader the messages are about bytes, and not about names.
-    with checked(path):
-        pass
+    check_format(path)
     return stored, metadata if isinstance(metadata, dict) else {}
 
 

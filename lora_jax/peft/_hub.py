@@ -24,11 +24,6 @@ def folder(
     The hub is asked where no file or folder has this name. Its answers are cached as
     huggingface_hub does it, and HF_HUB_OFFLINE=1 takes what is in the cache alone.
 
-    Args:
-      name: a path, or a repository's name.
-      revision: branch, tag or commit of a repository; None for its main branch.
-      subfolder: in the folder, such as that of an adapter with a name.
-
     Raises:
       LoRAError: huggingface_hub is not installed, or does not have it; a revision of a path; a
         subfolder that leads out of the folder.

@@ -265,13 +265,8 @@ def write_folder(
 ) -> None:
     """Writes both files of an adapter; they take their place once both are complete.
 
-    What is written is what `open_adapter` and `peft_config` would take.
-
-    Args:
-      folder: is made if need be.
-      tensors, settings: the contents of the two files.
-      dtype: of the tensors in the file; None for their own.
-      more: further settings, which are not checked.
+    What is written is what `open_adapter` and `peft_config` would take, but for `more` settings,
+    which are not checked; `dtype` is that of the tensors in the file.
 
     Raises:
       LoRAError: a tensor of a type that PEFT's files do not have here, or with a number that is not
