@@ -57,15 +57,23 @@ class Base:
     def others(self) -> tuple[list[Path], list[Path]]:
         """The other files of the folder, relative to it: (what belongs to the model whatever its
         weights are, what does not)."""
+
+        def stop(error: OSError) -> None:
+            # `os.walk` would pass over what it cannot read.
+            raise error
+
         keep, leave = [], []
-        for root, folders, names in os.walk(self.path):
-            # In place: `os.walk` goes only into what is left.
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            for name in sorted(n for n in names if not n.startswith(".")):
-                path = Path(root) / name
-                weights = path.suffix in WEIGHTS or ".ckpt" in name or name in NOT_COPIED
-                if path not in self.files:
-                    (leave if weights else keep).append(path.relative_to(self.path))
+        with reading(self.path):
+            for root, folders, names in os.walk(self.path, onerror=stop):
+                at = Path(root).relative_to(self.path)
+                # In place: `os.walk` goes only into what is left, and into no link.
+                folders[:] = sorted(f for f in folders if not f.startswith("."))
+                leave += [at / f for f in folders if (self.path / at / f).is_symlink()]
+                for name in sorted(n for n in names if not n.startswith(".")):
+                    path = at / name
+                    weights = path.suffix in WEIGHTS or ".ckpt" in name or name in NOT_COPIED
+                    if self.path / path not in self.files:
+                        (leave if weights else keep).append(path)
         return keep, leave
 
 
