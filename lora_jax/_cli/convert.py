@@ -176,14 +176,13 @@ def mapping_from_json(x: Mapping[str, Any]) -> TorchMapping:
         # JSON has made lists of tuples.
         g = leaf["geometry"]
         geometry = g and Geometry(**{k: tuple(v) for k, v in g.items()})
-        rest = (leaf["kind"], leaf["tied"], leaf["dilated"])
-        leaves[path] = LeafInfo(path, tuple(leaf["shape"]), geometry, *rest)
+        own = {"path": path, "shape": tuple(leaf["shape"]), "geometry": geometry}
+        leaves[path] = LeafInfo(**leaf | own)
     found = {}
     for e in x["entries"]:
         blocks = tuple(block(text, leaves) for text in e["blocks"])
         shape = e["shape"] and tuple(e["shape"])
-        rest = (e["kind"], e["layout"], shape, e["swapped"])
-        found[e["name"]] = Entry(e["name"], blocks, *rest)
+        found[e["name"]] = Entry(**e | {"blocks": blocks, "shape": shape})
     return TorchMapping(found)
 
 
