@@ -254,21 +254,12 @@ def merge(
     from lora_jax._cli.merge import merge_files
     from lora_jax.peft._file import read_json
 
-    with merging() as bar:
-        placed, left = merge_files(
-            base,
-            adapter,
-            out,
-            conv1d=_names(conv1d),
-            experts=_names(experts),
-            experts_a=experts_a,
-            keep_base=keep_base,
-            ignore=ignore or (),
-            rename=_renamed(rename),
-            mapping=None if mapping is None else read_json(mapping),
-            progress=bar.bytes,
-            starts=bar.tensor,
-        )
+    more: dict[str, Any] = {"experts": _names(experts), "experts_a": experts_a}
+    more |= {"conv1d": _names(conv1d), "keep_base": keep_base}
+    more |= {"ignore": ignore or (), "rename": _renamed(rename)}
+    more |= {"mapping": None if mapping is None else read_json(mapping)}
+    with merging() as (progress, starts):
+        placed, left = merge_files(base, adapter, out, progress=progress, starts=starts, **more)
     if left:
         echo(f"left out: {', '.join(map(str, left))}", err=True)
     count = len(placed.parts)

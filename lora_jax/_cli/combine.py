@@ -47,17 +47,7 @@ def combine_folders(
 ) -> dict[str, int]:
     """Writes Σ wₖ·Δₖ of PEFT folders, or a soup of them, as one, without the base model.
 
-    Args:
-      out: a new folder.
-      folders: of adapters of one base; what one of them does not adapt is zero in it.
-      weights: one for each.
-      rank, energy: as in `lora.algebra.resize`; None for the exact sum, whose ranks are the sums.
-      method: "sum", "ties", "dare" or "knots"; see `lora.algebra.ties` and the others.
-      density: the share of elements that stays; None for the method's default.
-      seed: of what "dare" drops.
-      uniform: one rank and alpha for all, as vLLM reads no patterns.
-      dtype: of the tensors, float32, bfloat16 or float16; None for fp32.
-      ignore, rename: as in `lora.peft.load`.
+    What an adapter lacks is zero in it. The other arguments are those of the command.
 
     Returns:
       {torch parameter: rank}.

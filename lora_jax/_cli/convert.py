@@ -42,14 +42,8 @@ PARAMS = (
 def to_orbax(
     folder: str | os.PathLike, out: str | os.PathLike, params: Any, **options: Any
 ) -> TorchMapping:
-    """Writes the adapter of a PEFT folder as step 0 of a new checkpoint directory; returns the
-    mapping that was found.
-
-    Its `data` holds the configuration and the mapping, so that `to_peft` needs neither.
-
-    Args:
-      options: of `lora.peft.load`.
-    """
+    """Writes the adapter of a PEFT folder as step 0 of a new checkpoint directory, by `options` of
+    `lora.peft.load`. Its `data` holds the configuration and the mapping, for `to_peft`."""
     # Without the limit of `load`: the size of the file is the person's choice.
     found = load(folder, params, max_bytes=1 << 62, **options)
     data = {"peft": {"config": dict(found.config), "mapping": mapping_to_json(found.mapping)}}
@@ -182,14 +176,13 @@ def mapping_from_json(x: Mapping[str, Any]) -> TorchMapping:
         # JSON has made lists of tuples.
         g = leaf["geometry"]
         geometry = g and Geometry(**{k: tuple(v) for k, v in g.items()})
-        rest = (leaf["kind"], leaf["tied"], leaf["dilated"])
-        leaves[path] = LeafInfo(path, tuple(leaf["shape"]), geometry, *rest)
+        own = {"path": path, "shape": tuple(leaf["shape"]), "geometry": geometry}
+        leaves[path] = LeafInfo(**leaf | own)
     found = {}
     for e in x["entries"]:
         blocks = tuple(block(text, leaves) for text in e["blocks"])
         shape = e["shape"] and tuple(e["shape"])
-        rest = (e["kind"], e["layout"], shape, e["swapped"])
-        found[e["name"]] = Entry(e["name"], blocks, *rest)
+        found[e["name"]] = Entry(**e | {"blocks": blocks, "shape": shape})
     return TorchMapping(found)
 
 
@@ -230,7 +223,7 @@ def _abstract(t: Stored) -> jax.ShapeDtypeStruct:
 def _of_orbax(path: Path) -> Any:
     only_files(path)
     # The folder itself or its latest step; in it the tree, or the item that managers write.
-    steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    steps = sorted((p for p in path.iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
     for root in (path, *steps[-1:]):
         for folder in (root, root / "default", root / "params"):
             if (folder / "_METADATA").is_file():
@@ -285,12 +278,8 @@ def convert(
     experts_a: str | None = None,
     **options: Any,
 ) -> TorchMapping:
-    """Converts in the direction that `src` asks for; paths and texts as on the command line.
-
-    Args:
-      options: `ignore`, `rename`, `conv1d`, `keep_base`, `rank` and `energy` of `lora.peft.load`,
-        for which only the way from PEFT has a use.
-    """
+    """Converts in the direction that `src` asks for; paths and texts as on the command line, and
+    `options` of `lora.peft.load`."""
     kind = kind_of(src)
     if kind == "base" or to == kind:
         raise LoRAError(

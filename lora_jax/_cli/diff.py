@@ -104,10 +104,8 @@ def diff_folders(
     sets; what PEFT notes about the writing is not compared.
 
     Args:
-      first, second: the folders.
       tolerance: up to which distance two parameters are equal; see `Difference`.
-      ignore, rename: as in `lora.peft.load`. What was trained against a changed base (PiSSA, LoftQ)
-        is compared as it is.
+      ignore, rename: as in `inspect`.
 
     Raises:
       LoRAError: one of them cannot be read, or they are of different bases.
@@ -181,8 +179,7 @@ def _apart(name: str, one: LoRA | DoRA, two: LoRA | DoRA) -> float:
         return _between(one, two)
     m, n = (np.asarray(x.magnitude, np.float64) for x in (one, two))
     size = max(np.linalg.norm(m), np.linalg.norm(n))
-    plain = (LoRA(x.a, x.b, x.scale, x.geometry) for x in (one, two))
-    return max(_between(*plain), float(np.linalg.norm(m - n) / size) if size else 0.0)
+    return max(_between(one, two), float(np.linalg.norm(m - n) / size) if size else 0.0)
 
 
 def _between(one: Any, two: Any) -> float:

@@ -161,7 +161,7 @@ def _below(path: Path) -> Iterator[str]:
 
 
 def _is_step(path: Path) -> bool:
-    return path.name.isdigit() and (path / "lora").is_dir()
+    return path.name.isdecimal() and (path / "lora").is_dir()
 
 
 def restored(path: str | os.PathLike, base: Any = None) -> Restored:
@@ -196,16 +196,11 @@ def of_orbax(path: Path) -> Generator[None, None, None]:
 def inspect(
     path: str | os.PathLike, ignore: Sequence[str] = (), rename: Mapping[str, str] | None = None
 ) -> Inspection:
-    """What is in a PEFT folder, a checkpoint directory (or a step in it), or a base model.
+    """What is in a folder or file, see `kind_of`. Factors that were trained against a changed base
+    (PiSSA, LoftQ) are shown as they are.
 
     Args:
-      path: see `kind_of`.
-      ignore: settings of a PEFT configuration to pass over. Factors that were trained against a
-        changed base (PiSSA, LoftQ) are shown as they are.
-      rename: as in `lora.peft.load`.
-
-    Raises:
-      LoRAError: it is none of them, or damaged.
+      ignore, rename: as in `lora.peft.load`.
     """
     kind = kind_of(path)
     if kind == "peft":
@@ -228,7 +223,7 @@ def _natural(row: Mapping[str, Any]) -> list:
     """Layer 2 before layer 10."""
     # Pairs, as numbers and texts cannot be compared with each other.
     parts = re.split(r"(\d+)", row["name"])
-    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in parts]
+    return [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in parts]
 
 
 def _of_peft(adapter: TorchAdapter, name: str) -> dict[str, Any]:

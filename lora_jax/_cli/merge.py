@@ -26,15 +26,12 @@ def merge_files(
     adapter: str | os.PathLike,
     out: str | os.PathLike,
     *,
-    conv1d: Sequence[str] | None = None,
-    experts: Sequence[str] | None = None,
-    experts_a: str | None = None,
     keep_base: bool = False,
     ignore: Sequence[str] = (),
     rename: Mapping[str, str] | None = None,
-    mapping: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     starts: Callable[[str, int, int], None] = lambda name, number, of: None,
+    **places: Any,
 ) -> tuple[TorchAdapter, list[Path]]:
     """Writes the base with the adapter's changes in it, one tensor at a time.
 
@@ -42,36 +39,16 @@ def merge_files(
     copied byte for byte. `out` appears when it is complete, or not at all.
 
     Args:
-      base: a safetensors file, or a folder as transformers writes it; its other files are copied,
-        weights in other forms are not.
-      adapter: a PEFT folder.
-      out: a new file or folder, like `base`.
-      conv1d, experts, experts_a: see `on_base`.
-      keep_base: use the base's table although the adapter holds another one for an adapted
-        embedding.
-      ignore, rename: as in `lora.peft.load`.
-      mapping: {torch name of the adapter, or regular expression: name in the base}, of a parameter
-        or of a module for its weight; what it does not name is found by its own name.
       progress: is told (bytes written, bytes in all).
       starts: is told (tensor that is merged next, its number, how many there are).
+      places: `conv1d`, `experts`, `experts_a` and `mapping` of `on_base`.
 
     Returns:
       (the adapter as it was placed, files of the base that were left out).
-
-    Raises:
-      LoRAError: `out` exists; a tensor of the adapter that does not fit; a type that is neither
-        fp32, fp16 nor bf16. Nothing is written then.
     """
     model = open_base(base)
-    placed = on_base(
-        open_torch(adapter, ignore, rename),
-        model.shapes,
-        tied=tied_tables(model),
-        conv1d=conv1d,
-        experts=experts,
-        experts_a=experts_a,
-        mapping=mapping,
-    )
+    opened = open_torch(adapter, ignore, rename)
+    placed = on_base(opened, model.shapes, tied=tied_tables(model), **places)
     # All that can fail has failed by here; from now on a tensor at a time is read, and written.
     _check(placed, model, keep_base)
     # {tensor: old value to new}; each is called when the copy comes to its place.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import typer
@@ -83,30 +83,13 @@ def _plain(text: str) -> Any:
     return Text(text.strip())
 
 
-class Bar:
-    """How far a merge is, on stderr; nothing at all where no person sees it."""
-
-    def __init__(self, bar: Any = None):
-        self._bar = bar
-        self._task = bar and bar.add_task("merging", total=None, tensor="")
-
-    def bytes(self, done: int, total: int) -> None:
-        """So many bytes are written."""
-        if self._bar:
-            self._bar.update(self._task, completed=done, total=total)
-
-    def tensor(self, name: str, number: int, of: int) -> None:
-        """This tensor is merged next."""
-        if self._bar:
-            self._bar.update(self._task, tensor=f"{number}/{of} {name}")
-
-
 @contextlib.contextmanager
-def merging() -> Generator[Bar, None, None]:
-    """A bar that is gone when the work is done."""
+def merging() -> Generator[tuple[Callable, Callable], None, None]:
+    """A bar on stderr that is gone when the work is done: `progress` and `starts` of `merge_files`,
+    which do nothing where no person sees it."""
     # In a log the bar would be a line a step.
     if not sys.stderr.isatty():
-        yield Bar()
+        yield (nothing := lambda *_: None), nothing
         return
     # Only where a bar is drawn.
     from rich.console import Console
@@ -130,4 +113,8 @@ def merging() -> Generator[Bar, None, None]:
         "{task.description}", BarColumn(20), DownloadColumn(), TimeRemainingColumn(), name,
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield Bar(bar)
+        task = bar.add_task("merging", total=None, tensor="")
+        yield (
+            lambda done, total: bar.update(task, completed=done, total=total),
+            lambda name, number, of: bar.update(task, tensor=f"{number}/{of} {name}"),
+        )

@@ -51,13 +51,8 @@ class TorchAdapter:
     unclear: tuple[str, ...] = ()
 
     def node(self, name: str, base: Any = None, dtype: Any = None) -> Any:
-        """The adapter of one parameter, its tensors read.
-
-        Args:
-          name: a key of `parts`.
-          base: the parameter's value, used only where the file holds a change of it.
-          dtype: of the adapter; None for the type in which it is stored.
-        """
+        """The adapter of one parameter, its tensors read; of `base`, its value, the file may hold a
+        change."""
         place, what = self.parts[name]
         path, shape = place.blocks[0].leaf.path, place.shape
         # An update is built from shapes; only what is added to the base reads its value.
@@ -75,10 +70,10 @@ class TorchAdapter:
         names = (what.a, what.b, what.e, what.magnitude) if low else (what.key,)
         return tuple(k for k in (*names, getattr(what, "add", None)) if k is not None)
 
-    def low_rank(self, dtype: Any = np.float32) -> dict[str, LoRA | DoRA]:
-        """{name: node} of all low-rank updates."""
+    def low_rank(self) -> dict[str, LoRA | DoRA]:
+        """{name: node in fp32} of all low-rank updates."""
         updates = (n for n, (_, what) in self.parts.items() if isinstance(what, Update))
-        return {n: self.node(n, dtype=dtype) for n in updates}
+        return {n: self.node(n, dtype=np.float32) for n in updates}
 
 
 def open_torch(
@@ -88,10 +83,6 @@ def open_torch(
 
     A linear weight is taken to lie as in torch's Linear, (out, in). Which of several parameters of
     one module of experts is which, the file does not say: they are named with their depth.
-
-    Args:
-      folder: holds adapter_config.json and adapter_model.safetensors.
-      ignore, rename: as in `lora.peft.load`.
 
     Raises:
       LoRAError: as `lora.peft.load`, for what is wrong with the folder itself.

@@ -42,17 +42,15 @@ def on_base(
 
     Args:
       adapter: from `open_torch`.
-      shapes: {name: shape} of the base's tensors. They may lack the adapter's first name, or have
-        one more, the same for all ("transformer.h.0" and "h.0").
+      shapes: {name: shape} of the base's tensors; see `_rename`.
       tied: tables of the base that are its output head as well.
-      conv1d: modules with a square weight that is stored (in, out), as GPT-2's Conv1D; all others
-        are (out, in). None: as the base's other weights and their biases say.
-      experts: the order of the adapted parameters in a module of experts, where shapes do not say
-        which tensor is whose.
+      conv1d: see `Orders`.
+      experts: as in `lora.peft.load`.
       experts_a: which axis of their weights (experts, first, last) lora_A runs along, where shapes
         do not say it: "last" since PEFT 0.19.1, but "first" where the module `is_transposed`; up
         to 0.19.0 it is "first".
-      mapping: as in `merge_files`.
+      mapping: {torch name of the adapter, or regular expression: name in the base}, of a parameter
+        or of a module for its weight.
 
     Raises:
       LoRAError: parameters that the base does not have, or that do not fit; all of them are listed.
@@ -186,8 +184,6 @@ class _Placing:
         """The one assignment of pairs to parameters that the shapes allow."""
         # What lora_A may run along, as the caller says, or else as the version of PEFT does.
         axes = {None: ("last", "first"), "first": ("first",), "last": ("last",)}
-        if along not in axes:
-            raise LoRAError(f"experts_a={along!r}: expected 'first' or 'last'")
         places = {p: self.find(f"{group.module}.{p}", "experts") for p in group.parameters}
         found = {p: place for p, place in places.items() if place is not None}
         if len(found) < len(places):

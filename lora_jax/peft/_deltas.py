@@ -44,12 +44,8 @@ def delta(module: str, keys: Mapping[str, str], file: AdapterFile, config: PeftC
 def matrix(
     what: Delta, found: Update, file: AdapterFile, config: PeftConfig, weight: np.ndarray | None
 ) -> np.ndarray:
-    """ΔW (out, in) in float64.
-
-    Args:
-      what: the update.
-      found: its `Update`, with the sizes of the leaf.
-      weight: the base's (out, in), for types that need it.
+    """ΔW (out, in) in float64, where `found` has the sizes of the leaf, and `weight` is the base's
+    (out, in) for types that need it.
 
     Raises:
       Misfit: the tensors do not fit the leaf.

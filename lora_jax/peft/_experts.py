@@ -29,12 +29,7 @@ Way = list[tuple[str, Any]]
 
 
 def is_inside(module: str, parts: Mapping[str, str], config: PeftConfig) -> bool:
-    """Whether a module's tensors are of single parameters in it.
-
-    Args:
-      module: its plain name.
-      parts: {kind: key} of its tensors.
-    """
+    """Whether a module's tensors {kind: key} are of single parameters in it."""
     # Embeddings and AdaLoRA know no single parameters.
     if parts.keys() & {"table_a", "e"} or not config.parameters_of(module):
         return False

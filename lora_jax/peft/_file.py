@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax.peft._arguments import as_path
-from lora_jax.peft._keys import NAME, renamed
+from lora_jax.peft._keys import NO_NAME, is_name, renamed
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -103,6 +103,16 @@ class Stored:
         return value.reshape(stored).transpose(self.axes)
 
 
+def is_finite(value: np.ndarray) -> bool:
+    """Whether numbers of one of `DTYPES` are finite, read without a copy: by their bits, of which
+    the largest as signed integers is the largest positive number, and as unsigned the most
+    negative one; NaN is past infinity."""
+    kinds = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32)}[value.itemsize]
+    ends = np.array([np.inf, -np.inf], value.dtype)
+    within = lambda bits, end: value.view(bits).max(initial=0) < end.view(bits)
+    return all(map(within, kinds, ends))
+
+
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array at an address that 64 divides, which JAX takes on a CPU as it is, without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -140,8 +150,7 @@ class AdapterFile:
         if isinstance(at, np.ndarray):
             return at
         value = at.read()
-        # In fp32, which holds every number of 16 bits.
-        if not np.isfinite(value.astype(np.float32)).all():
+        if at.type in DTYPES and not is_finite(value):
             raise LoRAError(
                 f"{self.path}: '{name}' {at.shape} holds NaN or infinity; the training "
                 "that wrote it diverged, take an earlier checkpoint"
@@ -157,20 +166,13 @@ def open_adapter(
     """Checks an adapter folder; reads its configuration and the header of its tensors.
 
     Args:
-      folder: holds adapter_config.json and adapter_model.safetensors.
       max_bytes: how large all tensors together may be.
-      rename: {regular expression: what stands in its place} in the tensors' names, one after the
-        other, before anything else looks at them.
-
-    Raises:
-      LoRAError: a file is missing, is a pickle or no regular file, is cut off or too large, has
-        doubled, deep or malformed JSON, or lies about its tensors.
+      rename: as in `lora.peft.load`; of the names before anything else looks at them.
     """
     folder = as_path(folder)
     config = read_config(folder / CONFIG)
-    with reading(folder):
-        if not (folder / TENSORS).exists():
-            raise LoRAError(f"{folder}: no {TENSORS}, {_instead(folder)}")
+    if not is_there(folder / TENSORS):
+        raise LoRAError(f"{folder}: no {TENSORS}, {_instead(folder)}")
     tensors, _ = read_tensors(folder / TENSORS, max_bytes, rename)
     return AdapterFile(folder, config, tensors, folder / TENSORS)
 
@@ -249,18 +251,15 @@ def opened(path: str | os.PathLike) -> io.BufferedReader:
         return open(path, "rb")
 
 
-@contextlib.contextmanager
-def checked(path: str | os.PathLike) -> Generator[Any, None, None]:
-    """A safetensors file after the format's own checks: no gaps, nothing cut off."""
+def check_format(path: str | os.PathLike) -> None:
+    """The format's own checks of a safetensors file: no gaps, nothing cut off."""
     opened(path).close()
     try:
-        with safe_open(path, "np") as file:
-            yield file
-    except LoRAError:
-        raise
+        with safe_open(path, "np"):
+            pass
     except (SafetensorError, OSError, ValueError) as e:
         # The message may quote the file: escaped, and cut.
-        text = ascii(str(e))[1:201]
+        text = ascii(str(e)[:200])[1:-1]
         raise LoRAError(f"{path}: expected a safetensors file: {text}; {AGAIN}") from e
 
 
@@ -276,17 +275,26 @@ def reading(path: str | os.PathLike) -> Generator[None, None, None]:
         raise LoRAError(f"{path}: cannot be read: {e}") from e
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file, or anything else, has this name: what it is, `opened` says."""
+    with reading(path):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+
 def read_config(path: Path) -> dict:
     """adapter_config.json, of a size that a configuration has."""
     folder = path.parent
-    with reading(folder):
-        if not path.is_file():
-            found = f"no {CONFIG} there" if folder.is_dir() else "there is no such folder"
-            found = "it is no folder" if folder.exists() and not folder.is_dir() else found
-            raise LoRAError(
-                f"{folder}: {found}; expected the folder that PEFT's save_pretrained "
-                f"wrote, with {CONFIG} and {TENSORS} (an adapter with a name is in a subfolder)"
-            )
+    if not is_there(path):
+        found = "it is no folder" if is_there(folder) else "there is no such folder"
+        found = f"no {CONFIG} there" if folder.is_dir() else found
+        raise LoRAError(
+            f"{folder}: {found}; expected the folder that PEFT's save_pretrained wrote, with "
+            f"{CONFIG} and {TENSORS} (an adapter with a name is in a subfolder)"
+        )
     return read_json(path, MAX_CONFIG, MAX_KEYS)
 
 
@@ -315,8 +323,7 @@ def _tensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     if not stored:
         raise LoRAError(f"{path}: holds no tensor; {AGAIN}")
     # Last: of the format's own reader the messages are about bytes, and not about names.
-    with checked(path):
-        pass
+    check_format(path)
     return stored, metadata if isinstance(metadata, dict) else {}
 
 
@@ -340,8 +347,8 @@ def _stored(
         failures.append(f"{name[:200]!a}: {what}")
 
     # First, as the other messages show the name.
-    if not NAME.fullmatch(name) or len(name) > 512:
-        return wrong("expected a dotted name of a torch module's parameter")
+    if not is_name(name):
+        return wrong(NO_NAME)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return wrong("expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -216,7 +216,7 @@ class Finder:
             r"[._]" if self.flat else r"\.", module if last in ("weight", "bias") else name
         )
         parts = parts if parts != [""] else []
-        places = [i for i, part in enumerate(parts) if part.isdigit()]
+        places = [i for i, part in enumerate(parts) if part.isdecimal()]
         # A number that no leaf has in its name is a place in a stack: of layers, of experts in
         # them.
         for left_out in itertools.chain(*(itertools.combinations(places, n) for n in range(3))):

@@ -78,12 +78,8 @@ def open_any(
 
     Args:
       folder: that of PEFT, mlx-lm or diffusers, or one safetensors file.
-      max_bytes, rename: as in `open_adapter`; the names are those in the file.
       format: one of `FORMATS`; None: by the names of the files and of the tensors.
       part: of which model, where a file has several: one of `PARTS`.
-
-    Raises:
-      LoRAError: as `open_adapter`; a format that is not known, or is not that of the tensors.
     """
     if format is not None:
         one_of(format, FORMATS, "format")

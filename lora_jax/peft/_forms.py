@@ -107,7 +107,7 @@ def _miss(t: Arrays, at: Place) -> np.ndarray:
         if at.n_in % r:
             raise Misfit(f"in {at.n_in} is no multiple of its blocks of {r}")
         # w (out/r, r, in/r, r), block (out/r, r, r): one for each row of squares.
-        w = at.base.reshape(at.n_out // r, r, -1, r)
+        w = at.weight.reshape(at.n_out // r, r, -1, r)
         new = np.einsum("oaib,obc->oaic", w, block) + block[:, :, None, :]
         return new.reshape(at.n_out, at.n_in)
     if at.n_out % block.shape[1]:
@@ -134,7 +134,7 @@ def _hira(t: Arrays, at: Place) -> np.ndarray:
     """W ∘ (B·A), HiRA (ICLR 2025)."""
     # The names of linear layers and of tables end in A and in B.
     a, b = (next(x for name, x in t.items() if name.endswith(end)) for end in "AB")
-    return at.base * (b.reshape(at.n_out, -1) @ a.reshape(len(a), -1))
+    return at.weight * (b.reshape(at.n_out, -1) @ a.reshape(len(a), -1))
 
 
 def _vera_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
@@ -274,11 +274,11 @@ def _ia3(t: Arrays, at: Place) -> np.ndarray:
     """W scaled by its rows, or by its columns where it is a feed-forward's, arXiv:2205.05638."""
     scale = t["ia3_l"].reshape(-1) - 1
     if not at.config.scales_inputs(at.module):
-        return at.base * scale[:, None]
+        return at.weight * scale[:, None]
     if at.n_in % len(scale):
         raise Misfit(f"ia3_l of {len(scale)} for in {at.n_in}")
     # Each channel with all of its window.
-    return at.base * np.repeat(scale, at.n_in // len(scale))
+    return at.weight * np.repeat(scale, at.n_in // len(scale))
 
 
 def _oft_sizes(shapes: Shapes, config: PeftConfig, module: str) -> tuple[int, int, int]:
@@ -308,7 +308,7 @@ def _oft(t: Arrays, at: Place) -> np.ndarray:
     """W·(Rᵀ − 1) with a rotation R of blocks, arXiv:2306.07280; of a table, table·(R − 1)."""
     own, (vectors,), table = at.config.own, t.values(), "oft_embedding_R.weight" in t
     # (out, in), or (tokens, features).
-    w = at.base.T if table else at.base
+    w = at.weight.T if table else at.weight
     blocks, side, n = len(vectors), _side(vectors.shape[1]), w.shape[1]
     if n % side or (blocks > 1 and n != blocks * side):
         raise Misfit(f"{blocks} rotations of {side} for {'features' if table else 'in'} {n}")

@@ -24,11 +24,6 @@ def folder(
     The hub is asked where no file or folder has this name. Its answers are cached as
     huggingface_hub does it, and HF_HUB_OFFLINE=1 takes what is in the cache alone.
 
-    Args:
-      name: a path, or a repository's name.
-      revision: branch, tag or commit of a repository; None for its main branch.
-      subfolder: in the folder, such as that of an adapter with a name.
-
     Raises:
       LoRAError: huggingface_hub is not installed, or does not have it; a revision of a path; a
         subfolder that leads out of the folder.
@@ -70,7 +65,7 @@ def _snapshot(name: str, revision: str | None, subfolder: str | None) -> Path:
         at = "" if revision is None else f", revision {revision!r}"
         raise LoRAError(
             f"{name}: no such folder here, and the hub does not give it{at}: "
-            f"{type(e).__name__}: {ascii(str(e))[1:301]}"
+            f"{type(e).__name__}: {ascii(str(e)[:300])[1:-1]}"
         ) from None
     return Path(path)
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from lora_jax._core.errors import LoRAError
 
-# Few signs, and in ASCII: names come into messages and into expressions as they are.
-NAME = re.compile(r"[\w\-+:@]+(\.[\w\-+:@]+)*", re.ASCII)
+# What the name of a module may have in it beside what one of Python's attributes may.
+SIGNS = str.maketrans("-+:@", "____")
+
+NO_NAME = "expected a dotted name of letters, digits and _-+:@, as torch's are"
 
 # PEFT keeps a model in two wrappers, by these names.
 PREFIX = "base_model.model."
@@ -34,6 +36,17 @@ NAMED = re.compile(
     r"(\.(?:lora_(?:embedding_)?[ABE]|lora_magnitude_vector|trainable_tokens_delta))"
     r"\.(\w+?)(?=\.weight$|\.bias$|$)"
 )
+
+
+def is_name(name: str) -> bool:
+    """Whether it is a parameter's: attributes of Python's in a row, of any script. Names come into
+    messages and into expressions as they are.
+
+    >>> is_name("h.0.größe.weight"), is_name("h..weight"), is_name("h.a b")
+    (True, False, False)
+    """
+    parts = name.translate(SIGNS).split(".")
+    return len(name) <= 512 and all(part and f"_{part}".isidentifier() for part in parts)
 
 
 def split(key: str) -> tuple[str, str | None]:
@@ -91,7 +104,7 @@ def renamed(
                     f"rename={{'^': 'base_model.model.'}}"
                 ) from None
         # Two names that become one would lose a tensor.
-        if new in out or not NAME.fullmatch(new):
+        if new in out or not is_name(new):
             raise LoRAError(
                 f"{where}: rename makes '{name}' {new!r}, which is no name, or taken; "
                 "end the expression with $, or name more of what is before it"

@@ -208,10 +208,9 @@ def looked_up(table: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
                 texts = (value,) if isinstance(value, str) else tuple(value)
                 if not texts:
                     raise ValueError("no leaf")
-                groups = hit[0], *hit.groups("")
                 # By what they say: several keys may match if they mean the same.
-                found[tuple(t.format(*groups, **hit.groupdict("")) for t in texts)] = key
-        except (re.error, IndexError, KeyError, ValueError, TypeError, AttributeError) as e:
+                found[tuple(_filled(t, hit) for t in texts)] = key
+        except (re.error, IndexError, ValueError, TypeError) as e:
             raise LoRAError(
                 f"mapping: {key!r}: {value!r} is not a regular expression and a leaf, or list "
                 f"of leaves, with its groups ({e!r}): {TABLE}"
@@ -219,3 +218,9 @@ def looked_up(table: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
     if len(found) > 1:
         raise LoRAError(f"the keys {', '.join(map(repr, found.values()))} all match it")
     return next(iter(found), None)
+
+
+def _filled(text: str, hit: re.Match) -> str:
+    """A text with a match's groups in the place of {1} and {name}."""
+    group = lambda at: hit[int(at[1]) if at[1].isdecimal() else at[1]] or ""
+    return re.sub(r"\{(\w+)\}", group, text)

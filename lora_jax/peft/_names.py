@@ -42,7 +42,7 @@ class Names:
 def _shorter(tokens: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
     for i in range(1, len(tokens)):
         # Behind a number of a layer, q is the q of that layer and not of any other.
-        if tokens[i - 1].isdigit():
+        if tokens[i - 1].isdecimal():
             break
         yield tokens[:i], tokens[i:]
 

@@ -45,8 +45,6 @@ def parse(file: AdapterFile, config: PeftConfig, *, doubled_out_proj: bool = Tru
     """Sorts every tensor of the file, by its name and shape alone; no tensor is read.
 
     Args:
-      file: an opened adapter.
-      config: its checked configuration.
       doubled_out_proj: add the update of a MultiheadAttention's out_proj twice, as PEFT does.
 
     Raises:

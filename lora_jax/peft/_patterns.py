@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from lora_jax._core.errors import LoRAError, quoted
 
 # Nothing repeats: letters that mean themselves, dots that mean any, and both escaped.
-PLAIN = re.compile(r"\^?(?:[\w.\-]|\\[.\-])+", re.ASCII)
+PLAIN = re.compile(r"\^?(?:[\w.\-]|\\[.\-])+")
 MAX_EXPRESSIONS = 1000
 MAX_LENGTH = 4096
 MAX_DEPTH = 50
@@ -262,7 +262,7 @@ class Layers:
         (True, False, False)
         """
         parts = module.split(".")
-        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
         # Without a pattern two names are in front.
         found = [i for i in numbers if i > 1] if not self.behind else []
         for name in self.behind:

@@ -81,15 +81,8 @@ def placed(
     rename: Mapping[str, str] | None = None,
     call: str = "lora.peft.load_base",
 ) -> Placed:
-    """Finds the place of every tensor of a base; see `lora.peft.load_base`.
-
-    Args:
-      call: the caller, for the corrected call in messages.
-
-    Raises:
-      LoRAError: tensors without a place or with several, leaves or parts of them that no tensor is,
-        or two; an untied base for a tied model.
-    """
+    """Finds the place of every tensor of a base, for `lora.peft.load_base` or the other `call`; its
+    errors of places are raised here."""
     infos = leaf_infos(params, survey)
     leaves = flatten(state_of(params))
     # No tensor is a leaf of integers, such as a counter.

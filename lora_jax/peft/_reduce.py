@@ -32,7 +32,6 @@ def reduced(
 
     Args:
       found: what `Finder.update` gave for each update, and the update.
-      values: {leaf: value}, read where the type depends on the weights.
       rank, energy: of each: at most so many, or as many as keep this share of its squares.
 
     Returns:

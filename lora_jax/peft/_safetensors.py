@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax.peft._arguments import as_names, as_path
-from lora_jax.peft._file import Stored, checked, opened, parse_json, read_json, reading
+from lora_jax.peft._file import Stored, check_format, opened, parse_json, read_json, reading
 from lora_jax.peft._files import replacing, writing
 from lora_jax.peft._keys import renamed
 
@@ -57,15 +57,23 @@ class Base:
     def others(self) -> tuple[list[Path], list[Path]]:
         """The other files of the folder, relative to it: (what belongs to the model whatever its
         weights are, what does not)."""
+
+        def stop(error: OSError) -> None:
+            # `os.walk` would pass over what it cannot read.
+            raise error
+
         keep, leave = [], []
-        for root, folders, names in os.walk(self.path):
-            # In place: `os.walk` goes only into what is left.
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            for name in sorted(n for n in names if not n.startswith(".")):
-                path = Path(root) / name
-                weights = path.suffix in WEIGHTS or ".ckpt" in name or name in NOT_COPIED
-                if path not in self.files:
-                    (leave if weights else keep).append(path.relative_to(self.path))
+        with reading(self.path):
+            for root, folders, names in os.walk(self.path, onerror=stop):
+                at = Path(root).relative_to(self.path)
+                # In place: `os.walk` goes only into what is left, and into no link.
+                folders[:] = sorted(f for f in folders if not f.startswith("."))
+                leave += [at / f for f in folders if (self.path / at / f).is_symlink()]
+                for name in sorted(n for n in names if not n.startswith(".")):
+                    path = at / name
+                    weights = path.suffix in WEIGHTS or ".ckpt" in name or name in NOT_COPIED
+                    if self.path / path not in self.files:
+                        (leave if weights else keep).append(path)
         return keep, leave
 
 
@@ -142,8 +150,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _header(path: Path) -> tuple[int, dict[str, Stored]]:
     """(where the tensors begin, {name: tensor} in the order in which they lie)."""
-    with checked(path), opened(path) as file:
-        # Offsets count from the end of the header, which `checked` has found to be whole.
+    check_format(path)
+    with opened(path) as file:
+        # Offsets count from the end of the header, which was found to be whole.
         start = 8 + int.from_bytes(file.read(8), "little")
         header = parse_json(file.read(start - 8), f"{path}, its header")
     header.pop("__metadata__", None)
@@ -211,9 +220,6 @@ def write_copy(
 
     Returns:
       The files of the folder that were left out: weights in other forms.
-
-    Raises:
-      LoRAError: `out` exists, or cannot be written.
     """
     out, done = as_path(out), 0
     total = sum(file.stat().st_size for file in base.files)
@@ -225,7 +231,7 @@ def write_copy(
 
     with replacing(out) as new:
         if not base.path.is_dir():
-            write_changed(base, base.path, new, changed, told)
+            _write(base, base.path, new, changed, told)
             return []
         copied, left = base.others()
         with writing(out):
@@ -236,25 +242,15 @@ def write_copy(
                 with opened(base.path / path) as source, open(new / path, "wb") as target:
                     shutil.copyfileobj(source, target)
         for file in base.files:
-            write_changed(base, file, new / file.name, changed, told)
+            _write(base, file, new / file.name, changed, told)
     return left
 
 
-def write_changed(
-    base: Base,
-    file: Path,
-    out: Path,
-    changed: Changes,
-    progress: Callable[[int], None],
+def _write(
+    base: Base, file: Path, out: Path, changed: Changes, progress: Callable[[int], None]
 ) -> None:
-    """Copies one of the base's files, with some tensors changed.
-
-    Args:
-      file: one of `base.files`.
-      out: the new file; it must not exist.
-      changed: see `Changes`.
-      progress: is told how many bytes were written, now and then.
-    """
+    """Copies one of the base's files to `out`, which must not exist; `progress` is told how many
+    bytes were written, now and then."""
     tensors = {n: t for n, t in base.tensors.items() if t.file == file}
     with writing(out), opened(file) as source, open(out, "xb") as target:
 

@@ -22,11 +22,11 @@ from lora_jax._targets import Targets
 from lora_jax.peft._arguments import as_names, as_path, check_arrays, check_texts, one_of
 from lora_jax.peft._config import peft_config
 from lora_jax.peft._export import Export
-from lora_jax.peft._file import CONFIG, DTYPES, TENSORS
+from lora_jax.peft._file import CONFIG, DTYPES, TENSORS, is_finite
 from lora_jax.peft._files import partial, remove, writing
 from lora_jax.peft._find import Finder, finish
 from lora_jax.peft._hub import folder as folder_of
-from lora_jax.peft._keys import PREFIX
+from lora_jax.peft._keys import NO_NAME, PREFIX, is_name
 from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._names import is_head
 from lora_jax.peft._orders import Orders
@@ -265,13 +265,8 @@ def write_folder(
 ) -> None:
     """Writes both files of an adapter; they take their place once both are complete.
 
-    What is written is what `open_adapter` and `peft_config` would take.
-
-    Args:
-      folder: is made if need be.
-      tensors, settings: the contents of the two files.
-      dtype: of the tensors in the file; None for their own.
-      more: further settings, which are not checked.
+    What is written is what `open_adapter` and `peft_config` would take, but for `more` settings,
+    which are not checked; `dtype` is that of the tensors in the file.
 
     Raises:
       LoRAError: a tensor of a type that PEFT's files do not have here, or with a number that is not
@@ -315,6 +310,9 @@ def _stored(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarr
     failures = [] if tensors else ["the tree holds no adapter"]
     out = {}
     for name, value in tensors.items():
+        if not is_name(name):
+            failures.append(f"{name[:200]!a}: {NO_NAME}")
+            continue
         if kind is None and value.dtype not in DTYPES.values():
             failures.append(f"'{name}' is {value.dtype}; write it as one of {_types()}: dtype=")
             continue
@@ -332,16 +330,6 @@ def _stored(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarr
         out[name] = cast
     raise_all("these adapters cannot be written for PEFT:", failures)
     return out
-
-
-def is_finite(value: np.ndarray) -> bool:
-    """Whether numbers of one of `DTYPES` are finite, read without a copy: by their bits, of which
-    the largest as signed integers is the largest positive number, and as unsigned the most
-    negative one; NaN is past infinity."""
-    kinds = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32)}[value.itemsize]
-    ends = np.array([np.inf, -np.inf], value.dtype)
-    within = lambda bits, end: value.view(bits).max(initial=0) < end.view(bits)
-    return all(map(within, kinds, ends))
 
 
 def _types() -> str:

@@ -331,15 +331,15 @@ def test_a_bar_of_a_merge(tmp_path, monkeypatch):
     for is_terminal in (True, False):
         monkeypatch.setattr(sys, "stderr", drawn if is_terminal else io.StringIO())
         monkeypatch.setattr(sys.stderr, "isatty", lambda t=is_terminal: t, raising=False)
-        with merging() as bar:
+        with merging() as (progress, shows):
             told = []
-            starts = lambda *x, told=told, bar=bar: (told.append(x), bar.tensor(*x))
+            starts = lambda *x, told=told, shows=shows: (told.append(x), shows(*x))
             args = (
                 base_file("llama_default"),
                 g.folder("llama_default"),
                 tmp_path / f"{is_terminal}",
             )
-            merge_files(*args, progress=bar.bytes, starts=starts)
+            merge_files(*args, progress=progress, starts=starts)
         names = [f"model.layers.{i}.self_attn.{n}_proj.weight" for i in range(2) for n in "qv"]
         assert sorted(told, key=lambda x: x[1]) == told and {n for n, *_ in told} == {*names}
         assert [x[1:] for x in told] == [(i + 1, 4) for i in range(4)]

@@ -1,6 +1,7 @@
 """Adapters merged into base models on disk: PEFT's outputs, bytes that stay, memory that is bounded."""
 
 import json
+import os
 import shutil
 import tracemalloc
 
@@ -39,6 +40,22 @@ def saved(path, tensors):
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, {"format": "pt"})
     return path
+
+
+def test_a_folder_in_a_base_that_cannot_be_read(tmp_path, monkeypatch):
+    """`os.walk` passes over it, and its files were missing in the copy."""
+    folder = hf_folder(tmp_path / "base", g.base("mha"))
+    locked, scan = folder / "1_Pooling", os.scandir
+
+    def scandir(path):
+        if os.fspath(path) == os.fspath(locked):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with fails("base: cannot be read: .*Permission denied: '.*1_Pooling'"):
+        merge_files(folder, g.folder("mha"), tmp_path / "out", conv1d=[])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -109,6 +126,7 @@ def hf_folder(folder, tensors, **config):
 def test_a_sharded_folder(tmp_path):
     name = "llama_default"
     folder = hf_folder(tmp_path / "base", g.base(name), tie_word_embeddings=False)
+    (folder / "linked").symlink_to("1_Pooling")
     steps = []
     _, left = merge_files(
         folder, g.folder(name), tmp_path / "out", progress=lambda *x: steps.append(x)
@@ -131,6 +149,7 @@ def test_a_sharded_folder(tmp_path):
         "pytorch_model.bin",
         "adapter_config.json",
         "consolidated.safetensors",
+        "linked",
     }
     size = sum((folder / s).stat().st_size for s in shards)
     assert steps[-1] == (size, size)

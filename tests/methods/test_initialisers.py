@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import assert_close, examples, fails, noisy, tolerance
+from common import assert_close, examples, fails, noisy, peft_starts, tolerance
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -458,6 +458,21 @@ def test_eva_spends_the_ranks_where_they_explain_most(batches):
     kept = [shares[p][j] for p in single for j in range(ranks.get(p, 0))]
     left = [shares[p][j] for p in single for j in range(ranks.get(p, 0), 2 * RANK)]
     assert min(kept) > max(left) - 1e-6
+
+
+def test_eva_is_that_of_peft():
+    """PEFT takes the mean of the inputs out, and its SVD is one of random vectors in 4 passes."""
+    stored = peft_starts()
+    x = {n: stored[f"eva.{n}.x"] for n in "abc"}
+    want = {n: stored[f"eva.{n}.a"] for n in "abc" if f"eva.{n}.a" in stored}
+    params = {n: jnp.zeros((v.shape[1], 6)) for n, v in x.items()}
+    start = lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=2, targets=[*x]))
+    moments = {n: np.cov(v.T, bias=True)[None] * len(v) for n, v in x.items()}
+    found = lora.methods.eva(start, jax.tree.map(jnp.float32, moments))
+    ranks = {n: node.rank for n, node in found.items()}
+    assert ranks == {n: len(a) for n, a in want.items()} and len(set(ranks.values())) > 1
+    for n, a in want.items():
+        np.testing.assert_allclose(np.abs(np.sum(a.T * found[n].a, 0)), 1, atol=1e-3)
 
 
 @examples(30)

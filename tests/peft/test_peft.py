@@ -475,6 +475,7 @@ def test_names_from_a_file_of_the_base_model():
     [
         ({"(": "lin/kernel"}, "is not a regular expression and a leaf"),
         ({"lin": "{3}/kernel"}, "is not a regular expression and a leaf"),
+        ({"lin": "{0:>999999999}"}, "no leaf '{0:>999999999}'"),
         ({"lin": 3}, "is not a regular expression and a leaf"),
         ({"lin": "line/kernel"}, "no leaf 'line/kernel'"),
         ({"lin": "lin/kernel[99]"}, "position 99 of an axis of size 8"),

@@ -85,10 +85,15 @@ def test_links_are_followed_to_files_only(folder, tmp_path):
     (folder / TENSORS).symlink_to("/dev/zero")
     with fails("not a regular file"):
         open_adapter(folder)
-    (folder / TENSORS).unlink()
-    os.mkfifo(folder / TENSORS)
-    with fails("not a regular file"):
-        open_adapter(folder)
+    for file in (TENSORS, CONFIG):
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+        with fails(f"{file}: not a regular file"):
+            open_adapter(folder)
+        (folder / file).unlink()
+        (folder / file).symlink_to(file)
+        with fails(f"{file}: cannot be read"):
+            open_adapter(folder)
 
 
 @pytest.mark.parametrize(

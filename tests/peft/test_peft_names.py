@@ -1,12 +1,15 @@
 """PEFT's ways to mean modules, against its own rules: a regular expression for each look-up."""
 
+import dataclasses
 import itertools
 import json
 import random
 import re
 import warnings
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import peft_by_hand
 import pytest
 from common import fails
@@ -14,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lora
+from lora_jax._cli.inspect import inspect
+from lora_jax._core.paths import nest
 from lora_jax.peft._config import peft_config
 from lora_jax.peft._patterns import PLAIN, Budget, Patterns, SafePattern, matching_others
 
@@ -213,3 +218,46 @@ def test_a_name_that_is_no_plain_pattern(tmp_path):
     found = json.loads((tmp_path / "adapter_config.json").read_text())
     ranks = {n: peft_by_hand.first(found["rank_pattern"], n, found["r"]) for n in shapes}
     assert ranks == {"x+y": 3, "z": 2}
+
+
+def test_names_of_any_script(tmp_path):
+    """A torch module has any name that an attribute of Python's may have, or a number."""
+    names = ["größe", "слой.0", "слой.1", "層_ª", "आकार", "e\u0301", "x.größe"]
+    params, axes = (
+        {n.replace(".", "/"): jnp.zeros((4, 6)) for n in names},
+        lora.Geometry((0,), (1,)),
+    )
+    nodes = {
+        path: lora.LoRA(jnp.full((4, r), float(r)), jnp.ones((r, 6)), 1.0, axes)
+        for r, path in enumerate(params, 1)
+    }
+    params, nodes = (nest({f"{n}/kernel": x for n, x in t.items()}) for t in (params, nodes))
+    lora.peft.save(
+        tmp_path, nodes, lora.peft.mapping({f"{n}.weight": (6, 4) for n in names}, params)
+    )
+    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    ranks = [peft_by_hand.first(found["rank_pattern"], n, found["r"]) for n in names]
+    assert ranks == [*range(1, len(names) + 1)]
+    jax.tree.map(np.testing.assert_array_equal, lora.peft.load(tmp_path, params).adapters, nodes)
+
+
+@pytest.mark.parametrize("name", ["a b", "a..b", "a'", "x²", "a\u202eb", "", "a" * 600])
+def test_names_that_are_none(tmp_path, name):
+    """What `load` would refuse is not written."""
+    axes, params = lora.Geometry((0,), (1,)), {"w": jnp.zeros((4, 6))}
+    node = {"w": lora.LoRA(jnp.ones((4, 1)), jnp.ones((1, 6)), 1.0, axes)}
+    entry = lora.peft.mapping({"w": (6, 4)}, params)["w"]
+    entry = dataclasses.replace(entry, name=f"{name}.weight")
+    with fails("expected a dotted name of letters"):
+        lora.peft.save(tmp_path / "out", node, lora.peft.TorchMapping({entry.name: entry}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_have_decimal_numbers(tmp_path):
+    """² is a digit to Python, and no number."""
+    config = peft_config({"target_modules": ["q"], "layers_to_transform": [2]}, "config")
+    assert config.passed_over("m.h.²x.q") and config.passed_over("m.h.²")
+    (tmp_path / "²" / "lora").mkdir(parents=True)
+    for path in (tmp_path, tmp_path / "²"):
+        with fails("expected a PEFT folder"):
+            inspect(path)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax.peft._save import is_finite
+from lora_jax.peft._file import is_finite
 
 LAYERS, IN, OUT = 2, 8, 4
 NAMES = {f"layers.{i}.up.weight": (OUT, IN) for i in range(LAYERS)} | {"norm.weight": (IN,)}

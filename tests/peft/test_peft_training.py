@@ -47,14 +47,15 @@ def torch_model():
     return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, initializer_range=0.1))
 
 
-def trained_by_torch(start, end, random_b):
+def trained_by_torch(start, end, random_b, dora):
     """Writes the adapter before and after; returns losses and gradient norms."""
     import peft
     import torch
 
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
+        r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM",
+        use_dora=dora,
+    )  # fmt: skip
     model = torch_model()
     save_file({k: v.numpy() for k, v in model.state_dict().items()}, start / "base.safetensors")
     model = peft.get_peft_model(model, config)
@@ -126,16 +127,16 @@ def adapter(folder):
     return g.tensors(folder / "adapter_model.safetensors")
 
 
-def differences(tmp_path, random_b, scanned):
+def differences(tmp_path, random_b, scanned, dora):
     """The largest differences of losses, adapters, and logits by PEFT of what was trained here."""
     start, theirs, ours = (tmp_path / n for n in ("start", "theirs", "ours"))
     start.mkdir()
-    want, norms = trained_by_torch(start, theirs, random_b)
+    want, norms = trained_by_torch(start, theirs, random_b, dora)
     got, logits = trained_here(start, ours, scanned)
     assert min(norms) < CLIP < max(norms), "the clipping is not tested"
     assert want[-1] < want[0] - 0.5, "nothing was learned"
     first, last, last_here = (adapter(p) for p in (start, theirs, ours))
-    assert last.keys() == last_here.keys() and len(last) == 2 * 7 * 2
+    assert last.keys() == last_here.keys() and len(last) == 2 * 7 * (3 if dora else 2)
     assert min(np.abs(last[k] - first[k]).max() for k in last) > 1e-3, "a tensor was not trained"
     return {
         "losses": max(abs(a - b) for a, b in zip(got, want, strict=True)),
@@ -144,10 +145,18 @@ def differences(tmp_path, random_b, scanned):
     }
 
 
-@pytest.mark.parametrize("random_b, scanned", [(False, False), (True, False), (True, True)])
-def test_twenty_steps_of_llama_are_those_of_peft(random_b, scanned, tmp_path):
+@pytest.mark.parametrize(
+    "random_b, scanned, dora",
+    [
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        pytest.param(True, True, True, marks=pytest.mark.slow),
+    ],
+)
+def test_twenty_steps_of_llama_are_those_of_peft(random_b, scanned, dora, tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # optax
-        found = differences(tmp_path, random_b, scanned)
+        found = differences(tmp_path, random_b, scanned, dora)
     # Sums in another order, and Adam's quotients of them; 20 steps without the decay of the weights
     # would differ by 1e-3 in the adapters.
     assert found["losses"] < 1e-5, found

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rand
-from common import assert_close, fails
+from common import assert_close, fails, peft_starts
 
 import lora_jax as lora
 
@@ -40,6 +40,22 @@ def test_one_iteration_is_the_svd_of_the_error():
     rest = params["w"] - lora.merge(base, adapters)["w"]
     assert_close(jnp.linalg.norm(rest) ** 2, jnp.sum(s[4:] ** 2))
     assert_close(jnp.linalg.norm(rest, 2), s[4])
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_it_is_that_of_peft(iterations):
+    """PEFT's own with bitsandbytes' NF4; its factors have no scale before them."""
+    stored = peft_starts()
+    params, want = {"w": stored["loftq.w"]}, [stored[f"loftq.{iterations}.{k}"] for k in "qab"]
+    # A scale of 5.
+    start = started(params, 2, alpha=10)
+    base, adapters = lora.quant.loftq(params, start, "w", iterations=iterations)
+    q, a, b = want
+    # Its first codes are the same; later ones follow from an SVD, and blocks have other constants.
+    assert_close(base["w"].value(), q, factor=1 if iterations == 1 else 16)
+    node = adapters["w"]
+    assert_close(5 * node.a @ node.b, b @ a, factor=64)
+    assert_close(jnp.linalg.norm(node.a, axis=0), np.linalg.norm(b, axis=0) / 5**0.5, factor=64)
 
 
 @pytest.mark.parametrize("format, double", [("nf4", True), ("int8", False)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,12 @@ def installed(*names: str) -> bool:
     """Whether these packages are there: `tests/peft`, a folder alone, is none."""
     specs = map(importlib.util.find_spec, names)
     return all(spec is not None and spec.origin is not None for spec in specs)
+
+
+@functools.cache
+def peft_starts():
+    """Where PEFT's initialisers start; see make_starts.py."""
+    return dict(np.load(pathlib.Path(__file__).parent.parent / "data" / "peft_starts.npz"))
 
 
 needs_peft = pytest.mark.skipif(not installed("peft", "torch"), reason="needs torch and peft")
