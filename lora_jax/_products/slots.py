@@ -5,10 +5,12 @@ one of any other number that has no slot is NaN; a slot that is not finite spoil
 alone. Axes are labelled, as in `group`, so T, in and out are any number of axes.
 
 With the gradient of M, (slots, in, out), it is one sum, Σ x·y·[s = k], over k where y has the
-slots, or not where the result has them: the transpose of each kind is the other. There are three
+slots, or not where the result has them: the transpose of each kind is the other. There are four
 ways to it, of which `plan.way_by_slot` takes one:
 
 * gathered: M[s], a copy for each group of rows, and one batched product;
+* summed: the same product as a sum over its few terms, which XLA makes on a CPU in one pass with
+  what it is added to, and without a copy of M[s];
 * one by one: a loop that reads M[s_t] where it lies, once for a run of rows of one slot;
 * concatenated: one product with all the matrices side by side, of which each row keeps its own.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,9 +32,7 @@ from jax.sharding import PartitionSpec
 from lora_jax._core import compat
 from lora_jax._core.einsum import Labels, cast, contract, times, wide
 from lora_jax._core.geometry import SLOT
-from lora_jax._products.plan import way_by_slot
-
-RUN = 32  # rows that "one by one" looks at together
+from lora_jax._products.plan import RUN, way_by_slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,18 +143,40 @@ def _without(z: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
     return jnp.where(along((s >= 0) & (s < how.slots)), z, along(none))
 
 
-def _gathered(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
+def _gathered(
+    x: jax.Array, y: jax.Array, s: jax.Array, how: Choice, product: Callable = Choice.contract
+) -> jax.Array:
     if how.sums:
         at = how.yl.index(SLOT)
         rest = tuple(d for d in how.yl if d != SLOT)
         each = jnp.take(jnp.moveaxis(y, at, 0), s, axis=0, mode="clip")
-        return _without(how.contract(x, how.xl, each, (*how.sl, *rest), how.out), s, how)
+        return _without(product(how, x, how.xl, each, (*how.sl, *rest), how.out), s, how)
     rest = tuple(d for d in how.out if d != SLOT)
     each = how.contract(x, how.xl, y, how.yl, (*how.sl, *rest))
     total = compat.same_vma(jnp.zeros((how.slots, *each.shape[s.ndim :]), each.dtype), each)[0]
     # past the end nothing is written
     total = total.at[jnp.where(s < 0, how.slots, s)].add(each, mode="drop")
     return jnp.moveaxis(total, 0, how.out.index(SLOT))
+
+
+def _terms(
+    how: Choice, x: jax.Array, xl: Labels, y: jax.Array, yl: Labels, out: Labels
+) -> jax.Array:
+    """x·y as a sum of as many arrays as the axes that are summed have elements."""
+    summed = [d for d in xl if d in yl and d not in out]
+
+    def parts(v: jax.Array, labels: Labels) -> Iterator[jax.Array]:
+        order = [*summed, *(d for d in out if d in labels)]
+        v = lax.transpose(v, [labels.index(d) for d in order])
+        rest = v.shape[len(summed) :]
+        flat = cast(v, wide(how.dtype)).reshape(-1, *rest)
+        where = [list(out).index(d) for d in order[len(summed) :]]
+        return (lax.broadcast_in_dim(part, shape, where) for part in flat)
+
+    size = dict(zip(xl, x.shape)) | dict(zip(yl, y.shape))
+    shape = [size[d] for d in out]
+    terms = map(lax.mul, parts(x, xl), parts(y, yl))
+    return cast(functools.reduce(lax.add, terms), how.dtype)
 
 
 def _one_by_one(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
@@ -269,6 +291,7 @@ def _spoilt(z: jax.Array, labels: Labels, bad: jax.Array, have: Labels) -> jax.A
 
 _WAYS: dict[str, Callable] = {
     "gathered": _gathered,
+    "summed": functools.partial(_gathered, product=_terms),
     "one by one": _one_by_one,
     "concatenated": _concatenated,
 }
@@ -359,32 +382,29 @@ def _in_turn(x: jax.Array, s: jax.Array, *ab: jax.Array, pairs: Sequence[Pair]) 
 
 
 def _pairs(x: jax.Array, s: jax.Array, *ab: jax.Array, pairs: Sequence[Pair]) -> list[jax.Array]:
-    """Where each A is read one by one, a single loop does it for all of them and their B."""
-    # A loop for each factor would read x and write x·A once for each of its steps.
+    """Where each A is read one by one, a single loop does it for all of them."""
+    # A loop for each would read x once for each of its steps.
     loop = all(p.down.planned(x, a, s) == "one by one" for p, a in zip(pairs, ab[::2]))
     if not loop or s.size >= 4 * RUN:
         return _in_turn(x, s, *ab, pairs=pairs)
-    stacks = [
-        jnp.moveaxis(v, how.yl.index(SLOT), 0)
-        for p, *pair in zip(pairs, ab[::2], ab[1::2])
-        for how, v in zip((p.down, p.up), pair)
-    ]
-    sl = pairs[0].down.sl
-    rest = lambda labels: tuple(d for d in labels if d not in sl and d != SLOT)
-    x, _ = _rows(x, pairs[0].down.xl, sl)
-
-    def product(how: Choice, x: jax.Array, k: jax.Array, stack: jax.Array) -> jax.Array:
-        m = lax.dynamic_index_in_dim(stack, k, keepdims=False)
-        return how.contract(x, rest(how.xl), m, rest(how.yl), rest(how.out))
+    downs = [p.down for p in pairs]
+    stacks = [jnp.moveaxis(a, how.yl.index(SLOT), 0) for how, a in zip(downs, ab[::2])]
+    rows, xl = _rows(x, downs[0].xl, downs[0].sl)
+    rest = lambda labels: tuple(d for d in labels if d not in (*downs[0].sl, SLOT))
 
     def one(_: None, row: tuple) -> tuple[None, list]:
         k, x = row
-        h = [times(product(p.down, x, k, a), p.scale) for p, a in zip(pairs, stacks[::2])]
-        return None, [product(p.up, *v) for p, *v in zip(pairs, h, [k] * len(h), stacks[1::2])]
+        own = (lax.dynamic_index_in_dim(a, k, keepdims=False) for a in stacks)
+        return None, [
+            how.contract(x, xl, m, rest(how.yl), rest(how.out)) for how, m in zip(downs, own)
+        ]
 
-    at = jnp.clip(s, 0, pairs[0].down.slots - 1).reshape(-1)
-    _, ys = lax.scan(one, None, (at, x))
-    return [_in_place(y, s, p.up) for p, y in zip(pairs, ys)]
+    at = jnp.clip(s, 0, downs[0].slots - 1).reshape(-1)
+    _, hs = lax.scan(one, None, (at, rows))
+    return [
+        chosen(times(_in_place(h, s, p.down), p.scale), b, s, p.up)
+        for h, b, p in zip(hs, ab[1::2], pairs)
+    ]
 
 
 def _pairs_batch(
