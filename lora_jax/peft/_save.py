@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.numbers import Number, integer, refused
@@ -30,7 +29,7 @@ from lora_jax.peft._keys import PREFIX
 from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._names import is_head
 from lora_jax.peft._orders import Orders
-from lora_jax.peft._safetensors import INDEX, called, open_base
+from lora_jax.peft._safetensors import INDEX, called, open_base, write_file
 from lora_jax.peft._servers import TARGETS
 from lora_jax.peft._slot import on_host
 
@@ -290,7 +289,7 @@ def write_folder(
         folder.mkdir(parents=True, exist_ok=True)
         new = [partial(folder / name) for name in (TENSORS, CONFIG)]
         try:
-            save_file(stored, new[0], metadata={"format": "pt"})
+            write_file(new[0], stored)
             new[1].write_text(text)
             # Never the settings of one adapter beside the tensors of another.
             (folder / CONFIG).unlink(missing_ok=True)
@@ -319,8 +318,7 @@ def _stored(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarr
             failures.append(f"'{name}' is {value.dtype}; write it as one of {_types()}: dtype=")
             continue
         with np.errstate(over="ignore"):
-            # In C order, as the file has the buffer as it lies.
-            cast = np.ascontiguousarray(value if kind is None else value.astype(kind))
+            cast = value if kind is None else value.astype(kind, copy=False)
             fits = is_finite(cast)
             finite = fits or np.isfinite(value.astype(np.float32)).all()
         if not finite:
