@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Generator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lora_jax._core.errors import LoRAError
 
 
@@ -43,7 +45,7 @@ def writing(path: str | os.PathLike) -> Generator[None, None, None]:
     """A full disk, a limit on files or a right that lacks is an error that names the path."""
     try:
         yield
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         raise LoRAError(f"{path}: cannot be written: {e}") from e
 
 

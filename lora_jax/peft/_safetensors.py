@@ -8,7 +8,6 @@ time, whatever its size.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax.peft._arguments import as_names, as_path
-from lora_jax.peft._file import DTYPES, Stored, checked, opened, parse_json, read_json, reading
+from lora_jax.peft._file import Stored, checked, opened, parse_json, read_json, reading
 from lora_jax.peft._files import replacing, writing
 from lora_jax.peft._keys import renamed
 
@@ -239,28 +238,6 @@ def write_copy(
         for file in base.files:
             write_changed(base, file, new / file.name, changed, told)
     return left
-
-
-def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """A file of tensors of `DTYPES`, byte by byte that of safetensors' `save_file`. Of what does
-    not lie in C order there is a copy of one tensor at a time."""
-    order = sorted(tensors, key=lambda n: (-tensors[n].itemsize, str(tensors[n].dtype), n))
-    kinds = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    stop = 0
-    for name in order:
-        x, start = tensors[name], stop
-        stop += x.nbytes
-        where = {"shape": x.shape, "data_offsets": (start, stop)}
-        header[name] = {"dtype": kinds[x.dtype]} | where
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as target:
-        target.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            # As integers: NumPy copies bf16 slowly, and gives no buffer of it.
-            bits = tensors[name].view(f"u{tensors[name].itemsize}")
-            target.write(np.ascontiguousarray(bits).data)
 
 
 def write_changed(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.numbers import Number, integer, refused
@@ -29,7 +30,7 @@ from lora_jax.peft._keys import PREFIX
 from lora_jax.peft._mapping import Entry, TorchMapping, as_table, leaf_infos
 from lora_jax.peft._names import is_head
 from lora_jax.peft._orders import Orders
-from lora_jax.peft._safetensors import INDEX, called, open_base, write_file
+from lora_jax.peft._safetensors import INDEX, called, open_base
 from lora_jax.peft._servers import TARGETS
 from lora_jax.peft._slot import on_host
 
@@ -289,7 +290,7 @@ def write_folder(
         folder.mkdir(parents=True, exist_ok=True)
         new = [partial(folder / name) for name in (TENSORS, CONFIG)]
         try:
-            write_file(new[0], stored)
+            save_file(stored, new[0], metadata={"format": "pt"})
             new[1].write_text(text)
             # Never the settings of one adapter beside the tensors of another.
             (folder / CONFIG).unlink(missing_ok=True)
@@ -318,7 +319,8 @@ def _stored(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarr
             failures.append(f"'{name}' is {value.dtype}; write it as one of {_types()}: dtype=")
             continue
         with np.errstate(over="ignore"):
-            cast = value if kind is None else value.astype(kind, copy=False)
+            # In C order, as the file has the buffer as it lies.
+            cast = np.ascontiguousarray(value if kind is None else value.astype(kind))
             fits = is_finite(cast)
             finite = fits or np.isfinite(value.astype(np.float32)).all()
         if not finite:
