@@ -40,15 +40,17 @@ two factors, (d, k) say, is one of K matrices, and more than nothing is
                   FLOPs         bytes moved
   gathered        2·T·d·k       3·b·G·d·k               each group's matrix read, written and read;
                                                         b·G·d·k where that is one pass, see below
+  summed          2·T·d·k       b·G·d·k                 d terms in one pass with the sum of y: on
+                                                        a CPU, of few terms, for few groups
   one by one      4·2·T·d·k     b·G·d·k                 where it lies, in a loop of G steps, by one
                                                         core: on one device of a CPU alone
   concatenated    2·T·K·d·k     b·K·(d·k + 2·T·min(d, k))   all matrices side by side, and x or the
                                                         result at each slot
 
-Measured on two CPU cores, d = 512, r = 8: gathered wins from about 16 rows a group on, and
-concatenated where K·r is below about 64. `ragged_dot` of rows that are sorted is none of them: XLA
-makes K masked products of it on CPUs and GPUs, and on a TPU v5e it moves more bytes than
-concatenated. Where there are matrix units, a byte is worth more FLOPs.
+Measured on two CPU cores, d = 512, r = 8: a product with B is best summed, and one with A gathered
+from about 16 rows a group on, and concatenated where K·r is below about 64. `ragged_dot` of rows
+that are sorted is none of them: XLA makes K masked products of it on CPUs and GPUs, and on a TPU
+v5e it moves more bytes than concatenated. Where there are matrix units, a byte is worth more FLOPs.
 """
 
 from __future__ import annotations
@@ -170,7 +172,9 @@ def planned(
     )
 
 
-SLOT_WAYS = ("gathered", "one by one", "concatenated")
+SLOT_WAYS = ("gathered", "summed", "one by one", "concatenated")
+FEW = 16  # terms of a sum
+RUN = 32  # rows that "one by one" looks at together, from four times as many on
 
 
 def way_by_slot(
@@ -187,6 +191,8 @@ def way_by_slot(
     """The way to a product of rows with a matrix (inner, outer) of their own, one of `slots`; see
     the table above. `groups` of `rows` rows each have one; `local`: on one device; `sums`: a
     product, and not the gradient of the stack."""
+    if platform == "cpu" and sums and less(inner, FEW + 1) and less(groups, 4 * RUN):
+        return "summed"
     byte = itemsize * (BALANCE if platform == "cpu" else MATRIX_UNITS)
     numbers, flops = inner * outer, 2 * groups * rows * inner * outer
     fused = platform != "cpu" and sums and isinstance(rows, int) and rows == 1

@@ -1,14 +1,16 @@
-"""Three ways to a sum of rows with one matrix of a stack each, x_t · M[s_t].
+"""Four ways to a sum of rows with one matrix of a stack each, x_t · M[s_t].
 
 Shapes: x (T, in), M (slots, in, out), s (T,) integers, y (T, out). A row of slot -1 is zero, and
 one of any other number that has no slot is NaN; a slot that is not finite spoils its own rows
 alone. Axes are labelled, as in `group`, so T, in and out are any number of axes.
 
 With the gradient of M, (slots, in, out), it is one sum, Σ x·y·[s = k], over k where y has the
-slots, or not where the result has them: the transpose of each kind is the other. There are three
+slots, or not where the result has them: the transpose of each kind is the other. There are four
 ways to it, of which `plan.way_by_slot` takes one:
 
 * gathered: M[s], a copy for each group of rows, and one batched product;
+* summed: the same product as a sum over its few terms, which XLA makes on a CPU in one pass with
+  what it is added to, and without a copy of M[s];
 * one by one: a loop that reads M[s_t] where it lies, once for a run of rows of one slot;
 * concatenated: one product with all the matrices side by side, of which each row keeps its own.
 """
@@ -16,8 +18,9 @@ ways to it, of which `plan.way_by_slot` takes one:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,11 +29,18 @@ import numpy as np
 from jax import lax
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, along, contract, in_order, laid_along, mapped_label
+from lora_jax._core.einsum import (
+    Labels,
+    along,
+    cast,
+    contract,
+    in_order,
+    laid_along,
+    mapped_label,
+    wide,
+)
 from lora_jax._core.geometry import SLOT
-from lora_jax._products.plan import way_by_slot
-
-RUN = 32  # rows that "one by one" looks at together
+from lora_jax._products.plan import RUN, way_by_slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Choice:
       slots: how many there are.
       dtype: of the result.
       precision: of the products.
-      way: one of `plan.SLOTWAYS`, or "auto".
+      way: one of `plan.SLOT_WAYS`, or "auto".
       where: the sharding of the result, if that is part of its type.
     """
 
@@ -125,17 +135,38 @@ def _without(z: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
     return jnp.where(each(_exists(s, how)), z, each(none))
 
 
-def _gathered(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
+def _gathered(
+    x: jax.Array, y: jax.Array, s: jax.Array, how: Choice, product: Callable = Choice.contract
+) -> jax.Array:
     if how.sums:
         stack, rest = slots_first(y, how.yl)
         each = jnp.take(stack, s, axis=0, mode="clip")
-        return _without(how.contract(x, how.xl, each, (*how.sl, *rest), how.out), s, how)
+        return _without(product(how, x, how.xl, each, (*how.sl, *rest), how.out), s, how)
     rest = tuple(d for d in how.out if d != SLOT)
     each = how.contract(x, how.xl, y, how.yl, (*how.sl, *rest))
     total = compat.same_vma(jnp.zeros((how.slots, *each.shape[s.ndim :]), each.dtype), each)[0]
     # past the end nothing is written
     total = total.at[jnp.where(s < 0, how.slots, s)].add(each, mode="drop")
     return in_order(total, (SLOT, *rest), how.out)
+
+
+def _terms(
+    how: Choice, x: jax.Array, xl: Labels, y: jax.Array, yl: Labels, out: Labels
+) -> jax.Array:
+    """x·y as a sum of as many arrays as the axes that are summed have elements."""
+    summed = [d for d in xl if d in yl and d not in out]
+
+    def parts(v: jax.Array, labels: Labels) -> Iterator[jax.Array]:
+        order = [*summed, *(d for d in out if d in labels)]
+        v = cast(in_order(v, labels, order), wide(how.dtype))
+        rest = v.shape[len(summed) :]
+        where = [list(out).index(d) for d in order[len(summed) :]]
+        return (lax.broadcast_in_dim(part, shape, where) for part in v.reshape(-1, *rest))
+
+    size = dict(zip(xl, x.shape)) | dict(zip(yl, y.shape))
+    shape = [size[d] for d in out]
+    terms = map(lax.mul, parts(x, xl), parts(y, yl))
+    return cast(functools.reduce(lax.add, terms), how.dtype)
 
 
 def _one_by_one(x: jax.Array, y: jax.Array, s: jax.Array, how: Choice) -> jax.Array:
@@ -262,6 +293,7 @@ def _spoilt(z: jax.Array, labels: Labels, bad: jax.Array, have: Labels) -> jax.A
 
 WAYS: dict[str, Callable] = {
     "gathered": _gathered,
+    "summed": functools.partial(_gathered, product=_terms),
     "one by one": _one_by_one,
     "concatenated": _concatenated,
 }

@@ -16,8 +16,8 @@ from jax import lax
 
 from lora_jax._core import compat
 from lora_jax._core.einsum import cast, times, wide
+from lora_jax._products.plan import RUN
 from lora_jax._products.slot_ways import (
-    RUN,
     WAYS,
     Choice,
     in_place,
@@ -125,22 +125,20 @@ def _in_turn(x: jax.Array, s: jax.Array, *ab: jax.Array, pairs: Sequence[Pair]) 
 
 
 def _pairs(x: jax.Array, s: jax.Array, *ab: jax.Array, pairs: Sequence[Pair]) -> list[jax.Array]:
-    """Where each A is read one by one, a single loop does it for all of them and their B."""
-    # A loop for each factor would read x and write x·A once for each of its steps.
+    """Where each A is read one by one, a single loop does it for all of them."""
+    # A loop for each would read x once for each of its steps.
     loop = all(p.down.planned(x, a, s) == "one by one" for p, a in zip(pairs, ab[::2]))
     if not loop or s.size >= 4 * RUN:
         return _in_turn(x, s, *ab, pairs=pairs)
     downs = [slots_first(a, p.down.yl)[0] for p, a in zip(pairs, ab[::2])]
-    ups = [slots_first(b, p.up.yl)[0] for p, b in zip(pairs, ab[1::2])]
-
-    def one(row: tuple) -> list:
-        x, k = row
-        h = [times(of_row(p.down, x, k, a), p.scale) for p, a in zip(pairs, downs)]
-        return [of_row(p.up, h_, k, b) for p, h_, b in zip(pairs, h, ups)]
-
-    how = pairs[0].down  # alike for all: the labels of x and of its slots, and how many there are
-    ys = lax.map(one, (rows_first(x, how.xl, how.sl)[0], nearest(s, how)))
-    return [in_place(y, s, p.up) for p, y in zip(pairs, ys)]
+    # Alike for all: the labels of x and of its slots, and how many there are.
+    how = pairs[0].down
+    one = lambda row: [of_row(p.down, *row, a) for p, a in zip(pairs, downs)]
+    hs = lax.map(one, (rows_first(x, how.xl, how.sl)[0], nearest(s, how)))
+    return [
+        chosen(times(in_place(h, s, p.down), p.scale), b, s, p.up)
+        for p, h, b in zip(pairs, hs, ab[1::2])
+    ]
 
 
 def _pairs_batch(

@@ -107,10 +107,12 @@ def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None
 
     Args:
       stacked: as from `stack`.
-      index: an integer, under `jax.vmap` also one for each example, which costs no more than an
-        array: `bind` gives the stack itself to each product. Or an array of integers, one for each
-        position of the inputs of every adapted product, along the axes that its weight lacks:
-        (B, T), as of packed sequences, or (B, 1), one for each example; no `vmap` is needed.
+      index: an integer, under `jax.vmap` also one for each example: `bind` gives the stack itself
+        to each product, as with an array. (Not where `choose` is in a `jax.jit` or `jax.checkpoint`
+        of its own inside of the vmap: JAX traces its body before it maps it, and factors are
+        gathered there; pass an array instead.) Or an array of integers, one for each position of
+        the inputs of every adapted product, along the axes that its weight lacks: (B, T), as of
+        packed sequences, or (B, 1), one for each example; no `vmap` is needed.
         What is jitted with it as an argument is not compiled anew for another choice. -1 is the
         base; every other number that has no slot, such as -2 or the capacity, gives NaN where it is
         traced.

@@ -45,7 +45,8 @@ def join(
 
     Raises:
       LoRAError: a slot that there is not, other targets, a rank above that of the stack, a state
-        that is not the adapters' or holds NaN, a stack and a `state` that are not of each other or
+        that is not the adapters' or holds NaN, an optimiser whose state has another form at another
+        rank (factored moments), a stack and a `state` that are not of each other or
         not of `tx`; nothing is changed.
 
     >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
@@ -88,6 +89,17 @@ def join(
     # numbers take their places.
     empty = tx.init(jax.tree.map(jnp.zeros_like, choose(new, slot)))
     given = {_key(k): x for k, x in jax.tree_util.tree_leaves_with_path(own)}
+    fits = lambda a, b: len(a) == len(b) and all(m <= n for m, n in zip(a, b))
+    raise_all(
+        "the optimiser keeps another state at the tenant's rank than at the stack's:",
+        [
+            f"{_key(k)}: {np.shape(given[_key(k)])}, in the stack {like.shape}"
+            for k, like in jax.tree_util.tree_leaves_with_path(empty)
+            if _key(k) in given and not fits(np.shape(given[_key(k)]), like.shape)
+        ],
+        "optax.adafactor(..., factored=False), or the stack's rank: lora.algebra.resize(adapters, "
+        "rank)",
+    )
     inner = jax.tree_util.tree_map_with_path(
         lambda k, like: _padded(given[_key(k)], like) if _key(k) in given else like, empty
     )

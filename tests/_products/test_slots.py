@@ -10,8 +10,8 @@ import rand
 from common import assert_close
 
 from lora_jax._core.geometry import SLOT
-from lora_jax._products.plan import SLOT_WAYS, way_by_slot
-from lora_jax._products.slot_ways import RUN, Choice
+from lora_jax._products.plan import RUN, SLOT_WAYS, way_by_slot
+from lora_jax._products.slot_ways import Choice
 from lora_jax._products.slots import chosen
 
 KEY = jax.random.key(0)
@@ -143,9 +143,12 @@ def test_plan():
     """By shape and platform; see the table in `plan`."""
     way = functools.partial(way_by_slot, itemsize=4, platform="cpu", local=True)
     # rows with one each, of few large matrices or of many
-    assert (
-        way(64, 1, 512, 8, 64) == way(64, 1, 512, 8, 512) == way(8, 1, 8, 512, 64) == "one by one"
-    )
+    assert way(64, 1, 512, 8, 64) == way(64, 1, 512, 8, 512) == "one by one"
+    assert way(8, 1, 512, 32, 64) == way(8, 1, 32, 512, 64) == "one by one"
+    # few terms
+    assert way(8, 1, 8, 512, 64) == way(8, 128, 16, 512, 512) == "summed"
+    # the gradient of a stack, and tokens that may have runs of one slot
+    assert way(8, 1, 8, 512, 64, sums=False) == way(1024, 1, 8, 512, 64) == "one by one"
     assert way(8, 128, 512, 8, 64) == way(8, 128, 512, 8, 512) == "gathered"
     assert way(64, 1, 512, 8, 2) == way(1024, 1, 512, 8, 4) == "concatenated"
     # no loop over rows that lie on several devices, nor where a step is a kernel

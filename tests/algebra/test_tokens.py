@@ -184,7 +184,7 @@ def test_another_choice_compiles_nothing_and_has_its_plan():
     call(stacked, SLOTS, X), call(stacked, SLOTS[::-1], X)
     assert call._cache_size() == 1
     bound = lora.bind(PARAMS, lora.algebra.choose(stacked, SLOTS))
-    assert "by slot: concatenated" in str(lora.coverage(fn, bound, X))
+    assert "by slot: summed" in str(lora.coverage(fn, bound, X))
 
 
 def test_a_slot_that_is_not_finite_spoils_its_own_tokens():
@@ -254,7 +254,7 @@ def test_weights_of_one_input_share_a_loop():
     jaxpr = str(jax.make_jaxpr(lambda: ours(stacked, slots, x))())
     assert jaxpr.count("= update_by_slot") == 1
     bound = lora.bind(params, lora.algebra.choose(stacked, slots))
-    assert str(lora.coverage(f.__wrapped__, bound, x)).count("by slot: one by one") == 3
+    assert str(lora.coverage(f.__wrapped__, bound, x)).count("by slot: one by one, summed") == 3
     alone = jax.jit(ours)(stacked, slots.at[3, 1].set(77), x)
     for y in alone:
         np.testing.assert_array_equal(

@@ -389,6 +389,11 @@ def test_what_belongs_to_something_else():
         lora.optim.join(other, stacked, state, 0, TENANTS[0])
     with fails(r"not of this optimiser"):
         lora.optim.leave(other, stacked, state, 0)
+    factored = optax.adafactor(1e-2, min_dim_size_to_factor=2)  # not of rank 1, which is no matrix
+    with fails(r"(?s)another state at the tenant's rank.*v_col.*in the stack \("):
+        lora.optim.join(
+            factored, stacked, lora.optim.per_slot(factored).init(stacked), 0, TENANTS[2]
+        )
     with fails(r"found None; to empty a slot"):
         lora.optim.join(TX, stacked, state, 0, None)
     half = jax.tree.map(lambda x: x.astype(jnp.float16), TX.init(TENANTS[0]))
