@@ -299,7 +299,7 @@ def unpack(packed: jax.Array) -> jax.Array:
     return jnp.where(upper % 2 == 0, twice >> 4, twice & 15)
 
 
-def blocks_of(size: int, block: int | None) -> tuple[int, int]:
+def block_sizes(size: int, block: int | None) -> tuple[int, int]:
     """(number of blocks, numbers in each) of an axis."""
     block = size if block is None else block
     return math.ceil(size / block), block
@@ -332,6 +332,6 @@ def read(
         # Per channel: constants of size 1 along the in axes, against the codes as they lie.
         return (codes.astype(jnp.float32) * (constants * (1 / fmt.top))).astype(dtype)
     codes = unpack(codes) if fmt.bits == 4 else codes
-    n, block = blocks_of(shape[-1], fmt.block)
+    n, block = block_sizes(shape[-1], fmt.block)
     w = decode(fmt, codes.reshape(*shape[:-1], n, block), constants, dtype)
     return w.reshape(*shape[:-1], n * block)[..., : shape[-1]]

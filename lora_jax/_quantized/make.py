@@ -14,7 +14,7 @@ from lora_jax._quantized.double import doubled
 from lora_jax._quantized.formats import (
     FORMATS,
     Format,
-    blocks_of,
+    block_sizes,
     decode,
     encode,
     most,
@@ -88,7 +88,7 @@ def rounded(w: jax.Array, format: str, *, in_axes: Any, stack: int, double: bool
 def _in_blocks(w: jax.Array, fmt: Format, stack: int, double: bool) -> tuple[Quantized, jax.Array]:
     """(the weight, its codes as numbers of their own, (..., blocks, block))."""
     shape, dtype = tuple(w.shape), np.dtype(w.dtype)
-    n, block = blocks_of(shape[-1], fmt.block)
+    n, block = block_sizes(shape[-1], fmt.block)
     # Zeros fill the last block; a block is (..., n, block).
     w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, n * block - shape[-1])])
     blocks = w.reshape(*shape[:-1], n, block)
