@@ -528,3 +528,8 @@ def test_more_elements_than_int32_counts(monkeypatch):
     jax.clear_caches()
     got = lora.algebra.prune([one], density=0.3, base={"w": jnp.zeros(x.shape)})[0]["w"].value
     assert jnp.array_equal(got, want) and int((got != 0).sum()) == round(0.3 * x.size)
+
+
+def test_a_number_in_full():
+    base, one = {"s": jnp.float32(1.0)}, {"s": lora.Full(jnp.float32(3.0))}
+    assert lora.algebra.ties([one], [0.5], base=base)[0]["s"].value == 2.0
