@@ -5,8 +5,8 @@ one of any other number that has no slot is NaN; a slot that is not finite spoil
 alone. Axes are labelled, as in `group`, so T, in and out are any number of axes.
 
 With the gradient of M, (slots, in, out), it is one sum, Σ x·y·[s = k], over k where y has the
-slots, or not where the result has them: the transpose of each kind is the other. There are three
-ways to it, of which `plan.way_by_slot` takes one:
+slots, or not where the result has them: the transpose of each kind is the other.
+`plan.way_by_slot` takes one of three ways:
 
 * gathered: M[s], a copy for each group of rows, and one batched product;
 * one by one: a loop that reads M[s_t] where it lies, once for a run of rows of one slot;
@@ -43,7 +43,7 @@ class Choice:
       slots: how many there are.
       dtype: of the result.
       precision: of the products.
-      way: one of `plan.SLOTWAYS`, or "auto".
+      way: one of `plan.SLOT_WAYS`, or "auto".
       where: the sharding of the result, if that is part of its type.
     """
 
