@@ -10,17 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core.errors import LoRAError
-from lora_jax._quantized.double import doubled
-from lora_jax._quantized.formats import (
-    FORMATS,
-    Format,
-    block_sizes,
-    decode,
-    encode,
-    most,
-    pack,
-    whole_scale,
-)
+from lora_jax._quantized.encode import doubled, encode, most, pack, whole_scale
+from lora_jax._quantized.formats import FORMATS, Format, block_sizes, decode
 from lora_jax._quantized.weight import Quantized
 
 

@@ -22,15 +22,16 @@ from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError, refuse_use
 from lora_jax._core.geometry import names, static
 from lora_jax._core.order import ordered
-from lora_jax._quantized.double import SECOND, undoubled
 from lora_jax._quantized.formats import (
     FORMATS,
+    SECOND,
     STORED,
     block_sizes,
     decode,
     is_float,
     read,
     read_tiles,
+    undoubled,
 )
 from lora_jax._quantized.waiting import Waiting
 
