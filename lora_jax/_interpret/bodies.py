@@ -175,15 +175,10 @@ def _own_derivative(ctx: Context, eqn: Equation, args: Sequence) -> str:
 
 
 RULES: dict[str, Rule] = {
-    "jit": every(_jit),
-    "pjit": every(_jit),
-    "remat2": every(_remat),
-    "remat": every(_remat),
-    "checkpoint": every(_remat),
-    "closed_call": every(_call),
-    "core_call": every(_call),
+    **dict.fromkeys(("jit", "pjit"), every(_jit)),
+    **dict.fromkeys(compat.REMAT, every(_remat)),
+    **dict.fromkeys(("closed_call", "core_call"), every(_call)),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), read_first(_own_derivative)),
     "cond": every(_cond),
-    "custom_jvp_call": read_first(_own_derivative),
-    "custom_vjp_call": read_first(_own_derivative),
     "shard_map": every(_shard_map),
 }

@@ -284,9 +284,7 @@ def _placed(factors: Sequence[Factor], around: Sequence[dict], *grow: int) -> li
 
 
 RULES: dict[str, Rule] = {
-    "add": read_first(_add),
-    "add_any": read_first(_add),
-    "sub": read_first(_add),
+    **dict.fromkeys(("add", "add_any", "sub"), read_first(_add)),
     "select_n": read_first(_select),
     "concatenate": read_first(_concatenate),
     "stack": read_first(_stack),

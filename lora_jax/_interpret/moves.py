@@ -282,9 +282,7 @@ RULES: dict[str, Rule] = {
     "slice": every(alone(_slice), moves=True),
     "rev": read_first(alone(_rev)),
     "convert_element_type": every(alone(_convert), moves=True),
-    "copy": every(alone(_identity), moves=True),
-    "copy_p": every(alone(_identity), moves=True),
-    "name": every(alone(_identity), moves=True),
+    **dict.fromkeys(("copy", "copy_p", "name"), every(alone(_identity), moves=True)),
     "device_put": read_first(alone(_identity)),
     "neg": read_first(alone(_neg), moves=True),
     "mul": read_first(_mul, moves=True),
@@ -299,6 +297,5 @@ RULES: dict[str, Rule] = {
     "sharding_constraint": every(_sharding_constraint, moves=True),
     "reshard": every(_reshard),
     "all_gather": every(alone(_all_gather)),
-    "pvary": read_first(alone(_pvary)),
-    "pcast": read_first(alone(_pvary)),
+    **dict.fromkeys(("pvary", "pcast"), read_first(alone(_pvary))),
 }

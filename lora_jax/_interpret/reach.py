@@ -83,7 +83,8 @@ class Flow:
 
         def read(v: Any) -> Value:
             # Constants and literals are neither parameters nor inputs.
-            return env.get(v, Value(axes=_none(v))) if _is_var(v) else Value(axes=_none(v))
+            none = Value(axes=_none(v))
+            return none if isinstance(v, compat.Literal) else env.get(v, none)
 
         for eqn in jaxpr.eqns:
             env.update(zip(eqn.outvars, self._equation(eqn, [read(v) for v in eqn.invars])))
@@ -184,10 +185,6 @@ class Flow:
             if new == values[carried]:
                 return frozenset().union(*(v.products for v in outs))
             values[carried] = new
-
-
-def _is_var(v: Any) -> bool:
-    return not isinstance(v, compat.Literal)
 
 
 def _none(v: Any) -> Axes:

@@ -5,8 +5,8 @@ one of any other number that has no slot is NaN; a slot that is not finite spoil
 alone. Axes are labelled, as in `group`, so T, in and out are any number of axes.
 
 With the gradient of M, (slots, in, out), it is one sum, Σ x·y·[s = k], over k where y has the
-slots, or not where the result has them: the transpose of each kind is the other. There are four
-ways to it, of which `plan.way_by_slot` takes one:
+slots, or not where the result has them: the transpose of each kind is the other.
+`plan.way_by_slot` takes one of four ways:
 
 * gathered: M[s], a copy for each group of rows, and one batched product;
 * summed: the same product as a sum over its few terms, which XLA makes on a CPU in one pass with

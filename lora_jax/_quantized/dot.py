@@ -145,9 +145,8 @@ def _label(q: Quantized, wl: Labels, axis: int) -> Hashable:
 
 def _parts(q: Quantized, x: jax.Array) -> int:
     """In how many equal parts of rows a table is read; 1 for what is no table."""
-    if STORED[q.format].tiles:
-        return 1
-    if q.codes.ndim != 2 or q.order is None or q.read_at is not None:
+    tiles = STORED[q.format].tiles
+    if tiles or q.codes.ndim != 2 or q.order is None or q.read_at is not None:
         return 1
     rows, columns = q.stored
     large = rows * columns >= LARGE and rows >= TALL * columns

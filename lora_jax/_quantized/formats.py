@@ -18,6 +18,8 @@ from jax import lax
 
 from lora_jax._core import compat
 
+SECOND = 256  # constants that share one of their own, with double quantisation
+
 # NF4 (arXiv:2305.14314, appendix E): quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -128,95 +130,6 @@ STORED = FORMATS | {
 }
 
 
-def encode(fmt: Format, w: jax.Array, scale: Any = 1.0) -> tuple[jax.Array, jax.Array]:
-    """(codes, constants) of blocks: w (..., block) gives (..., block) and (...); `scale` as from
-    `whole_scale`, with as many axes as the constants.
-
-    The constant of a block that holds NaN or infinity is NaN, and so is all that is read of it.
-    """
-    w, largest = _exactly(w), most(w.dtype)
-    top = _top(w)
-    if fmt.whole:
-        # by reciprocals, written out: a quotient of arrays that are broadcast may be one or not
-        constants = _e4m3(top * np.float32(1 / 6) * (1 / scale))
-        step = constants * scale
-        unit = jnp.abs(w) * jnp.where(step > 0, 1 / step, 0)[..., None]
-        sign = jnp.where(jnp.signbit(w), 8, 0).astype(jnp.uint8)
-        return _nearest(E2M1_BITS[:8], unit, even=True) | sign, constants.astype(jnp.float8_e4m3fn)
-    if fmt.power:
-        assert fmt.levels is not None  # as such a format has
-        power, down = _power(top, largest)
-        # E2M1 as it is, not by 6: then no product is rounded, and half way is half way
-        codes = _nearest([6 * x for x in fmt.levels], jnp.clip(w * down[..., None], -6, 6))
-        return codes, power.astype(jnp.float8_e8m0fnu)
-    # 1 / top, by which bitsandbytes multiplies, is subnormal beyond 2^126, and flushed to zero
-    down = jnp.where(top > 2.0**126, 0.25, 1.0).astype(jnp.float32)[..., None]
-    # at least the smallest normal number: 1 over a subnormal one is infinite, and 0 times that NaN
-    unit = w * down * (1.0 / (jnp.maximum(top, 2.0**-126)[..., None] * down))
-    if fmt.levels is not None:
-        return _nearest(fmt.levels, jnp.clip(unit, -1, 1)), top
-    whole = jnp.issubdtype(fmt.dtype, jnp.integer)
-    return (jnp.round if whole else _e4m3)(unit * fmt.top).astype(fmt.dtype), top
-
-
-def most(dtype: Any) -> float:
-    """The largest number of a type, and of fp32, in which codes are read."""
-    return min(float(jnp.finfo(dtype).max), float(np.finfo(np.float32).max))
-
-
-def _power(top: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
-    """The least power of two by which 6, the largest level, reaches a block's maximum, or the
-    largest by which 6 is still a number of the weight's type; NaN of NaN. And 1 over it."""
-    # By the bits of top = m·2^e, 1 ≤ m < 2: 2^(e − 2), and 2^(e − 1) where m > 1.5 carries.
-    bits = lax.bitcast_convert_type(jnp.maximum(top, 2.0**-120), jnp.int32)
-    bits = (bits + ((1 << 22) - 1) >> 23) - 2
-    bits = jnp.minimum(bits, 127 + math.floor(math.log2(largest / 6)))
-    # written out: neither is exact by exp2, and a quotient by more than 2^126 is zero
-    power, down = (lax.bitcast_convert_type(x << 23, jnp.float32) for x in (bits, 254 - bits))
-    return jnp.where(jnp.isnan(top), jnp.nan, power), down
-
-
-def _exactly(w: jax.Array) -> jax.Array:
-    """w in fp32, of the values that its type has. XLA leaves out casts to a narrower float and
-    back, and what is read where it was made would not be what is stored."""
-    bits = jnp.finfo(w.dtype).nmant
-    wide = w.astype(jnp.float32)
-    return lax.reduce_precision(wide, 8, bits) if bits < 23 else wide
-
-
-def _e4m3(x: jax.Array) -> jax.Array:
-    """The nearest number of float8_e4m3fn, |x| ≤ 448, as its cast gives it; see `_exactly`."""
-    # Below 2^-6 they are multiples of 2^-9, above they have three bits after the first.
-    small = jnp.round(x * 512) * np.float32(1 / 512)
-    return jnp.where(jnp.abs(x) < 2.0**-6, small, lax.reduce_precision(x, 8, 3))
-
-
-def whole_scale(w: jax.Array, stack: int) -> jax.Array:
-    """The fp32 number of each weight of a stack, of blocks (*stack, ..., block): (*stack,). By it
-    the largest block's constant is 448, the largest of E4M3, where its largest code is 6."""
-    top = _top(_exactly(w))
-    top = jnp.where(jnp.isnan(top), 0, top)  # a block that is not finite spoils no other
-    return jnp.maximum(jnp.max(top, range(stack, top.ndim)) * np.float32(1 / 2688), 2.0**-100)
-
-
-def _top(w: jax.Array) -> jax.Array:
-    """max|w| of each block, NaN where it is not finite."""
-    # said in so many words: the maximum that XLA computes on CPUs may pass over a NaN
-    return jnp.where(jnp.isfinite(w).all(-1), jnp.max(jnp.abs(w), -1), jnp.nan)
-
-
-def _nearest(levels: Sequence[float], x: jax.Array, even: bool = False) -> jax.Array:
-    """The number of the nearest level; half way, the lower one or, as a cast does, the even one."""
-    values = np.asarray(levels, np.float32)
-    # middle[i] is the border between levels i and i + 1.
-    middle = (values[1:] + values[:-1]) / 2
-    if even:
-        # above an odd number half way is up: the bound is the number before it
-        middle[1::2] = np.nextafter(middle[1::2], np.float32(0))
-    # To compare with all of so few is twelve times as fast as to search, and takes no memory.
-    return jnp.searchsorted(jnp.asarray(middle), x, method="compare_all").astype(jnp.uint8)
-
-
 def decode(fmt: Format, codes: jax.Array, constants: jax.Array, dtype: Any) -> jax.Array:
     """The numbers: codes (..., n, block) and constants (..., n), or what `parts` says, give
     (..., n, block), computed in fp32."""
@@ -242,7 +155,7 @@ def looked_up(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.Arr
     return table.at[codes].get(out_sharding=where, mode="promise_in_bounds")
 
 
-def by_halving(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.Array:
+def _by_halving(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.Array:
     # Each bit of the code, from the lowest, chooses within pairs of neighbours: 16 values are
     # 8, then 4, 2 and 1.
     values: list = [np.float32(x) for x in levels]
@@ -256,7 +169,7 @@ def by_halving(levels: Sequence[float] | np.ndarray, codes: jax.Array) -> jax.Ar
 
 _look_up: Callable = lambda codes, levels: [looked_up(levels, codes)]
 level_p = compat.primitive(
-    "level", lambda codes, levels: [by_halving(levels, codes)], cuda=_look_up, rocm=_look_up
+    "level", lambda codes, levels: [_by_halving(levels, codes)], cuda=_look_up, rocm=_look_up
 )
 
 
@@ -285,11 +198,6 @@ def _scales(fmt: Format, constants: jax.Array) -> tuple[jax.Array, jax.Array | N
     return scales, -minima
 
 
-def pack(codes: jax.Array) -> jax.Array:
-    """Two codes of four bits in a byte: (..., n) as (..., n / 2)."""
-    return (codes[..., ::2] << 4) | codes[..., 1::2]
-
-
 def unpack(packed: jax.Array) -> jax.Array:
     """(..., n / 2) as (..., n). Halves that are chosen fuse, and those that are stacked do not."""
     twice = jnp.broadcast_to(packed[..., None], (*packed.shape, 2)).reshape(*packed.shape[:-1], -1)
@@ -299,10 +207,62 @@ def unpack(packed: jax.Array) -> jax.Array:
     return jnp.where(upper % 2 == 0, twice >> 4, twice & 15)
 
 
-def blocks_of(size: int, block: int | None) -> tuple[int, int]:
+def dynamic_map() -> np.ndarray:
+    """The 256 values of the 8-bit dynamic data type (Dettmers 2016, arXiv:1511.04561), ascending:
+    ±10^(i-6) times the centres of 2^i equal parts of [0.1, 1], i = 0 … 6, and 0 and 1; to the bit
+    those of bitsandbytes, where the edges are torch's `linspace`.
+
+    >>> dynamic_map().shape, float(dynamic_map()[-1])
+    ((256,), 1.0)
+    """
+    f32, values = np.float32, [0.0, 1.0]
+    for i in range(7):
+        n = 2**i
+        step, k = float((f32(1) - f32(0.1)) / f32(n)), np.arange(n + 1)
+        # from the nearer end, rounded once
+        edges = np.where(k < (n + 1) // 2, float(f32(0.1)) + step * k, 1 - step * (n - k))
+        edges = edges.astype(f32)
+        centres = (edges[1:] + edges[:-1]) / f32(2) * f32(10.0 ** (i - 6))
+        values += [*centres, *-centres]
+    return np.sort(np.asarray(values, np.float32))
+
+
+def dynamic_level(codes: jax.Array) -> jax.Array:
+    """The entries of `dynamic_map`: looked up, but on TPUs, which write out what that has."""
+    return dynamic_p.bind(codes)[0]
+
+
+def _dynamic_looked_up(codes: jax.Array) -> list[jax.Array]:
+    return [looked_up(dynamic_map(), codes)]
+
+
+def _dynamic_by_halving(codes: jax.Array) -> list[jax.Array]:
+    # The map is odd about 127, but for the last entry, 1.
+    far = jnp.where(codes < 127, 127 - codes, codes - 127)
+    # Entries 127 to 254 are zero and what is above it, a power of two of them; 1 is the last.
+    of = jnp.where(far == 128, np.float32(1), _by_halving(dynamic_map()[127:255], far))
+    return [jnp.where(codes < 127, -of, of)]
+
+
+dynamic_p = compat.primitive("level_dynamic", _dynamic_looked_up, tpu=_dynamic_by_halving)
+
+
+def block_sizes(size: int, block: int | None) -> tuple[int, int]:
     """(number of blocks, numbers in each) of an axis."""
     block = size if block is None else block
     return math.ceil(size / block), block
+
+
+def undoubled(
+    codes: jax.Array, second: tuple[jax.Array, ...], shape: Sequence[int], stack: int
+) -> jax.Array:
+    """The constants, of `shape`, from their codes."""
+    top, mean = second
+    lead, rest = shape[:stack], shape[stack:]
+    # (*stack, groups, 256) · (*stack, groups, 1), without the padding of the last group
+    flat = dynamic_level(codes) * top[..., None]
+    flat = flat.reshape(*lead, -1)[..., : math.prod(rest)] + mean[..., None]
+    return flat.reshape(shape)
 
 
 def read_tiles(
@@ -332,6 +292,6 @@ def read(
         # Per channel: constants of size 1 along the in axes, against the codes as they lie.
         return (codes.astype(jnp.float32) * (constants * (1 / fmt.top))).astype(dtype)
     codes = unpack(codes) if fmt.bits == 4 else codes
-    n, block = blocks_of(shape[-1], fmt.block)
+    n, block = block_sizes(shape[-1], fmt.block)
     w = decode(fmt, codes.reshape(*shape[:-1], n, block), constants, dtype)
     return w.reshape(*shape[:-1], n * block)[..., : shape[-1]]

@@ -10,17 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core.errors import LoRAError
-from lora_jax._quantized.double import doubled
-from lora_jax._quantized.formats import (
-    FORMATS,
-    Format,
-    blocks_of,
-    decode,
-    encode,
-    most,
-    pack,
-    whole_scale,
-)
+from lora_jax._quantized.encode import doubled, encode, most, pack, whole_scale
+from lora_jax._quantized.formats import FORMATS, Format, block_sizes, decode
 from lora_jax._quantized.weight import Quantized
 
 
@@ -88,7 +79,7 @@ def rounded(w: jax.Array, format: str, *, in_axes: Any, stack: int, double: bool
 def _in_blocks(w: jax.Array, fmt: Format, stack: int, double: bool) -> tuple[Quantized, jax.Array]:
     """(the weight, its codes as numbers of their own, (..., blocks, block))."""
     shape, dtype = tuple(w.shape), np.dtype(w.dtype)
-    n, block = blocks_of(shape[-1], fmt.block)
+    n, block = block_sizes(shape[-1], fmt.block)
     # Zeros fill the last block; a block is (..., n, block).
     w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, n * block - shape[-1])])
     blocks = w.reshape(*shape[:-1], n, block)

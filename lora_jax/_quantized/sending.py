@@ -11,8 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core.geometry import names
-from lora_jax._quantized.double import SECOND
-from lora_jax._quantized.formats import STORED
+from lora_jax._quantized.formats import SECOND, STORED
 from lora_jax._quantized.weight import Quantized, is_quantized, lie
 
 

@@ -22,15 +22,16 @@ from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError, refuse_use
 from lora_jax._core.geometry import names, static
 from lora_jax._core.order import ordered
-from lora_jax._quantized.double import SECOND, undoubled
 from lora_jax._quantized.formats import (
     FORMATS,
+    SECOND,
     STORED,
-    blocks_of,
+    block_sizes,
     decode,
     is_float,
     read,
     read_tiles,
+    undoubled,
 )
 from lora_jax._quantized.waiting import Waiting
 
@@ -266,7 +267,7 @@ class Quantized(Waiting):
             more = range(scale.ndim, self.constants.ndim)
             return self.constants.astype(jnp.float32) * jnp.expand_dims(scale, more)
         *rest, last = self.stored
-        shape = (*rest, blocks_of(last, STORED[self.format].block)[0])
+        shape = (*rest, block_sizes(last, STORED[self.format].block)[0])
         return undoubled(self.constants, self.second, shape, self.stack)
 
     def problem(self) -> str | None:
@@ -294,7 +295,7 @@ class Quantized(Waiting):
         if last < 1:
             return f"pad={self.pad} of codes {shape}: there is nothing"
         stack = tuple(lead[: self.stack])
-        n, block = blocks_of(last, fmt.block)
+        n, block = block_sizes(last, fmt.block)
         each = n * min(fmt.parts, 2)  # scales; scales and offsets; 16 bytes for eight blocks
         if fmt.block is None:
             many = [(k, d) for x in others for k, d in zip(x, self.stored)]

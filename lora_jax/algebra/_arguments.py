@@ -224,11 +224,14 @@ def parts_of(
     for path in dict.fromkeys(p for tree in trees for p in tree):
         nodes = [tree[path] for tree in trees if path in tree]
         start = starts.get(path)
-        problem = _differ(nodes, start) or _base_problem(nodes[0], start, exact)
+        problem = _differ(nodes, start)
+        if problem is None:
+            problem = _base_problem(nodes[0], start, exact)
         # The order and sign of complex elements, and what is drawn of them, are not defined.
         numbers = jax.tree.leaves((nodes, start))
-        if dense and any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in numbers):
-            problem = problem or "is complex; its sum is lora.algebra.combine(adapters, weights)"
+        complexes = any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in numbers)
+        if problem is None and dense and complexes:
+            problem = "is complex; its sum is lora.algebra.combine(adapters, weights)"
         if problem is not None:
             failures.append(f"'{path}': {problem}")
             continue
@@ -238,8 +241,8 @@ def parts_of(
             Part(tree[path], _weight_of(w, path, tree[path]), start) if path in tree else None
             for tree, w in zip(trees, weights)
         )
-    title = "these adapters cannot be merged:" if dense else "these adapters cannot be combined:"
-    raise_all(title, failures, "they must be of one base")
+    done = "merged" if dense else "combined"
+    raise_all(f"these adapters cannot be {done}:", failures, "they must be of one base")
     return out
 
 

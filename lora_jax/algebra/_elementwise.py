@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lora_jax._core import compat
 from lora_jax._core.einsum import product, wide
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import path_key
@@ -86,7 +87,12 @@ def _along_first(each: jax.Array, x: jax.Array) -> jax.Array:
 
 def summed(parts: Sequence[Part]) -> jax.Array:
     """The sum of the task vectors of one leaf; of rows, all that any of the adapters has."""
-    return functools.reduce(jnp.add, _joined([vector(p) for p in parts], _indices(parts)))
+    return _summed([vector(p) for p in parts], _indices(parts))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _summed(vectors: list[jax.Array], rows: tuple) -> jax.Array:
+    return functools.reduce(jnp.add, _joined(vectors, rows))
 
 
 def _indices(parts: Sequence[Part]) -> tuple:
@@ -97,10 +103,11 @@ def _joined(vectors: list[jax.Array], rows: tuple) -> list[jax.Array]:
     """Task vectors of the same rows: (1, rows of any, d), each one's in their places."""
     if rows[0] is None:
         return vectors
-    union = sorted({i for index in rows for i in index})
-    blank = jnp.zeros((1, len(union), vectors[0].shape[-1]), vectors[0].dtype)
+    union, like = sorted({i for index in rows for i in index}), vectors[0]
+    where = compat.explicit_sharding(like)
+    blank = compat.lying_as(jnp.zeros((1, len(union), like.shape[-1]), like.dtype), like)
     at = [jnp.asarray([union.index(i) for i in index]) for index in rows]
-    return [blank.at[:, i].set(x) for i, x in zip(at, vectors)]
+    return [blank.at[:, i].set(x, out_sharding=where) for i, x in zip(at, vectors)]
 
 
 def moved(parts: Parts, delta: jax.Array) -> Full | Rows:

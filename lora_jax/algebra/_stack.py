@@ -328,16 +328,12 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
         at = places(index, len(all_))
         # A traced -1 must not fill the empty slot: past the end, the write is dropped.
         at = jnp.where(at == capacity, len(all_), at)
-        return jnp.asarray(all_).at[at].set(_in_a_slot(new, all_), mode="drop")
+        # Where the slots lie: as all of it, but for the slots' own axis, the first.
+        where = placement(all_)
+        own = where and NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+        return jnp.asarray(all_).at[at].set(laid(new, own), mode="drop")
 
     return jax.tree.map(written, stacked, one)
-
-
-def _in_a_slot(x: jax.Array, stacked: jax.Array) -> jax.Array:
-    """x where the slots of a stacked array lie."""
-    where = placement(stacked)
-    # Without the entry of the slots' own axis, the first.
-    return laid(x, where and NamedSharding(where.mesh, PartitionSpec(*where.spec[1:])))
 
 
 def _stacked(*slots: jax.Array) -> jax.Array:

@@ -14,8 +14,7 @@ import numpy as np
 
 from lora_jax._core.errors import LoRAError, quoted, raise_all
 from lora_jax._core.paths import nearest
-from lora_jax._quantized.double import SECOND, dynamic_map
-from lora_jax._quantized.formats import NF4
+from lora_jax._quantized.formats import NF4, SECOND, dynamic_map
 from lora_jax._quantized.weight import Quantized
 
 STATE = "quant_state.bitsandbytes__nf4"

@@ -13,7 +13,7 @@ from jax import lax
 from lora_jax._core.errors import LoRAError, quoted, raise_all
 from lora_jax._core.nnx import map_state
 from lora_jax._core.paths import map_with_path
-from lora_jax._quantized.formats import pack
+from lora_jax._quantized.encode import pack
 from lora_jax._quantized.weight import Quantized
 
 FLOATS = ("float4_e2m1fn", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e4m3")

@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax._quantized.formats import _e4m3, unpack
+from lora_jax._quantized.encode import _e4m3
+from lora_jax._quantized.formats import unpack
 from lora_jax._quantized.make import quantized
 
 KEY = jax.random.key(0)

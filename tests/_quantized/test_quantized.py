@@ -17,8 +17,8 @@ from zoo import IDS, Transformer
 
 import lora_jax as lora
 from lora_jax._quantized import formats, weight
-from lora_jax._quantized.double import dynamic_map
-from lora_jax._quantized.formats import FORMATS, NF4, decode, encode, pack, unpack
+from lora_jax._quantized.encode import encode, pack
+from lora_jax._quantized.formats import FORMATS, NF4, decode, dynamic_map, unpack
 from lora_jax._quantized.make import quantized
 
 KEY = jax.random.key(0)

@@ -148,6 +148,8 @@ def test_combine_what_is_trained_in_full():
     assert_close(got, want)
     with fails(r"(?s)'dense/bias': is a Full.*base=params.*'table': is a Rows"):
         lora.algebra.combine([one, two])
+    with fails(r"'table': of \(.*\), but the base has \("):
+        lora.algebra.combine([one, two], base=PARAMS | {"table": PARAMS["table"][:, 1:]})
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 7])

@@ -202,7 +202,7 @@ def test_the_cut_is_an_element(values, density):
     stack = _elementwise.Part(jnp.asarray(x).reshape(2, 5, 2), jnp.ones((2,)))
     want = np.sort(np.abs(x.reshape(2, 10)), -1)[:, -max(1, round(density * 10))]
     each = np.asarray(_elementwise._cut([stack], density, per_weight=True))
-    np.testing.assert_array_equal(each, want.reshape(2, 1, 1))
+    np.testing.assert_array_equal(each, want)
 
 
 def test_the_cut_in_float64():
@@ -528,3 +528,8 @@ def test_more_elements_than_int32_counts(monkeypatch):
     jax.clear_caches()
     got = lora.algebra.prune([one], density=0.3, base={"w": jnp.zeros(x.shape)})[0]["w"].value
     assert jnp.array_equal(got, want) and int((got != 0).sum()) == round(0.3 * x.size)
+
+
+def test_a_number_in_full():
+    base, one = {"s": jnp.float32(1.0)}, {"s": lora.Full(jnp.float32(3.0))}
+    assert lora.algebra.ties([one], [0.5], base=base)[0]["s"].value == 2.0

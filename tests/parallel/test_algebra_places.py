@@ -129,3 +129,22 @@ def test_spread_svd_is_the_svd(shape, decay):
         )
         best = want[:, rank] if rank < k else 0
         assert (np.linalg.norm(left, 2, (-2, -1)) <= best * 1.001 + lost).all()
+
+
+@pytest.mark.parametrize("how", ["combine", "ties"])
+def test_leaves_in_full_and_rows_where_shardings_are_types(how):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    normal = lambda i, *shape: rand.normal(jax.random.key(i), shape)
+    rows = lambda i, *index: lora.Rows(normal(i, 2, 4), index, 8)
+    base = {"w": normal(0, 6, 4), "t": normal(1, 8, 4)}
+    trees = [{"w": lora.Full(normal(k, 6, 4)), "t": rows(k + 2, k, 5)} for k in (2, 3)]
+
+    def call(base, trees):
+        if how == "combine":
+            return lora.algebra.combine(trees, [0.5, 2.0], base=base)
+        return lora.algebra.ties(trees, [0.5, 2.0], base=base)[0]
+
+    put = lambda path: NamedSharding(mesh, P("x", "y") if path == "w" else P(None, "y"))
+    lie = lambda tree: {p: jax.device_put(x, put(p)) for p, x in tree.items()}
+    got, want = call(lie(base), [*map(lie, trees)]), call(base, trees)
+    assert_close(jax.tree.map(np.asarray, got), want)

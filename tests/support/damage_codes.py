@@ -23,8 +23,7 @@ import safetensors.numpy
 from damage_quantised import GOOD, compare, damaged_array, pick, read_bitsandbytes, tensor
 
 import lora_jax as lora
-from lora_jax._quantized.double import dynamic_map
-from lora_jax._quantized.formats import NF4
+from lora_jax._quantized.formats import NF4, dynamic_map
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 LEVELS = {

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from lora_jax._quantized.double import dynamic_map
-from lora_jax._quantized.formats import NF4
+from lora_jax._quantized.formats import NF4, dynamic_map
 
 STATE = "quant_state.bitsandbytes__nf4"
 KINDS = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "F32", "F16", "BF16", "Q5_0", "Q6_K"]
