@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax._core.einsum import cast, times
@@ -64,10 +65,13 @@ def _joined(base: Any, parts: Sequence[Any]) -> Followed | str:
     if isinstance(pairs, str):
         return pairs
     a, b, seed = _beside(parts, *zip(*pairs))
-    # Each scale is in its first factor by now, so the whole has 1.
-    return dataclasses.replace(
-        first, base=base, a=a, b=b, seed=seed, rows=None, scale=1.0, **labels
-    )
+    whole = dict(base=base, a=a, b=b, seed=seed, rows=None, scale=_scale(parts))
+    return dataclasses.replace(first, **whole, **labels)
+
+
+def _scale(parts: Sequence[AdaptedWeight]) -> float:
+    """The scale of the whole: that of all parts, or 1 where each is in its first factor."""
+    return parts[0].scale if len({w.scale for w in parts}) == 1 else 1.0
 
 
 def _rates_differ(parts: Sequence[AdaptedWeight]) -> bool:
@@ -99,14 +103,15 @@ def _way(w: Followed) -> tuple:
 
 
 def _alike(parts: Sequence[AdaptedWeight]) -> list[tuple[Factor, Factor]] | str:
-    """The factors of each weight, the scale in the first, in such an order and with such axes
-    that all first ones run along the same axes, and all second ones do."""
+    """The factors of each weight, in such an order and with such axes that all first ones run along
+    the same axes, and all second ones do. A scale that not all have is in the first."""
     # How the first weight's factors lie; others are taken in the order that fits better.
     want = [{*parts[0].a.dims}, {*parts[0].b.dims}]
     some = {PART: 1} if any(w.a.has(PART) for w in parts) else {}
-    pairs = []
+    pairs, scale = [], _scale(parts)
     for w in parts:
-        a, b = Factor(times(w.a.value, w.scale), w.a.dims).spread(some), w.b.spread(some)
+        a = w.a if w.scale == scale else Factor(times(w.a.value, w.scale), w.a.dims)
+        a, b = a.spread(some), w.b.spread(some)
         orders = (a, b), (b, a)  # of Wᵀ the factors change places
         misfit = lambda pair: sum(len({*f.dims} ^ dims) for f, dims in zip(pair, want))
         pairs.append(min(orders, key=misfit))
@@ -274,7 +279,7 @@ def _side_by_side(
     rows = [w.rows for w, (_, b_) in zip(weights, pairs) if w.rows and {*w.rows.dims} == {*b_.dims}]
     below = not stacked and len(rows) == len(weights)
     own = _along(RANK, rows) if below else None
-    whole = dict(base=base, a=a, b=b, gain=gain, seed=seed, rows=own, scale=1.0)
+    whole = dict(base=base, a=a, b=b, gain=gain, seed=seed, rows=own, scale=_scale(weights))
     return [dataclasses.replace(first, **whole, **labels)]
 
 
@@ -296,7 +301,7 @@ def _placed(factors: Sequence[Factor], around: Sequence[dict], *grow: int) -> li
         config = [(*ends.get(d, (0, 0)), 0) for d in f.dims]
         some = any(low or high for low, high, _ in config)
         found.append(
-            Factor(lax.pad(f.value, jnp.zeros((), f.value.dtype), config), f.dims) if some else f
+            Factor(lax.pad(f.value, np.zeros((), f.value.dtype), config), f.dims) if some else f
         )
     return found
 
