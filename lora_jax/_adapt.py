@@ -68,8 +68,8 @@ def adapt(
         factored, and so is what "beside" is not for: sharding in types, operands of different
         types. `lora.coverage` shows the plan of each leaf.
       save: what the gradient keeps of the forward pass. None: whatever it needs; but in a `scan`
-        over layers with DoRA, not the output after the gain beside the one before it, nor what is
-        multiplied element by element. "products": results of products, of convolutions and of
+        over layers with DoRA, not the output after the gain beside the one before it, nor what
+        activations and their gates are made of element by element. "products": results of products, of convolutions and of
         kernels that are not JAX's own; what is made of these element by element is made again, and
         so is (x·A)·B. Or a policy of `jax.checkpoint_policies`, of which `everything_saveable`
         overrules the default for DoRA. It is applied to each step of a `scan` over layers, or,
