@@ -17,16 +17,12 @@ import math
 import os
 import pathlib
 
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+from measure import AHEAD, table
+
+os.environ |= AHEAD
 
 import charts
 import jax
-from measure import table
 from pod import ARMS, SHAPES, step
 from weak_scaling import weak_scaling
 

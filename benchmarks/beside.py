@@ -15,20 +15,16 @@ import math
 import os
 import re
 
+from measure import AHEAD, table
+
 if __name__ == "__main__":
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_LOG_DIR": "disabled",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+    os.environ |= AHEAD
 
 import jax
 import jax.numpy as jnp
 from gpu import accessed
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from measure import table
 
 import lora_jax as lora
 

@@ -33,13 +33,10 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+from measure import AHEAD, table
+
 if "--ahead" in sys.argv:
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_LOG_DIR": "disabled",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+    os.environ |= AHEAD
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +44,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from measure import table
 
 import lora_jax as lora
 

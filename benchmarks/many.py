@@ -16,13 +16,10 @@ import functools
 import os
 import sys
 
+from measure import AHEAD, in_turns, ratio, table
+
 if {"--pod", "--ahead"} & {*sys.argv}:
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_LOG_DIR": "disabled",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+    os.environ |= AHEAD
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +27,6 @@ import llama
 import optax
 import pod
 from jax.sharding import NamedSharding, PartitionSpec
-from measure import in_turns, ratio, table
 from traffic import traffic
 
 import lora_jax as lora

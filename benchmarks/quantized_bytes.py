@@ -14,19 +14,15 @@ import math
 import os
 import sys
 
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+from measure import AHEAD, table
+
+os.environ |= AHEAD
 
 import cases
 import jax
 import jax.numpy as jnp
 import llama
 from jax.sharding import SingleDeviceSharding
-from measure import table
 
 import lora_jax as lora
 

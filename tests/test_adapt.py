@@ -194,7 +194,7 @@ PLANNED = {
     [(name, "auto") for name in sorted(USES)]
     + [
         pytest.param(name, plan, marks=() if name in PLANNED else pytest.mark.slow)
-        for plan in ("merged", "beside")
+        for plan in ("factored", "merged", "beside")
         for name in sorted(USES)
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax._core.einsum import cast, times
@@ -61,10 +62,13 @@ def _joined(base: Any, parts: Sequence[Any]) -> Followed | str:
     if isinstance(pairs, str):
         return pairs
     a, b, seed = _beside(parts, *zip(*pairs))
-    # Each scale is in its first factor by now, so the whole has 1.
-    return dataclasses.replace(
-        first, base=base, a=a, b=b, seed=seed, rows=None, scale=1.0, **labels
-    )
+    whole = dict(base=base, a=a, b=b, seed=seed, rows=None, scale=_scale(parts))
+    return dataclasses.replace(first, **whole, **labels)
+
+
+def _scale(parts: Sequence[AdaptedWeight]) -> float:
+    """The scale of the whole: that of all parts, or 1 where each is in its first factor."""
+    return parts[0].scale if len({w.scale for w in parts}) == 1 else 1.0
 
 
 def _labels(parts: Sequence[Followed]) -> dict | str:
@@ -91,8 +95,8 @@ def _way(w: Followed) -> tuple:
 
 
 def _alike(parts: Sequence[AdaptedWeight]) -> list[tuple[Factor, Factor]] | str:
-    """The factors of each weight, the scale in the first, in such an order and with such axes
-    that all first ones run along the same axes, and all second ones do."""
+    """The factors of each weight, in such an order and with such axes that all first ones run along
+    the same axes, and all second ones do. A scale that not all have is in the first."""
     if any(w.tokens is not None for w in parts):
         return TOKENS
     # The joined branch has one rate, and a mask for each part.
@@ -101,9 +105,10 @@ def _alike(parts: Sequence[AdaptedWeight]) -> list[tuple[Factor, Factor]] | str:
     # How the first weight's factors lie; others are taken in the order that fits better.
     want = [{*parts[0].a.dims}, {*parts[0].b.dims}]
     some = {PART: 1} if any(w.a.has(PART) for w in parts) else {}
-    pairs = []
+    pairs, scale = [], _scale(parts)
     for w in parts:
-        a, b = w.a.map(times, w.scale).spread(some), w.b.spread(some)
+        a = w.a if w.scale == scale else w.a.map(times, w.scale)
+        a, b = a.spread(some), w.b.spread(some)
         orders = (a, b), (b, a)  # of Wᵀ the factors change places
         misfit = lambda pair: sum(len({*f.dims} ^ dims) for f, dims in zip(pair, want))
         pairs.append(min(orders, key=misfit))
@@ -264,7 +269,7 @@ def _side_by_side(
     rows = [w.rows for w, (_, b_) in zip(weights, pairs) if w.rows and {*w.rows.dims} == {*b_.dims}]
     below = not stacked and len(rows) == len(weights)
     own = _along(RANK, rows) if below else None
-    whole = dict(base=base, a=a, b=b, gain=gain, seed=seed, rows=own, scale=1.0)
+    whole = dict(base=base, a=a, b=b, gain=gain, seed=seed, rows=own, scale=_scale(weights))
     return [dataclasses.replace(first, **whole, **labels)]
 
 

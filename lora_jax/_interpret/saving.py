@@ -42,10 +42,10 @@ def products(primitive: Any, *avals: Any, **params: Any) -> bool:
 
 def all_but_gained(primitive: Any, *_: Any, **__: Any) -> bool:
     """Whether to keep a result where weights have a gain and nothing else is asked for: not what
-    the gain gives, as its gradient keeps the product before it, nor what is multiplied element by
-    element, such as an activation and its gate: less than LoRA keeps, at one multiplication each.
+    the gain gives, as its gradient keeps the product before it, nor what an activation and its gate
+    are made of, element by element: less than LoRA keeps, within kernels that read the product.
     """
-    return primitive.name not in ("gained", "mul")
+    return primitive.name not in ("gained", "mul", "sub", "logistic", "tanh", "erf")
 
 
 def policy(save: Any) -> Callable | None:

@@ -80,6 +80,14 @@ def _apart(x: jax.Array) -> jax.Array:
     return _apart_p.bind(x)[0]
 
 
+def _typed(group: Group, x: jax.Array, a: Sequence, b: Sequence, w: Sequence) -> list[jax.Array]:
+    """Arrays of the types of the outputs, by one product for each: x·W, where it is there."""
+    labels = (group.xl, *[group.al] * len(a), *(m.bl for m in group.members))
+    size = {d: n for of, v in zip(labels, (x, *a, *b)) for d, n in zip(of, v.shape)}
+    terms = base(group, x, w) if w[0] is not None else up(group, hidden(group, x, a), b)
+    return [m.sum([t], size) for m, t in zip(group.members, terms)]
+
+
 def _by_way(group: Group, way: str, x: jax.Array, h: Sequence, b: Sequence, w: Sequence) -> list:
     """The outputs from x and x·A."""
     return (beside.forward if way == "beside" and w[0] is not None else factored)(group, x, h, b, w)
@@ -291,11 +299,17 @@ def _by_factors(*args: jax.Array, group: Group) -> list[jax.Array]:
 
 # What JAX derives of either is of the factored plan: no gradient of a merged weight.
 adapted_p = compat.primitive(
-    "adapted_product", _adapted, jvp=_adapted_jvp, batch=_adapted_batch, derived=_by_factors
+    "adapted_product",
+    _adapted,
+    jvp=_adapted_jvp,
+    batch=_adapted_batch,
+    derived=_by_factors,
+    typed=lambda *args, group: _typed(group, *group.split(args)),
 )
 tangent_p = compat.primitive(
     "adapted_tangent",
     _tangent,
     transpose=_tangent_transpose,
     derived=functools.partial(_tangent, merge=False),
+    typed=lambda *args, group, active: _typed(group, *_parts(group, active, args)[2:]),
 )

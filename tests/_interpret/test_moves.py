@@ -276,6 +276,22 @@ def test_random_functions(seed):
     assert what in ("right", "refused", "invalid"), said
 
 
+@pytest.mark.parametrize("alphas", [(3.0, 3.0), (3.0, 5.0)], ids=["one scale", "two"])
+def test_joined_weights_of_one_scale_keep_it(alphas):
+    """Else each A is multiplied by its own, as an equation before the product."""
+    fn = lambda p, x: x @ jnp.concatenate([p["w"], p["u"]], 1)
+    p = {k: PARAMS[k] for k in "wu"}
+    ad = {}
+    for name, alpha in zip("wu", alphas):
+        config = lora.LoRAConfig(rank=1, alpha=alpha, targets=name)
+        node = lora.init(jax.random.key(1), p, config, lora.survey(fn, p, X))[name]
+        ad[name] = lora.LoRA(node.a, node.b + 1.0, node.scale, node.geometry)
+    ours = lambda ad: lora.adapt(fn)(lora.bind(p, ad), X)
+    assert_close(ours(ad), fn(lora.merge(p, ad), X))
+    found = [e.primitive.name for e in jax.make_jaxpr(ours)(ad).eqns]
+    assert found.count("mul") == (0 if alphas[0] == alphas[1] else 2)
+
+
 def test_a_scale_of_many_steps():
     """A value that is an operand twice is followed once: 400 times c = c + c is no 2⁴⁰⁰ steps, and
     no recursion of that depth."""
