@@ -389,10 +389,11 @@ class Rows(Node):
         return dataclasses.replace(self, value=self.value.astype(like.value.dtype))
 
 
-def rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
+def rows_of(table: jax.Array, index: jax.Array, mode: str | None = None) -> jax.Array:
     """Rows, split as the table's columns are where that is part of types."""
     where = compat.explicit_sharding(table)
-    if where is None:
-        return table[index]
-    own = where.update(spec=spec_along((RANK, *range(1, table.ndim)), where.spec))
-    return table.at[index].get(out_sharding=own)
+    if where is not None:
+        where = where.update(
+            spec=spec_along((RANK,) * index.ndim + tuple(range(1, table.ndim)), where.spec)
+        )
+    return table.at[index].get(mode=mode, out_sharding=where)

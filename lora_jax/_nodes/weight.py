@@ -23,11 +23,12 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
+from jax.sharding import NamedSharding
 
-from lora_jax._core.compat import less, mapped
+from lora_jax._core.compat import explicit_sharding, less, mapped
 from lora_jax._core.einsum import cast, contract, gained, holding, plus, times, wide
 from lora_jax._core.errors import LoRAError, refuse_use
-from lora_jax._core.geometry import RANK, SEED_IMPL, SLOT, Factor, static
+from lora_jax._core.geometry import RANK, SEED_IMPL, SLOT, Factor, spec_along, static
 from lora_jax._quantized.waiting import is_waiting, value
 
 
@@ -274,7 +275,10 @@ class AdaptedWeight(Followed):
         # Along axes that neither factor has the update repeats.
         out = tuple(d for d in range(self.ndim) if self.a.has(d) or self.b.has(d))
         a, b = times(cast(self.a.value, dtype), self.scale), cast(self.b.value, dtype)
-        delta = contract(a, self.a.dims, b, self.b.dims, out, precision=precision)
+        # As the base lies: factors that someone spread by themselves need not say it.
+        where = None if is_waiting(self.base) else explicit_sharding(self.base)
+        own = where and NamedSharding(where.mesh, spec_along(out, where.spec))
+        delta = contract(a, self.a.dims, b, self.b.dims, out, own, precision=precision)
         return jax.lax.broadcast_in_dim(delta, self.shape, out)
 
     def materialise(self) -> jax.Array:

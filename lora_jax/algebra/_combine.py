@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._core import compat
 from lora_jax._core.einsum import widened
 from lora_jax._core.errors import LoRAError, raise_all
-from lora_jax._core.mesh import placed
+from lora_jax._core.mesh import anywhere, placed
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten, nest
+from lora_jax._core.placement import near
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows, rows_of
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
@@ -88,7 +90,8 @@ def combine(
             out[path] = _side_by_side(parts)
         else:
             # Full or Rows: `differ` has made sure that the base has the leaf.
-            out[path] = _moved(parts, leaves[path])
+            base = near(leaves[path])
+            out[path] = placed(anywhere(_moved)(parts, base), compat.explicit_sharding(base))
     raise_all("these adapters cannot be combined:", failures, "they must be of one base")
     return nest(out)
 
@@ -178,7 +181,8 @@ def checked(adapters: Any) -> Any:
         "make them by lora.init(key, params, config)",
     )
     # NumPy's fp64, as JAX has it.
-    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, adapters)
+    as_jax = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    return near(jax.tree.map(as_jax, adapters))
 
 
 def _unfit(node: Any) -> str | None:

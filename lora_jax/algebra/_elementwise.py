@@ -17,18 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lora_jax._core import compat
 from lora_jax._core.einsum import product, wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import path_key
-from lora_jax._core.mesh import anywhere
+from lora_jax._core.mesh import anywhere, placed
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
+from lora_jax._core.placement import near
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._nodes.node import is_node
 from lora_jax.algebra._arguments import check_weights, several, weight_of
 from lora_jax.algebra._combine import checked, differ
 from lora_jax.algebra._finite import check_finite
-from lora_jax.algebra._svd import matrices
+from lora_jax.algebra._svd import leaf_sharding, matrices
 
 # Bits of a magnitude that one pass over the leaves decides: fp32 takes two passes.
 DIGIT = 16
@@ -131,9 +133,17 @@ def _spread(path: str, node: Any, weight: Any) -> jax.Array:
     return jnp.broadcast_to(weight, shape).reshape(-1)
 
 
-@jax.jit
 def vector(part: Part) -> jax.Array:
     """weight · Δ in fp32 or wider: (n, in, out); (1, size, 1) of a leaf in full; (1, rows, d)."""
+    part, node = near(part), near(part.node)
+    if not isinstance(node, LoRA):
+        return anywhere(_vector)(part)
+    # Where both factors lie along one mesh axis they have no product: as the leaf's they do not.
+    return _vector(dataclasses.replace(part, node=placed(node, leaf_sharding(node))))
+
+
+@jax.jit
+def _vector(part: Part) -> jax.Array:
     node, weight = part.node, part.weight.reshape(-1, 1, 1)
     if isinstance(node, LoRA):
         # scale·A (n, in, r) times B (n, r, out).
@@ -197,7 +207,8 @@ def _sparse(x: jax.Array, cut: jax.Array, key: jax.Array | None, rate: Any) -> j
         return x
     left = 1 - jnp.asarray(rate, x.dtype)
     # 0·x and not 0, so that NaN stays NaN.
-    return jnp.where(jax.random.bernoulli(key, left, x.shape), x / left, 0 * x)
+    kept = compat.lying_as(jax.random.bernoulli(key, left, x.shape), x)
+    return jnp.where(kept, x / left, 0 * x)
 
 
 def _agreed(vectors: Sequence[jax.Array]) -> jax.Array:

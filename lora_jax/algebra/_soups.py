@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax._core import compat
 from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import as_key
 from lora_jax._core.mesh import anywhere, placed
 from lora_jax._core.numbers import BELOW_ONE, PASSES_OR_ZERO, SHARE, integer, shown
 from lora_jax._core.paths import nest
+from lora_jax._core.placement import near
 from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
 from lora_jax.algebra._arguments import check_rank
 from lora_jax.algebra._combine import typed_alike
@@ -256,7 +258,7 @@ def knots(
             # The merged Vₖ·Σ (n, in, k) are A; B is Uᵀ (n, k, out).
             out[path] = placed(as_node(like, delta, b, 1.0), leaf_sharding(like))
         else:
-            out[path] = _moved(parts, delta)
+            out[path] = _on_base(parts, delta)
     return nest(out)
 
 
@@ -329,15 +331,21 @@ def _elementwise(
             kept[path] = share_kept(s, keep, jnp.sum(delta**2, (1, 2)))
             out[path] = placed(from_svd(typed_alike(nodes)[0], u, s, v, keep), where)
         else:
-            out[path] = _moved(parts, delta)
+            out[path] = _on_base(parts, delta)
     return nest(out), kept
 
 
 _range_svd = jax.jit(range_svd, static_argnums=(1, 2))
 
 
+def _on_base(parts: Parts, delta: jax.Array) -> Full | Rows:
+    """base + Δ where the base lies, in the adapters' dtype; what was low-rank, in fp32 or wider."""
+    parts = near(parts)
+    base = next(p.base for p in parts if p is not None)
+    return placed(anywhere(_moved)(parts, delta), compat.explicit_sharding(base))
+
+
 def _moved(parts: Parts, delta: jax.Array) -> Full | Rows:
-    """base + Δ, in the dtype of the adapters; what was low-rank, in fp32 or wider."""
     have = [p for p in parts if p is not None]
     node, base = have[0].node, jnp.asarray(have[0].base)
     if isinstance(node, Rows):

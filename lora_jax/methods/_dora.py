@@ -10,6 +10,7 @@ from lora_jax._bind import adapter_nodes
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import check_values
 from lora_jax._core.paths import flatten, map_with_path
+from lora_jax._core.placement import near
 from lora_jax._nodes.adapters import LoRA, norms
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
@@ -49,6 +50,8 @@ def dora(params: Any, adapters: Any) -> dict:
     leaves = flatten(state_of(params))
     adapted = flatten(adapters, is_leaf=is_node)
     check_values(((f"'{p}'", leaves[p]) for p in adapted), "lora.methods.dora(params, adapters)")
+
+    adapters = near(adapters)
 
     def leaf(path: str, node: Any) -> Any:
         if not isinstance(node, LoRA):
