@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax._bind import adapter_nodes
+from lora_jax._core.errors import raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import check_values
 from lora_jax._core.paths import flatten, map_with_path
@@ -51,6 +52,16 @@ def dora(params: Any, adapters: Any) -> dict:
     adapted = flatten(adapters, is_leaf=is_node)
     check_values(((f"'{p}'", leaves[p]) for p in adapted), "lora.methods.dora(params, adapters)")
 
+    raise_all(
+        "DoRA's magnitudes are of real weights:",
+        (
+            f"'{p}' is complex"
+            for p, n in adapted.items()
+            if isinstance(n, LoRA)
+            and any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (leaves[p], n.a, n.b))
+        ),
+        "adapt it by LoRA alone",
+    )
     adapters = near(adapters)
 
     def leaf(path: str, node: Any) -> Any:
