@@ -147,6 +147,8 @@ def _other_type(node: Node, leaf: Any) -> str | None:
     own = {x.dtype for x in jax.tree.leaves(node) if hasattr(x, "dtype")}
     if not is_a(dtype, jnp.inexact) and (hasattr(node, "scale") or own != {dtype}):
         return f"the leaf is of {dtype}, to which an update in floats would be rounded"
+    if hasattr(node, "magnitude") and any(is_a(x, jnp.complexfloating) for x in (*own, dtype)):
+        return "DoRA's magnitudes are of real weights: adapt this leaf by LoRA alone"
     if not is_a(dtype, jnp.complexfloating) and any(is_a(x, jnp.complexfloating) for x in own):
         return f"the adapter is complex, the leaf of {dtype}"
     return None

@@ -1,6 +1,7 @@
 """Where arrays lie. Those that one program takes have to lie on the same devices: `check_placed`
 names those that do not, before JAX refuses them. No product takes an array in a host's memory:
-`near` brings it to the devices, and `away` back."""
+`near` brings it to the devices, and `away` back. Of adapters it is one rule: whatever takes them
+reads them by `near`, and what it makes lies on the devices."""
 
 from __future__ import annotations
 
@@ -158,7 +159,9 @@ def on_host(x: Any) -> bool:
 
 
 def near(tree: Any) -> Any:
-    """The tree with each array in the memory of its devices; the same array where it is there."""
+    """The tree with each array in the memory of its devices; the same one where all are there."""
+    if not any(map(on_host, jax.tree.leaves(tree))):
+        return tree
     return jax.tree.map(lambda x: _put(x, Space.Device) if on_host(x) else x, tree)
 
 

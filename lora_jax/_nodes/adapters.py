@@ -388,10 +388,9 @@ class Rows(Node):
         return dataclasses.replace(self, value=self.value.astype(like.value.dtype))
 
 
-def rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
+def rows_of(table: jax.Array, index: jax.Array, mode: str | None = None) -> jax.Array:
     """Rows, split as the table's columns are where that is part of types."""
     where = compat.explicit_sharding(table)
-    if where is None:
-        return table[index]
     axes = range(table.ndim)
-    return table.at[index].get(out_sharding=laid_along(where, axes, (RANK, *axes[1:])))
+    own = laid_along(where, axes, ((RANK,) * index.ndim + (*axes[1:],)))
+    return table.at[index].get(mode=mode, out_sharding=own)

@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.paths import flatten, map_with_path
+from lora_jax._core.placement import near
 from lora_jax._nodes.adapters import Full, LowRank, Rows
 from lora_jax._nodes.node import Node, is_node
 
@@ -53,7 +54,7 @@ def factors(adapters: Any, frozen: Any = None) -> Any:
         if not is_node(node):
             raise LoRAError(f"expected adapters, found a tree with a {_name(node)} at '{path}'")
         try:
-            return node.factors(each.get(path) if each else frozen)
+            return near(node).factors(near(each.get(path) if each else frozen))
         except LoRAError as problem:
             failures.append(f"'{path}' is a {_name(node)}: {problem}")
             # Every leaf is looked at; the one error comes below.
@@ -70,7 +71,7 @@ def without_frozen(nodes: Mapping[str, Node], verb: str) -> dict[str, Any]:
     for path, node in nodes.items():
         try:
             # What the node says is for `factors`; here the way out is another call.
-            out[path] = node.factors()
+            out[path] = near(node).factors()
         except LoRAError:
             failures.append(f"'{path}' is a {_name(node)}")
     raise_all(

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from lora_jax._core.compat import less, mapped
-from lora_jax._core.einsum import cast, contract, gained, holding, plus, times, wide
+from lora_jax._core.compat import explicit_sharding, less, mapped
+from lora_jax._core.einsum import cast, contract, gained, holding, laid_along, plus, times, wide
 from lora_jax._core.errors import LoRAError, refuse_use
 from lora_jax._core.geometry import RANK, SEED_IMPL, SLOT, Factor, static
 from lora_jax._quantized.waiting import is_waiting, value
@@ -273,7 +273,10 @@ class AdaptedWeight(Followed):
         # Along axes that neither factor has the update repeats.
         out = tuple(d for d in range(self.ndim) if self.a.has(d) or self.b.has(d))
         a, b = times(cast(self.a.value, dtype), self.scale), cast(self.b.value, dtype)
-        delta = contract(a, self.a.dims, b, self.b.dims, out, precision=precision)
+        # As the base lies: factors that someone spread by themselves need not say it.
+        where = None if is_waiting(self.base) else explicit_sharding(self.base)
+        own = laid_along(where, range(self.ndim), out)
+        delta = contract(a, self.a.dims, b, self.b.dims, out, own, precision=precision)
         return jax.lax.broadcast_in_dim(delta, self.shape, out)
 
     def materialise(self) -> jax.Array:

@@ -14,6 +14,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import SHARE, SIZE, is_real, shown
 from lora_jax._core.paths import flatten
+from lora_jax._core.placement import near
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
@@ -146,7 +147,8 @@ def checked(adapters: Any) -> Any:
         "make them by lora.init(key, params, config)",
     )
     # NumPy's fp64, as JAX has it.
-    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, adapters)
+    as_jax = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    return near(jax.tree.map(as_jax, adapters))
 
 
 def _unfit(node: Any) -> str | None:
@@ -236,7 +238,7 @@ def parts_of(
             failures.append(f"'{path}': {problem}")
             continue
         # A low-rank leaf that stays low-rank needs no base.
-        start = None if isinstance(nodes[0], LoRA) and not exact else start
+        start = None if isinstance(nodes[0], LoRA) and not exact else near(start)
         out[path] = tuple(
             Part(tree[path], _weight_of(w, path, tree[path]), start) if path in tree else None
             for tree, w in zip(trees, weights)

@@ -115,7 +115,8 @@ def compare(first: Any, second: Any) -> Comparison:
     >>> found.cosine.round(3), found.input_angles.round(), found.output_angles.round()
     (array([0.707], dtype=float32), array([[0.]], dtype=float32), array([[45.]], dtype=float32))
     """
-    check_finite(linear(first), linear(second))
+    first, second = linear(first), linear(second)
+    check_finite(first, second)
     one, two = (flatten(tree, is_leaf=is_node) for tree in (first, second))
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((one, two))):
         raise LoRAError(

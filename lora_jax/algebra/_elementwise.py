@@ -21,10 +21,10 @@ from lora_jax._core import compat
 from lora_jax._core.einsum import product, wide
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import path_key
-from lora_jax._core.mesh import anywhere
+from lora_jax._core.mesh import anywhere, placed
 from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
 from lora_jax.algebra._arguments import Part, Parts
-from lora_jax.algebra._svd import matrices
+from lora_jax.algebra._svd import leaf_sharding, matrices
 
 # Bits of a magnitude that one pass over the leaves decides: fp32 takes two passes.
 DIGIT = 16
@@ -61,9 +61,16 @@ def spread(part: Part) -> jax.Array:
     return jnp.broadcast_to(weight, shape).reshape(-1)
 
 
-@jax.jit
 def vector(part: Part) -> jax.Array:
     """weight · Δ in fp32 or wider: (n, in, out); (1, *shape) of a leaf in full; (1, rows, d)."""
+    node = part.node
+    # Where both factors lie along one mesh axis they have no product: as the leaf's they do not.
+    own = placed(node, leaf_sharding(node)) if isinstance(node, LoRA) else node
+    return _vector(dataclasses.replace(part, node=own))
+
+
+@jax.jit
+def _vector(part: Part) -> jax.Array:
     node = part.node
     # An array is a task vector already (what `knots` has aligned): it is only weighted.
     weight = part.weight if isinstance(node, jax.Array) else spread(part)
@@ -172,7 +179,8 @@ def _sparse(x: jax.Array, cut: jax.Array, key: jax.Array | None, rate: Any) -> j
         return x
     left = 1 - jnp.asarray(rate, x.dtype)
     # 0·x and not 0, so that NaN stays NaN.
-    return jnp.where(jax.random.bernoulli(key, left, x.shape), x / left, 0 * x)
+    kept = compat.lying_as(jax.random.bernoulli(key, left, x.shape), x)
+    return jnp.where(kept, x / left, 0 * x)
 
 
 def _agreed(vectors: Sequence[jax.Array]) -> jax.Array:

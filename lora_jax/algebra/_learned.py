@@ -19,6 +19,7 @@ from lora_jax._core.figures import Shown, needs_matplotlib, written
 from lora_jax._core.mesh import anywhere
 from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
+from lora_jax._core.placement import near
 from lora_jax._core.table import table
 from lora_jax._nodes.adapters import Full, LoRA, Rows
 from lora_jax._nodes.node import is_node
@@ -188,13 +189,11 @@ def learned(params: Any, adapters: Any) -> Learned:
     array([[6., 2.]], dtype=float32)
     >>> figure = found.plot()  # or found.plot("learned.png")
     """
-    if params is None:
-        nodes, leaves = flatten(linear(adapters), is_leaf=is_node), {}
-    else:
-        nodes = adapter_nodes(params, adapters, "algebra.learned")
-        # Here for its check alone: it refuses DoRA.
-        linear(adapters)
-        leaves = flatten(state_of(params))
+    if params is not None:
+        adapter_nodes(params, adapters, "algebra.learned")
+    adapters = linear(adapters)
+    nodes = flatten(adapters, is_leaf=is_node)
+    leaves = {} if params is None else flatten(state_of(params))
     arrays = jax.tree.leaves((adapters, [leaves[p] for p in nodes if p in leaves]))
     traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
     if traced or not all(map(_has_values, jax.tree.leaves(adapters))):
@@ -216,6 +215,7 @@ def _has_values(x: Any) -> bool:
 
 
 def _change(node: Any, base: Any) -> Change | None:
+    base = near(base)
     if isinstance(node, LoRA):
         batch = node.geometry.batch_axes
         # (n, k); ‖ΔW‖² = Σσ², so the update is not formed for its norm either.

@@ -22,7 +22,8 @@ from lora_jax._core.mesh import laid, on_devices_of, placement
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import SIZE, check_numbers, holds, integer
 from lora_jax._core.paths import flatten, map_with_path, nest
-from lora_jax._core.placement import check_there
+from lora_jax._core.placement import away, check_there, near
+from lora_jax._nodes.adapters import rows_of
 from lora_jax._nodes.node import is_node
 from lora_jax._nodes.tokens import ForTokens, remembering
 from lora_jax.algebra._arguments import checked
@@ -151,7 +152,7 @@ def choose(stacked: Any, index: int | chex.Array, mask: chex.Array | None = None
     """
     count, index = slot_count(stacked, "choose(stacked, 0)"), _numbers(index)
     _check_slots(index, count - 1)
-    index = jnp.asarray(index)
+    stacked, index = near(stacked), jnp.asarray(index)
     if mask is None:
         if index.ndim == 0:
             return _chosen(stacked, index, count)
@@ -256,7 +257,7 @@ def _taken(stacked: Any, index: jax.Array) -> Any:
 
 @functools.partial(jax.jit, inline=True)
 def _take(leaves: list[jax.Array], index: jax.Array) -> list[jax.Array]:
-    return [jnp.take(x, places(index, len(x)), axis=0, mode="fill") for x in leaves]
+    return [rows_of(x, places(index, len(x)), mode="fill") for x in leaves]
 
 
 def places(index: chex.Array, count: int) -> jax.Array:
@@ -300,6 +301,8 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
     slots = flatten(stacked, is_leaf=is_node)
     adapters = {} if adapters is None else checked(adapters)
     check_there(flatten(adapters))
+    # As `choose` needs them; what comes out lies where it lay.
+    lay, stacked = stacked, near(stacked)
     adapters = on_devices_of(stacked, adapters)
     new = flatten(adapters, is_leaf=is_node)
     failures = [f"'{p}' is no leaf of the stack" for p in new if p not in slots]
@@ -324,16 +327,18 @@ def put(stacked: Any, index: int | chex.Array, adapters: Any | None) -> Any:
 
     index = jnp.asarray(_numbers(index))
 
-    def written(all_: jax.Array, new: jax.Array) -> jax.Array:
+    def written(all_: jax.Array, new: jax.Array, lay: jax.Array) -> jax.Array:
         at = places(index, len(all_))
         # A traced -1 must not fill the empty slot: past the end, the write is dropped.
         at = jnp.where(at == capacity, len(all_), at)
         # Where the slots lie: as all of it, but for the slots' own axis, the first.
         where = placement(all_)
         own = where and NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
-        return jnp.asarray(all_).at[at].set(laid(new, own), mode="drop")
+        spread = compat.explicit_sharding(all_)
+        filled = jnp.asarray(all_).at[at].set(laid(new, own), mode="drop", out_sharding=spread)
+        return away(filled, lay)
 
-    return jax.tree.map(written, stacked, one)
+    return jax.tree.map(written, stacked, one, lay)
 
 
 def _stacked(*slots: jax.Array) -> jax.Array:

@@ -31,8 +31,13 @@ def leaf_sharding(node: LoRA) -> NamedSharding | None:
     """The sharding of the leaf that these factors belong to, as far as their own shows it."""
     sides = ((node.geometry.a_dims, placement(node.a)), (node.geometry.b_dims, placement(node.b)))
     known = [(dims, s) for dims, s in sides if s is not None]
-    # {axis of the leaf: mesh axes}; the rank's own axis is no axis of the leaf and drops out.
-    entry = {d: e for dims, s in known for d, e in zip(dims, s.spec) if e is not None}
+    # {axis of the leaf: mesh axes}; the rank's own axis is no axis of the leaf and drops out. A
+    # mesh axis that each factor gives to another axis of the leaf is that of A.
+    entry: dict[int, Any] = {}
+    for d, e in (pair for dims, s in known for pair in zip(dims, s.spec) if pair[1] is not None):
+        taken = {n for own in entry.values() for n in jax.tree.leaves(own)}
+        if taken.isdisjoint(jax.tree.leaves(e)):
+            entry.setdefault(d, e)
     spec = PartitionSpec(*(entry.get(d) for d in range(len(node.shape))))
     return NamedSharding(known[0][1].mesh, spec) if known else None
 

@@ -14,6 +14,7 @@ from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK
 from lora_jax._core.keys import as_key, path_key
 from lora_jax._core.paths import flatten, nest
+from lora_jax._core.placement import near
 from lora_jax._init import targets_of
 from lora_jax._nodes.adapters import LoRA
 from lora_jax._nodes.factors import factors
@@ -138,7 +139,7 @@ def orthogonality(adapters: Any) -> jax.Array:
     1.8
     """
     total = jnp.zeros((), jnp.float32)
-    for node in adalora_nodes(adapters):
+    for node in adalora_nodes(near(adapters)):
         # P (n, in, r) and Q (n, r, out) in fp32: PᵀP − I is a small difference.
         p, q = node.geometry.pair(widened(node.p), widened(node.q))
         for x in (p, q.mT):
@@ -174,6 +175,7 @@ def pruned(adapters: Any) -> dict:
         raise LoRAError(
             "ranks depend on values, so not under jit: lora.methods.pruned(adapters) outside"
         )
+    adapters = near(adapters)
     plain = flatten(factors(adapters), is_leaf=is_node)
     out = {}
     for path, node in flatten(adapters, is_leaf=is_node).items():

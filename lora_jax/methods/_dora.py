@@ -7,9 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax._bind import adapter_nodes
+from lora_jax._core.errors import raise_all
 from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import check_values
 from lora_jax._core.paths import flatten, map_with_path
+from lora_jax._core.placement import near
 from lora_jax._nodes.adapters import LoRA, norms
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
@@ -49,6 +51,18 @@ def dora(params: Any, adapters: Any) -> dict:
     leaves = flatten(state_of(params))
     adapted = flatten(adapters, is_leaf=is_node)
     check_values(((f"'{p}'", leaves[p]) for p in adapted), "lora.methods.dora(params, adapters)")
+
+    raise_all(
+        "DoRA's magnitudes are of real weights:",
+        (
+            f"'{p}' is complex"
+            for p, n in adapted.items()
+            if isinstance(n, LoRA)
+            and any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (leaves[p], n.a, n.b))
+        ),
+        "adapt it by LoRA alone",
+    )
+    adapters = near(adapters)
 
     def leaf(path: str, node: Any) -> Any:
         if not isinstance(node, LoRA):

@@ -224,3 +224,15 @@ def test_norms_read_a_base_in_bf16_as_it_is():
     bound = lambda ad: lora.bind({"w": w}, {"w": ad})["w"].gain.value
     text = jax.export.export(jax.jit(bound), platforms=["cuda"])(n).mlir_module()
     assert "64x48xf32" not in text.split("stablehlo.dot_general")[1]
+
+
+def test_complex_weights_are_refused():
+    """Their norm is no sum of squares: magnitudes were off, and complex, in silence."""
+    draw = lambda *shape: np.ones(shape, "complex64") * (1 + 2j)
+    params = {"w": draw(4, 3)}
+    node = lora.LoRA(*map(jnp.asarray, (draw(4, 2), draw(2, 3))), 1.0, lora.Geometry((0,), (1,)))
+    with fails("'w' is complex"):
+        lora.methods.dora(params, {"w": node})
+    for call in (lora.bind, lora.merge):
+        with fails("'w': DoRA's magnitudes are of real weights"):
+            call(params, {"w": node.with_magnitude(jnp.ones(3))})

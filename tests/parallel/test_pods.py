@@ -321,3 +321,41 @@ def test_explicit_columns(kind):
     assert_close(jax.device_get(got), jax.device_get(want), factor=256)
     for x, like in zip(jax.tree.leaves(got[1]), jax.tree.leaves(own), strict=True):
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+
+
+PLACES = {  # functions of adapters, which lie in a host's memory or on an Explicit mesh
+    "combine": lambda p, a, b, s: lora.algebra.combine([a, b], [0.5, 2.0], base=p),
+    "resize": lambda p, a, b, s: lora.algebra.resize(a, 1),
+    "ties": lambda p, a, b, s: lora.algebra.ties([a, b], density=0.5, base=p)[0],
+    "dare": lambda p, a, b, s: lora.algebra.dare(KEY, [a, b], base=p)[0],
+    "stack": lambda p, a, b, s: lora.algebra.stack([a, b], base=p),
+    "choose": lambda p, a, b, s: lora.algebra.choose(s, 1),
+    "put": lambda p, a, b, s: lora.algebra.put(s, 0, b),
+    "dora": lambda p, a, b, s: lora.methods.dora(p, a),
+    "merge": lambda p, a, b, s: lora.merge(p, a),
+    "compare": lambda p, a, b, s: str(lora.algebra.compare(a, b)),
+    "learned": lambda p, a, b, s: str(lora.algebra.learned(p, a)),
+}
+
+
+@pytest.mark.parametrize("where", ["host", "explicit"])
+@pytest.mark.parametrize("name", PLACES)
+def test_adapters_elsewhere(name, where):
+    """The numbers of one device. What is made of adapters in a host's memory is on the devices, the
+    stack of `put` where it lay; on a mesh each factor may be cut along its own first axis."""
+    call, host = PLACES[name], where == "host"
+    trees = [*ADAPTERS, lora.algebra.stack(ADAPTERS, base=PARAMS, capacity=7)]
+    want = call(PARAMS, *trees)
+    if host:
+        params, at = PARAMS, lambda x: SingleDeviceSharding(x.device, memory_kind="pinned_host")
+    else:
+        axis = lambda x: next((i for i, n in enumerate(x.shape) if n % 8 == 0), None)
+        cut = lambda x: P(*("d" if i == axis(x) else None for i in range(x.ndim)))
+        params, at = spread(where), lambda x: NamedSharding(MESH[where], cut(x))
+    got = call(params, *(jax.device_put(t, jax.tree.map(at, t)) for t in trees))
+    if isinstance(want, str):
+        assert got == want
+        return
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(got)}
+    assert kinds == {"pinned_host" if host and name == "put" else "device"}
+    assert_close(jax.device_get(got), jax.device_get(want), factor=64)
