@@ -322,8 +322,12 @@ def test_errors_of_nnx():
         lora.attach(forward, adapters)
     with fails(r"found a dict; of parameters it is lora.bind\(params, adapters\)"):
         lora.attach({"w": jnp.ones(3)}, adapters)
-    with fails(r"found a Tied, an NNX module: lora.attach\(model, adapters\)"):
+    with fails(r"found the module Tied: .* or lora.attach\(model, adapters\)"):
         lora.adapt(model)
+    with fails(
+        r"expected nnx.Rngs, found a int: lora.attach\(model, adapters, rngs=nnx.Rngs\(0\)\)"
+    ):
+        lora.attach(model, adapters, rngs=0)
     with fails("found a Tied: model, adapters"):
         lora.detach(model)
     with fails("plan='fast' is not one of"):
