@@ -559,9 +559,9 @@ def test_errors_of_linen():
         lora.attach(model.bind(merged))
     with fails("attached already"):
         lora.attach(lora.attach(model))
-    with fails(r"found a MLP: lora.adapt\(model.apply\)"):
+    with fails(r"the module MLP: lora.adapt\(model.apply\)"):
         lora.adapt(model)
-    with fails(r"found a dict: lora.adapt\(fn\)"):
+    with fails(r"found dict: lora.adapt\(lambda params, x"):
         lora.adapt(merged)
 
 
