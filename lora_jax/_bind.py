@@ -16,7 +16,7 @@ from lora_jax._core.nnx import is_module, map_shared
 from lora_jax._core.paths import flatten, map_with_path, nearest
 from lora_jax._core.placement import check_placed, check_there
 from lora_jax._nodes.factors import without_frozen
-from lora_jax._nodes.node import Node, is_node, leaves_of
+from lora_jax._nodes.node import NO_REF, Node, is_node, leaves_of
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
 from lora_jax._quantized.waiting import check_codes, is_waiting
 
@@ -30,8 +30,8 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
     """The parameter tree with its adapters in place, for a function made by `adapt`.
 
     Each adapted leaf becomes an `AdaptedWeight`; a leaf that is trained in full becomes its trained
-    value, in the base's dtype; every other leaf is frozen (no gradient flows to it). Boxes, dicts
-    and `nnx.State`s are kept.
+    value, in the base's dtype; every other leaf is frozen: no gradient flows to it, but to an
+    `nnx.Perturbation`. Boxes, dicts and `nnx.State`s are kept.
 
     Args:
       params: the base parameters: any pytree of arrays, boxed or not, or an NNX module.
@@ -141,6 +141,8 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
 
 def _other_type(node: Node, leaf: Any) -> str | None:
     """Why the leaf's type cannot hold what the node makes of it, or None."""
+    if isinstance(leaf, jax.Ref):
+        return NO_REF
     for x in (leaf, *jax.tree.leaves(node)):
         try:
             _ = isinstance(x, np.ndarray) and jax.typeof(x)

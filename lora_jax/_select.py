@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule
@@ -16,7 +17,7 @@ from lora_jax._core.nnx import survey_call
 from lora_jax._core.paths import module_of, nearest
 from lora_jax._core.patterns import Pattern, as_patterns, describe, matches
 from lora_jax._interpret.reach import PRODUCTS
-from lora_jax._nodes.node import leaves_of
+from lora_jax._nodes.node import NO_REF, leaves_of
 from lora_jax._survey import Leaf, Survey
 from lora_jax._targets import Target, Targets
 
@@ -97,12 +98,14 @@ class _Selection:
         self._used("full", full)
         self._used("rows", rows)
         # One path holds one node, so that no two parts may claim a leaf.
-        for path in self.leaves:
+        for path, leaf in self.leaves.items():
             claims = [
                 name
                 for name, group in (("targets", lora), ("full", full), ("rows", rows))
                 if path in group
             ]
+            if claims and isinstance(leaf, jax.Ref):
+                self.failures.append(f"'{path}': {NO_REF}")
             if len(claims) > 1:
                 self.failures.append(
                     f"'{path}' is claimed by {' and '.join(claims)}; exclude it from one of them"

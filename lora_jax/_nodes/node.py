@@ -222,6 +222,12 @@ def is_node(x: Any) -> bool:
     return isinstance(x, Node)
 
 
+NO_REF = (
+    "it is a jax.Ref, and only arrays are adapted: pass what it holds, ref[...]; of an NNX module, "
+    "nnx.with_vars(model, ref=False)"
+)
+
+
 def leaves_of(params: Any, call: str) -> dict[str, Any]:
     """{path: leaf} of parameters; of a module, those of its state.
 
