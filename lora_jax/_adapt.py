@@ -9,11 +9,11 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from lora_jax._core import compat, nnx, nnx_calls
 from lora_jax._core.errors import LoRAError, raise_all
+from lora_jax._core.numbers import check_flags
 from lora_jax._interpret.coverage import Coverage, Use
 from lora_jax._interpret.interpreter import Interpreter
 from lora_jax._interpret.saving import has_own, policy
@@ -105,17 +105,6 @@ def adapt(
     >>> value, grads["w"].a.shape, grads["w"].b.shape  # the base's loss: B is zero at the start
     (Array(24., dtype=float32), (4, 2), (2, 3))
     """
-    if nnx.is_module(fn):
-        raise LoRAError(
-            f"lora.adapt takes a function, found a {type(fn).__name__}, an NNX module: "
-            "lora.attach(model, adapters), or lora.adapt(lambda model, x: model(x)) of "
-            "lora.bind(model, adapters)"
-        )
-    if isinstance(fn, nn.Module) or not callable(fn):
-        call = "model.apply" if hasattr(fn, "apply") else "fn"
-        raise LoRAError(
-            f"lora.adapt takes a function, found a {type(fn).__name__}: lora.adapt({call})"
-        )
     call = Adapted(fn, strict, plan, save, merge_aware, static_argnums, static_argnames)
 
     @functools.wraps(fn, updated=())
@@ -146,7 +135,8 @@ class Adapted(Traceable):
         part: bool = False,
         made: str = "lora.adapt(fn",
     ):
-        super().__init__(fn, static_argnums, static_argnames)
+        super().__init__(fn, static_argnums, static_argnames, made.replace("(fn", "({fn}", 1) + ")")
+        check_flags(f"{made}, strict=True)", strict=strict)
         self.part, self.made = part, made
         if plan not in PLANS:
             raise LoRAError(f'plan={plan!r} is not one of {", ".join(PLANS)}: {made}, plan="auto")')
@@ -178,8 +168,9 @@ class Adapted(Traceable):
             hash(constants)
         except TypeError as e:
             raise LoRAError(
-                "an argument that is neither an array nor hashable cannot be a constant of the "
-                f"trace ({e}); pass it by closure: lora.adapt(lambda p, x: fn(p, x, thing))"
+                "a static argument, or one that is neither an array nor hashable, cannot be a "
+                f"constant of the trace ({e}); pass arrays as they are, and what is no array by "
+                "closure: lora.adapt(lambda p, x: fn(p, x, thing))"
             ) from None
         # Under an outer jit or scan the equations go straight into that trace.
         if compat.staging():
@@ -231,8 +222,8 @@ class Adapted(Traceable):
         outs = interpreter.run(program, consts, frozen, fixed=fixed)
         # Each rule returns a new object, so identity tells what `fn` returns as it got it.
         place = {id(x): i for i, x in enumerate(frozen)}
-        as_array = lambda o: (
-            interpreter.returned(o, moved=id(o) not in place) if is_weight(o) else o
+        as_array = lambda why: (
+            lambda o: interpreter.returned(o, id(o) not in place, why) if is_weight(o) else o
         )
         # After what `fn` returns comes what it has written into NNX objects. A Variable that got
         # its own weight back, as from `nnx.remat`, keeps it.
@@ -242,8 +233,10 @@ class Adapted(Traceable):
             own = {id(x): i for i, x in enumerate(arrays)}
             same = lambda old, new: id(new) in place and place[id(new)] == own.get(id(old))
             changed = nnx_calls.without(changed, self.objects(constants, arrays)[1], same)
-        out = jax.tree.unflatten(jax.tree.structure(shapes[0]), map(as_array, outs[:n]))
-        changed = jax.tree.map(as_array, changed, is_leaf=is_weight)
+        returned = map(as_array("it is returned as an array"), outs[:n])
+        out = jax.tree.unflatten(jax.tree.structure(shapes[0]), returned)
+        written = as_array("the call writes it into an NNX object, as an array")
+        changed = jax.tree.map(written, changed, is_leaf=is_weight)
         if self.merge_aware is not None:
             self._check_products(interpreter.events)
         # Codes without an adapter may be unused, and are no part of the coverage.
@@ -354,7 +347,7 @@ def coverage(
     ('w',)
     """
     options = (False, plan, None, merge_aware, static_argnums, static_argnames)
-    call = Adapted(fn, *options, made="lora.coverage(fn, *args")
+    call = Adapted(fn, *options, made="lora.coverage(fn, bound, x")
     constants, arrays = call.split(args, kwargs)
     found = []
     # A coverage is no array: it leaves the trace by this list.

@@ -84,6 +84,9 @@ def attach(
         raise LoRAError(f"lora.attach takes an NNX or a Linen module, found {_what(model)}")
     if adapters is None:
         raise LoRAError("an NNX module holds its adapters: lora.attach(model, adapters)")
+    if not isinstance(rngs, nnx.Rngs | None):
+        call = "lora.attach(model, adapters, rngs=nnx.Rngs(0))"
+        raise LoRAError(f"expected nnx.Rngs, found a {type(rngs).__name__}: {call}")
     nodes = adapter_nodes(model, adapters, "attach")
     raise_all(
         "the attached model holds what is trained, and these adapters need frozen arrays as well:",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,11 +12,11 @@ import numpy as np
 
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.keys import as_key
-from lora_jax._core.nnx import map_shared, state_of
+from lora_jax._core.nnx import is_module, map_shared
 from lora_jax._core.paths import flatten, map_with_path, nearest
 from lora_jax._core.placement import check_placed, check_there
 from lora_jax._nodes.factors import without_frozen
-from lora_jax._nodes.node import Node, is_node
+from lora_jax._nodes.node import NO_REF, Node, is_node, leaves_of
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
 from lora_jax._quantized.waiting import check_codes, is_waiting
 
@@ -29,8 +30,8 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
     """The parameter tree with its adapters in place, for a function made by `adapt`.
 
     Each adapted leaf becomes an `AdaptedWeight`; a leaf that is trained in full becomes its trained
-    value, in the base's dtype; every other leaf is frozen (no gradient flows to it). Boxes, dicts
-    and `nnx.State`s are kept.
+    value, in the base's dtype; every other leaf is frozen: no gradient flows to it, but to an
+    `nnx.Perturbation`. Boxes, dicts and `nnx.State`s are kept.
 
     Args:
       params: the base parameters: any pytree of arrays, boxed or not, or an NNX module.
@@ -59,7 +60,7 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
     """
     nodes = {}
     if adapters is None:
-        check_codes(flatten(state_of(params), is_leaf=is_weight))
+        check_codes(leaves_of(params, "lora.bind(params, None)"))
     else:
         nodes = without_frozen(adapter_nodes(params, adapters, "bind"), "bind")
     key = None if dropout_key is None else as_key(dropout_key, CALL)
@@ -84,15 +85,16 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
       verb: for messages: the call's name, "bind", or the call with "{params}" and "{adapters}".
     """
     verb = verb if "{" in verb else f"lora.{verb}({{params}}, {{adapters}})"
-    call = verb.format(params="params", adapters="adapters")
-    call += ", with adapters = lora.init(key, params, config)"
+    name = "model" if is_module(params) else "params"
+    call = verb.format(params=name, adapters="adapters")
+    call += f", with adapters = lora.init(key, {name}, config)"
     if "_lora_options" in vars(type(params)):
         raise LoRAError(
             "this module holds its adapters, lora.attach made it: "
             "model, adapters = lora.detach(adapted), then "
             + verb.format(params="model", adapters="adapters")
         )
-    leaves = flatten(state_of(params), is_leaf=is_weight)
+    leaves = leaves_of(params, call)
     check_codes(leaves)
     bound = [p for p, x in leaves.items() if is_weight(x)]
     if bound:
@@ -103,6 +105,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
     flat = flatten(adapters, is_leaf=is_node)
     if not flat or not any(map(is_node, flat.values())):
         what = "parameters or another tree" if flat else "an empty tree"
+        what = f"a {type(adapters).__name__}" if [*flat] == [""] else what
         raise LoRAError(f"expected adapters, found {what}: {call}")
     failures = [
         f"'{p}' is a {type(x).__name__}, not an adapter" for p, x in flat.items() if not is_node(x)
@@ -129,7 +132,7 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
         elif (problem := _other_type(node, leaves[path])) is not None:
             failures.append(f"'{path}': {problem}")
     if failures:
-        call = _corrected(flat, leaves, verb) or call
+        call = _corrected(name, params, adapters, flat, leaves, verb) or call
     raise_all("the adapters do not belong to these parameters:", failures, call)
     check_there(leaves, flatten(adapters))
     check_placed(leaves, flat, flat)
@@ -138,6 +141,8 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
 
 def _other_type(node: Node, leaf: Any) -> str | None:
     """Why the leaf's type cannot hold what the node makes of it, or None."""
+    if isinstance(leaf, jax.Ref):
+        return NO_REF
     for x in (leaf, *jax.tree.leaves(node)):
         try:
             _ = isinstance(x, np.ndarray) and jax.typeof(x)
@@ -154,37 +159,56 @@ def _other_type(node: Node, leaf: Any) -> str | None:
     return None
 
 
-def _corrected(flat: Mapping[str, Any], leaves: Mapping[str, Any], verb: str) -> str | None:
-    """The call that was meant, where one is plain: another part of the tree, one of a stack."""
-    call = lambda params, adapters="adapters": verb.format(params=params, adapters=adapters)
+def _corrected(
+    name: str,
+    params: Any,
+    adapters: Any,
+    flat: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+    verb: str,
+) -> str | None:
+    """The call that was meant, where one is plain: another part of a tree, one of a stack."""
+    call = lambda params=name, adapters="adapters": verb.format(params=params, adapters=adapters)
     nodes = {p: n for p, n in flat.items() if is_node(n) and n.of_arrays}
+    fits = lambda path, node: path in leaves and node.misfit(tuple(leaves[path].shape)) is None
     if nodes and not any(p in leaves for p in nodes):
         first = next(iter(nodes))
         # Adapters of "q/kernel", and a tree with "params/q/kernel".
-        inside = [p.removesuffix(first) for p in leaves if p.endswith("/" + first)]
-        for part in inside:
-            if all(part + p in leaves for p in nodes):
-                keys = "".join(f'["{name}"]' for name in part.strip("/").split("/"))
-                return f"they are of a part of this tree: {call(f'variables{keys}')}"
-        # Adapters of "params/q/kernel", and a tree with "q/kernel".
-        for path in leaves:
-            if first.endswith("/" + path):
-                part = first.removesuffix(path)
-                if all(p.startswith(part) and p.removeprefix(part) in leaves for p in nodes):
-                    tree = "params"
-                    for name in reversed(part.strip("/").split("/")):
-                        tree = f'{{"{name}": {tree}}}'
-                    return f"the adapters are of a tree that holds this one: {call(tree)}"
+        for part in (p.removesuffix(first) for p in leaves if p.endswith(f"/{first}")):
+            if all(fits(part + p, n) for p, n in nodes.items()):
+                tree = "variables" if part == "params/" else name
+                return f"they are of a part of this tree: {call(_part(tree, params, part))}"
+        # Adapters of "params/q/kernel" or of "0/q/kernel", and a tree with "q/kernel".
+        for part in (first.removesuffix(p) for p in leaves if first.endswith(f"/{p}")):
+            within = {p.removeprefix(part): n for p, n in nodes.items() if p.startswith(part)}
+            if all(fits(p, n) for p, n in within.items()):
+                variables = part == "params/" and len(within) == len(nodes)
+                other = dict(adapters=_part("adapters", adapters, part))
+                meant = call(**dict(params='{"params": params}') if variables else other)
+                return f"the adapters are of a tree that holds this one: {meant}"
     more = {n.more_axes for n in nodes.values()}
     if more == {1}:
-        one = call("params", "lora.algebra.choose(adapters, 0)")
+        one = call(adapters="lora.algebra.choose(adapters, 0)")
         return f"the adapters are stacked, choose one: {one}"
     if more == {-1}:
         return (
             "one axis was taken of adapters that are not stacked: "
-            f"{call('params')}, without lora.algebra.choose"
+            f"{call()}, without lora.algebra.choose"
         )
     return None
+
+
+def _part(name: str, tree: Any, part: str) -> str:
+    """What one writes to get a part of a tree, by its path."""
+    for key in part.strip("/").split("/"):
+        if isinstance(tree, Mapping):
+            found = next(k for k in tree if str(k) == key)
+            tree, name = tree[found], f"{name}[{json.dumps(found)}]"
+        elif isinstance(tree, Sequence):
+            tree, name = tree[int(key)], f"{name}[{key}]"
+        else:
+            tree, name = getattr(tree, key), f"{name}.{key}"
+    return name
 
 
 def _frozen(x: Any) -> Any:

@@ -13,7 +13,16 @@ import numpy as np
 
 from lora_jax._core.errors import raise_all
 from lora_jax._core.named import Named
-from lora_jax._core.numbers import BELOW_ONE, COUNT, Number, integer, is_real, number, refused
+from lora_jax._core.numbers import (
+    BELOW_ONE,
+    COUNT,
+    Number,
+    integer,
+    is_real,
+    number,
+    refused,
+    shown,
+)
 from lora_jax._core.patterns import (
     ONE_PATTERN,
     Pattern,
@@ -41,7 +50,18 @@ THEIRS = {
     "trainable_token_indices": "rows",
     "rank_pattern": "rules",
     "alpha_pattern": "rules",
+    "use_dora": "lora.methods.dora(params, adapters) here",
+    "fan_in_fan_out": "what lora.survey(fn, params, x) finds here",
+    "layers_to_transform": "a glob of targets here, such as '*/layers_1?/*'",
+    "layers_pattern": "a glob of targets here, such as '*/layers_1?/*'",
+    "loftq_config": "an argument of lora.quant.loftq here",
 }
+
+# What PEFT has for values of init_lora_weights: here they come after `lora.init`.
+STARTS = {
+    n: f"lora.methods.{n}" for n in ("pissa", "olora", "orthogonal", "eva", "corda", "lora_ga")
+}
+STARTS |= {"loftq": "lora.quant.loftq"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +201,13 @@ class LoRAConfig(Named, theirs=THEIRS):
         for name, (kind, default) in NUMBERS.items():
             value = getattr(self, name)
             for failure in refused(**{name: (value, kind)}):
-                yield name, failure, _meant(value, kind, default)
+                cure = _meant(value, kind, default)
+                # LoRAConfig("q_proj"): the first argument is the rank.
+                names = (value,) if isinstance(value, str) else value
+                named = _all(lambda n: is_pattern(n) and not str(n).isdecimal(), names) and names
+                if name == "rank" and named and _is(self.targets, ALL_LINEAR):
+                    cure += f", targets={value!r}"
+                yield name, failure, cure
         for name in PATTERNS:
             value = getattr(self, name)
             one, several = is_pattern(value), _all(is_pattern, value)
@@ -190,7 +216,7 @@ class LoRAConfig(Named, theirs=THEIRS):
                 if isinstance(value, Mapping) and _all(is_pattern, [*value]):
                     # PEFT's rank_pattern comes to mind.
                     cure = repr([*value])
-                failure = f"{name}={value!r}: expected one or several patterns; {ONE_PATTERN}"
+                failure = f"{name}={shown(value)}: expected one or several patterns; {ONE_PATTERN}"
                 yield name, failure, cure
             elif name == "targets" and several and not (len(value) or self._others):
                 # With `full`, `rows` or `bias` an empty list is right: only those are trained.
@@ -204,15 +230,17 @@ class LoRAConfig(Named, theirs=THEIRS):
                     yield "rules", f"Rule({describe(rule.pattern)}): {failure}", calls
         else:
             rules = _rules_meant(self.rules)
-            yield "rules", f"rules={self.rules!r}: expected a list, rules={rules}", rules
+            yield "rules", f"rules={shown(self.rules)}: expected a list, rules={rules}", rules
         if not (callable(self.init) or _is(self.init, "kaiming", "gaussian")):
             failure = (
-                f"init={self.init!r}: expected 'kaiming', 'gaussian' or a function "
+                f"init={shown(self.init)}: expected 'kaiming', 'gaussian' or a function "
                 "(key, shape, dtype) -> array"
             )
+            if _is(self.init, *STARTS):
+                failure += f"; {self.init!r} is {STARTS[self.init]}, after lora.init"
             yield "init", failure, "'kaiming'"
         if not _is(self.bias, "none", "adapted", "all"):
-            yield "bias", f"bias={self.bias!r}: expected 'none', 'adapted' or 'all'", "'none'"
+            yield "bias", f"bias={shown(self.bias)}: expected 'none', 'adapted' or 'all'", "'none'"
         try:
             # np.dtype(None) is float64, and that of an array its own. JAX draws no 4-bit numbers.
             wrong = self.dtype is None or isinstance(self.dtype, jax.Array | np.ndarray)
@@ -221,16 +249,17 @@ class LoRAConfig(Named, theirs=THEIRS):
         except (TypeError, ValueError):
             fine = False
         if not fine:
-            yield "dtype", f"dtype={self.dtype}: expected a floating-point type", "'float32'"
+            yield "dtype", f"dtype={self.dtype!s:.200}: expected a floating-point type", "'float32'"
         if not isinstance(self.rank_stabilized, bool):
-            failure = f"rank_stabilized={self.rank_stabilized!r}: expected True or False"
+            failure = f"rank_stabilized={shown(self.rank_stabilized)}: expected True or False"
             yield "rank_stabilized", failure, "True"
         rows = self.rows if isinstance(self.rows, Mapping) else {None: self.rows}
         for pattern, index in rows.items():
             if not (is_pattern(pattern) and _integers(index)):
-                shown = f"{{{pattern!r}: {index!r}}}" if rows is self.rows else repr(index)
+                found = {pattern: index} if rows is self.rows else index
                 cure = "{'embed': [7, 8]}"
-                yield "rows", f"rows={shown}: expected {{pattern: row numbers}}, {cure}", cure
+                failure = f"rows={shown(found)}: expected {{pattern: row numbers}}, {cure}"
+                yield "rows", failure, cure
 
     def __hash__(self) -> int:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -333,7 +362,7 @@ def _rules_meant(rules: Any) -> str:
     if isinstance(rules, Mapping) and _all(is_pattern, [*rules]):
         each = [f"lora.Rule({describe(k)}, rank={_meant(v, COUNT, 8)})" for k, v in rules.items()]
         return f"[{', '.join(each)}]"
-    return "[lora.Rule(...)]"
+    return "()" if rules is None else "[lora.Rule('q_proj', rank=4)]"
 
 
 def _integers(x: Any) -> tuple[int, ...] | None:

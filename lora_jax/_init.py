@@ -18,8 +18,9 @@ from lora_jax._core.numbers import check_values
 from lora_jax._core.paths import flatten, nest
 from lora_jax._core.placement import check_placed, near
 from lora_jax._nodes.adapters import Full, LoRA, Rows, rows_of
+from lora_jax._nodes.node import leaves_of
 from lora_jax._quantized.waiting import value
-from lora_jax._select import select
+from lora_jax._select import no_config, select
 from lora_jax._survey import Survey
 from lora_jax._targets import Target, Targets
 
@@ -66,7 +67,7 @@ def init(
         wrong = "the key is missing" if shifted else "params come before config"
         given = "" if config is None else ", survey"
         raise LoRAError(f"{wrong}: lora.init(jax.random.key(0), params, config{given})")
-    targets, key = targets_of(params, config, survey), as_key(key)
+    targets, key = targets_of(params, config, survey, key=key), as_key(key)
     config, leaves = targets.config, flatten(state_of(params))
     whole = ((f"'{p}'", leaves[p]) for p in (*targets.full, *targets.rows))
     check_values(whole, "jax.eval_shape(lora.init, key, params, targets)")
@@ -90,19 +91,18 @@ def init(
 
 
 def targets_of(
-    params: Any, config: LoRAConfig | Targets, survey: Survey | None, call: str = "lora.init"
+    params: Any,
+    config: LoRAConfig | Targets,
+    survey: Survey | None,
+    call: str = "lora.init",
+    key: Any = None,
 ) -> Targets:
     """What adapters are made for, checked against the parameters."""
     if not isinstance(config, Targets | LoRAConfig):
-        config_ = "config" if isinstance(survey, LoRAConfig) else "lora.LoRAConfig(rank=8)"
-        survey_ = ", survey" if isinstance(config, Survey) else ""
-        raise LoRAError(
-            f"expected a LoRAConfig or Targets, found {type(config).__name__}: "
-            f"{call}(key, params, {config_}{survey_})"
-        )
+        raise no_config(f"{call}(key, params", config, survey, key)
+    leaves = leaves_of(params, f"{call}(key, params, config)")
     targets = config if isinstance(config, Targets) else select(params, config, survey)
-    fix = f"{call}(key, params, lora.select(params, config, survey))"
-    targets.check_fit(flatten(state_of(params)), fix)
+    targets.check_fit(leaves, f"{call}(key, params, lora.select(params, config, survey))")
     # JAX would make fp32 of it, with no more than a warning.
     if jax.dtypes.canonicalize_dtype(targets.config.dtype) != targets.config.dtype:
         raise LoRAError(
@@ -121,7 +121,11 @@ def _lora(key: jax.Array, path: str, t: Target, config: LoRAConfig, failures: li
         a = jnp.zeros(a_shape, config.dtype)
         b = jax.random.normal(key, b_shape, config.dtype)
     else:
-        a = random(key, a_shape, config.dtype)
+        try:
+            a = random(key, a_shape, config.dtype)
+        except TypeError as e:  # a function of other arguments
+            failures.append(f"'{path}': it failed with {type(e).__name__}: {e}")
+            a = jnp.zeros(a_shape, config.dtype)
         b = jnp.zeros(b_shape, config.dtype)
     # NumPy draws in fp64, whatever it is asked for.
     a = jnp.asarray(a, config.dtype) if isinstance(a, np.ndarray) else a

@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax._bind import adapter_nodes
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.nnx import map_state, state_of
+from lora_jax._core.numbers import check_flags
 from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._core.placement import away, near
 from lora_jax._nodes.factors import without_frozen
@@ -96,6 +97,7 @@ def unmerge(params: Any, adapters: Any, *, donate: bool = False) -> Any:
 def _each(
     params: Any, adapters: Any, verb: str, sign: float, donate: bool, requantize: bool | str = False
 ) -> Any:
+    check_flags(f"lora.{verb}(params, adapters, donate=True)", donate=donate)
     nodes = without_frozen(adapter_nodes(params, adapters, verb), verb)
     if sign < 0:
         raise_all(
@@ -103,6 +105,8 @@ def _each(
             (f"'{p}' was {n.lost}" for p, n in nodes.items() if n.lost is not None),
             "keep the base parameters, or take these leaves from them",
         )
+    if isinstance(requantize, np.bool_):
+        requantize = bool(requantize)
     stored = _stored(params, nodes, requantize) if requantize is not False else {}
     bad: list[str] = []
 
@@ -164,7 +168,7 @@ def _stored(
     """{path: what `in_codes` has to know} of the leaves that are stored in codes."""
     wrong = None if requantize is True else check_format(requantize, "requantize")
     if wrong:
-        raise LoRAError(f"{wrong}, or True, each in its own")
+        raise LoRAError(f"{wrong}, True (each in its own) or False")
     leaves = flatten(state_of(params))
     # in shapes alone; what is trained in full or by rows is no update of the leaf by factors
     weight = lambda p, n: jax.eval_shape(lambda base, n: n.weight(base, ""), leaves[p], n)

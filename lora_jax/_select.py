@@ -7,22 +7,39 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax._config import ALL_LINEAR, LoRAConfig, Rule
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
-from lora_jax._core.nnx import state_of, survey_call
-from lora_jax._core.paths import flatten, module_of, nearest
+from lora_jax._core.nnx import survey_call
+from lora_jax._core.paths import module_of, nearest
 from lora_jax._core.patterns import Pattern, as_patterns, describe, matches
 from lora_jax._interpret.reach import PRODUCTS
+from lora_jax._nodes.node import NO_REF, leaves_of
 from lora_jax._survey import Leaf, Survey
 from lora_jax._targets import Target, Targets
 
-FIX = (
-    "to see every leaf: `print({})`; patterns are "
+PATTERNS = (
+    "; patterns are "
     "suffixes ('q_proj'), globs ('*/attn/*'), `re.compile(...)` or functions (path, leaf) -> bool"
 )
+
+
+def no_config(call: str, config: Any, *others: Any) -> LoRAError:
+    """The error of another thing in the place of a configuration.
+
+    Args:
+      call: the user's, up to the configuration.
+      others: the other arguments, among which it may stand.
+    """
+    kinds = (LoRAConfig, Targets)
+    meant = "config" if any(isinstance(x, kinds) for x in others) else "lora.LoRAConfig(rank=8)"
+    survey = ", survey" if any(isinstance(x, Survey) for x in (config, *others)) else ""
+    kind = "a LoRAConfig" + (" or Targets" if "(key" in call else "")
+    found = type(config).__name__
+    return LoRAError(f"expected {kind}, found {found}: {call}, {meant}{survey})")
 
 
 def select(params: Any, config: LoRAConfig, survey: Survey | None = None) -> Targets:
@@ -56,16 +73,14 @@ def select(params: Any, config: LoRAConfig, survey: Survey | None = None) -> Tar
 class _Selection:
     def __init__(self, params: Any, config: LoRAConfig, survey: Survey | None):
         if not isinstance(config, LoRAConfig):
-            raise LoRAError(
-                f"expected a LoRAConfig, found {type(config).__name__}: "
-                "lora.select(params, lora.LoRAConfig(targets=['q_proj']), survey)"
-            )
+            raise no_config("lora.select(params", config, params, survey)
         if survey is not None and not isinstance(survey, Survey):
             raise LoRAError(
                 f"expected a Survey, found {type(survey).__name__}: survey = {survey_call(params)}"
             )
         self.survey_call = survey_call(params)
-        self.leaves = {p: x for p, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
+        leaves = leaves_of(params, "lora.select(params, config)")
+        self.leaves = {p: x for p, x in leaves.items() if hasattr(x, "dtype")}
         self.config = config
         # A survey of the whole model serves a part of its tree: paths are the tree's from here on.
         self.survey = None if survey is None else survey.within(self.leaves)
@@ -83,12 +98,14 @@ class _Selection:
         self._used("full", full)
         self._used("rows", rows)
         # One path holds one node, so that no two parts may claim a leaf.
-        for path in self.leaves:
+        for path, leaf in self.leaves.items():
             claims = [
                 name
                 for name, group in (("targets", lora), ("full", full), ("rows", rows))
                 if path in group
             ]
+            if claims and isinstance(leaf, jax.Ref):
+                self.failures.append(f"'{path}': {NO_REF}")
             if len(claims) > 1:
                 self.failures.append(
                     f"'{path}' is claimed by {' and '.join(claims)}; exclude it from one of them"
@@ -108,10 +125,11 @@ class _Selection:
                 )
         if not (lora or full or rows or self.failures):
             self.failures.append("nothing is left to train: `exclude` names every leaf chosen")
+        no_match = any("matches no leaf" in f for f in self.failures)
         raise_all(
             "cannot apply the configuration to these parameters:",
             self.failures,
-            FIX.format(self.survey_call),
+            f"to see every leaf: `print({self.survey_call})`{PATTERNS if no_match else ''}",
         )
         total = sum(math.prod(x.shape) for x in self.leaves.values())
         shapes = {p: tuple(self.leaves[p].shape) for p in full}
@@ -197,10 +215,9 @@ class _Selection:
         for pattern in patterns:
             found = [p for p, x in self.leaves.items() if matches(pattern, p, x)]
             if not found:
-                close = ", ".join(nearest(str(pattern), self.leaves))
                 self.failures.append(
-                    f"{what}: {describe(pattern)} matches no leaf; {_guess(what, pattern)}"
-                    + (f"nearest: {close}" if close else "the tree has no arrays")
+                    f"{what}: {describe(pattern)} matches no leaf; {_guess(what, pattern)}nearest: "
+                    + (", ".join(nearest(str(pattern), self.leaves)) or "the tree is one array")
                 )
 
     def _used(self, what: str, paths: Iterable[str]) -> None:

@@ -8,19 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.fold import folded
 from lora_jax._core.geometry import Geometry
-from lora_jax._core.nnx import is_module, map_shared, state_of
-from lora_jax._core.paths import flatten, map_with_path, nearest
+from lora_jax._core.nnx import map_shared
+from lora_jax._core.paths import map_with_path, nearest
 from lora_jax._core.table import html_table, table
 from lora_jax._interpret.coverage import LOW_RANK, Use, by_leaf
 from lora_jax._interpret.interpreter import Interpreter
 from lora_jax._interpret.reach import LOOK_UP, Flow
 from lora_jax._interpret.trace import Traceable
+from lora_jax._nodes.node import leaves_of
 from lora_jax._nodes.weight import Probe, is_weight, own_axes
 from lora_jax._quantized.weight import is_quantized
 
@@ -98,12 +98,13 @@ class Survey:
         """The leaf of that path, or of the one path that ends with it ("params/" + path)."""
         if path in self.leaves:
             return self.leaves[path]
-        found = [p for p in self.leaves if p.endswith("/" + path)]
+        found = [p for p in self.leaves if p.endswith(f"/{path}")]
         if len(found) != 1:
+            close = ", ".join(found or nearest(str(path), self.leaves))
             raise LoRAError(
-                f"the survey has {len(found) or 'no'} leaves '{path}' "
-                f"(nearest: {', '.join(found or nearest(path, self.leaves))}); survey the function "
-                "of the same parameters, or of a tree that holds them: lora.survey(fn, params, x)"
+                f"the survey has {len(found) or 'no'} leaves '{path}' (nearest: {close}); survey "
+                "the function of the same parameters, or of a tree that holds them: "
+                "lora.survey(fn, params, x)"
             )
         return self.leaves[found[0]]
 
@@ -166,10 +167,10 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
     bias  (2, 3)     other          add          -    -       -
     q     (4, 2, 3)  linear (head)  dot_general  (0)  (1, 2)  -
     """
-    _check_function(fn)
-    flat = {path: x for path, x in flatten(state_of(params)).items() if hasattr(x, "dtype")}
+    call = Traceable(fn, call="lora.survey({fn}, {params}, x)")
+    leaves = leaves_of(params, "lora.survey(fn, params, x)")
+    flat = {path: x for path, x in leaves.items() if hasattr(x, "dtype")}
     # A probe in each weight's place is followed as an adapted weight is, without factors.
-    call = Traceable(fn)
     constants, arrays = call.split((map_shared(_probes, params, flat), *args), kwargs)
     # Integers and complex numbers may be weights too: in no low rank, but not in silence.
     numbers = {id(x): p for p, x in flat.items() if jnp.issubdtype(x.dtype, jnp.number)}
@@ -203,26 +204,6 @@ def survey(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Survey:
             for path, x in flat.items()
         }
     )
-
-
-def _check_function(fn: Any) -> None:
-    """A model in the function's place would be a constant, and the first input be surveyed."""
-    name = type(fn).__name__
-    if is_module(fn):
-        raise LoRAError(
-            f"expected a function of parameters, found the module {name}: "
-            "lora.survey(lambda model, x: model(x), model, x)"
-        )
-    if isinstance(fn, nn.Module):
-        raise LoRAError(
-            f"expected a function of parameters, found the module {name}: "
-            "lora.survey(model.apply, {'params': params}, x)"
-        )
-    if not callable(fn) or any(hasattr(x, "dtype") for x in jax.tree.leaves(fn)):
-        raise LoRAError(
-            f"expected a function of parameters, found {name}, which holds them: "
-            "lora.survey(lambda params, x: ..., params, x)"
-        )
 
 
 def _probes(params: Any) -> Any:

@@ -12,7 +12,7 @@ from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.fold import fold, folded
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.numbers import BELOW_ONE, COUNT, COUNT_OR_ZERO, FINITE, refused
-from lora_jax._core.paths import flatten
+from lora_jax._core.paths import flatten, nearest
 from lora_jax._core.plain import fields_of, plain, written
 from lora_jax._core.table import html_table, table
 from lora_jax._nodes.adapters import Full, LowRank, Rows
@@ -178,6 +178,9 @@ class Targets:
         return path in self.lora
 
     def __getitem__(self, path: str) -> Target:
+        if path not in self.lora:
+            close = ", ".join(nearest(str(path), self.lora)) or "none is adapted"
+            raise LoRAError(f"no adapted leaf '{path}'; nearest: {close}")
         return self.lora[path]
 
     def check(self, adapters: Any) -> None:

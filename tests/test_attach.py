@@ -322,8 +322,12 @@ def test_errors_of_nnx():
         lora.attach(forward, adapters)
     with fails(r"found a dict; of parameters it is lora.bind\(params, adapters\)"):
         lora.attach({"w": jnp.ones(3)}, adapters)
-    with fails(r"found a Tied, an NNX module: lora.attach\(model, adapters\)"):
+    with fails(r"found the module Tied: .* or lora.attach\(model, adapters\)"):
         lora.adapt(model)
+    with fails(
+        r"expected nnx.Rngs, found a int: lora.attach\(model, adapters, rngs=nnx.Rngs\(0\)\)"
+    ):
+        lora.attach(model, adapters, rngs=0)
     with fails("found a Tied: model, adapters"):
         lora.detach(model)
     with fails("plan='fast' is not one of"):
@@ -555,9 +559,9 @@ def test_errors_of_linen():
         lora.attach(model.bind(merged))
     with fails("attached already"):
         lora.attach(lora.attach(model))
-    with fails(r"found a MLP: lora.adapt\(model.apply\)"):
+    with fails(r"the module MLP: lora.adapt\(model.apply\)"):
         lora.adapt(model)
-    with fails(r"found a dict: lora.adapt\(fn\)"):
+    with fails(r"found dict: lora.adapt\(lambda params, x"):
         lora.adapt(merged)
 
 

@@ -512,3 +512,78 @@ def test_arrays_without_a_variable_around_them():
     for _ in range(2):
         assert_close(call(bound, x), plain(x))
         assert_close((model.total, bound.total), (plain.total, plain.total))
+
+
+class Mapped(nnx.Module):
+    """A layer in nnx.shard_map, which gives all Variables back."""
+
+    def __init__(self):
+        self.up = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        specs = jax.P(), jax.P("d")
+        layer = lambda layer, x: jnp.tanh(layer(x))
+        return nnx.shard_map(layer, mesh=mesh, in_specs=specs, out_specs=specs[1])(self.up, x)
+
+
+class Normed(nnx.Module):
+    """nnx.SpectralNorm writes what it divides into its layer."""
+
+    def __init__(self):
+        self.up = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+        self.norm = nnx.SpectralNorm(self.up, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x, update_stats=True)
+
+
+def with_adapters(model):
+    adapters = lora.init(jax.random.key(0), model, lora.LoRAConfig(RANK, targets="kernel"))
+    return model, jax.tree.map(lambda v: v + 0.1, adapters), jnp.linspace(-1, 1, 2 * WIDTH)
+
+
+def test_variables_that_shard_map_gives_back():
+    model, adapters, x = with_adapters(Mapped())
+    x, call = x.reshape(2, WIDTH), lora.adapt(forward)
+    ours = lambda ad, model: jnp.sum(jnp.sin(call(lora.bind(model, ad), x)))
+    merged = lambda ad: jnp.sum(jnp.sin(lora.merge(model, ad)(x)))
+    got = nnx.jit(nnx.value_and_grad(ours))(adapters, model)
+    assert_close(got, jax.jit(jax.value_and_grad(merged))(adapters))
+
+
+def test_a_weight_that_a_call_writes_is_no_low_rank_use():
+    model, adapters, x = with_adapters(Normed())
+    with fails("the call writes it into an NNX object, as an array"):
+        lora.adapt(forward)(lora.bind(model, adapters), x.reshape(2, WIDTH))
+
+
+def test_a_perturbation_has_its_gradient():
+    class Perturbed(nnx.Module):
+        def __init__(self):
+            self.up = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+            self.at = nnx.Perturbation(jnp.zeros(WIDTH))
+
+        def __call__(self, x):
+            return jnp.sum(jnp.sin(self.up(x) + self.at[...]))
+
+    model, adapters, x = with_adapters(Perturbed())
+    x, of = x[:WIDTH], nnx.DiffState(0, nnx.Perturbation)
+    want = nnx.grad(forward, argnums=of)(lora.merge(model, adapters), x)
+    bound = lambda model, x: lora.adapt(forward)(lora.bind(model, adapters), x)
+    attached = lora.attach(model, adapters)
+    for got in (nnx.grad(bound, argnums=of)(model, x), nnx.grad(forward, argnums=of)(attached, x)):
+        assert_close(got["at"].get_value(), want["at"].get_value())
+        assert jnp.all(got["at"].get_value() != 0)
+
+
+def test_references_are_refused():
+    arrays = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    refs = jax.tree.map(jax.new_ref, arrays)
+    config = lora.LoRAConfig(rank=2, targets="w", full="b")
+    with fails(r"(?s)'b': it is a jax.Ref.*'w': it is a jax.Ref.*nnx.with_vars\(model, ref=False"):
+        lora.init(jax.random.key(0), refs, config)
+    adapters = lora.init(jax.random.key(0), arrays, config)
+    for verb in (lora.bind, lora.merge):
+        with fails("'w': it is a jax.Ref"):
+            verb(refs, adapters)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from lora_jax._core.errors import LoRAError
 
@@ -24,7 +25,8 @@ def as_key(key: Any, call: str = "lora.init({key}, params, config)") -> jax.Arra
     Raises:
       LoRAError: it is none; with the corrected call.
     """
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
+    # `nnx.Rngs`, which can be called, has a stream for any name, "dtype" as well.
+    dtype, shape = None if callable(key) else getattr(key, "dtype", None), getattr(key, "shape", ())
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     if typed and shape == ():
         return key
@@ -35,7 +37,9 @@ def as_key(key: Any, call: str = "lora.init({key}, params, config)") -> jax.Arra
     # `init(7, params, config)`: the integer was meant as a seed.
     whole = isinstance(key, numbers.Integral) and not isinstance(key, bool)
     found, cure = type(key).__name__, f"jax.random.key({key if whole else 0})"
-    if typed:
+    if isinstance(key, nnx.Rngs):
+        cure = "rngs()"
+    elif typed:
         found, cure = f"{shape} keys", f"keys[{', '.join('0' * len(shape))}]"
     elif dtype == jnp.uint32 and shape == (4,):
         # What `jax.random.key_data` gives of such a key.

@@ -17,7 +17,7 @@ class Named:
     theirs: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, theirs: Mapping[str, str]):
-        # {what others call a field: its name here}
+        # {what others call a field: its name here, or what it is here, if no field}
         cls.theirs = theirs
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -28,7 +28,8 @@ class Named:
         for name, value in kwargs.items():
             ours = cls.theirs.get(name, name)
             if ours not in own:
-                failures.append(f"it has no '{name}'; nearest: {', '.join(nearest(name, own, 3))}")
+                none = f"it has no '{name}'; nearest: {', '.join(nearest(name, own, 3))}"
+                failures.append(none if ours == name else f"'{name}' is {ours}")
                 continue
             if ours != name:
                 failures.append(f"'{name}' is '{ours}' here")

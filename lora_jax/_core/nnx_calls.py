@@ -48,13 +48,15 @@ def pack(args: Any) -> tuple[Any, Packed]:
     # `nnx.split` puts the very Variables into the state, so that identity tells them.
     leaves, structure = jax.tree.flatten(state, is_leaf=is_variable)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaves)):
-        # The Variables that a bound module shares with its original: no gradient flows to them.
+        # The Variables that a bound module shares with its original: no gradient flows to them,
+        # but for those that are there to be differentiated.
         frozen = {
             id(v)
             for original in map(original_of, members_of(objects))
             if original is not None
             for values, _ in _contents(original).values()
             for v in values
+            if not isinstance(v, nnx.Perturbation)
         }
         leaves = [_stopped(x) if id(x) in frozen else x for x in leaves]
         state = jax.tree.unflatten(structure, leaves)

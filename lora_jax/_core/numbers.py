@@ -56,7 +56,7 @@ def is_real(x: Any) -> bool:
 def shown(x: Any) -> str:
     """What an error says of it: Python does not print an integer of thousands of digits."""
     try:
-        return repr(x)
+        return f"{x!r:.200}"
     except ValueError:
         return f"an integer of {x.bit_length()} bits"
 
@@ -154,6 +154,13 @@ def refused(traced: bool = False, /, **asked: tuple[Any, Number]) -> list[str]:
         for name, (x, kind) in asked.items()
         if not kind.fits(x, traced)
     ]
+
+
+def check_flags(call: str, **given: Any) -> None:
+    """Raises for arguments that are neither True nor False, with the corrected call."""
+    wrong = [f"{n}={x!r:.80}" for n, x in given.items() if not isinstance(x, bool | np.bool_)]
+    if wrong:
+        raise LoRAError(f"{', '.join(wrong)}: expected True or False: {call}")
 
 
 def check_values(leaves: Iterable[tuple[str, Any]], call: str) -> None:

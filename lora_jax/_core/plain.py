@@ -109,5 +109,5 @@ def fields_of(cls: type, text: Any) -> dict[str, Any]:
         found = f"no JSON ({e})"
     raise LoRAError(
         f"expected what {cls.__name__}.to_json() wrote, found {quoted(str(found))}: "
-        f"{cls.__name__}.from_json(value.to_json())"
+        f"lora.{cls.__name__}.from_json(value.to_json())"
     )

@@ -149,6 +149,11 @@ def _meeting(arg: Any, spec: PartitionSpec) -> Any:
 def _shard_map(ctx: Context, eqn: Equation, args: Sequence) -> list:
     p = eqn.params
     jaxpr, consts = compat.opened(p["jaxpr"])
+    # A weight that leaves as it came, as NNX gives back all Variables, is the weight that it was.
+    came = [
+        None if i is None or not is_weight(args[i]) or p["in_specs"][i] != s else args[i]
+        for i, s in zip(forwarded(jaxpr), p["out_specs"])
+    ]
     # What the spec of a weight says of an axis holds for the factors that have that axis.
     args = [_cuttable(_meeting(a, s), s, p["mesh"]) for a, s in zip(args, p["in_specs"])]
 
@@ -158,15 +163,18 @@ def _shard_map(ctx: Context, eqn: Equation, args: Sequence) -> list:
         base = cut(arg.base, s, p["mesh"]) if is_waiting(arg.base) else s
         return _like(arg, base, lambda f: spec_along(f.dims, s))
 
+    left = lambda outs: [o for o, w in zip(outs, came) if w is None]
+    run = lambda xs: arrays(ctx, eqn, left(ctx.run(jaxpr, consts, xs)), "shard_map output")
     fn = jax.shard_map(
-        lambda *xs: tuple(arrays(ctx, eqn, ctx.run(jaxpr, consts, xs), "shard_map output")),
+        lambda *xs: tuple(run(xs)),
         mesh=p["mesh"],
         in_specs=tuple(map(spec, args, p["in_specs"])),
-        out_specs=tuple(p["out_specs"]),
+        out_specs=tuple(left(p["out_specs"])),
         axis_names=compat.shard_map_axes(p),
         check_vma=p["check_vma"],
     )
-    return list(fn(*args))
+    outs = iter(fn(*args))
+    return [next(outs) if w is None else w for w in came]
 
 
 def _own_derivative(ctx: Context, eqn: Equation, args: Sequence) -> str:

@@ -269,12 +269,12 @@ class Interpreter:
             self.used(w, eqn, how=MATERIALISED, name=name, why=why)
         return w.array()
 
-    def returned(self, w: Followed, moved: bool) -> jax.Array:
+    def returned(self, w: Followed, moved: bool, why: str) -> jax.Array:
         """A weight that the function returns, as an array. Strict mode does not object to one that
         comes back as it was."""
         if moved and not isinstance(w, Coded):
             how = LOW_RANK if w.indexed else MATERIALISED
-            use = Use("output", how, "the outputs", why="it is returned as an array")
+            use = Use("output", how, "the outputs", why=why)
             self.events |= {(leaf, None, how): use for leaf in origins(w)}
         return w.array()
 

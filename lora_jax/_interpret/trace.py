@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -46,7 +47,9 @@ class Traceable:
         fn: Callable,
         static_argnums: int | Sequence[int] = (),
         static_argnames: str | Sequence[str] = (),
+        call: str = "lora.adapt({fn})",
     ):
+        check_function(fn, call)
         self.fn = fn
         self.static_argnums = positions(static_argnums, "static_argnums")
         one = isinstance(static_argnames, str) or not isinstance(static_argnames, Iterable)
@@ -110,6 +113,33 @@ class Traceable:
         # `fn` is traced as if the weight were there; codes have another shape and type.
         bases = [x.abstract if is_quantized(x) else x for x in bases]
         return jax.make_jaxpr(self._trace, static_argnums=0, return_shape=True)(constants, *bases)
+
+
+def check_function(fn: Any, call: str) -> None:
+    """Raises a LoRAError for a model in the function's place: it would be a constant.
+
+    Args:
+      call: the user's, with "{fn}", and "{params}" where it takes parameters.
+    """
+    name = type(fn).__name__
+    owner = getattr(fn, "__self__", None)
+    if nnx.is_module(owner) and getattr(fn, "__name__", "") == "__call__":
+        found = f"the __call__ of one {type(owner).__name__}"
+        cure, params = "lambda model, x: model(x)", "model"
+    elif nnx.is_module(fn):
+        found, cure, params = f"the module {name}", "lambda model, x: model(x)", "model"
+    elif isinstance(fn, nn.Module):
+        found, cure, params = f"the module {name}", "model.apply", "{'params': params}"
+    elif not callable(fn):
+        found, cure, params = name, "lambda params, x: ...", "params"
+    elif not isinstance(fn, jax.tree_util.Partial) and any(map(is_array, jax.tree.leaves(fn))):
+        found, cure, params = f"{name}, which holds them", "lambda model, x: model(x)", "model"
+    else:
+        return
+    call = call.format(fn=cure, params=params)
+    if params == "model" and call.startswith("lora.adapt("):
+        call += ", or lora.attach(model, adapters)"
+    raise LoRAError(f"expected a function of parameters, found {found}: {call}")
 
 
 def _rejoined(traceable: Traceable, constants: Constants, *arrays: Any) -> tuple:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import serialization
@@ -14,7 +15,9 @@ from jax.sharding import PartitionSpec
 
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import RANK, Geometry, spec_along
+from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import BELOW_ONE, COUNT_OR_ZERO, FINITE
+from lora_jax._core.paths import flatten
 from lora_jax._nodes.weight import is_weight
 
 if TYPE_CHECKING:
@@ -217,3 +220,26 @@ def _from_state_dict(node: Any, state: Mapping[str, Any]) -> Any:
 
 def is_node(x: Any) -> bool:
     return isinstance(x, Node)
+
+
+NO_REF = (
+    "it is a jax.Ref, and only arrays are adapted: pass what it holds, ref[...]; of an NNX module, "
+    "nnx.with_vars(model, ref=False)"
+)
+
+
+def leaves_of(params: Any, call: str) -> dict[str, Any]:
+    """{path: leaf} of parameters; of a module, those of its state.
+
+    Raises:
+      LoRAError: there are no arrays, or they are adapters; with the corrected call.
+    """
+    leaves = flatten(state_of(params), is_leaf=lambda x: is_weight(x) or is_node(x))
+    if any(map(is_node, leaves.values())):
+        raise LoRAError(f"expected parameters, found adapters: {call}")
+    if not any(hasattr(x, "shape") for x in leaves.values()):
+        found, cure = f"{type(params).__name__} without arrays", call
+        if isinstance(params, nn.Module):
+            found, cure = "a Linen module", f"params = model.init(key, x)['params'], then {call}"
+        raise LoRAError(f"expected parameters, found {found}: {cure}")
+    return leaves

@@ -21,7 +21,7 @@ from lora_jax._core.einsum import product
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.keys import as_key
 from lora_jax._core.mesh import anywhere, placed
-from lora_jax._core.numbers import BELOW_ONE, PASSES_OR_ZERO, SHARE, integer, shown
+from lora_jax._core.numbers import BELOW_ONE, PASSES_OR_ZERO, SHARE, check_flags, integer, shown
 from lora_jax._core.paths import nest
 from lora_jax._nodes.adapters import LoRA
 from lora_jax.algebra._arguments import Part, Parts, check_rank, parts_of
@@ -269,8 +269,7 @@ def _method(how: str, density: float = 1.0, rate: float = 0.0, per_weight: bool 
         raise LoRAError(
             f"rate={rate}: expected the probability to drop an element, in [0, 1): rate=0.9"
         )
-    if not isinstance(per_weight, bool):
-        raise LoRAError(f"per_weight={per_weight!r}: expected True or False: per_weight=True")
+    check_flags("per_weight=True", per_weight=per_weight)
     density, rate = float(density) if trim else 1.0, float(rate) if drop else 0.0
     return Method(density, rate, elect, per_weight)
 

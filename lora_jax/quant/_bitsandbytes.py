@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core.errors import LoRAError, quoted, raise_all
+from lora_jax._core.numbers import check_flags
 from lora_jax._core.paths import nearest
 from lora_jax._quantized.formats import NF4, SECOND, dynamic_map
 from lora_jax._quantized.weight import Quantized
@@ -97,8 +98,7 @@ def bitsandbytes_weight(
             f"expected a dict of tensors, found {type(tensors).__name__}: "
             "lora.quant.bitsandbytes_weight(safetensors.numpy.load_file(path), name)"
         )
-    if not isinstance(kernel, bool):
-        raise LoRAError(f"kernel={kernel!r}: expected True or False")
+    check_flags("lora.quant.bitsandbytes_weight(tensors, name, kernel=True)", kernel=kernel)
     if isinstance(name, str):
         q = _one(tensors, name)
     elif not isinstance(name, Sequence) or not name or not all(isinstance(n, str) for n in name):

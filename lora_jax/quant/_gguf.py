@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.numbers import check_flags
 from lora_jax._quantized.formats import is_float
 from lora_jax._quantized.weight import Quantized
 
@@ -62,8 +63,7 @@ def gguf_weight(
             f"expected a tensor of gguf.GGUFReader(path).tensors, or several, found "
             f"{type(tensors).__name__}: lora.quant.gguf_weight(reader.tensors[0])"
         )
-    if not isinstance(kernel, bool):
-        raise LoRAError(f"kernel={kernel!r}: expected True or False")
+    check_flags("lora.quant.gguf_weight(tensor, kernel=True)", kernel=kernel)
     each = list(tensors) if several else [tensors]
     if not is_float(dtype):
         raise LoRAError(f"dtype={dtype!r}: expected a floating type, dtype=jnp.bfloat16")

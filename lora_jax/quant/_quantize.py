@@ -13,6 +13,7 @@ from lora_jax._config import LoRAConfig
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import Geometry
 from lora_jax._core.nnx import map_state, state_of
+from lora_jax._core.numbers import check_flags
 from lora_jax._core.paths import flatten, map_with_path
 from lora_jax._core.placement import away, check_there, near
 from lora_jax._quantized.make import check_format, in_codes, unstorable
@@ -105,8 +106,7 @@ def chosen_leaves(
     wrong = check_format(format, "format")
     if wrong:
         raise LoRAError(wrong)
-    if not isinstance(double, bool):
-        raise LoRAError(f"double={double!r}: expected True or False")
+    check_flags("double=True", double=double)
     chosen = targets
     if not isinstance(targets, Targets):
         # The rank is of no account: only which leaves, and which of their axes are contracted.

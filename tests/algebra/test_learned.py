@@ -209,7 +209,7 @@ def test_the_table_has_a_row_for_each_leaf():
 @pytest.mark.parametrize("call, match", [
     (lambda: lora.algebra.learned(None, PARAMS), "expected adapters, as from lora.init, found ArrayImpl"),
     (lambda: lora.algebra.learned(PARAMS, {}), r"expected adapters, found an empty tree: lora.algebra.learned\(params"),
-    (lambda: lora.algebra.learned(others(), PARAMS), r"found parameters or another tree: lora.algebra.learned\(params, adapters\)"),
+    (lambda: lora.algebra.learned(others(), PARAMS), r"found adapters: lora.algebra.learned\(params, adapters\)"),
     (lambda: lora.algebra.learned({"dense": {"kernel": jnp.ones((3, 20)), "bias": jnp.ones(20)}}, others()),
      r"(?s)'dense/kernel': the leaf has shape \(3, 20\).*'table' is adapted, but the parameters have no such leaf"),
     (lambda: lora.algebra.learned(PARAMS, jax.eval_shape(others)), "in their values, found abstract ones"),
