@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from lora_jax._core import nnx_calls
+from lora_jax._core import nnx, nnx_calls
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.numbers import positions
 from lora_jax._nodes.weight import Followed, is_weight

@@ -133,7 +133,11 @@ def _pairs(x: jax.Array, s: jax.Array, *ab: jax.Array, pairs: Sequence[Pair]) ->
     downs = [slots_first(a, p.down.yl)[0] for p, a in zip(pairs, ab[::2])]
     # Alike for all: the labels of x and of its slots, and how many there are.
     how = pairs[0].down
-    one = lambda row: [of_row(p.down, *row, a) for p, a in zip(pairs, downs)]
+
+    def one(row: tuple) -> list:
+        x, k = row
+        return [of_row(p.down, x, k, a) for p, a in zip(pairs, downs)]
+
     hs = lax.map(one, (rows_first(x, how.xl, how.sl)[0], nearest(s, how)))
     return [
         chosen(times(in_place(h, s, p.down), p.scale), b, s, p.up)
