@@ -142,8 +142,8 @@ def contract(
     where shardings are part of types; `params` are dot_general's precision and
     preferred_element_type.
     """
-    x, xl = _sum_lone(x, xl, yl, out)
-    y, yl = _sum_lone(y, yl, xl, out)
+    x, xl = sum_lone(x, xl, yl, out)
+    y, yl = sum_lone(y, yl, xl, out)
     # Labels of both: batch axes where the result has them, else summed.
     both = [d for d in xl if d in yl]
     batch = [d for d in both if d in out]
@@ -157,7 +157,7 @@ def contract(
     return in_order(lax.dot_general(x, y, dims, out_sharding=own, **params), zl, out)
 
 
-def _sum_lone(x: jax.Array, xl: Labels, yl: Labels, out: Labels) -> tuple[jax.Array, Labels]:
+def sum_lone(x: jax.Array, xl: Labels, yl: Labels, out: Labels) -> tuple[jax.Array, Labels]:
     """x summed over its labels that neither the other operand nor the result has, and the rest."""
     # dot_general cannot sum an axis that one operand alone has.
     lone = tuple(i for i, d in enumerate(xl) if d not in yl and d not in out)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.lax import Precision
 
 from lora_jax._core import compat
-from lora_jax._core.einsum import Labels, along, cast, holding, laid_along, meeting, plus
+from lora_jax._core.einsum import Labels, along, cast, holding, laid_along, meeting, plus, sum_lone
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.geometry import PART, RANK, SEED_IMPL, SLOT, Factor
 from lora_jax._nodes.weight import AdaptedWeight
@@ -216,6 +216,9 @@ def _by_slot(
     bases, (s, sl) = [p.base() for p in products], _slots(x, xl, first)
     dtype, precision = first.arithmetic(x)
     x = dropout(cast(x, dtype), first.w, first.use)
+    (_, al), (_, bl) = parts[0]
+    # Summed here: a choice knows no axes that x alone has.
+    x, xl = sum_lone(x, xl, al, (*bl, *first.m.out))
     pairs: list[Pair] = []
     for p, y, ((a, al), (_, bl)) in zip(products, bases, parts):
         left = dict.fromkeys((*xl, *al))
@@ -223,7 +226,7 @@ def _by_slot(
         count = a.shape[al.index(SLOT)]
         # Along the rank x·A is whole, and its update lies as x·W does.
         where = laid_along(compat.explicit_sharding(x), xl, hl)
-        down = Choice(tuple(xl), al, sl, hl, count, dtype, precision, where=where)
+        down = Choice(xl, al, sl, hl, count, dtype, precision, where=where)
         out = tuple(d for d in p.m.out if d in hl or d in bl)
         where = laid_along(compat.explicit_sharding(y), p.m.out, out)
         up = Choice(hl, bl, sl, out, count, holding(p.m.dtype), precision, where=where)
@@ -245,7 +248,7 @@ def _slots(x: jax.Array, xl: Labels, p: Product) -> tuple[jax.Array, tuple]:
     fits = len(sizes) == len(found) and all(n in (1, size) for n, size in zip(found, sizes))
     if found and not fits:
         raise LoRAError(
-            f"'{p.w.origin}' is multiplied by inputs of shape {tuple(x.shape)}, which have {sizes} "
+            f"'{p.w.name}' is multiplied by inputs of shape {tuple(x.shape)}, which have {sizes} "
             f"positions; expected slots or a mask of that shape, or of 1 in places, found {found}: "
             "lora.algebra.choose(stacked, slots), with slots (batch, tokens) or (batch, 1)"
         )

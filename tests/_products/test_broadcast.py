@@ -39,6 +39,29 @@ def test_contracted(name, plan):
     compare(CONTRACTED[name], (6, 5), MATRIX, X, plan)
 
 
+@pytest.mark.parametrize("name", CONTRACTED)
+def test_contracted_by_slot(name):
+    """An adapter for each example: what the example alone gives with it."""
+    fn, slots, params = (
+        CONTRACTED[name],
+        [1, 0, -1, 1],
+        {"w": rand.normal(jax.random.key(1), (6, 5))},
+    )
+    draw = lambda i: [rand.normal(jax.random.key(i + k), s) for k, s in enumerate([(6, 2), (2, 5)])]
+    stacked = lora.algebra.stack([{"w": lora.LoRA(*draw(i), 0.5, MATRIX)} for i in (2, 4)])
+
+    def alone(stacked):
+        of = lambda k: lora.merge(params, lora.algebra.choose(stacked, k)) if k >= 0 else params
+        return jnp.concatenate([fn(of(k), X[i : i + 1]) for i, k in enumerate(slots)])
+
+    index = jnp.array(slots).reshape(
+        (4, 1) if name == "of size 1" else 4
+    )  # positions: (4, 2), (4,)
+    choose = lambda stacked: lora.bind(params, lora.algebra.choose(stacked, index))
+    got = value_and_grad(lambda stacked: lora.adapt(fn)(choose(stacked), X))(stacked)
+    assert_close(got, value_and_grad(alone)(stacked), factor=256)
+
+
 def test_an_output_that_no_factor_runs_along():
     """The derivative has the axis as well, where the adapters alone change."""
     fn = lambda p, x: jnp.einsum("bd,gdf->gbf", x[:, 0], jnp.broadcast_to(p["w"], (3, 6, 5)))
