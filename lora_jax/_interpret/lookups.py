@@ -103,9 +103,9 @@ def _masked(w: Followed, picked: Followed, indices: jax.Array, p: Mapping[str, A
         value = jnp.where(seen, f.value, jnp.zeros((), f.value.dtype))
         return {name: Factor(value, (*batch, *own))}
 
-    # With A zero, A·B is. What a row is filled with has no gain, which 0 and NaN do not tell.
-    same = fill is None or fill == 0 or fill != fill
-    masked: dict[str, Any] = mask("a", "a", "b") | ({} if same else mask("gain", "gain"))
+    # With A zero, A·B is. What a row is filled with has no gain, nor counts in the gain's gradient:
+    # 0 gives nothing there, and NaN gives NaN, also where its cotangent is 0.
+    masked: dict[str, Any] = mask("a", "a", "b") | ({} if fill == 0 else mask("gain", "gain"))
     return dataclasses.replace(picked, **masked)
 
 

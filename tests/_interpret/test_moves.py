@@ -96,6 +96,23 @@ def test_what_is_out_of_bounds_has_no_gain(use, axis, units):
     assert_close(lora.adapt(fn)(lora.bind({"w": w}, {"w": node})), want)
 
 
+@pytest.mark.parametrize("units", [0, 1])
+def test_what_is_out_of_bounds_has_no_gradient(units):
+    """Rows that are filled with NaN, and replaced: DoRA's gradient is that of the rest."""
+    geometry = lora.Geometry((1 - units,), (units,))
+    a, b = (rand.normal(k, s) for k, s in zip(KEYS, geometry.factor_shapes((6, 5), 2)))
+    node = lora.LoRA(a, b, 0.5, geometry).with_magnitude(jnp.arange(1.0, 1 + (6, 5)[units]))
+    params = {"w": PARAMS["w"]}
+
+    def fn(p):
+        rows = jnp.take(p["w"], OUTSIDE + 1, axis=0)
+        return jnp.where((OUTSIDE < 5)[:, None], rows, 0)
+
+    got = value_and_grad(lambda ad: lora.adapt(fn)(lora.bind(params, ad)))({"w": node})
+    want = value_and_grad(lambda ad: fn(lora.merge(params, ad)))({"w": node})
+    assert_close(got, want, factor=256)
+
+
 STACKS = {
     "unstacked": lambda w, x: [x @ part for part in jnp.unstack(w[:, 0])],
     "summed": lambda w, x: x @ w[:, 0].sum(0),
