@@ -20,6 +20,19 @@ from lora_jax._quantized.sending import sent
 from lora_jax._quantized.waiting import is_waiting, value
 
 
+class _Number(int):
+    """Which argument a weight is, for a function that serves several calls; messages show the leaf
+    of the first one."""
+
+    def __new__(cls, i: int, leaf: str) -> _Number:
+        self = super().__new__(cls, i)
+        self.leaf = leaf
+        return self
+
+    def __str__(self) -> str:
+        return self.leaf
+
+
 class Interpreter:
     """One evaluation. `events` maps (leaf, equation, how) to a `Use`."""
 
@@ -125,7 +138,7 @@ class Interpreter:
         # In the shared function a weight goes by the number of its argument, and its masks are
         # those of this call.
         entered = [
-            dataclasses.replace(self.fresh(a), origin=i) if is_weight(a) else a
+            dataclasses.replace(self.fresh(a), origin=_Number(i, a.name)) if is_weight(a) else a
             for i, a in enumerate(args)
         ]
         # Weights are alike if all that is static of them is: kinds, labels, scales, moves of codes.

@@ -43,8 +43,8 @@ def observed(
         return x
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise LoRAError(
-            f"'{w.origin}' is multiplied by {x.dtype}: a second moment is of floating-point inputs "
-            "alone. Leave it out, exclude=['" + f"{w.origin}'], or cast its input in the model"
+            f"'{w.name}' is multiplied by {x.dtype}: a second moment is of floating-point inputs "
+            "alone. Leave it out, exclude=['" + f"{w.name}'], or cast its input in the model"
         )
 
     @jax.custom_vjp

@@ -33,7 +33,7 @@ from lora_jax._quantized.waiting import is_waiting, value
 
 def _unadapted(self: Any, *_: Any, **__: Any) -> Any:
     raise LoRAError(
-        f"the adapted weight '{self.origin}' was used as an array: the plain function was called "
+        f"the adapted weight '{self.name}' was used as an array: the plain function was called "
         "with bound parameters. Adapt the function first: "
         "`apply = lora.adapt(model.apply)`, then "
         "`apply({'params': lora.bind(params, adapters)}, x)`; of an NNX module `call = lora.adapt("
@@ -67,6 +67,11 @@ class Followed:
     stopped: bool = static(default=False, kw_only=True)
 
     lora_leaf = True  # for `_core.paths`: one leaf of a parameter tree
+
+    @property
+    def name(self) -> str:
+        """The leaves that it comes from, as a message shows them between quotes."""
+        return "' + '".join(map(str, origins(self)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -266,7 +271,7 @@ class AdaptedWeight(Followed):
             return self.settled().delta(dtype, precision)
         if self.tokens is not None:
             raise LoRAError(
-                f"'{self.origin}' is adapted token by token, by the slots or the mask of "
+                f"'{self.name}' is adapted token by token, by the slots or the mask of "
                 "lora.algebra.choose, and that only products of matrices can do: leave it out of "
                 "the adapters, or choose one slot, under jax.vmap for each example"
             )

@@ -219,10 +219,11 @@ def test_what_is_no_product():
         x, p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
     )
     stack = lora.algebra.stack([{"k": node(1, (3, 4, 6), 2, lora.Geometry((0, 1), (2,)))}])
-    for strict in (True, False):
+    within = lambda p, x: jax.jit(lambda k, x: conv({"k": k}, x))(p["k"], x)
+    for strict, fn in ((True, conv), (False, conv), (True, within)):
         with fails("'k' is adapted token by token"):
             bound = lora.bind(kernel, lora.algebra.choose(stack, slots))
-            lora.adapt(conv, strict=strict)(bound, jnp.ones((2, 5, 4)))
+            lora.adapt(fn, strict=strict)(bound, jnp.ones((2, 5, 4)))
     with fails(r"'head' is multiplied by .*\(2, 5\) positions; expected slots .* found \(5,\)"):
         head = {"head": lora.algebra.stack(ZOO[:1])["head"]}
         bound = lora.bind({"head": PARAMS["head"]}, lora.algebra.choose(head, slots[0]))
