@@ -264,9 +264,10 @@ def _side_by_side(
         a, b, seed = _beside(weights, _placed(firsts, around), _placed(seconds, around))
     own = [at for w, at in zip(weights, around) if w.gain is not None]
     gain = _total(_placed(gains, own)) if gains else None
-    # Tables one below the other, some rows of each in the place of its own.
+    # Tables one below the other, some rows of each in the place of its own. Beside a row there is
+    # what it is joined with, as in `_pad`.
     rows = [w.rows for w, (_, b_) in zip(weights, pairs) if w.rows and {*w.rows.dims} == {*b_.dims}]
-    below = not stacked and len(rows) == len(weights)
+    below = not stacked and len(rows) == len(weights) and not rows[0].has(dim)
     own = _along(RANK, rows) if below else None
     whole = dict(base=base, a=a, b=b, gain=gain, seed=seed, rows=own, scale=_scale(weights))
     return [dataclasses.replace(first, **whole, **labels)]

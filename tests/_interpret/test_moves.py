@@ -267,6 +267,8 @@ TABLES = {
     "padded": lambda p: jnp.pad(p["e"], ((0, 4), (0, 0))),
     "with others below": lambda p: jnp.concatenate([p["e"], jnp.ones((4, 4))]),
     "beside others": lambda p: jnp.pad(p["e"], ((0, 4), (0, 3)), constant_values=1e3),
+    "beside an array": lambda p: jnp.concatenate([p["e"], jnp.ones((8, 3))], 1),
+    "beside itself": lambda p: jnp.concatenate([p["e"], p["e"][::-1]], 1),
 }
 
 
@@ -277,10 +279,10 @@ def test_trained_rows_of_joined_tables(name):
     ad = {"e": lora.Rows(rows[:2], (2, 5), 8), "e2": lora.Rows(rows[2:], (1,), 4)}
     ad = ad if "one" in name else {"e": ad["e"]}
     fn = lambda p, ids: TABLES[name](p)[ids]
-    ids = jnp.arange(12)
+    ids = jnp.arange(TABLES[name](params).shape[0])
     got = lora.adapt(fn)(lora.bind(params, ad), ids)
     want = fn(lora.merge(params, ad), ids)
-    if name == "beside others":  # W + (v − W) there
+    if "beside" in name:  # W + (v − W) there
         np.testing.assert_allclose(got, want, atol=1e-3)
     else:
         np.testing.assert_array_equal(got, want)
