@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax._core import compat
 from lora_jax._core.einsum import cast, times
 from lora_jax._core.geometry import PART, RANK, Factor
 from lora_jax._interpret.moves import REPEATED, scaled_along, spread_to
@@ -150,7 +151,10 @@ def _values(factors: Sequence[Factor]) -> tuple[list[jax.Array], tuple[int, ...]
     """Their arrays, of one type and order of axes; and that order."""
     dims = factors[0].dims
     dtype = jnp.result_type(*(f.value.dtype for f in factors))
-    return [cast(f.order(dims).value, dtype) for f in factors], dims
+    values = [cast(f.order(dims).value, dtype) for f in factors]
+    # Where shardings are part of types, as the one lies that is cut along most axes.
+    like = max(values, key=lambda v: sum(s is not None for s in jax.typeof(v).sharding.spec))
+    return [compat.lying_as(v, like) for v in values], dims
 
 
 def _seeds(weights: Sequence[AdaptedWeight], dim: int) -> list[Factor]:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax._core import compat
-from lora_jax._core.geometry import Factor, spec_along
+from lora_jax._core.geometry import RANK, Factor, spec_along
 from lora_jax._interpret.rule import (
     BOTH,
     GAIN,
@@ -138,6 +138,10 @@ def scaled_along(
     """The weight times `c`, which varies along `dims` alone; op(factor, c) does it to a factor."""
     dims = {*dims, *(d for d, n in enumerate(jnp.shape(c)) if n == 0)}  # without a first element
     if jnp.ndim(c) and w.ndim:  # what c is along each other axis is in its first element
+        where = compat.explicit_sharding(c)
+        if where is not None:  # each device has a first element
+            spec = spec_along(tuple(d if d in dims else RANK for d in range(c.ndim)), where.spec)
+            c = jax.sharding.reshard(c, where.update(spec=spec))
         at = [slice(None) if d in dims else slice(1) for d in range(c.ndim)]
         c = lax.squeeze(c[tuple(at)], [d for d in range(c.ndim) if d not in dims])
     if not dims:
@@ -160,7 +164,8 @@ def scaled_along(
         at = [d for d in f.dims if d in order]
         # c lies in the order of `dims`, sorted; the factor's axes may stand in another.
         c_ = lax.transpose(c, [order.index(d) for d in at])
-        return f.map(op, lax.broadcast_in_dim(c_, f.value.shape, [*map(f.dims.index, at)]))
+        c_ = lax.broadcast_in_dim(c_, f.value.shape, [*map(f.dims.index, at)])
+        return f.map(op, compat.lying_as(c_, f.value))
 
     moved: dict[str, Any] = {name: along(w.parts[name])}
     out = dataclasses.replace(w, base=base, **moved)

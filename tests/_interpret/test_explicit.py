@@ -45,6 +45,15 @@ USES = {
     "reduced": (
         lambda p, x: x @ jax.sharding.reshard(p["w"], P(None, "t", reduced={"d"})),
         (8, 4), MATRIX, P("d", "t"), (4, 8), P("d", None)),
+    "masked inputs": (
+        lambda p, x: x @ jnp.where(jnp.arange(8)[:, None] > 3, p["w"], 3.0),
+        (8, 4), MATRIX, P(None, "t"), (4, 8), P("d", None)),
+    "scaled inputs": (
+        lambda p, x: x @ (p["w"] * jnp.arange(8.0)[:, None]),
+        (8, 4), MATRIX, P(None, "t"), (4, 8), P("d", None)),
+    "less their mean": (
+        lambda p, x: x @ (p["w"] - p["w"].mean(1, keepdims=True)),
+        (8, 4), MATRIX, P(None, "t"), (4, 8), P("d", None)),
     "a grouped convolution": (
         lambda p, x: conv(p, x, 2), (3, 4, 4), KERNEL, P(), (4, 9, 8), P("d", None, None)),
     "a depthwise convolution": (
@@ -62,7 +71,7 @@ def test_equals_one_device(name, placed):
     params, x = {"w": rand.normal(KEYS[0], shape)}, rand.normal(KEYS[1], x_shape)
     factors = (jnp.zeros(s) for s in geometry.factor_shapes(shape, 2))
     adapters = noisy({"w": lora.LoRA(*factors, 0.5, geometry)}, scale=1.0)
-    alone = fn if spec in (P(), P("t", None, None)) else lambda p, x: x @ p["w"]
+    alone = (lambda p, x: x @ p["w"]) if "mapped" in name or name == "reduced" else fn
     want = value_and_grad(lambda ad: alone(lora.merge(params, ad), x))(adapters)
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     with jax.set_mesh(mesh):
