@@ -267,6 +267,8 @@ def test_nothing_is_changed_by_what_does_not_fit():
         join(0, TENANTS[0], TX.init(tenant(1, 3, 4)))
     with fails(r"slot 4: expected 0 to 3"):
         lora.optim.leave(TX, stacked, state, 4)
+    with fails(r"slot 3 is empty: expected one that has adapters"):
+        lora.optim.leave(TX, stacked, state, 3)
     update = lora.optim.per_slot(TX).update
     for active in (jnp.ones(5, bool), jnp.ones(3, bool), jnp.ones(4), [[True], [True, False]]):
         with fails(r"expected 4 booleans(, found|: .*inhomogeneous)"):
