@@ -256,8 +256,8 @@ class Interpreter:
         name = name or eqn.primitive.name
         line = compat.source_line(eqn)
         use = Use(name, how, line, in_axes, out_axes, batch_axes, plan, dilated, why)
-        # By the equation, so that one that is evaluated again counts once; by the name, as a product
-        # of two parts of one leaf may use it in two ways.
+        # By the equation, so that one that is evaluated again counts once; by the name, as both
+        # operands of a product may be of one leaf.
         self.events |= {(leaf, id(eqn), (how, name)): use for leaf in origins(w)}
 
     def materialise(
