@@ -328,6 +328,10 @@ ERRORS = {
         dict(fn=lambda p, x: p["up"][jnp.arange(6)] + x @ p["up"], targets=("up",)),
         "(?s)for matrix products.*'up' is used by gather",
     ),
+    "look-up in a product": (
+        dict(fn=lambda p, x: p["up"][jnp.arange(6)] @ p["up"].T, targets=("up",)),
+        "(?s)for matrix products.*'up' is used by gather",
+    ),
     "sum": (
         dict(fn=lambda p, x: x @ (p["up"] + p["down"]), strict=False),
         "(?s)for matrix products.*'up'",

@@ -45,7 +45,7 @@ class Use:
 
 def by_leaf(paths: Iterable[str], events: Mapping[tuple, Use]) -> dict[str, tuple[Use, ...]]:
     """The uses of each leaf, in the order of the program."""
-    # The keys of events are (leaf, id of the equation, how).
+    # The keys of events are (leaf, id of the equation, how and by what).
     uses: dict[str, list[Use]] = {path: [] for path in paths}
     for (path, _, _), use in events.items():
         uses[path].append(use)

@@ -34,7 +34,7 @@ class _Number(int):
 
 
 class Interpreter:
-    """One evaluation. `events` maps (leaf, equation, how) to a `Use`."""
+    """One evaluation. `events` maps (leaf, equation, how and by what) to a `Use`."""
 
     def __init__(self, plan: str = "auto", policy: Callable | None = None):
         self.plan = plan
@@ -269,8 +269,9 @@ class Interpreter:
         name = name or eqn.primitive.name
         line = compat.source_line(eqn)
         use = Use(name, how, line, in_axes, out_axes, batch_axes, plan, dilated, why)
-        # By the equation, so that one that is evaluated again counts once.
-        self.events |= {(leaf, id(eqn), how): use for leaf in origins(w)}
+        # By the equation, so that one that is evaluated again counts once; by the name, as both
+        # operands of a product may be of one leaf.
+        self.events |= {(leaf, id(eqn), (how, name)): use for leaf in origins(w)}
 
     def materialise(
         self, w: Followed, eqn: Equation, name: str | None = None, why: str = ""

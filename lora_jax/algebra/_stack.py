@@ -23,7 +23,7 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import SIZE, check_numbers, holds, integer
 from lora_jax._core.paths import flatten, map_with_path, nest
 from lora_jax._core.placement import away, check_there, near
-from lora_jax._nodes.adapters import rows_of
+from lora_jax._nodes.adapters import LowRank, rows_of
 from lora_jax._nodes.node import is_node
 from lora_jax._nodes.tokens import ForTokens, remembering
 from lora_jax.algebra._arguments import checked
@@ -182,6 +182,13 @@ def slot_count(stacked: Any, call: str) -> int:
     raise_all("expected a stack, found:", wrong, call)
     check_there(flatten(stacked))
     return sizes.pop()
+
+
+def check_taken(adapters: Any, slot: int, call: str) -> None:
+    """That a slot, as `choose` gives it, is not empty: not all of A and B are zero."""
+    nodes = [x for x in flatten(adapters, is_leaf=is_node).values() if isinstance(x, LowRank)]
+    if nodes and not any(x.any() for node in nodes for x in (node.a, node.b)):
+        raise LoRAError(f"slot {slot} is empty: expected one that has adapters: {call}")
 
 
 def _numbers(index: Any) -> chex.Array:

@@ -23,6 +23,7 @@ from lora_jax.optim._pairs import (
     partition,
     power,
     required,
+    scales,
     unzip,
     with_columns,
     zeros_like,
@@ -118,23 +119,32 @@ def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
     def init(params: optax.Params):
         return ScaleByLoraMuonState(on_factors(zeros_like, params, other=masked_like))
 
-    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
-        def leaf(g: LowRank, node: LowRank, mu: LowRank):
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        slot_scales: Any = None,
+        **extra: Any,
+    ):
+        nodes = required(params, "lora_muon")
+
+        def leaf(g: LowRank, node: LowRank, scale: Any, mu: LowRank):
             # (m_A, m_B) as (n, in, r) and (n, out, r).
             m = [b1 * old + (1 - b1) * new for old, new in zip(columns(mu), columns(g))]
             # Reversed: A's step is taken in B's metric, and B's in A's.
-            step = [_muon(*side, node.scale) for side in zip(m, columns(node)[::-1])]
+            step = [_muon(*side, scale) for side in zip(m, columns(node)[::-1])]
             return Out(with_columns(g, *step), with_columns(mu, *m, dtype=m[0].dtype))
 
-        trees = (required(params, "lora_muon"), state.mu)
+        trees = (nodes, scales(nodes, slot_scales), state.mu)
         keep = lambda g, *_: Out(g, optax.MaskedNode())
         updates, mu, *_ = unzip(on_factors(leaf, updates, *trees, other=keep), Out)
         return updates, ScaleByLoraMuonState(mu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _muon(m: jax.Array, y: jax.Array, scale: float):
+def _muon(m: jax.Array, y: jax.Array, scale: Any):
     """½·msign(m·R)·R / |s| of a factor's momentum m (n, p, r) and the other factor y (n, q, r)."""
     # (n, r, r), the symmetric inverse root of yᵀ·y.
     root = power(gram(y), -0.5)

@@ -26,6 +26,7 @@ from lora_jax.optim._pairs import (
     partition,
     power,
     required,
+    scales,
     unzip,
     with_columns,
     with_node,
@@ -141,12 +142,27 @@ def scale_by_lora_rite(
         mu, basis, nu, escaped = (on_factors(fn, params, other=masked_like) for fn in kinds)
         return ScaleByLoraRiteState(jnp.zeros((), jnp.int32), mu, basis, nu, escaped)
 
-    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        slot_scales: Any = None,
+        **extra: Any,
+    ):
+        nodes = required(params, "lora_rite")
+
         count: Any = optax.safe_increment(state.count)
         d1, d2 = _decay(b1, count), _decay(b2, count)
 
         def leaf(
-            g: LowRank, node: LowRank, mu: LowRank, basis: LowRank, nu: LowRank, escaped: LowRank
+            g: LowRank,
+            node: LowRank,
+            scale: Any,
+            mu: LowRank,
+            basis: LowRank,
+            nu: LowRank,
+            escaped: LowRank,
         ):
             # (*batch, r, 1, …, r) to (n, r, r), and (*batch, 1, …) to (n,).
             squares = [x.reshape(-1, node.rank, node.rank) for x in (nu.a, nu.b)]
@@ -154,7 +170,7 @@ def scale_by_lora_rite(
             # A's side needs B and B's old basis, and the other way round.
             y, u = columns(node)[::-1], columns(basis)[::-1]
             of = zip(columns(g), y, columns(mu), u, squares, numbers)
-            sides = [_rite(*side, scale=node.scale, d1=d1, d2=d2, eps=eps) for side in of]
+            sides = [_rite(*side, scale=scale, d1=d1, d2=d2, eps=eps) for side in of]
             # Five pairs, A's first; the bases are those of the other factors, hence reversed back.
             step, m, u, v, e = zip(*sides)
             fp32 = m[0].dtype
@@ -166,13 +182,13 @@ def scale_by_lora_rite(
                 with_node(escaped, *e),
             )
 
-        trees = (required(params, "lora_rite"), *state[1:])
+        trees = (nodes, scales(nodes, slot_scales), *state[1:])
         masked = optax.MaskedNode()
         keep = lambda g, *_: Out(g, masked, masked, masked, masked)
         updates, *rest = unzip(on_factors(leaf, updates, *trees, other=keep), Out)
         return updates, ScaleByLoraRiteState(count, *rest)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _rite(
@@ -182,7 +198,7 @@ def _rite(
     u_old: jax.Array,
     v: jax.Array,
     escaped: jax.Array,
-    scale: float,
+    scale: Any,
     d1: jax.Array,
     d2: jax.Array,
     eps: float,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import optax
 
 from lora_jax._core.einsum import product, wide, widened
 from lora_jax._core.errors import LoRAError
+from lora_jax._core.paths import map_with_path
 from lora_jax._nodes.adapters import DoRA, LowRank
 from lora_jax._nodes.node import is_node
 from lora_jax.optim._labels import FROZEN, labels
@@ -89,11 +90,26 @@ def required(params: Any, name: str) -> Any:
     return params
 
 
-def stateless(leaf: Callable, name: str) -> optax.GradientTransformation:
-    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
-        return on_factors(leaf, updates, required(params, name)), state
+def scales(params: Any, slot_scales: Mapping[str, Any] | None) -> Any:
+    """alpha / rank of each node, in its place: what `per_slot` gives by path, whose nodes hold it
+    in B, or their own."""
+    own = lambda path, x: (slot_scales or {}).get(path, getattr(x, "scale", None))
+    return map_with_path(own, params, is_leaf=is_node)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+def stateless(leaf: Callable, name: str) -> optax.GradientTransformation:
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        slot_scales: Any = None,
+        **extra: Any,
+    ):
+        nodes = required(params, name)
+        return on_factors(leaf, updates, nodes, scales(nodes, slot_scales)), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 class Out(NamedTuple):

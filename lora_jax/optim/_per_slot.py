@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lora_jax._core.einsum import wide
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.geometry import RANK
 from lora_jax._core.numbers import SIZE, check_numbers, holds
@@ -36,7 +37,7 @@ class PerSlotState(NamedTuple):
       inner: the optimiser's state, each array with an axis of slots in front; also the step counts,
         and what `optax.inject_hyperparams` keeps.
       scale: {path: (n, 3)}, alpha / rank of each tenant's leaf, a sum of three fp32 numbers: so
-        `leave` gives back the very float. The first is what is computed with.
+        `leave` gives back the very float, and adapters of fp64 are trained with it.
       rank: {path: (n,)}, its rank; 0 where it does not train the leaf, 1 of a leaf without ranks.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
@@ -113,8 +114,8 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
         if params is not None:
             of_each_other(params, state, inner)
             params = _alone(params, state, lambda b, s: b / s)
-        one = lambda g, own, p: inner.update(g, own, p, **extra)
-        updates, new = jax.vmap(one)(grads, state.inner, params)
+        one = lambda g, own, p, s: inner.update(g, own, p, slot_scales=s, **extra)
+        updates, new = jax.vmap(one)(grads, state.inner, params, _scales(updates, state))
         updates = _alone(updates, state, lambda b, s: b * s)
         updates = jax.tree.map(lambda u: _where(trained, u, jnp.zeros_like(u)), updates)
         new = jax.tree.map(lambda new, old: _where(trained, new, old), new, state.inner)
@@ -245,14 +246,16 @@ def _alone(stacked: Any, state: PerSlotState, change: Any) -> Any:
     """A tree of the stack with B as the tenants alone have it, and zeros where they have nothing:
     the base's values in a leaf that one lacks would decay, and count in a global norm."""
 
+    scales = _scales(stacked, state)
+
     def leaf(path: str, node: Any) -> Any:
-        scale, rank = state.scale[path][:, 0], state.rank[path]
+        rank = state.rank[path]
         new = {}
         for name in array_names(node):
             x, dims = getattr(node, name), node.dims.get(name, ())
             along = lambda v, x=x: v.reshape(-1, *(1,) * (x.ndim - 1))
-            if hasattr(node, "scale") and name == "b":
-                x = change(x, along(scale).astype(x.dtype))
+            if path in scales and name == "b":
+                x = change(x, along(scales[path]).astype(x.dtype))
             # (n, ..., r, ...): column i of a slot is the tenant's where i < its rank.
             at = dims.index(RANK) + 1 if RANK in dims and hasattr(node, "rank") else None
             index = jnp.arange(x.shape[at]) if at else jnp.zeros(1, jnp.int32)
@@ -263,6 +266,15 @@ def _alone(stacked: Any, state: PerSlotState, change: Any) -> Any:
 
     nodes = flatten(stacked, is_leaf=is_node)
     return nest({path: leaf(path, node) for path, node in nodes.items()})
+
+
+def _scales(stacked: Any, state: PerSlotState) -> dict:
+    """alpha / rank of each slot, (n,), of the leaves that have it."""
+    return {
+        path: jnp.sum(state.scale[path], -1, dtype=wide(node.b.dtype))
+        for path, node in flatten(stacked, is_leaf=is_node).items()
+        if hasattr(node, "scale")
+    }
 
 
 def in_three(scale: float) -> np.ndarray:

@@ -61,7 +61,7 @@ def riemannian(delta: float = 1e-6) -> optax.GradientTransformation:
     """
     (delta,) = check_settings("lora.optim.riemannian(delta=1e-6)", delta=delta)
 
-    def leaf(g: LowRank, node: LowRank):
+    def leaf(g: LowRank, node: LowRank, _: Any):
         # Columns are A (n, in, r) and Bᵀ (n, out, r): with them both sides read alike.
         (x, y), (gx, gy) = columns(node), columns(g)
         dx = product(gx, power(gram(y), -1, delta))
@@ -122,9 +122,9 @@ def lora_pro(
             "lora.optim.lora_pro(x='sylvester')"
         )
 
-    def leaf(g: LowRank, node: LowRank):
+    def leaf(g: LowRank, node: LowRank, scale: Any):
         (a, bt), (ga, gbt) = columns(node), columns(g)
-        da, db = nearest_gradients(a, bt.mT, ga, gbt.mT, node.scale, FREE[x], delta)
+        da, db = nearest_gradients(a, bt.mT, ga, gbt.mT, scale, FREE[x], delta)
         return with_columns(g, da, db.mT)
 
     return stateless(leaf, "lora_pro")
@@ -135,7 +135,7 @@ def nearest_gradients(
     b: jax.Array,
     ga: jax.Array,
     gb: jax.Array,
-    scale: float,
+    scale: Any,
     free: Callable,
     delta: float,
 ):
@@ -153,7 +153,7 @@ def nearest_gradients(
 
 
 def _sylvester(
-    aa: jax.Array, bb: jax.Array, aa_inv: jax.Array, bb_inv: jax.Array, aga: jax.Array, scale: float
+    aa: jax.Array, bb: jax.Array, aa_inv: jax.Array, bb_inv: jax.Array, aga: jax.Array, scale: Any
 ):
     """AᵀA·X + X·BBᵀ = C in the eigenbases of both, where it is a division."""
     (wa, va), (wb, vb) = jnp.linalg.eigh(aa), jnp.linalg.eigh(bb)
@@ -220,9 +220,9 @@ def lora_fa(
     if not corrected:
         return alone
 
-    def leaf(g: LowRank, node: LowRank):
+    def leaf(g: LowRank, node: LowRank, scale: Any):
         (x, y), (gx, gy) = columns(node), columns(g)
-        fix = lambda g, other: product(g, power(gram(other), -1, delta)) / node.scale**2
+        fix = lambda g, other: product(g, power(gram(other), -1, delta)) / scale**2
         # Only the factor that is trained is preconditioned, by the one that stays.
         return with_columns(g, fix(gx, y)) if node.embedding else with_columns(g, None, fix(gy, x))
 

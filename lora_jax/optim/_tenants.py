@@ -16,7 +16,7 @@ from lora_jax._core.mesh import on_devices_of
 from lora_jax._core.numbers import integer
 from lora_jax._core.paths import flatten, nest
 from lora_jax._nodes.node import array_names, is_node
-from lora_jax.algebra._stack import choose, put
+from lora_jax.algebra._stack import check_taken, choose, put
 from lora_jax.optim._per_slot import PerSlotState, in_three, of_each_other, rank_of, state_shapes
 
 
@@ -132,8 +132,8 @@ def leave(
       one rounding, as it is divided by the scale.
 
     Raises:
-      LoRAError: a slot that there is not; a stack and a `state` that are not of each other or not
-        of `tx`; under jit.
+      LoRAError: a slot that there is not, or that is empty; a stack and a `state` that are not of
+        each other or not of `tx`; under jit.
 
     >>> import jax.numpy as jnp, optax, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 4.0, lora.Geometry((0,), (1,)))
@@ -155,8 +155,9 @@ def leave(
         raise LoRAError(
             f"slot {slot}: expected 0 to {capacity - 1}: lora.optim.leave(tx, stacked, state, 0)"
         )
-    found = {}
-    for path, node in flatten(choose(stacked, slot), is_leaf=is_node).items():
+    chosen, found = choose(stacked, slot), {}
+    check_taken(chosen, slot, "lora.optim.join(tx, stacked, state, slot, adapters) before it")
+    for path, node in flatten(chosen, is_leaf=is_node).items():
         rank, scale = int(state.rank[path][slot]), sum(map(float, state.scale[path][slot]))
         if rank:
             found[path] = _of_rank(node, rank, scale)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.numbers import integer
-from lora_jax.algebra._stack import choose, slot_count
+from lora_jax.algebra._stack import check_taken, choose, slot_count
 
 CALL = "lora.peft.save(folder, stacked, mapping, slot=0)"
 
@@ -20,17 +20,20 @@ def on_host(stacked: Any, slot: Any) -> Any:
     of it this slot.
 
     Raises:
-      LoRAError: no stack, a number that has no slot.
+      LoRAError: no stack, a number that has no slot, an empty slot.
     """
     capacity, number = slot_count(stacked, CALL) - 1, integer(slot)
     if number is None or number not in range(capacity):
         raise LoRAError(f"slot={slot!r}: expected 0 to {capacity - 1}: {CALL}")
     leaves = jax.tree.leaves(stacked)
-    if not all(isinstance(x, jax.Array) and x.is_fully_addressable for x in leaves):
-        return choose(stacked, number)
-    # A CPU's arrays are looked at in place; of other devices the slot alone is sent.
-    in_place = all(d.platform == "cpu" for d in leaves[0].devices())
-    return jax.tree.map(functools.partial(_read, number, in_place), stacked)
+    if all(isinstance(x, jax.Array) and x.is_fully_addressable for x in leaves):
+        # A CPU's arrays are looked at in place; of other devices the slot alone is sent.
+        in_place = all(d.platform == "cpu" for d in leaves[0].devices())
+        found = jax.tree.map(functools.partial(_read, number, in_place), stacked)
+    else:
+        found = choose(stacked, number)
+    check_taken(found, number, CALL)
+    return found
 
 
 def _read(number: int, in_place: bool, x: jax.Array) -> np.ndarray:

@@ -162,11 +162,14 @@ def test_each_ends_as_it_would_alone(steps):
 
 @pytest.mark.parametrize(
     "tx", [optax.sgd(0.1, momentum=0.9), optax.lion(1e-2), optax.contrib.schedule_free_adamw(1e-2),
-           optax.adagrad(0.1), optax.MultiSteps(optax.adam(1e-2), 2)],
-    ids=["sgd", "lion", "schedule-free", "adagrad", "accumulated"],
+           optax.adagrad(0.1), optax.MultiSteps(optax.adam(1e-2), 2),
+           optax.chain(lora.optim.lora_pro(), optax.sgd(1e-3)), lora.optim.lora_rite(1e-3),
+           lora.optim.lora_muon(1e-2), lora.optim.lora_fa(optax.sgd(1e-2), corrected=True)],
+    ids=["sgd", "lion", "schedule-free", "adagrad", "accumulated", "pro", "rite", "muon", "fa"],
 )  # fmt: skip
 def test_other_optimisers(tx):
-    """Those that look at each element alone; state that is a copy of the adapters, as well."""
+    """Those that look at each element alone, and those that know a rank and alpha; state that is a
+    copy of the adapters, as well."""
     adapters = lora.methods.dora(PARAMS, tenant(4, 2, 3, ("down", "up")))
     stacked = lora.algebra.stack([adapters], capacity=2, rank=3, base=PARAMS)
     slots = lora.optim.per_slot(tx)
@@ -224,6 +227,17 @@ def test_what_a_tenant_lacks_is_in_no_norm(tx):
     chex.assert_trees_all_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+def test_a_scale_in_fp64():
+    with jax.enable_x64(True):
+        node = lora.LoRA(jnp.ones((D, 3)), jnp.ones((3, 8)), 1 / 3, lora.Geometry((0,), (1,)))
+        tx, stacked = optax.sgd(0.5), lora.algebra.stack([{"w": node}])
+        slots = lora.optim.per_slot(tx)
+        stacked, state = lora.optim.join(tx, stacked, slots.init(stacked), 0, {"w": node})
+        updates, state = slots.update(jax.tree.map(jnp.ones_like, stacked), state, stacked)
+        (got, _) = lora.optim.leave(tx, optax.apply_updates(stacked, updates), state, 0)
+        np.testing.assert_allclose(got["w"].b, 1 - 0.5 / 3, rtol=1e-14)
+
+
 def test_states_of_other_kinds():
     """A random key in it; arrays of NumPy, as after `jax.device_get`."""
     tx = optax.add_noise(0.1, 0.5, jax.random.key(3))
@@ -253,6 +267,8 @@ def test_nothing_is_changed_by_what_does_not_fit():
         join(0, TENANTS[0], TX.init(tenant(1, 3, 4)))
     with fails(r"slot 4: expected 0 to 3"):
         lora.optim.leave(TX, stacked, state, 4)
+    with fails(r"slot 3 is empty: expected one that has adapters"):
+        lora.optim.leave(TX, stacked, state, 3)
     update = lora.optim.per_slot(TX).update
     for active in (jnp.ones(5, bool), jnp.ones(3, bool), jnp.ones(4), [[True], [True, False]]):
         with fails(r"expected 4 booleans(, found|: .*inhomogeneous)"):
