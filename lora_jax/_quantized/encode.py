@@ -102,7 +102,7 @@ def _nearest(levels: Sequence[float], x: jax.Array, even: bool = False) -> jax.A
     if even:
         # above an odd number half way is up: the bound is the number before it
         middle[1::2] = np.nextafter(middle[1::2], np.float32(0))
-    # Of so few, to compare with all is twelve times as fast as to search, and takes no memory.
+    # To compare with all of so few is twelve times as fast as to search, and takes no memory.
     return jnp.searchsorted(jnp.asarray(middle), x, method="compare_all").astype(jnp.uint8)
 
 
