@@ -24,6 +24,8 @@ class _Number(int):
     """Which argument a weight is, for a function that serves several calls; messages show the leaf
     of the first one."""
 
+    leaf: str
+
     def __new__(cls, i: int, leaf: str) -> _Number:
         self = super().__new__(cls, i)
         self.leaf = leaf

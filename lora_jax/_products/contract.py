@@ -226,7 +226,7 @@ def _by_slot(
         count = a.shape[al.index(SLOT)]
         # Along the rank x·A is whole, and its update lies as x·W does.
         where = laid_along(compat.explicit_sharding(x), xl, hl)
-        down = Choice(xl, al, sl, hl, count, dtype, precision, where=where)
+        down = Choice(tuple(xl), al, sl, hl, count, dtype, precision, where=where)
         out = tuple(d for d in p.m.out if d in hl or d in bl)
         where = laid_along(compat.explicit_sharding(y), p.m.out, out)
         up = Choice(hl, bl, sl, out, count, holding(p.m.dtype), precision, where=where)
