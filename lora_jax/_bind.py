@@ -202,8 +202,9 @@ def _part(name: str, tree: Any, part: str) -> str:
     """What one writes to get a part of a tree, by its path."""
     for key in part.strip("/").split("/"):
         if isinstance(tree, Mapping):
-            found = next(k for k in tree if str(k) == key)
-            tree, name = tree[found], f"{name}[{json.dumps(found)}]"
+            # A checkpoint knows the tree by its paths alone, and not its levels.
+            found = next((k for k in tree if str(k) == key), key)
+            tree, name = tree.get(found, tree), f"{name}[{json.dumps(found)}]"
         elif isinstance(tree, Sequence):
             tree, name = tree[int(key)], f"{name}[{key}]"
         else:

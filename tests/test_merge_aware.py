@@ -409,7 +409,7 @@ def test_errors_of_the_doors(name):
 @pytest.mark.parametrize("given", ["nf5", None, 1, ["nf4"], np.float32(4)])
 def test_errors_of_merging(given):
     adapters = started(PARAMS, NET, X)
-    with fails(r"requantize=.*: expected one of nf4, .*, or True, each in its own"):
+    with fails(r"requantize=.*: expected one of nf4, .*, True \(each in its own\) or False"):
         lora.merge(PARAMS, adapters, requantize=given)
 
 

@@ -391,6 +391,6 @@ class Rows(Node):
 def rows_of(table: jax.Array, index: jax.Array, mode: str | None = None) -> jax.Array:
     """Rows, split as the table's columns are where that is part of types."""
     where = compat.explicit_sharding(table)
-    axes = range(table.ndim)
+    table, axes = jnp.asarray(table), range(table.ndim)
     own = laid_along(where, axes, ((RANK,) * index.ndim + (*axes[1:],)))
     return table.at[index].get(mode=mode, out_sharding=own)

@@ -86,7 +86,7 @@ def lora_plus(
     >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
     >>> config = lora.LoRAConfig(rank=2, targets="q")
     >>> adapters = lora.init(jax.random.key(0), {"q": jnp.ones((4, 4))}, config)
-    >>> tx = lora.optim.lora_plus(optax.adam, 1e-4, ratio=16)
+    >>> tx = lora.optim.lora_plus(optax.sgd, 1e-4, ratio=16)
     >>> grads = jax.tree.map(jnp.ones_like, adapters)
     >>> updates, state = tx.update(grads, tx.init(adapters), adapters)
     >>> print(*(x[0, 0].round(4) for x in (updates["q"].a, updates["q"].b)))

@@ -78,7 +78,7 @@ def lora_muon(
       LoRAError: as `lora_rite`; a learning rate times weight decay of 1 or more.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
-    >>> params, tx = {"w": jnp.eye(8)}, lora.optim.lora_muon(1e-2)
+    >>> params, tx = {"w": jnp.eye(8)}, lora.optim.lora_muon(1e-2, other=optax.sgd(1e-2))
     >>> def moved(alpha):  # by the first step, in the spectral norm
     ...     config = lora.LoRAConfig(rank=2, alpha=alpha, targets="w")
     ...     adapters = lora.init(jax.random.key(0), params, config)

@@ -98,7 +98,7 @@ def lora_rite(
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora, optax
     >>> a, b = jax.random.normal(jax.random.key(0), (2, 8, 2))
-    >>> params, tx = {"w": jnp.eye(8)}, lora.optim.lora_rite(1e-2)
+    >>> params, tx = {"w": jnp.eye(8)}, lora.optim.lora_rite(1e-2, other=optax.sgd(1e-2))
     >>> def moved(c):  # the same product A·B, split in another way
     ...     node = {"w": lora.LoRA(c * a, b.T / c, 1.0, lora.Geometry((0,), (1,)))}
     ...     loss = lambda adapters: jnp.sum(lora.merge(params, adapters)["w"] ** 2)

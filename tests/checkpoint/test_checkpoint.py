@@ -640,7 +640,7 @@ def test_what_no_file_holds(tmp_path):
         for nothing in (None, 1.0, "a"):
             with fails("the adapter of 'down/kernel' holds what is no array"):
                 save(m, 1, jax.tree.map(lambda x, y=nothing: y, adapters), base=PARAMS)
-        with fails(r"lora.checkpoint.save\(manager, step, adapters, base=variables\[\"m\"\]\)"):
+        with fails(r"lora.checkpoint.save\(manager, step, adapters, base=params\[\"m\"\]\)"):
             save(m, 1, adapters, base={"m": PARAMS})
         assert m.latest_step() is None
 
