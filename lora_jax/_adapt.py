@@ -40,10 +40,10 @@ def adapt(
     The result takes the arguments of `fn`. Where they hold adapted weights, each contraction,
     convolution or look-up x·W becomes x·W + scale·(x·A)·B (arXiv:2106.09685, eq. 3); all else is
     `fn`, unchanged. A weight that `fn` returns as it got it is an array, W + scale·A·B. The result
-    is a pure function, and composes with JAX's transformations. A
-    `stop_gradient` around all uses of a weight is meant for the base, which is frozen anyway: the
-    adapter still trains. Around some of them, as in a target network, it stops the adapter there,
-    too. Without an adapted weight among the arguments it is `fn` itself.
+    is a pure function, and composes with JAX's transformations. A `stop_gradient` around all uses
+    of a weight is meant for the base, which is frozen anyway: the adapter still trains. Around some
+    of them, as in a target network, it stops the adapter there, too. Without an adapted weight
+    among the arguments it is `fn` itself.
 
     What `fn` changes of NNX objects among its arguments is changed as by `nnx.jit`.
 

@@ -23,7 +23,7 @@ from lora_jax.optim._pairs import (
     partition,
     power,
     required,
-    scales,
+    scaling,
     unzip,
     with_columns,
     zeros_like,
@@ -119,16 +119,7 @@ def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
     def init(params: optax.Params):
         return ScaleByLoraMuonState(on_factors(zeros_like, params, other=masked_like))
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        slot_scales: Any = None,
-        **extra: Any,
-    ):
-        nodes = required(params, "lora_muon")
-
+    def update(updates: optax.Updates, state: Any, nodes: Any, scales: Any):
         def leaf(g: LowRank, node: LowRank, scale: Any, mu: LowRank):
             # (m_A, m_B) as (n, in, r) and (n, out, r).
             m = [b1 * old + (1 - b1) * new for old, new in zip(columns(mu), columns(g))]
@@ -136,12 +127,12 @@ def scale_by_lora_muon(b1: float = 0.95) -> optax.GradientTransformation:
             step = [_muon(*side, scale) for side in zip(m, columns(node)[::-1])]
             return Out(with_columns(g, *step), with_columns(mu, *m, dtype=m[0].dtype))
 
-        trees = (nodes, scales(nodes, slot_scales), state.mu)
+        trees = (nodes, scales, state.mu)
         keep = lambda g, *_: Out(g, optax.MaskedNode())
         updates, mu, *_ = unzip(on_factors(leaf, updates, *trees, other=keep), Out)
         return updates, ScaleByLoraMuonState(mu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return scaling("lora_muon", init, update)
 
 
 def _muon(m: jax.Array, y: jax.Array, scale: Any):

@@ -25,8 +25,7 @@ from lora_jax.optim._pairs import (
     on_factors,
     partition,
     power,
-    required,
-    scales,
+    scaling,
     unzip,
     with_columns,
     with_node,
@@ -142,16 +141,7 @@ def scale_by_lora_rite(
         mu, basis, nu, escaped = (on_factors(fn, params, other=masked_like) for fn in kinds)
         return ScaleByLoraRiteState(jnp.zeros((), jnp.int32), mu, basis, nu, escaped)
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        slot_scales: Any = None,
-        **extra: Any,
-    ):
-        nodes = required(params, "lora_rite")
-
+    def update(updates: optax.Updates, state: Any, nodes: Any, scales: Any):
         count: Any = optax.safe_increment(state.count)
         d1, d2 = _decay(b1, count), _decay(b2, count)
 
@@ -182,13 +172,13 @@ def scale_by_lora_rite(
                 with_node(escaped, *e),
             )
 
-        trees = (nodes, scales(nodes, slot_scales), *state[1:])
+        trees = (nodes, scales, *state[1:])
         masked = optax.MaskedNode()
         keep = lambda g, *_: Out(g, masked, masked, masked, masked)
         updates, *rest = unzip(on_factors(leaf, updates, *trees, other=keep), Out)
         return updates, ScaleByLoraRiteState(count, *rest)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return scaling("lora_rite", init, update)
 
 
 def _rite(

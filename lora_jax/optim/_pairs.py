@@ -90,26 +90,33 @@ def required(params: Any, name: str) -> Any:
     return params
 
 
-def scales(params: Any, slot_scales: Mapping[str, Any] | None) -> Any:
-    """alpha / rank of each node, in its place: what `per_slot` gives by path, whose nodes hold it
-    in B, or their own."""
-    own = lambda path, x: (slot_scales or {}).get(path, getattr(x, "scale", None))
-    return map_with_path(own, params, is_leaf=is_node)
+def scaling(name: str, init: Callable, update: Callable) -> optax.GradientTransformationExtraArgs:
+    """A transformation that knows alpha / rank: `update(updates, state, adapters, scales)` gets it
+    of each node, in its place: the node's own, or what `per_slot` gives by path, whose nodes hold
+    it in B."""
 
-
-def stateless(leaf: Callable, name: str) -> optax.GradientTransformation:
-    def update(
+    def scaled(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
         *,
-        slot_scales: Any = None,
+        slot_scales: Mapping[str, Any] | None = None,
         **extra: Any,
     ):
-        nodes = required(params, name)
-        return on_factors(leaf, updates, nodes, scales(nodes, slot_scales)), state
+        nodes, given = required(params, name), slot_scales or {}
+        own = lambda path, x: given.get(path, getattr(x, "scale", None))
+        return update(updates, state, nodes, map_with_path(own, nodes, is_leaf=is_node))
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(init, scaled)
+
+
+def stateless(leaf: Callable, name: str) -> optax.GradientTransformationExtraArgs:
+    """`leaf(update, node, scale)` of each node that has factors."""
+
+    def update(updates: optax.Updates, state: Any, nodes: Any, scales: Any):
+        return on_factors(leaf, updates, nodes, scales), state
+
+    return scaling(name, lambda params: optax.EmptyState(), update)
 
 
 class Out(NamedTuple):

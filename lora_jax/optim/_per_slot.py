@@ -72,7 +72,8 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     Returns:
       An optimiser of a tree from `lora.algebra.stack`. Its `update` takes `active`, (capacity,)
       booleans: who has a batch in this step; None: all. Who has none keeps adapters and state.
-      Other arguments go to `tx`, the same for all slots.
+      Other arguments go to `tx`, the same for all slots; and so does `slot_scales`, {path: alpha /
+      rank} of the slot, as its B holds none where `tx` sees it.
 
     Raises:
       LoRAError: no optimiser; `active` has another length or is not boolean; gradients, params or
@@ -245,7 +246,6 @@ def _where(trained: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
 def _alone(stacked: Any, state: PerSlotState, change: Any) -> Any:
     """A tree of the stack with B as the tenants alone have it, and zeros where they have nothing:
     the base's values in a leaf that one lacks would decay, and count in a global norm."""
-
     scales = _scales(stacked, state)
 
     def leaf(path: str, node: Any) -> Any:

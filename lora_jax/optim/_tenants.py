@@ -46,8 +46,8 @@ def join(
     Raises:
       LoRAError: a slot that there is not, other targets, a rank above that of the stack, a state
         that is not the adapters' or holds NaN, an optimiser whose state has another form at another
-        rank (factored moments), a stack and a `state` that are not of each other or
-        not of `tx`; nothing is changed.
+        rank (factored moments), a stack and a `state` that are not of each other or not of `tx`;
+        nothing is changed.
 
     >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
     >>> node = lora.LoRA(jnp.ones((2, 1)), jnp.ones((1, 2)), 4.0, lora.Geometry((0,), (1,)))
