@@ -42,11 +42,8 @@ def test_contracted(name, plan):
 @pytest.mark.parametrize("name", CONTRACTED)
 def test_contracted_by_slot(name):
     """An adapter for each example: what the example alone gives with it."""
-    fn, slots, params = (
-        CONTRACTED[name],
-        [1, 0, -1, 1],
-        {"w": rand.normal(jax.random.key(1), (6, 5))},
-    )
+    fn, slots = CONTRACTED[name], [1, 0, -1, 1]
+    params = {"w": rand.normal(jax.random.key(1), (6, 5))}
     draw = lambda i: [rand.normal(jax.random.key(i + k), s) for k, s in enumerate([(6, 2), (2, 5)])]
     stacked = lora.algebra.stack([{"w": lora.LoRA(*draw(i), 0.5, MATRIX)} for i in (2, 4)])
 
@@ -54,9 +51,8 @@ def test_contracted_by_slot(name):
         of = lambda k: lora.merge(params, lora.algebra.choose(stacked, k)) if k >= 0 else params
         return jnp.concatenate([fn(of(k), X[i : i + 1]) for i, k in enumerate(slots)])
 
-    index = jnp.array(slots).reshape(
-        (4, 1) if name == "of size 1" else 4
-    )  # positions: (4, 2), (4,)
+    # positions: (4, 2) of "of size 1", else (4,)
+    index = jnp.array(slots).reshape((4, 1) if name == "of size 1" else 4)
     choose = lambda stacked: lora.bind(params, lora.algebra.choose(stacked, index))
     got = value_and_grad(lambda stacked: lora.adapt(fn)(choose(stacked), X))(stacked)
     assert_close(got, value_and_grad(alone)(stacked), factor=256)

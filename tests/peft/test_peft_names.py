@@ -223,10 +223,8 @@ def test_a_name_that_is_no_plain_pattern(tmp_path):
 def test_names_of_any_script(tmp_path):
     """A torch module has any name that an attribute of Python's may have, or a number."""
     names = ["größe", "слой.0", "слой.1", "層_ª", "आकार", "e\u0301", "x.größe"]
-    params, axes = (
-        {n.replace(".", "/"): jnp.zeros((4, 6)) for n in names},
-        lora.Geometry((0,), (1,)),
-    )
+    params = {n.replace(".", "/"): jnp.zeros((4, 6)) for n in names}
+    axes = lora.Geometry((0,), (1,))
     nodes = {
         path: lora.LoRA(jnp.full((4, r), float(r)), jnp.ones((r, 6)), 1.0, axes)
         for r, path in enumerate(params, 1)
