@@ -15,14 +15,13 @@ import math
 import os
 import re
 
-from measure import AHEAD, table
+from measure import AHEAD, accessed, table
 
 if __name__ == "__main__":
     os.environ |= AHEAD
 
 import jax
 import jax.numpy as jnp
-from gpu import accessed
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 

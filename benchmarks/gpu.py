@@ -33,7 +33,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from measure import AHEAD, table
+from measure import AHEAD, accessed, table
 
 if "--ahead" in sys.argv:
     os.environ |= AHEAD
@@ -341,16 +341,6 @@ def useful_flops(shape: Shape, tokens, remat: str, full: bool) -> float:
 
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5 lite": 197e12, "TPU v6": 918e12}
-
-
-def accessed(compiled) -> float | None:
-    """Bytes accessed, the body of a loop once; of XLA's own analysis of the compiled program."""
-    if found := (compiled.cost_analysis() or {}).get("bytes accessed"):
-        return found
-    from jaxlib import _jax  # the CUDA compiler gives none ahead of time
-
-    (module,) = compiled.runtime_executable().hlo_modules()
-    return _jax.hlo_module_cost_analysis(jax.devices()[0].client, module).get("bytes accessed")
 
 
 def timed(

@@ -1,4 +1,4 @@
-"""Times of things that are run in turns, and tables of them."""
+"""Times of things that are run in turns, bytes that they access, and tables of them."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ def ratio(times, reference) -> str:
     """Median, and in brackets the quartiles, of the paired ratios."""
     low, median, high = np.percentile(times / reference, (25, 50, 75))
     return f"{median:.2f} ({low:.2f}–{high:.2f})"
+
+
+def accessed(compiled) -> float | None:
+    """Bytes accessed, the body of a loop once; of XLA's own analysis of the compiled program."""
+    if found := (compiled.cost_analysis() or {}).get("bytes accessed"):
+        return found
+    # The CUDA compiler gives none ahead of time.
+    import jax
+    from jaxlib import _jax
+
+    (module,) = compiled.runtime_executable().hlo_modules()
+    return _jax.hlo_module_cost_analysis(jax.devices()[0].client, module).get("bytes accessed")
 
 
 def table(header, rows) -> str:

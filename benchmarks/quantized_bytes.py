@@ -14,7 +14,7 @@ import math
 import os
 import sys
 
-from measure import AHEAD, table
+from measure import AHEAD, accessed, table
 
 os.environ |= AHEAD
 
@@ -75,9 +75,8 @@ def row(f, args, device) -> tuple[str, ...]:
     where = SingleDeviceSharding(device)
     at = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     compiled = jax.jit(f).lower(*jax.tree.map(at, args)).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    accessed = cost.get("bytes accessed")
-    sizes = memory.argument_size_in_bytes, accessed, memory.temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    sizes = memory.argument_size_in_bytes, accessed(compiled), memory.temp_size_in_bytes
     return tuple("–" if n is None else f"{n / MEGA:,.1f}" for n in sizes)
 
 

@@ -26,8 +26,8 @@ product's accumulator, so no bit of W is lost in low precision, and a policy of 
 that saves products saves one array. On a GPU what is put side by side is written, as in the table;
 `join` takes the place of `up`, and `join back` that of `down`. A weight in codes is written for its
 product anyway: that is no copy. A TPU's compiler reads what is put side by side within the product,
-but not what it slices as well, as in a scan over layers; a CPU's product is a library's, of whole
-arrays. On these two "auto" leaves it.
+but not what it slices as well, as in a scan over layers, and a whole step loses other fusions by
+it; a CPU's product is a library's, of whole arrays. On these two "auto" leaves it.
 
 FLOPs are made comparable with bytes by a machine balance of 16 FLOPs a byte: fp32 on a CPU core
 (100 GFLOP/s, 6 GB/s a core when all are busy) and on an H100 outside of its tensor cores (67
