@@ -18,7 +18,7 @@ from lora_jax._core.placement import check_placed, check_there
 from lora_jax._nodes.factors import without_frozen
 from lora_jax._nodes.node import NO_REF, Node, is_node, leaves_of
 from lora_jax._nodes.weight import Coded, is_weight, own_axes
-from lora_jax._quantized.waiting import check_codes, is_waiting
+from lora_jax._quantized.waiting import is_waiting
 
 if TYPE_CHECKING:
     import chex
@@ -60,7 +60,7 @@ def bind(params: Any, adapters: Any, *, dropout_key: chex.PRNGKey | None = None)
     """
     nodes = {}
     if adapters is None:
-        check_codes(leaves_of(params, "lora.bind(params, None)"))
+        leaves_of(params, "lora.bind(params, None)")
     else:
         nodes = without_frozen(adapter_nodes(params, adapters, "bind"), "bind")
     key = None if dropout_key is None else as_key(dropout_key, CALL)
@@ -95,7 +95,6 @@ def adapter_nodes(params: Any, adapters: Any, verb: str) -> dict[str, Node]:
             + verb.format(params="model", adapters="adapters")
         )
     leaves = leaves_of(params, call)
-    check_codes(leaves)
     bound = [p for p, x in leaves.items() if is_weight(x)]
     if bound:
         raise LoRAError(

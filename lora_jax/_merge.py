@@ -180,8 +180,8 @@ def _stored(
         formats = dict.fromkeys(of, requantize)
     else:
         of = {p: w for p, w in of.items() if is_quantized(w.base)}
-        only_read = lambda q: None if q.storable else f"is a {q}, which is only read"
-        bad = {p: only_read(w.base) for p, w in of.items()}
+        why = lambda w: unstorable(w) if w.base.storable else f"is a {w.base}, which is only read"
+        bad = {p: why(w) for p, w in of.items()}
         title, fix = "these leaves cannot be stored as they were:", ", requantize='nf4'"
         formats = {p: w.base.format for p, w in of.items()}
     raise_all(

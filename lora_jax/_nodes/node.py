@@ -19,6 +19,7 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.numbers import BELOW_ONE, COUNT_OR_ZERO, FINITE
 from lora_jax._core.paths import flatten
 from lora_jax._nodes.weight import is_weight
+from lora_jax._quantized.waiting import check_codes
 
 if TYPE_CHECKING:
     import chex
@@ -232,11 +233,13 @@ def leaves_of(params: Any, call: str) -> dict[str, Any]:
     """{path: leaf} of parameters; of a module, those of its state.
 
     Raises:
-      LoRAError: there are no arrays, or they are adapters; with the corrected call.
+      LoRAError: there are no arrays, or they are adapters, with the corrected call; quantised
+        leaves that were damaged.
     """
     leaves = flatten(state_of(params), is_leaf=lambda x: is_weight(x) or is_node(x))
     if any(map(is_node, leaves.values())):
         raise LoRAError(f"expected parameters, found adapters: {call}")
+    check_codes(leaves)  # before anything asks for their shapes
     if not any(hasattr(x, "shape") for x in leaves.values()):
         found, cure = f"{type(params).__name__} without arrays", call
         if isinstance(params, nn.Module):

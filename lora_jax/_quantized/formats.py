@@ -257,7 +257,7 @@ def undoubled(
     codes: jax.Array, second: tuple[jax.Array, ...], shape: Sequence[int], stack: int
 ) -> jax.Array:
     """The constants, of `shape`, from their codes."""
-    top, mean = second
+    top, mean = (x.astype(jnp.float32) for x in second)
     lead, rest = shape[:stack], shape[stack:]
     # (*stack, groups, 256) · (*stack, groups, 1), without the padding of the last group
     flat = dynamic_level(codes) * top[..., None]
@@ -272,7 +272,7 @@ def read_tiles(
     if fmt.levels is not None:
         codes = level(fmt.levels, unpack(codes)[..., :last])
     w = codes.astype(constants.dtype)
-    w = w if zero is None else _by_tiles(lax.sub, w, zero)
+    w = w if zero is None else _by_tiles(lax.sub, w, zero.astype(w.dtype))
     return _by_tiles(lax.mul, w, constants)
 
 
@@ -290,7 +290,8 @@ def read(
     """The weight of `shape` from codes (..., n), or (..., n / 2), and constants (..., blocks)."""
     if fmt.block is None:
         # Per channel: constants of size 1 along the in axes, against the codes as they lie.
-        return (codes.astype(jnp.float32) * (constants * (1 / fmt.top))).astype(dtype)
+        scale = constants.astype(jnp.float32) * (1 / fmt.top)
+        return (codes.astype(jnp.float32) * scale).astype(dtype)
     codes = unpack(codes) if fmt.bits == 4 else codes
     n, block = block_sizes(shape[-1], fmt.block)
     w = decode(fmt, codes.reshape(*shape[:-1], n, block), constants, dtype)

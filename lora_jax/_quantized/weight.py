@@ -79,8 +79,11 @@ class Quantized(Waiting):
     @property
     def stored(self) -> tuple[int, ...]:
         """The shape of the weight as it lies there; of a part, where the arrays are of a part."""
-        *lead, n = self.codes.shape
-        return (*lead, n * (2 if STORED[self.format].bits == 4 else 1) - self.pad)
+        try:
+            *lead, n = self.codes.shape
+            return (*lead, n * (2 if STORED[self.format].bits == 4 else 1) - self.pad)
+        except (KeyError, TypeError, ValueError):  # what no door has checked yet
+            raise LoRAError(f"a quantised leaf was damaged: {self.problem()}") from None
 
     @property
     def sharding(self) -> Any:
@@ -263,7 +266,7 @@ class Quantized(Waiting):
         if self.second is None or STORED[self.format].tiles:
             return self.constants
         if not self.double:
-            scale = self.second[0]
+            scale = self.second[0].astype(jnp.float32)
             more = range(scale.ndim, self.constants.ndim)
             return self.constants.astype(jnp.float32) * jnp.expand_dims(scale, more)
         *rest, last = self.stored

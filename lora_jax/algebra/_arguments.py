@@ -230,9 +230,8 @@ def parts_of(
         if problem is None:
             problem = _base_problem(nodes[0], start, exact)
         # The order and sign of complex elements, and what is drawn of them, are not defined.
-        numbers = jax.tree.leaves((nodes, start))
-        complexes = any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in numbers)
-        if problem is None and dense and complexes:
+        of = jax.tree.leaves((nodes, start))
+        if problem is None and dense and any(map(jnp.iscomplexobj, of)):
             problem = "is complex; its sum is lora.algebra.combine(adapters, weights)"
         if problem is not None:
             failures.append(f"'{path}': {problem}")
@@ -251,6 +250,8 @@ def parts_of(
 def _base_problem(node: Any, start: Any, exact: bool) -> str | None:
     if start is None:
         return f"the base has no such leaf of {node.shape}" if exact else None
+    if not hasattr(start, "shape"):
+        return f"of {node.shape}, but the base has a {type(start).__name__} there"
     if tuple(start.shape) != node.shape:
         return f"of {node.shape}, but the base has {tuple(start.shape)}"
     return None

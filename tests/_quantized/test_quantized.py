@@ -147,6 +147,21 @@ def test_equals_the_dequantised_base(name, format):
     assert_close(frozen, fn(plain, x))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e5m2"])
+@pytest.mark.parametrize(
+    "format, double", [(f, False) for f in FORMATS if f != "mxfp4"] + [("nf4", True)]
+)
+def test_constants_of_any_floating_type(format, double, dtype):
+    """As a tree of floats that is cast has them: read as what they are, in fp32."""
+    q = quantized(rand.normal(KEY, (2, 8, 128)), format, double=double, stack=1)
+    floats = lambda x: x.dtype == jnp.float32
+    cast = lambda x: x.astype(dtype) if floats(x) else x
+    got = jax.tree.map(cast, q)
+    want = jax.tree.map(lambda x: cast(x).astype(x.dtype), q)
+    assert any(map(floats, jax.tree.leaves(q)))
+    np.testing.assert_array_equal(got.value(), want.value())
+
+
 @pytest.mark.slow
 def test_gradient_of_the_input_through_frozen_weights():
     q = {"w": quantized(W, "nf4"), "v": quantized(W.T, "int8")}

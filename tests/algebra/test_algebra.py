@@ -150,6 +150,8 @@ def test_combine_what_is_trained_in_full():
         lora.algebra.combine([one, two])
     with fails(r"'table': of \(.*\), but the base has \("):
         lora.algebra.combine([one, two], base=PARAMS | {"table": PARAMS["table"][:, 1:]})
+    with fails(r"'table': of \(.*\), but the base has a str there"):
+        lora.algebra.combine([one, two], base=PARAMS | {"table": "table"})
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 7])

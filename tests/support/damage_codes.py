@@ -7,6 +7,7 @@ library's, and believes nothing of what it is given.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import tempfile
@@ -74,11 +75,11 @@ def read_codes(q: Any) -> np.ndarray:
     if q.format == "nvfp4":
         assert isinstance(q.second, tuple | list)
         (scale,) = q.second
-        assert scale.shape == stack
+        # One for each of a stack, or of layers that were put together.
+        assert scale.shape == tuple(lead[: scale.ndim]) and scale.ndim >= q.stack
         constants = numbers(q.constants, "float8_e4m3fn")
-        constants = constants * np.expand_dims(
-            numbers(scale, *FLOATS), tuple(range(q.stack, len(shape)))
-        )
+        more = tuple(range(scale.ndim, len(shape)))
+        constants = constants * np.expand_dims(numbers(scale, *FLOATS), more)
     elif q.format == "mxfp4":
         assert q.second is None
         with np.errstate(over="ignore"):  # 6 · 2^126 is infinite in fp32, and 0 times that is NaN
@@ -103,6 +104,10 @@ def read_codes(q: Any) -> np.ndarray:
     else:
         unit = numbers(codes, kind) / top
     return (unit.reshape(*shape, block) * constants[..., None]).reshape(*lead, n)[..., :last]
+
+
+def as_type(to: str, x: Any) -> Any:
+    return x.astype(to) if hasattr(x, "astype") and x.dtype.kind not in "USO" else x
 
 
 def codes_case(seed: int) -> Any:
@@ -134,7 +139,7 @@ def codes_case(seed: int) -> Any:
             q = dataclasses.replace(q, **{part: getattr(other, part)})
         elif way == 6:  # cast, as a tree of floats would be
             to = pick(rng, [*FLOATS, "int32", "uint8", "int8"])
-            q = jax.tree.map(lambda x, to=to: x.astype(to) if hasattr(x, "astype") else x, q)
+            q = jax.tree.map(functools.partial(as_type, to), q)
         elif part == "second" and isinstance(q.second, tuple) and q.second:
             at = int(rng.integers(len(q.second)))
             new = [*q.second]
@@ -177,7 +182,8 @@ def codes_outcome(seed: int) -> str:
     except lora.LoRAError:
         if want is not None:  # merge refuses what is not finite
             finite = np.isfinite(np.asarray(want, str(q.stored_dtype))).all()
-            assert how in ("merge", "requantize") and not finite, "refused, and good"
+            refused = not finite or (how == "requantize" and not want.size)
+            assert how in ("merge", "requantize") and refused, "refused, and good"
         return "refused"
     if how == "look":
         return "looked at"
