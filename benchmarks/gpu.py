@@ -77,7 +77,7 @@ MODELS = {
 PLANS = ("auto", "factored", "merged", "beside")
 # {arm: what pip installs for it}
 OTHERS = {"nnx": "", "qwix": "qwix==0.1.8"}
-TORCH = {"peft": "torch==2.13.0 transformers==4.57.6 peft==0.21.2"}
+TORCH = {"peft": "torch==2.13.0 transformers==5.17.0 peft==0.21.2"}
 TORCH |= {"peft_liger": TORCH["peft"] + " liger-kernel==0.8.5"}
 TORCH |= {f"{n}_nf4": f"{packages} bitsandbytes==0.50.2" for n, packages in TORCH.items()}
 ARMS = ("floor", "hand", *PLANS, "nf4", "nf4d", "dora", "full", *OTHERS, *TORCH)
