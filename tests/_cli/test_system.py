@@ -36,6 +36,7 @@ def test_runs_on_damaged_input():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's loop
 def test_a_thousand_runs_on_damaged_input():
     damage_cli.many(1000, assert_good)
 

@@ -204,7 +204,9 @@ def problem(args: list[str], root: Path) -> tuple[str, str]:
         return "left behind", f"{new}"
     if new:
         try:
-            read_again(args[0], root / "out")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a setting that is handed on, as before
+                read_again(args[0], root / "out")
         except Exception as e:
             return "cannot be read again", repr(e)[:300]
     return kind, ""
