@@ -7,10 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
+from lora_jax._core import compat
 from lora_jax._core.errors import raise_all
 from lora_jax._core.named import Named
 from lora_jax._core.numbers import (
@@ -241,13 +240,8 @@ class LoRAConfig(Named, theirs=THEIRS):
             yield "init", failure, "'kaiming'"
         if not _is(self.bias, "none", "adapted", "all"):
             yield "bias", f"bias={shown(self.bias)}: expected 'none', 'adapted' or 'all'", "'none'"
-        try:
-            # np.dtype(None) is float64, and that of an array its own. JAX draws no 4-bit numbers.
-            wrong = self.dtype is None or isinstance(self.dtype, jax.Array | np.ndarray)
-            dtype = jnp.dtype(np.int32 if wrong else self.dtype)
-            fine = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 8
-        except (TypeError, ValueError):
-            fine = False
+        # JAX draws no 4-bit numbers.
+        fine = compat.is_float_type(self.dtype) and jnp.finfo(jnp.dtype(self.dtype)).bits >= 8
         if not fine:
             yield "dtype", f"dtype={self.dtype!s:.200}: expected a floating-point type", "'float32'"
         if not isinstance(self.rank_stabilized, bool):

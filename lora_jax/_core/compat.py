@@ -1,4 +1,4 @@
-"""Everything that differs between JAX versions, or is not public in them: 0.10 to 0.12."""
+"""What differs between versions of JAX (0.10 to 0.12) and of NumPy, or is not public in them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import module as linen
 from jax._src import core, effects, source_info_util
 from jax._src.interpreters import batching as private_batching
@@ -188,6 +189,19 @@ def platform(x: Any) -> str:
     if device is None:
         return jax.default_backend()
     return "tpu" if device.device_kind.startswith("TPU") else "gpu"
+
+
+def is_float_type(x: Any) -> bool:
+    """Whether this is a floating type, or the name of one. To NumPy None is float64, and an array
+    or, by version, any class is what its attribute says."""
+    of_class = isinstance(x, type) and (
+        issubclass(x, np.generic | float) or isinstance(getattr(x, "dtype", None), np.dtype)
+    )
+    try:
+        named = of_class or isinstance(x, str | np.dtype)
+        return named and jnp.issubdtype(jnp.dtype(x), jnp.floating)
+    except (TypeError, ValueError):
+        return False
 
 
 def lowered_for(lowered: Any) -> tuple[jax.Device, ...]:

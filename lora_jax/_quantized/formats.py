@@ -68,6 +68,7 @@ class Format:
 
     def holds(self, codes: Any, constants: Any, *second: Any) -> bool:
         """Whether a weight is kept in arrays of these types; see `Quantized`."""
+        is_float = compat.is_float_type
         if not all(map(is_float, second)):
             return False
         if self.tiles and self.levels is None:
@@ -86,14 +87,6 @@ class Format:
         else:
             more = is_float(constants) and len(second) < 2
         return own and more
-
-
-def is_float(dtype: Any) -> bool:
-    """Whether this is a floating type, or the name of one."""
-    try:
-        return dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        return False
 
 
 _INT4 = tuple(i / 7 for i in range(-7, 8))

@@ -28,7 +28,6 @@ from lora_jax._quantized.formats import (
     STORED,
     block_sizes,
     decode,
-    is_float,
     read,
     read_tiles,
     undoubled,
@@ -286,7 +285,7 @@ class Quantized(Waiting):
         arrays = (self.codes, self.constants, *(second or ()))
         if odd := [x for x in arrays if not (hasattr(x, "shape") and hasattr(x, "dtype"))]:
             return f"expected arrays as codes and constants, found a {type(odd[0]).__name__}"
-        if not is_float(self.stored_dtype):
+        if not compat.is_float_type(self.stored_dtype):
             return f"stored_dtype={self.stored_dtype!r}: expected a floating type"
         if not fmt.holds(*(x.dtype for x in arrays)):
             return f"{', '.join(str(x.dtype) for x in arrays)} are not the types of {self.format!r}"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.paths import path_of
 from lora_jax._core.placement import is_gone
@@ -69,10 +69,6 @@ def as_float(dtype: Any) -> np.dtype | None:
     """A floating-point type that a caller asks for, or None."""
     if dtype is None:
         return None
-    try:
-        kind = np.dtype(dtype)
-    except (TypeError, ValueError):
-        kind = np.dtype(object)
-    if not jnp.issubdtype(kind, jnp.floating):
+    if not compat.is_float_type(dtype):
         raise LoRAError(f"dtype={dtype!r}: expected a floating-point type: dtype='bfloat16'")
-    return kind
+    return np.dtype(dtype)

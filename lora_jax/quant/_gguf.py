@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError
 from lora_jax._core.numbers import check_flags
-from lora_jax._quantized.formats import is_float
 from lora_jax._quantized.weight import Quantized
 
 # {type: (bytes of a block, of them constants, constants' type, bytes whose halves lie together)}
@@ -65,7 +65,7 @@ def gguf_weight(
         )
     check_flags("lora.quant.gguf_weight(tensor, kernel=True)", kernel=kernel)
     each = list(tensors) if several else [tensors]
-    if not is_float(dtype):
+    if not compat.is_float_type(dtype):
         raise LoRAError(f"dtype={dtype!r}: expected a floating type, dtype=jnp.bfloat16")
     found = [_checked(t, i if several else None) for i, t in enumerate(each)]
     kinds = sorted({kind for kind, _ in found})
