@@ -18,6 +18,7 @@ from lora_jax._core.placement import near
 from lora_jax._nodes.adapters import DoRA, Full, LoRA, Rows
 from lora_jax._nodes.factors import check_factors
 from lora_jax._nodes.node import is_node
+from lora_jax._quantized.waiting import check_codes
 from lora_jax.algebra._finite import check_finite
 
 
@@ -220,6 +221,7 @@ def parts_of(
     _check_weights(trees, weights, call)
     check_finite(*adapters, weights=weights, base=base)
     starts = {} if base is None else flatten(state_of(base))
+    check_codes(starts)
     failures: list[str] = []
     out: dict[str, Parts] = {}
     # The union of the targets, in the order of their first appearance.

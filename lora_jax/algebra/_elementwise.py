@@ -227,8 +227,8 @@ def _cut(parts: Sequence[Part], density: float, per_weight: bool = False) -> jax
     weights = shapes[0].shape[0] if per_weight else 1
     size, bits = sum(s.size for s in shapes) // max(weights, 1), jnp.finfo(dtype).bits
     # Under jit also what is made of arrays that are known.
-    some = jax.tree.leaves((parts, jnp.zeros(())))
-    traced = any(isinstance(x, jax.core.Tracer) for x in some)
+    some = jax.tree.leaves(parts)
+    traced = compat.staging() or any(isinstance(x, jax.core.Tracer) for x in some)
     if traced and size > COUNTED:
         raise LoRAError(
             f"under jit, {size:,} elements of a task vector are more than can be counted: merge "

@@ -19,6 +19,7 @@ from lora_jax._core.nnx import state_of
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._nodes.node import is_node
+from lora_jax._quantized.waiting import check_codes
 from lora_jax._quantized.weight import is_quantized
 from lora_jax.parallel._forecast import Forecast
 from lora_jax.parallel._state_shardings import state_shardings
@@ -189,6 +190,7 @@ def memory(
             "adapters, tx, forecast=lora.parallel.forecast(step, *args))"
         )
     found = flatten(state_of(params))
+    check_codes(found)
     if not found or not all(hasattr(x, "shape") for x in found.values()):
         raise LoRAError(
             "expected parameters, arrays or shapes: lora.parallel.memory(params, adapters, tx)"

@@ -17,6 +17,7 @@ from lora_jax._core.nnx import state_of, survey_call
 from lora_jax._core.paths import flatten
 from lora_jax._core.table import table
 from lora_jax._interpret.reach import LOOK_UP
+from lora_jax._quantized.waiting import check_codes
 from lora_jax._survey import Survey
 from lora_jax._targets import Targets
 from lora_jax.peft._blocks import Block, LeafInfo
@@ -145,7 +146,9 @@ def leaf_infos(params: Any, survey: Survey | Targets | None) -> dict[str, LeafIn
             f"expected a Survey or Targets, found {type(survey).__name__}: "
             f"survey = {survey_call(params)}"
         )
-    leaves = {p: x for p, x in flatten(state_of(params)).items() if hasattr(x, "shape")}
+    found = flatten(state_of(params))
+    check_codes(found)
+    leaves = {p: x for p, x in found.items() if hasattr(x, "shape")}
     if isinstance(survey, Survey):
         survey = survey.within(leaves)
     infos = {}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from lora_jax._core import compat
 from lora_jax._core.errors import LoRAError, raise_all
 from lora_jax._core.numbers import Number, integer, refused
 from lora_jax._core.paths import flatten
@@ -301,12 +302,9 @@ def write_folder(
 
 def _stored(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
     """The tensors as the file holds them, checked after the cast."""
-    try:
-        kind = None if dtype is None else np.dtype(dtype)
-    except (TypeError, ValueError):
-        raise LoRAError(f"dtype={dtype!r}: expected one of {_types()}") from None
-    if kind is not None and kind not in DTYPES.values():
-        raise LoRAError(f"dtype={kind}: expected one of {_types()}")
+    kind = np.dtype(dtype) if compat.is_float_type(dtype) else None
+    if dtype is not None and kind not in DTYPES.values():
+        raise LoRAError(f"dtype={dtype!s:.200}: expected one of {_types()}")
     failures = [] if tensors else ["the tree holds no adapter"]
     out = {}
     for name, value in tensors.items():
